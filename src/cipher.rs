@@ -1,0 +1,378 @@
+//! FLOE, the encrypted format: the only module that knows the crate that implements it.
+//!
+//! Specification: <https://c2sp.org/FLOE>. A message is a header and segments; each segment is sealed by itself, so that
+//! threads can seal and open them in any order. Two providers do the arithmetic, and each reads the other's messages.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use fast_floe::low_level::{
+    DecryptionState, EncryptionState, MessageLayout, SegmentLayout, SharedDecryptionContext, SharedEncryptionContext,
+    start_decryption_inferred, start_encryption,
+};
+use fast_floe::{Header, Parameters, Provider};
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+
+use crate::error::{Error, Kind, Result};
+
+/// Bytes of every key: AES-256.
+pub const KEY_BYTES: usize = 32;
+/// The smallest plaintext of a full segment: what the crate fast-floe accepts.
+pub const MIN_CHUNK_SIZE_BYTES: usize = 32;
+/// The largest plaintext of a full segment: crosvm's chunk for guest memory.
+pub const MAX_CHUNK_SIZE_BYTES: usize = 64 << 20;
+/// crosvm's chunk where nothing else is said; a page of guest memory is one segment.
+pub const DEFAULT_CHUNK_SIZE_BYTES: usize = 4096;
+
+/// Parameters 10, IV 32, header tag 32.
+pub(crate) const HEADER_BYTES: usize = Header::LEN;
+/// What sealing adds to a chunk: length word 4, nonce 12, tag 16.
+pub(crate) const SEGMENT_OVERHEAD_BYTES: usize = 32;
+
+/// Chooses the AEAD provider: `aes-gcm` or `aws-lc`.
+const PROVIDER_VARIABLE: &str = "VMSNAP_AEAD";
+
+/// The providers compiled in, by the names users know, fastest first.
+const PROVIDERS: &[(&str, Provider)] = &[
+    #[cfg(feature = "aws-lc")]
+    ("aws-lc", Provider::AWS_LC_RS),
+    ("aes-gcm", Provider::RUSTCRYPTO),
+];
+
+/// The name of the AEAD provider this process uses: `aws-lc` or `aes-gcm`.
+///
+/// The fastest one compiled in, unless the environment variable `VMSNAP_AEAD` names another; chosen once a process.
+///
+/// # Errors
+///
+/// [`Error::is_invalid_argument`] where `VMSNAP_AEAD` names none that was compiled in.
+///
+/// ```
+/// assert!(["aws-lc", "aes-gcm"].contains(&vmsnap::aead_provider()?));
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+pub fn aead_provider() -> Result<&'static str> {
+    let chosen = provider()?;
+    Ok(PROVIDERS.iter().find(|(_, provider)| *provider == chosen).map_or("unknown", |(name, _)| name))
+}
+
+fn provider() -> Result<Provider> {
+    static CHOSEN: OnceLock<std::result::Result<Provider, String>> = OnceLock::new();
+    CHOSEN
+        .get_or_init(|| match std::env::var_os(PROVIDER_VARIABLE) {
+            None => Ok(PROVIDERS[0].1),
+            Some(wanted) => PROVIDERS
+                .iter()
+                .find(|(name, _)| wanted == *name)
+                .map(|(_, provider)| *provider)
+                .ok_or_else(|| {
+                    let known: Vec<_> = PROVIDERS.iter().map(|(name, _)| *name).collect();
+                    format!(
+                        "{PROVIDER_VARIABLE}={} is none of the providers in this build ({})",
+                        wanted.display(),
+                        known.join(", ")
+                    )
+                }),
+        })
+        .clone()
+        .map_err(Error::invalid_argument)
+}
+
+/// A 32-byte secret: a snapshot's data key, or the caller's key that wraps it. Wiped when dropped, never shown.
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SecretKey(#[serde(with = "serde_bytes")] [u8; KEY_BYTES]);
+
+impl SecretKey {
+    /// A new random key, from the operating system.
+    ///
+    /// # Errors
+    ///
+    /// An error where the operating system has no randomness to give.
+    pub fn generate() -> Result<Self> {
+        let mut key = Self([0; KEY_BYTES]);
+        fill_random(&mut key.0)?;
+        Ok(key)
+    }
+
+    /// A key from the caller's bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] where it is not 32 bytes long.
+    pub fn from_slice(bytes: &[u8]) -> Result<Self> {
+        let mut key = Self([0; KEY_BYTES]);
+        if bytes.len() != KEY_BYTES {
+            return Err(Error::invalid_argument(format!(
+                "a key has {KEY_BYTES} bytes, this one {}; generate_key() makes one",
+                bytes.len()
+            )));
+        }
+        key.0.copy_from_slice(bytes);
+        Ok(key)
+    }
+
+    /// The secret itself, to be stored where only its owner can read it.
+    #[must_use]
+    pub fn expose(&self) -> &[u8; KEY_BYTES] {
+        &self.0
+    }
+
+    fn bound(&self, provider: Provider) -> fast_floe::Key {
+        fast_floe::Key::from_bytes_with_provider(self.0, provider)
+    }
+}
+
+impl From<[u8; KEY_BYTES]> for SecretKey {
+    fn from(bytes: [u8; KEY_BYTES]) -> Self {
+        Self(bytes)
+    }
+}
+
+impl fmt::Debug for SecretKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretKey(…)")
+    }
+}
+
+/// Random bytes of the operating system's.
+pub(crate) fn fill_random(mut bytes: &mut [u8]) -> Result<()> {
+    while !bytes.is_empty() {
+        match rustix::rand::getrandom(&mut *bytes, rustix::rand::GetRandomFlags::empty()) {
+            Ok(count) => bytes = &mut bytes[count..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::io("no random bytes from the operating system", error)),
+        }
+    }
+    Ok(())
+}
+
+/// Checks a chunk size of the caller's.
+pub(crate) fn check_chunk_size(chunk_size_bytes: usize) -> Result<()> {
+    if (MIN_CHUNK_SIZE_BYTES..=MAX_CHUNK_SIZE_BYTES).contains(&chunk_size_bytes) {
+        return Ok(());
+    }
+    Err(Error::invalid_argument(format!(
+        "chunk_size_bytes must be from {MIN_CHUNK_SIZE_BYTES} to {MAX_CHUNK_SIZE_BYTES} (64 MiB), not {chunk_size_bytes}"
+    )))
+}
+
+/// Bytes a full segment takes in the file.
+pub(crate) fn segment_size(chunk_size_bytes: usize) -> usize {
+    chunk_size_bytes + SEGMENT_OVERHEAD_BYTES
+}
+
+/// Where segment `index` begins in the file.
+pub(crate) fn segment_offset(index: u64, chunk_size_bytes: usize) -> u64 {
+    HEADER_BYTES as u64 + index * segment_size(chunk_size_bytes) as u64
+}
+
+/// A message being written: makes [`Sealer`]s, one a thread.
+pub(crate) struct Sealing {
+    context: SharedEncryptionContext,
+    chunk_size_bytes: usize,
+}
+
+impl Sealing {
+    /// Begins a message with chunks of a size checked before; returns its header too.
+    pub(crate) fn start(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize) -> Result<(Self, [u8; HEADER_BYTES])> {
+        Self::start_with(provider()?, key, aad, chunk_size_bytes)
+    }
+
+    fn start_with(
+        provider: Provider,
+        key: &SecretKey,
+        aad: &[u8],
+        chunk_size_bytes: usize,
+    ) -> Result<(Self, [u8; HEADER_BYTES])> {
+        let parameters = parameters(chunk_size_bytes)?;
+        let (state, header) = start_encryption(&key.bound(provider), aad, parameters).map_err(provider_failure)?;
+        Ok((Self { context: state.into_shared(), chunk_size_bytes }, header.into()))
+    }
+
+    pub(crate) fn sealer(&self) -> Sealer {
+        Sealer { state: Box::new(self.context.fork()), chunk_size_bytes: self.chunk_size_bytes }
+    }
+}
+
+/// Seals segments of one message, in any order but each once. Holds nonces drawn in batches: never to be used after a
+/// fork.
+pub(crate) struct Sealer {
+    state: Box<EncryptionState>,
+    chunk_size_bytes: usize,
+}
+
+impl Sealer {
+    /// Seals the full chunk `index`, which is not the last, into `out` (chunk + 32 bytes).
+    pub(crate) fn seal(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
+        // The crate wants a layout of the whole message, whose length is not known yet: one more chunk will follow.
+        let layout = self.layout(index, self.chunk_size_bytes, 1)?.segment_for_position(index);
+        self.seal_segment(layout, chunk, out)
+    }
+
+    /// Seals the last chunk, `index`, of up to a chunk of bytes, into `out` (its length + 32 bytes).
+    pub(crate) fn seal_last(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
+        let layout = self.layout(index, chunk.len(), 0)?.final_segment();
+        self.seal_segment(Some(layout), chunk, out)
+    }
+
+    fn seal_segment(&mut self, segment: Option<SegmentLayout>, chunk: &[u8], out: &mut [u8]) -> Result<()> {
+        let segment = segment.ok_or_else(too_long)?;
+        self.state.encrypt_segment_into(chunk, segment, out).map_err(provider_failure)?;
+        Ok(())
+    }
+
+    fn layout(&self, index: u64, chunk_bytes: usize, further_bytes: u64) -> Result<MessageLayout> {
+        let length = index
+            .checked_mul(self.chunk_size_bytes as u64)
+            .and_then(|before| before.checked_add(chunk_bytes as u64 + further_bytes))
+            .ok_or_else(too_long)?;
+        self.state.parameters().plaintext_layout(length).map_err(|_| too_long())
+    }
+}
+
+/// A message being read, its header verified: makes [`Opener`]s, one a thread.
+pub(crate) struct Opening {
+    context: SharedDecryptionContext,
+    layout: MessageLayout,
+}
+
+impl Opening {
+    /// Verifies the header of a message that takes `stored_size` bytes. Whether it was truncated or extended shows when
+    /// the last segment is opened, which has to come next.
+    pub(crate) fn start(key: &SecretKey, aad: &[u8], header: [u8; HEADER_BYTES], stored_size: u64) -> Result<Self> {
+        Self::start_with(provider()?, key, aad, header, stored_size)
+    }
+
+    fn start_with(
+        provider: Provider,
+        key: &SecretKey,
+        aad: &[u8],
+        header: [u8; HEADER_BYTES],
+        stored_size: u64,
+    ) -> Result<Self> {
+        let header = Header::from(header);
+        let parameters = header.unverified_parameters().map_err(|_| not_floe())?;
+        let state = start_decryption_inferred(&key.bound(provider), aad, &header).map_err(|_| not_authentic())?;
+        // The header is authentic from here on, so a length that fits no message is a truncated one.
+        let layout = parameters.ciphertext_layout(stored_size).map_err(|_| not_authentic())?;
+        Ok(Self { context: state.into_shared(), layout })
+    }
+
+    pub(crate) fn opener(&self) -> Opener {
+        Opener { state: self.context.fork(), layout: self.layout }
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.layout.plaintext_length()
+    }
+
+    pub(crate) fn chunk_size_bytes(&self) -> usize {
+        self.layout.parameters().plaintext_segment_length()
+    }
+
+    pub(crate) fn last_index(&self) -> u64 {
+        self.layout.segment_count() - 1
+    }
+
+    /// Plaintext bytes of the last chunk.
+    pub(crate) fn last_chunk_bytes(&self) -> usize {
+        self.layout.final_segment().plaintext_length()
+    }
+}
+
+/// Checks the chunk size that a header declares, before anything is allocated for it.
+///
+/// # Errors
+///
+/// [`Error::is_corrupt`] where this is no FLOE header, or one with segments no snapshot has.
+pub(crate) fn check_declared_chunk_size(header: [u8; HEADER_BYTES]) -> Result<()> {
+    let parameters = Header::from(header).unverified_parameters().map_err(|_| not_floe())?;
+    check_chunk_size(parameters.plaintext_segment_length()).map_err(|_| not_floe())
+}
+
+/// Opens segments of one message.
+pub(crate) struct Opener {
+    state: DecryptionState,
+    layout: MessageLayout,
+}
+
+impl Opener {
+    /// Verifies and decrypts segment `index` into `out`, which must have its plaintext's length; zeroes `out` where the
+    /// segment does not verify.
+    pub(crate) fn open(&mut self, index: u64, segment: &[u8], out: &mut [u8]) -> Result<()> {
+        let opened = self
+            .layout
+            .segment_for_position(index)
+            .ok_or_else(not_authentic)
+            .and_then(|layout| self.state.decrypt_segment_into(segment, layout, out).map_err(|_| not_authentic()));
+        match opened {
+            Ok(written) if written == out.len() => Ok(()),
+            Ok(_) => {
+                out.fill(0);
+                Err(Error::new(Kind::Provider, "a segment is shorter than its place"))
+            }
+            Err(error) => {
+                out.fill(0);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Seals a short message whole.
+pub(crate) fn seal_message(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize, message: &[u8]) -> Result<Vec<u8>> {
+    fast_floe::encrypt(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, message).map_err(provider_failure)
+}
+
+/// Opens a short message whole, which must have been sealed with that chunk size.
+pub(crate) fn open_message(
+    key: &SecretKey,
+    aad: &[u8],
+    chunk_size_bytes: usize,
+    sealed: &[u8],
+) -> Result<Zeroizing<Vec<u8>>> {
+    fast_floe::decrypt_with_parameters(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, sealed)
+        .map(Zeroizing::new)
+        .map_err(|_| not_authentic())
+}
+
+/// The first bytes of every message sealed with that chunk size: AEAD 0, KDF 0, segment length, IV length.
+pub(crate) fn message_prefix(chunk_size_bytes: usize) -> [u8; 10] {
+    let mut prefix = [0; 10];
+    let segment_size = u32::try_from(segment_size(chunk_size_bytes)).unwrap_or(u32::MAX);
+    prefix[2..6].copy_from_slice(&segment_size.to_be_bytes());
+    prefix[9] = 32;
+    prefix
+}
+
+fn parameters(chunk_size_bytes: usize) -> Result<Parameters> {
+    check_chunk_size(chunk_size_bytes)?;
+    u32::try_from(segment_size(chunk_size_bytes))
+        .ok()
+        .and_then(|size| Parameters::with_segment_length(size).ok())
+        .ok_or_else(|| Error::new(Kind::Provider, "FLOE has no segments of that size"))
+}
+
+fn not_authentic() -> Error {
+    Error::new(
+        Kind::Authentication,
+        "authentication failed: the key is wrong, or the file is damaged, truncated, renamed or from another snapshot",
+    )
+}
+
+fn not_floe() -> Error {
+    Error::corrupt("not encrypted by vmsnap: its header is no FLOE header (a plain file in an encrypted snapshot?)")
+}
+
+fn too_long() -> Error {
+    Error::invalid_argument("a fragment has at most 2^40 chunks; use larger ones")
+}
+
+fn provider_failure(error: fast_floe::Error) -> Error {
+    Error::with_source(Kind::Provider, format!("the AEAD provider failed: {error}"), error)
+}
+
+#[cfg(test)]
+mod tests;

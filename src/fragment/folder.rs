@@ -1,0 +1,147 @@
+//! Files and folders below a snapshot's root. No link is followed: folders are opened one component after the other with
+//! `O_NOFOLLOW`, and each name is resolved in the folder just opened.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::name::{self, SnapshotPath};
+
+/// Guest memory is its owner's alone.
+const FOLDER_MODE: Mode = Mode::RWXU;
+const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+/// Creates the root folder of a new snapshot.
+pub(crate) fn create_root(root: &Path) -> Result<()> {
+    fs::mkdirat(CWD, root, FOLDER_MODE).map_err(|errno| {
+        let reason = match errno {
+            Errno::EXIST => "a snapshot needs a path at which nothing is yet",
+            Errno::NOENT => "the folder it is to lie in does not exist",
+            _ => "the folder cannot be made",
+        };
+        Error::io(format!("cannot create the snapshot {}: {reason}", root.display()), errno)
+    })
+}
+
+/// The folder of a namespace, or of the root.
+pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    // The root's own path is the caller's, and may lead through links.
+    let mut folder = fs::openat(CWD, root, flags, Mode::empty())
+        .map_err(|errno| Error::io(format!("cannot open the snapshot {}", root.display()), errno))?;
+    for name in namespace.split('/').filter(|name| !name.is_empty()) {
+        folder = fs::openat(&folder, name, flags | OFlags::NOFOLLOW, Mode::empty()).map_err(|errno| {
+            let place = format!("namespace {namespace:?} of {}", root.display());
+            match (errno, kind_of(&folder, name)) {
+                (Errno::NOTDIR | Errno::LOOP, Some(kind)) if kind != FileType::RegularFile => stray(name, kind).context(place),
+                (Errno::NOENT, _) => Error::io(format!("{place} does not exist"), errno),
+                _ => Error::io(format!("cannot open {place}"), errno),
+            }
+        })?;
+    }
+    Ok(folder)
+}
+
+/// Creates the folder of a namespace.
+pub(crate) fn create(root: &Path, namespace: &SnapshotPath) -> Result<()> {
+    let (parent, name) = namespace.split();
+    fs::mkdirat(open(root, parent)?, name, FOLDER_MODE).map_err(|errno| {
+        let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
+        Error::io(format!("namespace {:?} of {} {reason}", namespace.as_str(), root.display()), errno)
+    })
+}
+
+/// Creates a file that must not exist.
+pub(crate) fn create_file(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fs::openat(folder, name, flags, FILE_MODE).map(File::from)
+}
+
+/// Opens a file to be read, with its size in bytes; nothing but a regular file will do.
+pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
+    // Non-blocking: opening a FIFO would wait for its other end.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = fs::openat(folder, name, flags, Mode::empty()).map_err(|errno| match (errno, kind_of(folder, name)) {
+        (Errno::LOOP | Errno::NXIO, Some(kind)) if kind != FileType::RegularFile => stray(name, kind),
+        (Errno::NOENT, _) => Error::io("does not exist", errno),
+        _ => Error::io("cannot be opened", errno),
+    })?;
+    let stat = fs::fstat(&file).map_err(|errno| Error::io("cannot be examined", errno))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {
+            let size = u64::try_from(stat.st_size).map_err(|_| Error::corrupt("has a negative size"))?;
+            Ok((File::from(file), size))
+        }
+        FileType::Directory => Err(Error::io("is a namespace, not a fragment", Errno::ISDIR)),
+        kind => Err(stray(name, kind)),
+    }
+}
+
+/// Removes `name` if it still is the file `file`.
+pub(crate) fn remove_file(folder: &OwnedFd, name: &str, file: &File) -> io::Result<()> {
+    let own = fs::fstat(file)?;
+    let there = fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino) {
+        fs::unlinkat(folder, name, AtFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// Names of the fragments and of the namespaces in a folder, sorted, without vmsnap's own files.
+pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<String>)> {
+    let (mut fragments, mut namespaces) = (Vec::new(), Vec::new());
+    let folder = open(root, namespace)?;
+    let place = || format!("{} of {}", if namespace.is_empty() { "the root" } else { namespace }, root.display());
+    let failed = |errno| Error::io(format!("cannot list {}", place()), errno);
+    for entry in fs::Dir::read_from(&folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let bytes = entry.file_name().to_bytes();
+        if bytes == b"." || bytes == b".." {
+            continue;
+        }
+        let name = entry
+            .file_name()
+            .to_str()
+            .map_err(|_| Error::corrupt(format!("{:?} is not UTF-8", entry.file_name())).context(place()))?;
+        if name::is_reserved(name) {
+            continue;
+        }
+        // Not every file system tells the kind along with the name.
+        let kind = match entry.file_type() {
+            FileType::Unknown => kind_of(&folder, name).unwrap_or(FileType::Unknown),
+            kind => kind,
+        };
+        match kind {
+            FileType::RegularFile | FileType::Directory if name::check(name).is_err() => {
+                return Err(Error::corrupt(format!("{name:?} is not a name that a snapshot can hold")).context(place()));
+            }
+            FileType::RegularFile => fragments.push(name.to_owned()),
+            FileType::Directory => namespaces.push(name.to_owned()),
+            kind => return Err(stray(name, kind).context(place())),
+        }
+    }
+    fragments.sort_unstable();
+    namespaces.sort_unstable();
+    Ok((fragments, namespaces))
+}
+
+fn kind_of(folder: impl AsFd, name: &str) -> Option<FileType> {
+    let stat = fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    Some(FileType::from_raw_mode(stat.st_mode))
+}
+
+fn stray(name: &str, kind: FileType) -> Error {
+    let kind = match kind {
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a FIFO",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        _ => "a special file",
+    };
+    Error::corrupt(format!("{name:?} is {kind}, which a snapshot never holds and vmsnap never follows"))
+}

@@ -1,0 +1,94 @@
+//! A plain fragment: the bytes themselves.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use super::STRIP_BYTES;
+use super::pieces::Pieces;
+use crate::error::{Error, Result};
+use crate::threads::{Poll, for_each};
+
+/// Smaller writes are gathered: a system call for every few bytes would be most of the time.
+const GATHER_BYTES: usize = 64 << 10;
+
+/// One system call moves this much, so that an interruption need not wait for more.
+const PIECE_BYTES: usize = 1 << 20;
+
+pub(super) struct PlainSink {
+    file: File,
+    offset: u64,
+    gathered: Vec<u8>,
+}
+
+impl PlainSink {
+    pub(super) fn new(file: File) -> Self {
+        Self { file, offset: 0, gathered: Vec::new() }
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn into_file(self) -> File {
+        self.file
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        self.offset + self.gathered.len() as u64
+    }
+
+    /// One thread, straight from the caller's buffer: the file's inode lock lets no second one write (measured).
+    pub(super) fn write(&mut self, data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+        if self.gathered.len() + data.len() > GATHER_BYTES {
+            self.flush()?;
+        }
+        if data.len() < GATHER_BYTES {
+            self.gathered.extend_from_slice(data);
+            return Ok(());
+        }
+        for piece in data.chunks(PIECE_BYTES) {
+            poll.tick()?;
+            self.file.write_all_at(piece, self.offset).map_err(failed)?;
+            self.offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.file.write_all_at(&self.gathered, self.offset).map_err(failed)?;
+        self.offset += self.gathered.len() as u64;
+        self.gathered.clear();
+        Ok(())
+    }
+}
+
+fn failed(error: std::io::Error) -> Error {
+    Error::io("cannot be written", error)
+}
+
+pub(super) struct PlainSource {
+    file: File,
+    size: u64,
+}
+
+impl PlainSource {
+    pub(super) fn new(file: File, size: u64) -> Self {
+        Self { file, size }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Fills `buf` from `offset`; both lie within the size.
+    pub(super) fn read(&self, offset: u64, buf: &mut [u8], threads: usize, poll: &mut Poll<'_>) -> Result<()> {
+        let pieces = Pieces::new(offset, buf, STRIP_BYTES);
+        let mut workers = vec![(); threads.min(pieces.len())];
+        for_each(&mut workers, pieces, poll, |(), (offset, piece)| {
+            self.file.read_exact_at(piece, offset).map_err(|error| match error.kind() {
+                std::io::ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
+                _ => Error::io("cannot be read", error),
+            })
+        })
+    }
+}

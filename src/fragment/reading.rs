@@ -1,0 +1,220 @@
+//! A fragment being read.
+
+use std::fmt;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::plain::PlainSource;
+use super::sealed::SealedSource;
+use super::{Home, Place, folder};
+use crate::cipher::SecretKey;
+use crate::error::{Error, Result};
+use crate::name::SnapshotPath;
+use crate::threads::Poll;
+
+/// A fragment being read: anywhere by [`FragmentReader::read_at`], or in order by [`Read`] and [`Seek`].
+///
+/// `read_at` takes `&self` and may be called by many threads at once; a large read uses several threads by itself. A clone
+/// reads the same open file and has a position of its own.
+///
+/// Of an encrypted fragment, opening verified the header and the last segment, and hence the length; every other segment
+/// is verified before any byte of it is given out. In a process forked from the one that opened it, every call fails.
+///
+/// ```
+/// use std::io::{Read, Seek, SeekFrom, Write};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let key = vmsnap::SecretKey::generate()?;
+/// let options = vmsnap::SnapshotOptions::new().key(key);
+/// let mut fragment = options.create(folder.path().join("vm1"))?.raw_fragment("sda")?;
+/// fragment.write_all(b"the whole disk")?;
+/// fragment.finish()?;
+///
+/// let mut reader = options.open(folder.path().join("vm1"))?.raw_fragment("sda")?;
+/// let mut word = [0; 5];
+/// assert_eq!(reader.read_at(4, &mut word)?, 5);
+/// assert_eq!(&word, b"whole");
+/// reader.seek(SeekFrom::End(-4))?;
+/// let mut rest = String::new();
+/// reader.read_to_string(&mut rest)?;
+/// assert_eq!(rest, "disk");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct FragmentReader {
+    file: Arc<OpenFile>,
+    position: u64,
+    /// The chunk that the last small read in order came from, opened: the next one mostly continues there.
+    current: Option<(u64, Vec<u8>)>,
+}
+
+struct OpenFile {
+    source: Source,
+    stored_size: u64,
+    threads: usize,
+    place: Place,
+    home: Home,
+}
+
+enum Source {
+    Plain(PlainSource),
+    Sealed(Box<SealedSource>),
+}
+
+impl FragmentReader {
+    pub(crate) fn open(root: &Path, path: &SnapshotPath, key: Option<&SecretKey>, threads: usize) -> Result<Self> {
+        let place = Place::new(root, path);
+        let (namespace, name) = path.split();
+        let folder = folder::open(root, namespace)?;
+        let (file, stored_size) = folder::open_file(&folder, name).map_err(|error| error.context(&place))?;
+        let source = match key {
+            None => Source::Plain(PlainSource::new(file, stored_size)),
+            Some(key) => {
+                let source = SealedSource::open(file, stored_size, key, path).map_err(|error| error.context(&place))?;
+                Source::Sealed(Box::new(source))
+            }
+        };
+        let file = Arc::new(OpenFile { source, stored_size, threads, place, home: Home::here() });
+        Ok(Self { file, position: 0, current: None })
+    }
+
+    /// Plaintext bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match &self.file.source {
+            Source::Plain(source) => source.size(),
+            Source::Sealed(source) => source.size(),
+        }
+    }
+
+    /// Bytes of the file.
+    #[must_use]
+    pub fn stored_size(&self) -> u64 {
+        self.file.stored_size
+    }
+
+    /// Plaintext bytes of a segment, the least that a read decrypts; `None` for a plain fragment.
+    #[must_use]
+    pub fn chunk_size_bytes(&self) -> Option<usize> {
+        match &self.file.source {
+            Source::Plain(_) => None,
+            Source::Sealed(source) => Some(source.chunk_size_bytes()),
+        }
+    }
+
+    /// Reads from `offset`, in bytes of plaintext, until `buf` is full or the fragment ends; returns how much that is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_authentication`] where a segment does not verify, and [`Error::is_io`]; `buf` is all zeros then.
+    /// [`Error::is_state`] in a forked process.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        self.read_at_polled(offset, buf, &mut || Ok(()))
+    }
+
+    /// As [`FragmentReader::read_at`], and asks `poll` from time to time (not more often than every 50 ms) whether to go
+    /// on.
+    ///
+    /// # Errors
+    ///
+    /// As for `read_at`, and what `poll` returns.
+    pub fn read_at_polled(&self, offset: u64, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        let file = &*self.file;
+        let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
+        let wanted = &mut buf[..length];
+        let poll = &mut Poll::new(poll);
+        let result = file.home.check().and_then(|()| match &file.source {
+            Source::Plain(source) => source.read(offset, wanted, file.threads, poll),
+            Source::Sealed(source) => source.read(offset, wanted, file.threads, poll),
+        });
+        match result {
+            Ok(()) => Ok(length),
+            Err(error) => {
+                // No plaintext of a read that failed, be it of segments that did verify.
+                wanted.fill(0);
+                Err(error.context(&file.place))
+            }
+        }
+    }
+
+    /// Reads on from the position, as [`Read::read`] but until `buf` is full or the fragment ends.
+    pub(crate) fn read_polled(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() && self.position < self.size() {
+            let rest = &mut buf[done..];
+            let read = match self.chunk_size_bytes() {
+                Some(chunk_size_bytes) => self.read_chunks(rest, chunk_size_bytes, poll)?,
+                None => self.read_at_polled(self.position, rest, poll)?,
+            };
+            self.position += read as u64;
+            done += read;
+        }
+        Ok(done)
+    }
+
+    /// Reads whole chunks straight into `buf`, or a part of one by way of the current chunk.
+    fn read_chunks(
+        &mut self,
+        buf: &mut [u8],
+        chunk_size_bytes: usize,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<usize> {
+        let chunk_size = chunk_size_bytes as u64;
+        let start = self.position - self.position % chunk_size;
+        let whole = buf.len() - buf.len() % chunk_size_bytes;
+        if start == self.position && whole > 0 {
+            return self.read_at_polled(self.position, &mut buf[..whole], poll);
+        }
+        // Also where the process is another one: nothing is given out from memory either.
+        self.file.home.check().map_err(|error| error.context(&self.file.place))?;
+        if self.current.as_ref().is_none_or(|(held, _)| *held != start) {
+            let mut chunk = self.current.take().map(|(_, chunk)| chunk).unwrap_or_default();
+            chunk.resize(usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes)), 0);
+            self.read_at_polled(start, &mut chunk, poll)?;
+            self.current = Some((start, chunk));
+        }
+        let held = self.current.as_ref().map_or(&[][..], |(_, chunk)| chunk);
+        let from = usize::try_from(self.position - start).unwrap_or(usize::MAX);
+        let length = buf.len().min(held.len() - from);
+        buf[..length].copy_from_slice(&held[from..from + length]);
+        Ok(length)
+    }
+}
+
+impl Clone for FragmentReader {
+    fn clone(&self) -> Self {
+        Self { file: Arc::clone(&self.file), position: self.position, current: None }
+    }
+}
+
+impl Read for FragmentReader {
+    /// Fills `buf` unless the fragment ends.
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(self.read_polled(buf, &mut || Ok(()))?)
+    }
+}
+
+impl Seek for FragmentReader {
+    /// A position beyond the end is allowed, and reads nothing.
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::Current(delta) => self.position.checked_add_signed(delta),
+            SeekFrom::End(delta) => self.size().checked_add_signed(delta),
+        };
+        self.position = target.ok_or_else(|| {
+            Error::invalid_argument(format!("{}: cannot seek to before its start", self.file.place))
+        })?;
+        Ok(self.position)
+    }
+}
+
+impl fmt::Debug for FragmentReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FragmentReader")
+            .field("place", &self.file.place.to_string())
+            .field("size", &self.size())
+            .field("position", &self.position)
+            .finish_non_exhaustive()
+    }
+}

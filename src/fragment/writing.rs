@@ -1,0 +1,221 @@
+//! A fragment being written.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::io::Errno;
+
+use super::plain::PlainSink;
+use super::sealed::SealedSink;
+use super::{Home, Place, folder};
+use crate::cipher::{SecretKey, check_chunk_size};
+use crate::error::{Error, Kind, Result};
+use crate::name::SnapshotPath;
+use crate::threads::Poll;
+
+/// A fragment being written, front to back, by [`Write`].
+///
+/// A large write is sealed and written by several threads, straight from the caller's buffer; small ones are gathered.
+/// [`Fragment::finish`] ends it and tells whether all went well. Dropping it ends it as well, as in crosvm, but cannot
+/// tell. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
+/// dropped.
+///
+/// In a process forked from the one that opened it, every call fails and dropping does nothing.
+pub struct Fragment {
+    state: State,
+    folder: OwnedFd,
+    place: Place,
+    home: Home,
+}
+
+enum State {
+    Open(Sink),
+    /// A write failed. The file is kept to tell that what is removed is still ours.
+    Failed(File),
+    Closed,
+}
+
+enum Sink {
+    Plain(PlainSink),
+    // The cipher's parameters and workers make this one large.
+    Sealed(Box<SealedSink>),
+}
+
+/// How an encrypted fragment is to be sealed.
+pub(crate) struct Sealed<'a> {
+    pub(crate) key: &'a SecretKey,
+    pub(crate) chunk_size_bytes: usize,
+    pub(crate) threads: usize,
+}
+
+impl Fragment {
+    pub(crate) fn create(root: &Path, path: &SnapshotPath, sealed: Option<&Sealed<'_>>) -> Result<Self> {
+        let place = Place::new(root, path);
+        if let Some(sealed) = sealed {
+            check_chunk_size(sealed.chunk_size_bytes).map_err(|error| error.context(&place))?;
+        }
+        let (namespace, name) = path.split();
+        let folder = folder::open(root, namespace)?;
+        let file = folder::create_file(&folder, name).map_err(|errno| {
+            let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
+            Error::io(format!("{place} {reason}"), errno)
+        })?;
+        let mut fragment = Self { state: State::Failed(file), folder, place, home: Home::here() };
+        fragment.start(sealed).map_err(|error| error.context(&fragment.place))?;
+        Ok(fragment)
+    }
+
+    fn start(&mut self, sealed: Option<&Sealed<'_>>) -> Result<()> {
+        let State::Failed(file) = &self.state else { return Ok(()) };
+        // The sink gets a descriptor of its own: should it fail, dropping the fragment removes the file by this one.
+        let file = file.try_clone().map_err(|error| Error::io("cannot be opened", error))?;
+        let sink = match sealed {
+            None => Sink::Plain(PlainSink::new(file)),
+            Some(Sealed { key, chunk_size_bytes, threads }) => {
+                Sink::Sealed(Box::new(SealedSink::new(file, key, &self.place.path, *chunk_size_bytes, *threads)?))
+            }
+        };
+        self.state = State::Open(sink);
+        Ok(())
+    }
+
+    /// Plaintext bytes written so far.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        match &self.state {
+            State::Open(Sink::Plain(sink)) => sink.written(),
+            State::Open(Sink::Sealed(sink)) => sink.written(),
+            State::Failed(_) | State::Closed => 0,
+        }
+    }
+
+    /// Writes all of `data`, and asks `poll` from time to time (not more often than every 50 ms) whether to go on.
+    ///
+    /// # Errors
+    ///
+    /// What `poll` returns, or [`Error::is_io`], for instance when the disk is full; both poison the fragment.
+    /// [`Error::is_state`] where it was poisoned before, or in a forked process.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+    /// let mut fragment = writer.raw_fragment("sda")?;
+    /// let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    /// fragment.write_all_polled(&[0; 1 << 20], &mut || {
+    ///     if std::time::Instant::now() < deadline { Ok(()) } else { Err(vmsnap::Error::interrupted()) }
+    /// })?;
+    /// fragment.finish()?;
+    /// # Ok::<(), vmsnap::Error>(())
+    /// ```
+    pub fn write_all_polled(&mut self, data: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let poll = &mut Poll::new(poll);
+        self.with_sink(|sink| match sink {
+            Sink::Plain(sink) => sink.write(data, poll),
+            Sink::Sealed(sink) => sink.write(data, poll),
+        })
+    }
+
+    /// Ends the fragment: writes what was gathered, and the last segment.
+    ///
+    /// # Errors
+    ///
+    /// As for a write. The file is removed then.
+    pub fn finish(mut self) -> Result<()> {
+        self.finish_polled(&mut || Ok(()))
+    }
+
+    pub(crate) fn finish_polled(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let poll = &mut Poll::new(poll);
+        self.with_sink(|sink| match sink {
+            Sink::Plain(sink) => sink.flush(),
+            Sink::Sealed(sink) => sink.finish(poll),
+        })?;
+        self.state = State::Closed;
+        Ok(())
+    }
+
+    /// Gives the fragment up and removes its file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where the file cannot be removed, [`Error::is_state`] in a forked process.
+    pub fn discard(mut self) -> Result<()> {
+        self.remove()
+    }
+
+    pub(crate) fn remove(&mut self) -> Result<()> {
+        self.home.check().map_err(|error| error.context(&self.place))?;
+        let state = std::mem::replace(&mut self.state, State::Closed);
+        let file = match &state {
+            State::Open(Sink::Plain(sink)) => sink.file(),
+            State::Open(Sink::Sealed(sink)) => sink.file(),
+            State::Failed(file) => file,
+            State::Closed => return Ok(()),
+        };
+        let (_, name) = self.place.path.split();
+        folder::remove_file(&self.folder, name, file)
+            .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error))
+    }
+
+    /// Lets `work` use the sink, and poisons the fragment where that fails.
+    fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
+        let result = self.home.check().and_then(|()| match &mut self.state {
+            State::Open(sink) => work(sink),
+            State::Failed(_) => Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew")),
+            State::Closed => Err(Error::new(Kind::State, "is closed")),
+        });
+        if result.is_err() && self.home.is_here() {
+            self.state = match std::mem::replace(&mut self.state, State::Closed) {
+                State::Open(Sink::Plain(sink)) => State::Failed(sink.into_file()),
+                State::Open(Sink::Sealed(sink)) => State::Failed(sink.into_file()),
+                other => other,
+            };
+        }
+        result.map_err(|error| error.context(&self.place))
+    }
+}
+
+impl Write for Fragment {
+    /// Takes all of `data`, always.
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.write_all_polled(data, &mut || Ok(()))?;
+        Ok(data.len())
+    }
+
+    /// Hands what was gathered of a plain fragment to the operating system. An encrypted one cannot: a segment is written
+    /// when it is full, and the last one by [`Fragment::finish`].
+    fn flush(&mut self) -> io::Result<()> {
+        self.with_sink(|sink| match sink {
+            Sink::Plain(sink) => sink.flush(),
+            Sink::Sealed(_) => Ok(()),
+        })?;
+        Ok(())
+    }
+}
+
+impl Drop for Fragment {
+    fn drop(&mut self) {
+        if !self.home.is_here() {
+            return;
+        }
+        if matches!(self.state, State::Open(_)) && self.finish_polled(&mut || Ok(())).is_ok() {
+            return;
+        }
+        // Nobody is there to be told; what cannot be removed does not open either.
+        let _ = self.remove();
+    }
+}
+
+impl fmt::Debug for Fragment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Open(_) => "open",
+            State::Failed(_) => "failed",
+            State::Closed => "closed",
+        };
+        f.debug_struct("Fragment").field("place", &self.place.to_string()).field("state", &state).finish_non_exhaustive()
+    }
+}

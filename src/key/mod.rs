@@ -1,0 +1,47 @@
+//! The data key of a snapshot, and how it is kept in `enc_metadata`.
+//!
+//! ```text
+//! payload.rs   what enc_metadata holds once unwrapped: data key, snapshot id, what a reader must know
+//! raw.rs       wrapped with a 32-byte key of the caller's
+//! ```
+//!
+//! How a file is wrapped shows in its first bytes; the other two wrappings of the format (age, a key service) are
+//! recognised here and refused by name.
+
+mod payload;
+mod raw;
+
+pub(crate) use payload::KeyPayload;
+
+use crate::cipher::SecretKey;
+use crate::error::{Error, Kind, Result};
+
+/// Whatever wraps it, a key takes a few hundred bytes; thousands of age recipients still fit.
+pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
+
+const AGE_PREFIX: &[u8] = b"age-encryption.org/";
+/// CBOR tag 55799, "self-described CBOR" (RFC 8949, 3.4.6).
+const KEY_SERVICE_PREFIX: &[u8] = &[0xd9, 0xd9, 0xf7];
+
+/// The contents of `enc_metadata` for `payload`.
+pub(crate) fn wrap(payload: &KeyPayload, key: &SecretKey) -> Result<Vec<u8>> {
+    raw::wrap(payload, key)
+}
+
+/// Unwraps the contents of `enc_metadata`.
+pub(crate) fn unwrap(wrapped: &[u8], key: Option<&SecretKey>) -> Result<KeyPayload> {
+    if raw::is_wrapped(wrapped) {
+        let key = key.ok_or_else(|| {
+            Error::new(Kind::KeyUnavailable, "the snapshot is encrypted with a 32-byte key: pass the key it was written with")
+        })?;
+        return raw::unwrap(wrapped, key);
+    }
+    let wrapping = if wrapped.starts_with(AGE_PREFIX) {
+        "its key is wrapped by age"
+    } else if wrapped.starts_with(KEY_SERVICE_PREFIX) {
+        "its key is wrapped by a key service"
+    } else {
+        return Err(Error::corrupt("its contents are no wrapped key of vmsnap's (damaged, or written by another program)"));
+    };
+    Err(Error::new(Kind::Unsupported, format!("{wrapping}, which this version of vmsnap does not open: use a newer one")))
+}

@@ -1,0 +1,221 @@
+//! What `enc_metadata` holds once unwrapped: a CBOR map, `docs/format.md` has its keys.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize as DeriveDeserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::cipher::{SecretKey, fill_random};
+use crate::error::{Error, Kind, Result};
+
+const FORMAT: &str = "vmsnap-key";
+const VERSION: u64 = 1;
+
+/// A payload is some 130 bytes; growing the vector would leave copies of the key behind.
+const CAPACITY_BYTES: usize = 4096;
+
+/// The secret of one snapshot.
+#[derive(Debug, Serialize)]
+pub(crate) struct KeyPayload {
+    format: &'static str,
+    version: u64,
+    #[serde(with = "serde_bytes")]
+    snapshot_id: [u8; 16],
+    data_key: SecretKey,
+    sealed: bool,
+    requires: Vec<String>,
+}
+
+impl KeyPayload {
+    /// A new random data key for a snapshot written in place.
+    pub(crate) fn generate() -> Result<Self> {
+        let mut snapshot_id = [0; 16];
+        fill_random(&mut snapshot_id)?;
+        let data_key = SecretKey::generate()?;
+        Ok(Self { format: FORMAT, version: VERSION, snapshot_id, data_key, sealed: false, requires: Vec::new() })
+    }
+
+    pub(crate) fn data_key(&self) -> &SecretKey {
+        &self.data_key
+    }
+
+    pub(super) fn encode(&self) -> Result<Zeroizing<Vec<u8>>> {
+        let mut bytes = Zeroizing::new(Vec::with_capacity(CAPACITY_BYTES));
+        ciborium::into_writer(self, &mut *bytes)
+            .map_err(|error| Error::with_source(Kind::Serialization, "the key metadata cannot be written", error))?;
+        Ok(bytes)
+    }
+
+    /// Reads an authenticated payload.
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
+        // Version and requirements first: what follows may look different in a later version.
+        let Head { format, version, requires } = parse(bytes)?;
+        if format != FORMAT {
+            return Err(malformed(format!("its format is {format:?}, not {FORMAT:?}")));
+        }
+        if version != VERSION {
+            return Err(unsupported(&format!("version {version} of the key metadata")));
+        }
+        if let Some(requirement) = requires.first() {
+            return Err(unsupported(&format!("the feature {requirement:?}")));
+        }
+        let Body { snapshot_id, data_key, sealed } = parse(bytes)?;
+        if sealed {
+            // Worth nothing without its manifest, which this version cannot check.
+            return Err(unsupported("a sealed snapshot"));
+        }
+        Ok(Self { format: FORMAT, version, snapshot_id, data_key, sealed, requires })
+    }
+}
+
+fn malformed(error: impl fmt::Display) -> Error {
+    Error::corrupt(format!("the key metadata is authentic but malformed: {error}"))
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::new(Kind::Unsupported, format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one"))
+}
+
+fn parse<T: DeserializeOwned>(mut bytes: &[u8]) -> Result<T> {
+    // Of our own, to be wiped: ciborium's default is a buffer on the stack.
+    let mut scratch = Zeroizing::new(vec![0; CAPACITY_BYTES]);
+    let value = ciborium::de::from_reader_with_buffer(&mut bytes, &mut scratch).map_err(malformed)?;
+    if !bytes.is_empty() {
+        return Err(malformed("bytes follow its end"));
+    }
+    Ok(value)
+}
+
+/// The keys every version has; reading them checks that none of the map's keys comes twice.
+struct Head {
+    format: String,
+    version: u64,
+    requires: Vec<String>,
+}
+
+#[derive(DeriveDeserialize)]
+struct Body {
+    #[serde(with = "serde_bytes")]
+    snapshot_id: [u8; 16],
+    data_key: SecretKey,
+    sealed: bool,
+}
+
+impl<'de> Deserialize<'de> for Head {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_map(HeadVisitor)
+    }
+}
+
+struct HeadVisitor;
+
+impl<'de> Visitor<'de> for HeadVisitor {
+    type Value = Head;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map with text keys")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Head, A::Error> {
+        use serde::de::Error as _;
+        let mut keys = BTreeSet::new();
+        let (mut format, mut version, mut requires) = (None, None, None);
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "format" => format = Some(map.next_value()?),
+                "version" => version = Some(map.next_value()?),
+                "requires" => requires = Some(map.next_value()?),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+            if let Some(twice) = keys.replace(key) {
+                return Err(A::Error::custom(format!("key {twice:?} comes twice")));
+            }
+        }
+        Ok(Head {
+            format: format.ok_or_else(|| A::Error::missing_field("format"))?,
+            version: version.ok_or_else(|| A::Error::missing_field("version"))?,
+            requires: requires.ok_or_else(|| A::Error::missing_field("requires"))?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ciborium::Value;
+
+    fn fields() -> Vec<(Value, Value)> {
+        vec![
+            ("format".into(), FORMAT.into()),
+            ("version".into(), 1.into()),
+            ("snapshot_id".into(), Value::Bytes(vec![7; 16])),
+            ("data_key".into(), Value::Bytes(vec![9; 32])),
+            ("sealed".into(), false.into()),
+            ("requires".into(), Value::Array(vec![])),
+        ]
+    }
+
+    fn decode(fields: Vec<(Value, Value)>) -> Result<KeyPayload> {
+        let mut bytes = Vec::new();
+        ciborium::into_writer(&Value::Map(fields), &mut bytes).unwrap();
+        KeyPayload::decode(&bytes)
+    }
+
+    fn with(name: &str, value: Value) -> Result<KeyPayload> {
+        let mut fields = fields();
+        fields.retain(|(key, _)| key.as_text() != Some(name));
+        fields.push((name.into(), value));
+        decode(fields)
+    }
+
+    #[test]
+    fn the_payload_has_its_keys_in_the_order_of_the_format() {
+        let mut expected = Vec::new();
+        ciborium::into_writer(&Value::Map(fields()), &mut expected).unwrap();
+        let mut payload = decode(fields()).unwrap();
+        assert_eq!(*payload.encode().unwrap(), expected);
+        payload.snapshot_id = [0; 16];
+        assert_ne!(*payload.encode().unwrap(), expected);
+    }
+
+    #[test]
+    fn an_unknown_key_is_ignored() {
+        with("hint", Value::Array(vec![1.into()])).unwrap();
+    }
+
+    #[test]
+    fn what_a_later_version_needs_is_refused_by_name() {
+        let requirement = Value::Array(vec!["zstd".into()]);
+        for (name, value, said) in
+            [("version", 2.into(), "version 2"), ("requires", requirement, "zstd"), ("sealed", true.into(), "sealed")]
+        {
+            let error = with(name, value).unwrap_err();
+            assert!(error.is_unsupported_format() && error.to_string().contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_payload_is_corrupt() {
+        let mut twice = fields();
+        twice.push(("hint".into(), 1.into()));
+        twice.push(("hint".into(), 2.into()));
+        assert!(decode(twice).unwrap_err().to_string().contains("comes twice"));
+        for (name, value) in [
+            ("format", "vmsnap-manifest".into()),
+            ("data_key", Value::Bytes(vec![9; 31])),
+            ("snapshot_id", "text".into()),
+            ("sealed", 0.into()),
+        ] {
+            assert!(with(name, value).unwrap_err().is_corrupt(), "{name}");
+        }
+        assert!(decode(fields()[..5].to_vec()).unwrap_err().is_corrupt());
+        assert!(KeyPayload::decode(b"").unwrap_err().is_corrupt());
+        let mut bytes = decode(fields()).unwrap().encode().unwrap().to_vec();
+        bytes.push(0);
+        assert!(KeyPayload::decode(&bytes).unwrap_err().to_string().contains("bytes follow"));
+    }
+}

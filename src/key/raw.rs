@@ -1,0 +1,21 @@
+//! A data key wrapped with a 32-byte key of the caller's: one FLOE message.
+
+use super::payload::KeyPayload;
+use crate::cipher::{SecretKey, message_prefix, open_message, seal_message};
+use crate::error::Result;
+
+/// Segments of 1056 bytes.
+const CHUNK_SIZE_BYTES: usize = 1024;
+const AAD: &[u8] = b"vmsnap/1/key";
+
+pub(super) fn is_wrapped(wrapped: &[u8]) -> bool {
+    wrapped.starts_with(&message_prefix(CHUNK_SIZE_BYTES))
+}
+
+pub(super) fn wrap(payload: &KeyPayload, key: &SecretKey) -> Result<Vec<u8>> {
+    seal_message(key, AAD, CHUNK_SIZE_BYTES, &payload.encode()?)
+}
+
+pub(super) fn unwrap(wrapped: &[u8], key: &SecretKey) -> Result<KeyPayload> {
+    KeyPayload::decode(&open_message(key, AAD, CHUNK_SIZE_BYTES, wrapped)?)
+}

@@ -1,0 +1,54 @@
+//! Virtual-machine snapshots: encrypted, written in parallel, readable at random.
+//!
+//! A snapshot is a folder of fragments (byte blobs: guest memory, a disk, a device's state), nested by namespaces. The
+//! semantics and the names are those of crosvm's `SnapshotWriter` and `SnapshotReader`; what is encrypted is an open
+//! format, [C2SP FLOE](https://c2sp.org/FLOE), described byte by byte in `docs/format.md`.
+//!
+//! ```
+//! use std::io::Write;
+//! use vmsnap::{SecretKey, SnapshotOptions};
+//!
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("vm1");
+//! let options = SnapshotOptions::new().key(SecretKey::generate()?);
+//!
+//! let writer = options.create(&path)?;
+//! writer.write_fragment("clock", &12_u64)?;
+//! let mut memory = writer.raw_fragment_with_chunk_size("mem", 64 << 10)?;
+//! memory.write_all(&vec![0xa5; 1 << 20])?;
+//! memory.finish()?;
+//!
+//! let reader = options.open(&path)?;
+//! let mut page = [0; 4096];
+//! reader.raw_fragment("mem")?.read_at(0x1000, &mut page)?;
+//! assert_eq!(page, [0xa5; 4096]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Linux only, for now.
+
+#![deny(unsafe_code)]
+
+mod any_snapshot;
+mod cipher;
+mod error;
+mod fragment;
+mod key;
+mod name;
+mod options;
+mod process;
+#[cfg(feature = "python")]
+mod python;
+mod reader;
+mod threads;
+mod writer;
+
+pub use any_snapshot::AnySnapshot;
+pub use cipher::{
+    DEFAULT_CHUNK_SIZE_BYTES, KEY_BYTES, MAX_CHUNK_SIZE_BYTES, MIN_CHUNK_SIZE_BYTES, SecretKey, aead_provider,
+};
+pub use error::{Error, Result};
+pub use fragment::{Fragment, FragmentReader};
+pub use options::{Format, SnapshotOptions};
+pub use reader::SnapshotReader;
+pub use writer::SnapshotWriter;

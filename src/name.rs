@@ -1,0 +1,134 @@
+//! Names of fragments and namespaces, and where one lies below the root.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A name is one file name on every file system of interest: 255 bytes.
+const NAME_MAX_BYTES: usize = 255;
+
+/// Whatever begins so is vmsnap's own: staged trees, temporary files, and what later versions need.
+const RESERVED_PREFIX: &str = ".vmsnap";
+
+/// The data key, wrapped, at the root of an encrypted snapshot.
+pub(crate) const KEY_METADATA: &str = "enc_metadata";
+
+/// The list of all fragments, at the root of a sealed snapshot.
+pub(crate) const MANIFEST: &str = "vmsnap_manifest";
+
+/// Whether `name` is kept for vmsnap's own files: listings leave it out, and no fragment may have it.
+pub(crate) fn is_reserved(name: &str) -> bool {
+    name.starts_with(RESERVED_PREFIX) || name.eq_ignore_ascii_case(KEY_METADATA) || name.eq_ignore_ascii_case(MANIFEST)
+}
+
+/// Checks the name of a fragment or a namespace.
+///
+/// # Errors
+///
+/// [`Error::is_invalid_argument`] for a name that is empty, `.`, `..`, over 255 bytes of UTF-8, reserved, or that holds
+/// `/`, `\` or NUL.
+pub(crate) fn check(name: &str) -> Result<()> {
+    let reason = if name.is_empty() {
+        "it is empty"
+    } else if name == "." || name == ".." {
+        "it is a relative path"
+    } else if name.len() > NAME_MAX_BYTES {
+        "it is longer than 255 bytes of UTF-8"
+    } else if name.contains(['/', '\\', '\0']) {
+        "it contains '/', '\\' or NUL; nest with add_namespace()"
+    } else if is_reserved(name) {
+        "vmsnap keeps it for its own files ('.vmsnap…', 'enc_metadata', 'vmsnap_manifest')"
+    } else {
+        return Ok(());
+    };
+    Err(Error::invalid_argument(format!("{name:?} cannot be the name of a fragment or a namespace: {reason}")))
+}
+
+/// A namespace or a fragment by its path from the root: checked names joined with `/`, empty for the root itself.
+///
+/// This text, in UTF-8, is what an encrypted fragment is bound to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct SnapshotPath(String);
+
+impl SnapshotPath {
+    pub(crate) fn join(&self, name: &str) -> Result<Self> {
+        check(name)?;
+        Ok(if self.0.is_empty() { Self(name.to_owned()) } else { Self(format!("{}/{name}", self.0)) })
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The namespace this lies in, and its own name.
+    pub(crate) fn split(&self) -> (&str, &str) {
+        self.0.rsplit_once('/').unwrap_or(("", &self.0))
+    }
+}
+
+impl TryFrom<String> for SnapshotPath {
+    type Error = Error;
+
+    /// A path from outside (a deserialized handle) is no more trusted than a name.
+    fn try_from(text: String) -> Result<Self> {
+        if !text.is_empty() {
+            text.split('/').try_for_each(check)?;
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<SnapshotPath> for String {
+    fn from(path: SnapshotPath) -> Self {
+        path.0
+    }
+}
+
+/// As error messages say it: `fragment "sda" in namespace "disks"`.
+impl fmt::Display for SnapshotPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (namespace, name) = self.split();
+        if namespace.is_empty() {
+            write!(f, "fragment {name:?}")
+        } else {
+            write!(f, "fragment {name:?} in namespace {namespace:?}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usual_and_unusual_names_are_allowed() {
+        for name in ["mem", "vcpu0", "pci 00:1f.2", "...", ".hidden", "é", "e\u{301}", "-x", "a b", "enc_metadata2"] {
+            check(name).unwrap();
+        }
+        check(&"x".repeat(255)).unwrap();
+    }
+
+    #[test]
+    fn names_that_escape_or_collide_are_refused() {
+        let long = "é".repeat(128);
+        let bad = [
+            "", ".", "..", "/", "a/b", "/etc", "../x", "a\\b", "a\0b", ".vmsnap", ".vmsnap-0", "enc_metadata",
+            "ENC_Metadata", "vmsnap_manifest", "VMSNAP_MANIFEST", &long,
+        ];
+        for name in bad {
+            assert!(check(name).unwrap_err().is_invalid_argument(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_from_outside_is_checked_part_by_part() {
+        assert_eq!(SnapshotPath::try_from(String::new()).unwrap(), SnapshotPath::default());
+        assert_eq!(SnapshotPath::try_from("a/b".to_owned()).unwrap().split(), ("a", "b"));
+        for bad in ["../a", "a//b", "/a", "a/", "a/enc_metadata"] {
+            assert!(SnapshotPath::try_from(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+}

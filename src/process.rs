@@ -1,0 +1,118 @@
+//! This process, as against the one it was forked from.
+//!
+//! A forked child inherits nonce batches, locks and pools whose threads do not exist in it. Whoever holds such state asks
+//! [`token`] whether it is still at home. The process id would not do: the first process of a PID namespace has the
+//! number 1 in each of them. Linux empties a page marked `MADV_WIPEONFORK` in every forked child, which costs one load
+//! to look at.
+
+#![allow(unsafe_code, reason = "maps a page, and hands out references to values that are never freed")]
+
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+
+const PAGE_BYTES: usize = 4096;
+
+/// The page emptied by a fork; null before it was mapped.
+static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
+
+/// The last token given out. A child inherits it, so its own tokens differ from those of all its ancestors.
+static LAST_TOKEN: AtomicU64 = AtomicU64::new(0);
+
+/// A number that is the same for as long as this process lives, and another one in a child forked from it.
+pub(crate) fn token() -> u64 {
+    let Some(cell) = page() else {
+        // A kernel or a sandbox without MADV_WIPEONFORK (Linux before 4.14): the process id is what is left.
+        return u64::from(std::process::id());
+    };
+    match cell.load(Ordering::Acquire) {
+        0 => {
+            let fresh = LAST_TOKEN.fetch_add(1, Ordering::Relaxed) + 1;
+            match cell.compare_exchange(0, fresh, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => fresh,
+                Err(other_threads) => other_threads,
+            }
+        }
+        token => token,
+    }
+}
+
+fn page() -> Option<&'static AtomicU64> {
+    let mut mapped = PAGE.load(Ordering::Acquire);
+    if mapped.is_null() {
+        let fresh = map_page()?;
+        // Two threads at once: the page of the second is left unused, one page in a process's life.
+        mapped = match PAGE.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => fresh,
+            Err(theirs) => theirs,
+        };
+    }
+    // SAFETY: `mapped` came from map_page(), which maps a readable, writable, page-aligned and zeroed page; it is never
+    // unmapped, and an AtomicU64 may hold any bytes.
+    Some(unsafe { &*mapped })
+}
+
+fn map_page() -> Option<*mut AtomicU64> {
+    // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no memory of ours.
+    let page = unsafe {
+        mmap_anonymous(ptr::null_mut(), PAGE_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?
+    };
+    // SAFETY: the range is exactly the mapping made above, which nobody else knows yet.
+    unsafe { madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork).ok()? };
+    Some(page.cast())
+}
+
+/// A value of which every process has its own: a forked child leaks its parent's and makes it anew.
+///
+/// No lock is involved, as a lock that another thread holds during the fork stays held in the child for ever.
+pub(crate) struct PerProcess<T: 'static>(AtomicPtr<(u64, T)>);
+
+impl<T: Send + Sync> PerProcess<T> {
+    pub(crate) const fn new() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    /// The value of this process, made by `make` if it has none yet.
+    pub(crate) fn get<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<&'static T, E> {
+        let token = token();
+        let current = self.0.load(Ordering::Acquire);
+        // SAFETY: a non-null pointer was made from a leaked Box below and is never freed.
+        if let Some((owner, value)) = unsafe { current.as_ref() }
+            && *owner == token
+        {
+            return Ok(value);
+        }
+        let fresh = Box::into_raw(Box::new((token, make()?)));
+        match self.0.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
+            // SAFETY: leaked just now and never freed from here on.
+            Ok(_) => Ok(unsafe { &(*fresh).1 }),
+            Err(theirs) => {
+                // SAFETY: `fresh` was not published, so this is its only owner.
+                drop(unsafe { Box::from_raw(fresh) });
+                // SAFETY: as `current` above: published by another thread of this process, never freed.
+                Ok(unsafe { &(*theirs).1 })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_stays_the_same_in_all_threads() {
+        let here = token();
+        assert_eq!(std::thread::spawn(token).join().unwrap(), here);
+        assert_ne!(here, 0);
+    }
+
+    #[test]
+    fn a_value_is_made_once() {
+        static VALUE: PerProcess<String> = PerProcess::new();
+        let first = VALUE.get(|| Ok::<_, ()>("made".to_owned())).unwrap();
+        let second = VALUE.get(|| Err("made again")).unwrap();
+        assert!(std::ptr::eq(first, second));
+    }
+}

@@ -1,0 +1,202 @@
+//! Reading a snapshot.
+
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::cipher::SecretKey;
+use crate::error::{Error, Kind, Result};
+use crate::fragment::{FragmentReader, folder};
+use crate::key;
+use crate::name::{KEY_METADATA, SnapshotPath};
+use crate::options::{Format, SnapshotOptions};
+use crate::threads;
+use crate::writer::absolute;
+
+/// Reads a snapshot that [`crate::SnapshotWriter`] wrote, or a plain one of crosvm's.
+///
+/// The handle can be cloned and serialized as a writer's. **Serialized, it holds the data key in the clear.** `Debug` never
+/// shows it.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let root = folder.path().join("vm1");
+/// # let writer = vmsnap::SnapshotWriter::new(root.clone(), false)?;
+/// # writer.write_fragment("clock", &12_u64)?;
+/// # writer.add_namespace("disks")?;
+/// let reader = vmsnap::SnapshotReader::new(&root, false)?;
+/// assert_eq!(reader.list_fragments()?, ["clock"]);
+/// assert_eq!(reader.list_namespaces()?, ["disks"]);
+/// assert_eq!(reader.read_fragment::<u64>("clock")?, 12);
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+#[derive(Clone, Serialize, Deserialize)]
+pub struct SnapshotReader {
+    #[serde(with = "crate::writer::any_path")]
+    root: PathBuf,
+    namespace: SnapshotPath,
+    data_key: Option<SecretKey>,
+    threads: usize,
+    format: Format,
+}
+
+impl SnapshotReader {
+    /// Opens the snapshot at `root`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where there is none, [`Error::is_not_encrypted`] where `require_encrypted` and it is plain,
+    /// [`Error::is_key_unavailable`] where it is encrypted: [`SnapshotOptions::key`] gives the key.
+    pub fn new(root: impl AsRef<Path>, require_encrypted: bool) -> Result<Self> {
+        SnapshotOptions::new().encrypt(require_encrypted).open(root)
+    }
+
+    /// Opens a fragment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where there is none of that name, [`Error::is_invalid_argument`] for a name none can have,
+    /// [`Error::is_corrupt`] where something else than a fragment is in its place, and in an encrypted snapshot
+    /// [`Error::is_authentication`] where it is not the one that was written there.
+    pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
+        FragmentReader::open(&self.root, &self.namespace.join(name)?, self.data_key.as_ref(), self.threads)
+    }
+
+    /// Reads a fragment that holds one serialized value.
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] where it holds anything but one such value.
+    pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let mut fragment = self.raw_fragment(name)?;
+        let place = format!("{} of {}", self.namespace.join(name)?, self.root.display());
+        let mut bytes = Vec::new();
+        usize::try_from(fragment.size())
+            .ok()
+            .and_then(|size| bytes.try_reserve_exact(size).ok())
+            .ok_or_else(|| Error::corrupt(format!("{place}: {} bytes are no serialized value", fragment.size())))?;
+        fragment.read_to_end(&mut bytes)?;
+        let unfit = |error: Box<dyn std::error::Error + Send + Sync>| {
+            Error::with_source(Kind::Corrupt, format!("{place} does not hold such a value: {error}"), error)
+        };
+        match self.format {
+            Format::Cbor => {
+                let mut rest = &bytes[..];
+                let value = ciborium::from_reader(&mut rest).map_err(|error| unfit(error.into()))?;
+                if rest.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end".into())) }
+            }
+            Format::Json => serde_json::from_slice(&bytes).map_err(|error| unfit(error.into())),
+        }
+    }
+
+    /// Names of the fragments at this level, sorted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_corrupt`] where the folder holds a link, a special file or a name that no snapshot can hold.
+    pub fn list_fragments(&self) -> Result<Vec<String>> {
+        folder::list(&self.root, self.namespace.as_str()).map(|(fragments, _)| fragments)
+    }
+
+    /// Names of the namespaces at this level, sorted.
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotReader::list_fragments`].
+    pub fn list_namespaces(&self) -> Result<Vec<String>> {
+        folder::list(&self.root, self.namespace.as_str()).map(|(_, namespaces)| namespaces)
+    }
+
+    /// Opens a namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where there is none of that name.
+    pub fn namespace(&self, name: &str) -> Result<Self> {
+        let namespace = self.namespace.join(name)?;
+        folder::open(&self.root, namespace.as_str())?;
+        Ok(Self { namespace, ..self.clone() })
+    }
+
+    /// The snapshot's folder, absolute.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The namespace read from: names joined with `/`, empty at the root.
+    #[must_use]
+    pub fn namespace_path(&self) -> &str {
+        self.namespace.as_str()
+    }
+
+    /// Whether the snapshot is encrypted.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.data_key.is_some()
+    }
+}
+
+impl SnapshotOptions {
+    /// Opens the snapshot at `root`, as [`SnapshotReader::new`]. A key implies that it must be encrypted.
+    ///
+    /// # Errors
+    ///
+    /// As there; [`Error::is_authentication`] where the key is not the one, or `enc_metadata` is damaged;
+    /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
+    pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
+        let threads = threads::resolve(self.threads)?;
+        let root = absolute(root.as_ref())?;
+        let data_key = match read_key_metadata(&root)? {
+            Some(wrapped) => {
+                let payload = key::unwrap(&wrapped, self.key.as_ref())
+                    .map_err(|error| error.context(format!("{KEY_METADATA} of {}", root.display())))?;
+                Some(payload.data_key().clone())
+            }
+            None if self.encrypt || self.key.is_some() => {
+                return Err(Error::new(
+                    Kind::NotEncrypted,
+                    format!(
+                        "the snapshot {} is not encrypted, and was required to be (it has no {KEY_METADATA})",
+                        root.display()
+                    ),
+                ));
+            }
+            None => None,
+        };
+        Ok(SnapshotReader { root, namespace: SnapshotPath::default(), data_key, threads, format: self.format })
+    }
+}
+
+/// The contents of `enc_metadata`, or none where the snapshot is plain.
+fn read_key_metadata(root: &Path) -> Result<Option<Vec<u8>>> {
+    let root_folder = folder::open(root, "")?;
+    let place = format!("{KEY_METADATA} of {}", root.display());
+    let (file, size) = match folder::open_file(&root_folder, KEY_METADATA) {
+        Ok(opened) => opened,
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOENT.raw_os_error()) => return Ok(None),
+        // Whatever else is there, the snapshot does not count as plain.
+        Err(error) => return Err(error.context(place)),
+    };
+    if size > key::MAX_KEY_METADATA_BYTES {
+        return Err(Error::corrupt(format!("{place}: {size} bytes are too many for a wrapped key")));
+    }
+    let mut wrapped = Vec::new();
+    file.take(size)
+        .read_to_end(&mut wrapped)
+        .map_err(|error| Error::io(format!("cannot read {place}"), error))?;
+    Ok(Some(wrapped))
+}
+
+impl fmt::Debug for SnapshotReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SnapshotReader")
+            .field("root", &self.root)
+            .field("namespace", &self.namespace.as_str())
+            .field("encrypted", &self.is_encrypted())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,205 @@
+//! Writing a snapshot.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey};
+use crate::error::{Error, Kind, Result};
+use crate::fragment::{Fragment, Sealed, folder};
+use crate::key::{self, KeyPayload};
+use crate::name::{KEY_METADATA, SnapshotPath};
+use crate::options::{Format, SnapshotOptions};
+use crate::threads;
+
+/// Writes a snapshot: a folder of fragments, nested by namespaces.
+///
+/// The handle is small and can be cloned, and serialized to travel to another process, where it goes on writing into the
+/// same snapshot. **Serialized, it holds the data key in the clear.** `Debug` never shows it.
+///
+/// ```
+/// use std::io::Write;
+///
+/// # let folder = tempfile::tempdir()?;
+/// let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+/// writer.write_fragment("clock", &12_u64)?;
+/// let mut disk = writer.add_namespace("disks")?.raw_fragment("sda")?;
+/// disk.write_all(&[0; 512])?;
+/// disk.finish()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Serialize, Deserialize)]
+pub struct SnapshotWriter {
+    #[serde(with = "crate::writer::any_path")]
+    root: PathBuf,
+    namespace: SnapshotPath,
+    data_key: Option<SecretKey>,
+    threads: usize,
+    format: Format,
+}
+
+impl SnapshotWriter {
+    /// Creates a snapshot at `root`, which must not exist; its parent must.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where something is at `root` or its parent is missing. [`Error::is_key_unavailable`] with `encrypt`:
+    /// it needs a key, which [`SnapshotOptions::key`] gives. Nothing is left behind.
+    pub fn new(root: impl Into<PathBuf>, encrypt: bool) -> Result<Self> {
+        SnapshotOptions::new().encrypt(encrypt).create(root.into())
+    }
+
+    /// Creates a fragment, encrypted in chunks of 4 KiB where the snapshot is encrypted.
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotWriter::raw_fragment_with_chunk_size`].
+    pub fn raw_fragment(&self, name: &str) -> Result<Fragment> {
+        self.raw_fragment_with_chunk_size(name, DEFAULT_CHUNK_SIZE_BYTES)
+    }
+
+    /// Creates a fragment, encrypted in chunks of `chunk_size_bytes` (32 bytes to 64 MiB) where the snapshot is encrypted.
+    ///
+    /// Larger chunks are faster to write, smaller ones to read at random: a read decrypts whole chunks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] for a name or a size that is not allowed, [`Error::is_io`] where the fragment exists.
+    pub fn raw_fragment_with_chunk_size(&self, name: &str, chunk_size_bytes: usize) -> Result<Fragment> {
+        let path = self.namespace.join(name)?;
+        crate::cipher::check_chunk_size(chunk_size_bytes)?;
+        let sealed = self.data_key.as_ref().map(|key| Sealed { key, chunk_size_bytes, threads: self.threads });
+        Fragment::create(&self.root, &path, sealed.as_ref())
+    }
+
+    /// Writes a fragment with the serialized `value`. It is serialized before any file exists.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_serialization`] where the format cannot hold the value, and as
+    /// [`SnapshotWriter::raw_fragment_with_chunk_size`].
+    pub fn write_fragment<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<()> {
+        let path = self.namespace.join(name)?;
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            Error::with_source(Kind::Serialization, format!("{path} of {} cannot be serialized", self.root.display()), error)
+        };
+        let mut bytes = Vec::new();
+        match self.format {
+            Format::Cbor => ciborium::into_writer(value, &mut bytes).map_err(|error| failed(error.into()))?,
+            Format::Json => serde_json::to_writer(&mut bytes, value).map_err(|error| failed(error.into()))?,
+        }
+        let mut fragment = self.raw_fragment(name)?;
+        fragment.write_all(&bytes)?;
+        fragment.finish()
+    }
+
+    /// Creates a namespace, and returns a writer into it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] for a name that is not allowed, [`Error::is_io`] where it exists.
+    pub fn add_namespace(&self, name: &str) -> Result<Self> {
+        let namespace = self.namespace.join(name)?;
+        folder::create(&self.root, &namespace)?;
+        Ok(Self { namespace, ..self.clone() })
+    }
+
+    /// The snapshot's folder, absolute.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The namespace written into: names joined with `/`, empty at the root.
+    #[must_use]
+    pub fn namespace_path(&self) -> &str {
+        self.namespace.as_str()
+    }
+
+    /// Whether what is written gets encrypted.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.data_key.is_some()
+    }
+}
+
+impl SnapshotOptions {
+    /// Creates a snapshot at `root`, as [`SnapshotWriter::new`].
+    ///
+    /// # Errors
+    ///
+    /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
+    pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
+        let threads = threads::resolve(self.threads)?;
+        let root = absolute(root.as_ref())?;
+        let payload = match &self.key {
+            Some(key) => {
+                let payload = KeyPayload::generate()?;
+                let wrapped = key::wrap(&payload, key)?;
+                Some((payload, wrapped))
+            }
+            None if self.encrypt => {
+                return Err(Error::new(
+                    Kind::KeyUnavailable,
+                    format!("cannot create the encrypted snapshot {}: pass a 32-byte key", root.display()),
+                ));
+            }
+            None => None,
+        };
+        folder::create_root(&root)?;
+        if let Some((_, wrapped)) = &payload {
+            write_key_metadata(&root, wrapped).inspect_err(|_| {
+                // Ours and empty but for what was just being written; an error here would hide the cause.
+                let _ = std::fs::remove_file(root.join(KEY_METADATA)).and_then(|()| std::fs::remove_dir(&root));
+            })?;
+        }
+        Ok(SnapshotWriter {
+            root,
+            namespace: SnapshotPath::default(),
+            data_key: payload.map(|(payload, _)| payload.data_key().clone()),
+            threads,
+            format: self.format,
+        })
+    }
+}
+
+fn write_key_metadata(root: &Path, wrapped: &[u8]) -> Result<()> {
+    let failed = |error: std::io::Error| Error::io(format!("cannot write {KEY_METADATA} of {}", root.display()), error);
+    let file = folder::create_file(&folder::open(root, "")?, KEY_METADATA).map_err(|errno| failed(errno.into()))?;
+    file.write_all_at(wrapped, 0).map_err(failed)
+}
+
+/// Handles keep an absolute path: another process, or this one later, may be in another folder.
+pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
+    std::path::absolute(root).map_err(|error| {
+        Error::io(format!("{} is no path of a snapshot", root.display()), error)
+    })
+}
+
+impl fmt::Debug for SnapshotWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SnapshotWriter")
+            .field("root", &self.root)
+            .field("namespace", &self.namespace.as_str())
+            .field("encrypted", &self.is_encrypted())
+            .finish_non_exhaustive()
+    }
+}
+
+/// serde's own form of a path must be UTF-8; Linux's need not be.
+pub(crate) mod any_path {
+    use super::{OsString, PathBuf};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        OsString::deserialize(deserializer).map(PathBuf::from)
+    }
+}
