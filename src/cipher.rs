@@ -62,18 +62,16 @@ fn provider() -> Result<Provider> {
     CHOSEN
         .get_or_init(|| match std::env::var_os(PROVIDER_VARIABLE) {
             None => Ok(PROVIDERS[0].1),
-            Some(wanted) => PROVIDERS
-                .iter()
-                .find(|(name, _)| wanted == *name)
-                .map(|(_, provider)| *provider)
-                .ok_or_else(|| {
+            Some(wanted) => {
+                PROVIDERS.iter().find(|(name, _)| wanted == *name).map(|(_, provider)| *provider).ok_or_else(|| {
                     let known: Vec<_> = PROVIDERS.iter().map(|(name, _)| *name).collect();
                     format!(
                         "{PROVIDER_VARIABLE}={} is none of the providers in this build ({})",
                         wanted.display(),
                         known.join(", ")
                     )
-                }),
+                })
+            }
         })
         .clone()
         .map_err(Error::invalid_argument)

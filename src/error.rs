@@ -173,7 +173,9 @@ impl Error {
                 .and_then(|source| source.downcast_ref::<io::Error>())
                 .map_or(io::ErrorKind::Other, io::Error::kind),
             Kind::InvalidArgument => io::ErrorKind::InvalidInput,
-            Kind::Authentication | Kind::Corrupt | Kind::Unsupported | Kind::Serialization => io::ErrorKind::InvalidData,
+            Kind::Authentication | Kind::Corrupt | Kind::Unsupported | Kind::Serialization => {
+                io::ErrorKind::InvalidData
+            }
             Kind::KeyUnavailable | Kind::NotEncrypted => io::ErrorKind::PermissionDenied,
             // Not io::ErrorKind::Interrupted: std's loops would try again, and a stop was asked for.
             Kind::State | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,

@@ -115,8 +115,22 @@ mod tests {
     fn names_that_escape_or_collide_are_refused() {
         let long = "é".repeat(128);
         let bad = [
-            "", ".", "..", "/", "a/b", "/etc", "../x", "a\\b", "a\0b", ".vmsnap", ".vmsnap-0", "enc_metadata",
-            "ENC_Metadata", "vmsnap_manifest", "VMSNAP_MANIFEST", &long,
+            "",
+            ".",
+            "..",
+            "/",
+            "a/b",
+            "/etc",
+            "../x",
+            "a\\b",
+            "a\0b",
+            ".vmsnap",
+            ".vmsnap-0",
+            "enc_metadata",
+            "ENC_Metadata",
+            "vmsnap_manifest",
+            "VMSNAP_MANIFEST",
+            &long,
         ];
         for name in bad {
             assert!(check(name).unwrap_err().is_invalid_argument(), "{name:?}");

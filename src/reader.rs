@@ -185,9 +185,7 @@ fn read_key_metadata(root: &Path) -> Result<Option<Vec<u8>>> {
         return Err(Error::corrupt(format!("{place}: {size} bytes are too many for a wrapped key")));
     }
     let mut wrapped = Vec::new();
-    file.take(size)
-        .read_to_end(&mut wrapped)
-        .map_err(|error| Error::io(format!("cannot read {place}"), error))?;
+    file.take(size).read_to_end(&mut wrapped).map_err(|error| Error::io(format!("cannot read {place}"), error))?;
     Ok(Some(wrapped))
 }
 

@@ -124,13 +124,14 @@ mod tests {
     fn squares(workers: usize, count: u64, stop_at: Option<u64>) -> (Result<()>, u64) {
         let mut workers = vec![0_u64; workers];
         let mut callback = || Ok(());
-        let result = for_each(&mut workers, 0..usize::try_from(count).unwrap(), &mut Poll::new(&mut callback), |sum, item| {
-            if stop_at == Some(item as u64) {
-                return Err(Error::interrupted());
-            }
-            *sum += (item * item) as u64;
-            Ok(())
-        });
+        let result =
+            for_each(&mut workers, 0..usize::try_from(count).unwrap(), &mut Poll::new(&mut callback), |sum, item| {
+                if stop_at == Some(item as u64) {
+                    return Err(Error::interrupted());
+                }
+                *sum += (item * item) as u64;
+                Ok(())
+            });
         (result, workers.iter().sum())
     }
 

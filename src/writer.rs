@@ -85,7 +85,11 @@ impl SnapshotWriter {
     pub fn write_fragment<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<()> {
         let path = self.namespace.join(name)?;
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-            Error::with_source(Kind::Serialization, format!("{path} of {} cannot be serialized", self.root.display()), error)
+            Error::with_source(
+                Kind::Serialization,
+                format!("{path} of {} cannot be serialized", self.root.display()),
+                error,
+            )
         };
         let mut bytes = Vec::new();
         match self.format {
@@ -175,9 +179,7 @@ fn write_key_metadata(root: &Path, wrapped: &[u8]) -> Result<()> {
 
 /// Handles keep an absolute path: another process, or this one later, may be in another folder.
 pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
-    std::path::absolute(root).map_err(|error| {
-        Error::io(format!("{} is no path of a snapshot", root.display()), error)
-    })
+    std::path::absolute(root).map_err(|error| Error::io(format!("{} is no path of a snapshot", root.display()), error))
 }
 
 impl fmt::Debug for SnapshotWriter {

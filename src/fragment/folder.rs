@@ -38,7 +38,9 @@ pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
         folder = fs::openat(&folder, name, flags | OFlags::NOFOLLOW, Mode::empty()).map_err(|errno| {
             let place = format!("namespace {namespace:?} of {}", root.display());
             match (errno, kind_of(&folder, name)) {
-                (Errno::NOTDIR | Errno::LOOP, Some(kind)) if kind != FileType::RegularFile => stray(name, kind).context(place),
+                (Errno::NOTDIR | Errno::LOOP, Some(kind)) if kind != FileType::RegularFile => {
+                    stray(name, kind).context(place)
+                }
                 (Errno::NOENT, _) => Error::io(format!("{place} does not exist"), errno),
                 _ => Error::io(format!("cannot open {place}"), errno),
             }
@@ -66,11 +68,12 @@ pub(crate) fn create_file(folder: &OwnedFd, name: &str) -> std::result::Result<F
 pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
     // Non-blocking: opening a FIFO would wait for its other end.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = fs::openat(folder, name, flags, Mode::empty()).map_err(|errno| match (errno, kind_of(folder, name)) {
-        (Errno::LOOP | Errno::NXIO, Some(kind)) if kind != FileType::RegularFile => stray(name, kind),
-        (Errno::NOENT, _) => Error::io("does not exist", errno),
-        _ => Error::io("cannot be opened", errno),
-    })?;
+    let file =
+        fs::openat(folder, name, flags, Mode::empty()).map_err(|errno| match (errno, kind_of(folder, name)) {
+            (Errno::LOOP | Errno::NXIO, Some(kind)) if kind != FileType::RegularFile => stray(name, kind),
+            (Errno::NOENT, _) => Error::io("does not exist", errno),
+            _ => Error::io("cannot be opened", errno),
+        })?;
     let stat = fs::fstat(&file).map_err(|errno| Error::io("cannot be examined", errno))?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {

@@ -52,10 +52,10 @@ impl fmt::Display for Place {
 
 /// The process a fragment was opened in: cipher state must not be used in another.
 #[derive(Clone, Copy, Debug)]
-struct Home(u64);
+pub(crate) struct Home(u64);
 
 impl Home {
-    fn here() -> Self {
+    pub(crate) fn here() -> Self {
         Self(process::token())
     }
 
@@ -63,10 +63,13 @@ impl Home {
         self.0 == process::token()
     }
 
-    fn check(self) -> Result<()> {
+    pub(crate) fn check(self) -> Result<()> {
         if self.is_here() {
             return Ok(());
         }
-        Err(Error::new(Kind::State, "it was opened in the process this one was forked from; open it again in this process"))
+        Err(Error::new(
+            Kind::State,
+            "it was opened in the process this one was forked from; open it again in this process",
+        ))
     }
 }

@@ -34,7 +34,11 @@ impl<'a> Iterator for Pieces<'a> {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let count = if self.rest.is_empty() { 0 } else { (self.bytes_into_strip() + self.rest.len()).div_ceil(self.strip_bytes) };
+        let count = if self.rest.is_empty() {
+            0
+        } else {
+            (self.bytes_into_strip() + self.rest.len()).div_ceil(self.strip_bytes)
+        };
         (count, Some(count))
     }
 }

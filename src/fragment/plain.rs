@@ -37,13 +37,22 @@ impl PlainSink {
         self.offset + self.gathered.len() as u64
     }
 
+    /// Takes a small write that there is room for.
+    pub(super) fn gather(&mut self, data: &[u8]) -> bool {
+        let fits = self.gathered.len() + data.len() < GATHER_BYTES;
+        if fits {
+            self.gathered.extend_from_slice(data);
+        }
+        fits
+    }
+
     /// One thread, straight from the caller's buffer: the file's inode lock lets no second one write (measured).
     pub(super) fn write(&mut self, data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
-        if self.gathered.len() + data.len() > GATHER_BYTES {
-            self.flush()?;
+        if self.gather(data) {
+            return Ok(());
         }
-        if data.len() < GATHER_BYTES {
-            self.gathered.extend_from_slice(data);
+        self.flush()?;
+        if self.gather(data) {
             return Ok(());
         }
         for piece in data.chunks(PIECE_BYTES) {

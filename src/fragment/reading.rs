@@ -169,7 +169,10 @@ impl FragmentReader {
         self.file.home.check().map_err(|error| error.context(&self.file.place))?;
         if self.current.as_ref().is_none_or(|(held, _)| *held != start) {
             let mut chunk = self.current.take().map(|(_, chunk)| chunk).unwrap_or_default();
-            chunk.resize(usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes)), 0);
+            chunk.resize(
+                usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes)),
+                0,
+            );
             self.read_at_polled(start, &mut chunk, poll)?;
             self.current = Some((start, chunk));
         }
@@ -202,9 +205,8 @@ impl Seek for FragmentReader {
             SeekFrom::Current(delta) => self.position.checked_add_signed(delta),
             SeekFrom::End(delta) => self.size().checked_add_signed(delta),
         };
-        self.position = target.ok_or_else(|| {
-            Error::invalid_argument(format!("{}: cannot seek to before its start", self.file.place))
-        })?;
+        self.position = target
+            .ok_or_else(|| Error::invalid_argument(format!("{}: cannot seek to before its start", self.file.place)))?;
         Ok(self.position)
     }
 }

@@ -10,8 +10,8 @@ use std::sync::Mutex;
 use super::STRIP_BYTES;
 use super::pieces::Pieces;
 use crate::cipher::{
-    HEADER_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, SecretKey, Sealer, Sealing, check_declared_chunk_size, segment_offset,
-    segment_size,
+    HEADER_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, SecretKey, check_declared_chunk_size,
+    segment_offset, segment_size,
 };
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
@@ -82,9 +82,17 @@ impl SealedSink {
         self.next_index * self.chunk_size_bytes as u64 + self.gathered.len() as u64
     }
 
-    pub(super) fn write(&mut self, mut data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
-        if self.gathered.len() + data.len() <= self.gather_bytes {
+    /// Takes a small write that there is room for.
+    pub(super) fn gather(&mut self, data: &[u8]) -> bool {
+        let fits = self.gathered.len() + data.len() <= self.gather_bytes;
+        if fits {
             self.gathered.extend_from_slice(data);
+        }
+        fits
+    }
+
+    pub(super) fn write(&mut self, mut data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+        if self.gather(data) {
             return Ok(());
         }
         let chunk_size_bytes = self.chunk_size_bytes;

@@ -92,6 +92,20 @@ impl Fragment {
         }
     }
 
+    /// Takes `data` where that only means to remember it until more comes, and says whether it did.
+    #[cfg(feature = "python")]
+    pub(crate) fn gather(&mut self, data: &[u8]) -> Option<()> {
+        if !self.home.is_here() {
+            return None;
+        }
+        let taken = match &mut self.state {
+            State::Open(Sink::Plain(sink)) => sink.gather(data),
+            State::Open(Sink::Sealed(sink)) => sink.gather(data),
+            State::Failed(_) | State::Closed => false,
+        };
+        taken.then_some(())
+    }
+
     /// Writes all of `data`, and asks `poll` from time to time (not more often than every 50 ms) whether to go on.
     ///
     /// # Errors
@@ -164,7 +178,9 @@ impl Fragment {
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
         let result = self.home.check().and_then(|()| match &mut self.state {
             State::Open(sink) => work(sink),
-            State::Failed(_) => Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew")),
+            State::Failed(_) => {
+                Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew"))
+            }
             State::Closed => Err(Error::new(Kind::State, "is closed")),
         });
         if result.is_err() && self.home.is_here() {
@@ -216,6 +232,9 @@ impl fmt::Debug for Fragment {
             State::Failed(_) => "failed",
             State::Closed => "closed",
         };
-        f.debug_struct("Fragment").field("place", &self.place.to_string()).field("state", &state).finish_non_exhaustive()
+        f.debug_struct("Fragment")
+            .field("place", &self.place.to_string())
+            .field("state", &state)
+            .finish_non_exhaustive()
     }
 }

@@ -32,7 +32,10 @@ pub(crate) fn wrap(payload: &KeyPayload, key: &SecretKey) -> Result<Vec<u8>> {
 pub(crate) fn unwrap(wrapped: &[u8], key: Option<&SecretKey>) -> Result<KeyPayload> {
     if raw::is_wrapped(wrapped) {
         let key = key.ok_or_else(|| {
-            Error::new(Kind::KeyUnavailable, "the snapshot is encrypted with a 32-byte key: pass the key it was written with")
+            Error::new(
+                Kind::KeyUnavailable,
+                "the snapshot is encrypted with a 32-byte key: pass the key it was written with",
+            )
         })?;
         return raw::unwrap(wrapped, key);
     }
@@ -41,7 +44,12 @@ pub(crate) fn unwrap(wrapped: &[u8], key: Option<&SecretKey>) -> Result<KeyPaylo
     } else if wrapped.starts_with(KEY_SERVICE_PREFIX) {
         "its key is wrapped by a key service"
     } else {
-        return Err(Error::corrupt("its contents are no wrapped key of vmsnap's (damaged, or written by another program)"));
+        return Err(Error::corrupt(
+            "its contents are no wrapped key of vmsnap's (damaged, or written by another program)",
+        ));
     };
-    Err(Error::new(Kind::Unsupported, format!("{wrapping}, which this version of vmsnap does not open: use a newer one")))
+    Err(Error::new(
+        Kind::Unsupported,
+        format!("{wrapping}, which this version of vmsnap does not open: use a newer one"),
+    ))
 }

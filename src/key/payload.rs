@@ -75,7 +75,10 @@ fn malformed(error: impl fmt::Display) -> Error {
 }
 
 fn unsupported(what: &str) -> Error {
-    Error::new(Kind::Unsupported, format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one"))
+    Error::new(
+        Kind::Unsupported,
+        format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one"),
+    )
 }
 
 fn parse<T: DeserializeOwned>(mut bytes: &[u8]) -> Result<T> {

@@ -1,0 +1,117 @@
+# All set-up is here: `make demo` and `make test` are enough on a fresh machine with Python 3.11+, Rust and a C compiler.
+# Everything made lies in .venv/, target/ and dist/.
+
+PYTHON ?= python3
+
+SHELL := /bin/sh
+.SHELLFLAGS := -euc
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+unexport PYTHONPATH PYTHONHOME
+
+venv := .venv
+python := $(venv)/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+step = printf '\n==> %s\n' '$(1)'
+
+# Folders are listed too: a deleted file changes its folder's time.
+sources := $(shell find src python -not -name '*.pyc' -not -name __pycache__ 2>/dev/null) \
+	Cargo.toml Cargo.lock pyproject.toml README.md $(wildcard LICENSE*)
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
+	@printf '\n  PYTHON=python3.12   the interpreter to set up with\n'
+
+.PHONY: build
+build: $(venv)/installed ## vmsnap[cli] installed into .venv, its wheel in dist/
+
+.PHONY: demo
+demo: build ## the main job, on this machine's memory
+	$(venv)/bin/vmsnap demo
+
+.PHONY: test
+test: lint test-rust test-python ## everything below: lint, test-rust, test-python
+
+.PHONY: lint
+lint: build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest
+	@scripts/check-tools.sh '$(PYTHON)' lint
+	@$(call step,rustfmt)
+	cargo fmt --all --check
+	@$(call step,clippy)
+	PYO3_PYTHON='$(CURDIR)/$(python)' cargo clippy --locked --all-targets --features python -- -D warnings
+	@$(call step,rustdoc)
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	@$(call step,ruff check)
+	$(python) -m ruff check .
+	@$(call step,ruff format)
+	$(python) -m ruff format --check .
+	@$(call step,mypy --strict)
+	$(python) -m mypy --strict
+	@$(call step,stubtest)
+	$(python) -m mypy.stubtest vmsnap
+
+.PHONY: test-rust
+test-rust: ## cargo test, with both AEAD providers and with the pure-Rust one alone
+	@scripts/check-tools.sh '$(PYTHON)'
+	@$(call step,cargo test)
+	cargo test --locked
+	@$(call step,cargo test --no-default-features)
+	cargo test --locked --no-default-features
+
+.PHONY: test-python
+test-python: build $(venv)/dev ## pytest, against the installed wheel
+	@$(call step,pytest)
+	$(python) -m pytest
+
+.PHONY: bench
+bench: build $(venv)/bench ## speed, side by side with others
+	@$(call step,benches/compare.py)
+	$(python) benches/compare.py $(BENCH_ARGS)
+
+# pytest says 5 where no test has the marker.
+.PHONY: torture
+torture: build $(venv)/dev ## the long forms of the tests
+	@$(call step,cargo test: ignored ones)
+	cargo test --locked --release -- --ignored
+	@$(call step,pytest: torture)
+	$(python) -m pytest -m torture || test $$? -eq 5
+
+.PHONY: clean
+clean: ## away with all that was made
+	rm -rf $(venv) target dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Each of the following files says that the step which wrote it went through.
+
+$(venv)/created:
+	@$(call step,a virtual environment in $(venv))
+	@scripts/check-tools.sh '$(PYTHON)'
+	rm -rf $(venv)
+	'$(PYTHON)' -m venv $(venv)
+	$(pip) install --quiet --upgrade 'pip>=25.1'
+	touch $@
+
+$(venv)/tools: $(venv)/created pyproject.toml
+	$(pip) install --quiet --group build
+	touch $@
+
+$(venv)/installed: $(venv)/tools $(sources)
+	@$(call step,the wheel: the first time takes some minutes)
+	@scripts/check-tools.sh '$(PYTHON)'
+	rm -rf dist
+	$(python) -m maturin build --release --locked --interpreter $(python) --out dist
+	$(pip) install --quiet --force-reinstall --no-deps dist/*.whl
+	wheel=$$(echo dist/*.whl) && $(pip) install --quiet "$$wheel[cli]"
+	touch $@
+
+$(venv)/dev: $(venv)/created pyproject.toml
+	@$(call step,tools for tests and checks)
+	$(pip) install --quiet --group dev
+	touch $@
+
+$(venv)/bench: $(venv)/created pyproject.toml
+	@$(call step,what the benchmarks compare with)
+	$(pip) install --quiet --group bench
+	touch $@

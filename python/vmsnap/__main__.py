@@ -1,0 +1,6 @@
+"""``python -m vmsnap``: the command line."""
+
+from vmsnap.cli import main
+
+if __name__ == "__main__":
+    main()

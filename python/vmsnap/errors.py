@@ -1,0 +1,48 @@
+"""Exceptions. What the operating system refuses stays an `OSError` with its errno (`FileExistsError` and so on)."""
+
+__all__ = [
+    "AuthenticationError",
+    "CorruptSnapshotError",
+    "FragmentStateError",
+    "InvalidArgumentError",
+    "KeyUnavailableError",
+    "NotEncryptedError",
+    "UnsupportedFormatError",
+    "VmsnapError",
+]
+
+
+class VmsnapError(Exception):
+    """The base of all exceptions of this package."""
+
+
+class AuthenticationError(VmsnapError):
+    """A tag did not verify.
+
+    The key is wrong, or the file is damaged, truncated, renamed, moved or from another snapshot. Cryptography cannot tell
+    these apart.
+    """
+
+
+class KeyUnavailableError(VmsnapError):
+    """The snapshot is, or is to be, encrypted and no key was given."""
+
+
+class NotEncryptedError(VmsnapError):
+    """An encrypted snapshot was required, or a key was given, and the snapshot is plain."""
+
+
+class CorruptSnapshotError(VmsnapError):
+    """What is on disk cannot be a snapshot's: a link, a special file, a header that is none, a malformed value."""
+
+
+class UnsupportedFormatError(VmsnapError):
+    """The snapshot needs a newer version of vmsnap, or its key is wrapped in a way this version does not open."""
+
+
+class InvalidArgumentError(VmsnapError, ValueError):
+    """A name, a chunk size, a key length, an offset or a thread count that is not allowed."""
+
+
+class FragmentStateError(VmsnapError):
+    """The fragment cannot be used: a write failed earlier, or this is a process forked from the one that opened it."""

@@ -1,0 +1,227 @@
+"""Writing and reading snapshots: folders of fragments, nested by namespaces."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from vmsnap import _vmsnap
+from vmsnap.io import Fragment, FragmentReader
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, StrOrBytesPath
+
+__all__ = ["SnapshotReader", "SnapshotWriter"]
+
+
+class _Handle:
+    """What the handles of writers and readers share: both can be copied, and pickled to travel to another process."""
+
+    _raw: _vmsnap.SnapshotReader | _vmsnap.SnapshotWriter
+
+    @property
+    def root(self) -> Path:
+        """The snapshot's folder, absolute."""
+        return self._raw.root
+
+    @property
+    def namespace_path(self) -> str:
+        """The namespace this handle is for: names joined with ``/``, empty at the root."""
+        return self._raw.namespace_path
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the snapshot is encrypted."""
+        return self._raw.encrypted
+
+    @classmethod
+    def _of(cls, raw: _vmsnap.SnapshotReader | _vmsnap.SnapshotWriter) -> Self:
+        handle = cls.__new__(cls)
+        handle._raw = raw
+        return handle
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Self], tuple[bytes]]:
+        """Pickle, the data key included: whoever reads the pickle can read the snapshot."""
+        return self._from_state, (self._raw.to_state(),)
+
+    @classmethod
+    def _from_state(cls, state: bytes) -> Self:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        namespace = f" namespace={self.namespace_path!r}" if self.namespace_path else ""
+        state = "encrypted" if self.encrypted else "plain"
+        return f"<vmsnap.{type(self).__name__} {str(self.root)!r}{namespace} {state}>"
+
+
+class SnapshotWriter(_Handle):
+    """Writes a snapshot.
+
+    Parameters
+    ----------
+    root
+        The folder to create. It must not exist; its parent must.
+    encrypt
+        Encrypt every fragment. Needs `key`.
+    key
+        The 32 bytes that wrap the snapshot's own data key, from `generate_key`; implies `encrypt`. Without them nobody
+        can read the snapshot any more.
+    threads
+        The most threads that one call uses, itself included; no more than the process's pool has. By default the
+        environment variable ``VMSNAP_THREADS``, or as many as the process may run on.
+
+    Raises
+    ------
+    FileExistsError
+        Something is at `root`.
+    FileNotFoundError
+        The folder that `root` is to lie in does not exist.
+    KeyUnavailableError
+        `encrypt` without a key. Nothing is created.
+    InvalidArgumentError
+        A key that is not 32 bytes long, or a number of threads out of range.
+
+    Notes
+    -----
+    The handle is small, may be used by many threads, and can be copied and pickled: workers of `multiprocessing` and
+    `concurrent.futures` write their own fragments into one snapshot. **The pickle holds the data key in the clear.**
+    """
+
+    _raw: _vmsnap.SnapshotWriter
+
+    def __init__(
+        self,
+        root: "StrOrBytesPath",
+        encrypt: bool = False,
+        *,
+        key: "ReadableBuffer | None" = None,
+        threads: int | None = None,
+    ) -> None:
+        self._raw = _vmsnap.SnapshotWriter(os.fsdecode(root), encrypt, key, threads)
+
+    def raw_fragment(self, name: str, *, chunk_size_bytes: int = _vmsnap.DEFAULT_CHUNK_SIZE_BYTES) -> Fragment:
+        """Create a fragment.
+
+        Parameters
+        ----------
+        name
+            Up to 255 bytes of UTF-8 without slash, backslash and NUL; not ``.``, ``..`` or one of vmsnap's own.
+        chunk_size_bytes
+            Where the snapshot is encrypted: bytes that are encrypted, and later decrypted, together; 32 to 64 MiB.
+            Larger ones are faster to write, smaller ones to read at random.
+
+        Raises
+        ------
+        FileExistsError
+            There is a fragment or a namespace of that name.
+        InvalidArgumentError
+            The name or the size is not allowed.
+        """
+        return Fragment(self._raw.raw_fragment(name, chunk_size_bytes), name)
+
+    def raw_fragment_with_chunk_size(self, name: str, chunk_size_bytes: int) -> Fragment:
+        """Create a fragment, as `raw_fragment`; crosvm's name."""
+        return self.raw_fragment(name, chunk_size_bytes=chunk_size_bytes)
+
+    def add_namespace(self, name: str) -> "SnapshotWriter":
+        """Create a namespace, and return a writer into it.
+
+        Raises
+        ------
+        FileExistsError
+            There is a fragment or a namespace of that name.
+        InvalidArgumentError
+            The name is not allowed.
+        """
+        return self._of(self._raw.add_namespace(name))
+
+    @classmethod
+    def _from_state(cls, state: bytes) -> Self:
+        return cls._of(_vmsnap.SnapshotWriter.from_state(state))
+
+
+class SnapshotReader(_Handle):
+    """Reads a snapshot that `SnapshotWriter` wrote, or a plain one of crosvm's.
+
+    Parameters
+    ----------
+    root
+        The snapshot's folder.
+    require_encrypted
+        Refuse a plain snapshot.
+    key
+        The 32 bytes it was written with; implies `require_encrypted`.
+    threads
+        The most threads that one call uses, as for `SnapshotWriter`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder.
+    KeyUnavailableError
+        The snapshot is encrypted, and there is no key.
+    NotEncryptedError
+        The snapshot is plain, and was required to be encrypted.
+    AuthenticationError
+        The key is not the one, or ``enc_metadata`` is damaged.
+    UnsupportedFormatError
+        The snapshot needs a newer version of vmsnap.
+
+    Notes
+    -----
+    The handle can be copied and pickled, as a writer's. **The pickle holds the data key in the clear.**
+    """
+
+    _raw: _vmsnap.SnapshotReader
+
+    def __init__(
+        self,
+        root: "StrOrBytesPath",
+        require_encrypted: bool = False,
+        *,
+        key: "ReadableBuffer | None" = None,
+        threads: int | None = None,
+    ) -> None:
+        self._raw = _vmsnap.SnapshotReader(os.fsdecode(root), require_encrypted, key, threads)
+
+    def raw_fragment(self, name: str) -> FragmentReader:
+        """Open a fragment.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none of that name in this namespace.
+        AuthenticationError
+            It is not the fragment that was written there: damaged, truncated, renamed, moved or another snapshot's.
+        CorruptSnapshotError
+            Something else is in its place: a link, a special file, a file that is no encrypted fragment.
+        """
+        return FragmentReader(self._raw.raw_fragment(name), name)
+
+    def list_fragments(self) -> list[str]:
+        """Return the names of the fragments at this level, sorted.
+
+        Raises
+        ------
+        CorruptSnapshotError
+            The folder holds a link, a special file, or a name that no snapshot can hold.
+        """
+        return self._raw.list_fragments()
+
+    def list_namespaces(self) -> list[str]:
+        """Return the names of the namespaces at this level, sorted; raises as `list_fragments`."""
+        return self._raw.list_namespaces()
+
+    def namespace(self, name: str) -> "SnapshotReader":
+        """Open a namespace.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none of that name.
+        """
+        return self._of(self._raw.namespace(name))
+
+    @classmethod
+    def _from_state(cls, state: bytes) -> Self:
+        return cls._of(_vmsnap.SnapshotReader.from_state(state))

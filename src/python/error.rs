@@ -1,0 +1,54 @@
+//! Errors to exceptions.
+
+use pyo3::PyErr;
+use pyo3::exceptions::{PyOSError, PyRuntimeError};
+
+use crate::error::Error;
+
+mod exceptions {
+    pyo3::import_exception!(vmsnap.errors, AuthenticationError);
+    pyo3::import_exception!(vmsnap.errors, CorruptSnapshotError);
+    pyo3::import_exception!(vmsnap.errors, FragmentStateError);
+    pyo3::import_exception!(vmsnap.errors, InvalidArgumentError);
+    pyo3::import_exception!(vmsnap.errors, KeyUnavailableError);
+    pyo3::import_exception!(vmsnap.errors, NotEncryptedError);
+    pyo3::import_exception!(vmsnap.errors, UnsupportedFormatError);
+    pyo3::import_exception!(vmsnap.errors, VmsnapError);
+}
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        use exceptions::{
+            AuthenticationError, CorruptSnapshotError, FragmentStateError, InvalidArgumentError, KeyUnavailableError,
+            NotEncryptedError, UnsupportedFormatError, VmsnapError,
+        };
+        let text = error.to_string();
+        if let Some(errno) = error.raw_os_error().filter(|_| error.is_io()) {
+            // Python says the number itself, and makes a FileNotFoundError and its like of it.
+            let text = text.strip_suffix(&format!(" (os error {errno})")).map(str::to_owned).unwrap_or(text);
+            return PyOSError::new_err((errno, text));
+        }
+        if error.is_io() {
+            PyOSError::new_err(text)
+        } else if error.is_invalid_argument() {
+            InvalidArgumentError::new_err(text)
+        } else if error.is_authentication() {
+            AuthenticationError::new_err(text)
+        } else if error.is_key_unavailable() {
+            KeyUnavailableError::new_err(text)
+        } else if error.is_not_encrypted() {
+            NotEncryptedError::new_err(text)
+        } else if error.is_corrupt() {
+            CorruptSnapshotError::new_err(text)
+        } else if error.is_unsupported_format() {
+            UnsupportedFormatError::new_err(text)
+        } else if error.is_state() {
+            FragmentStateError::new_err(text)
+        } else if error.is_interrupted() {
+            // Only with the exception that interrupted it, which is raised in its place.
+            PyRuntimeError::new_err(text)
+        } else {
+            VmsnapError::new_err(text)
+        }
+    }
+}

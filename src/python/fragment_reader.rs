@@ -1,0 +1,115 @@
+//! `_vmsnap.FragmentReader`. It is closed by letting it go.
+
+use std::io::{Seek, SeekFrom};
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::buffer::Writable;
+use super::fragment::closed;
+use super::slot::Slot;
+use super::{Callback, interruptible, number};
+use crate::error::{Error, Result};
+
+#[pyclass(frozen, module = "vmsnap._vmsnap")]
+pub(super) struct FragmentReader {
+    /// For reads at an offset: any number of threads.
+    reader: crate::FragmentReader,
+    /// For reads in order, which move the position: one thread at a time.
+    cursor: Slot<crate::FragmentReader>,
+}
+
+impl FragmentReader {
+    pub(super) fn new(reader: crate::FragmentReader) -> Self {
+        Self { cursor: Slot::new(reader.clone()), reader }
+    }
+
+    fn with_cursor<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut crate::FragmentReader, Callback<'_>) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        interruptible(py, |poll| self.cursor.with(poll, work))?.ok_or_else(closed)
+    }
+
+    /// How much of `wanted` bytes from `offset` there are.
+    fn available(&self, offset: u64, wanted: u64) -> PyResult<usize> {
+        let available = self.reader.size().saturating_sub(offset).min(wanted);
+        usize::try_from(available).map_err(|_| Error::invalid_argument("more than memory can hold").into())
+    }
+}
+
+#[pymethods]
+impl FragmentReader {
+    #[getter]
+    fn size(&self) -> u64 {
+        self.reader.size()
+    }
+
+    #[getter]
+    fn stored_size(&self) -> u64 {
+        self.reader.stored_size()
+    }
+
+    #[getter]
+    fn chunk_size_bytes(&self) -> Option<usize> {
+        self.reader.chunk_size_bytes()
+    }
+
+    fn read_at<'py>(
+        &self,
+        py: Python<'py>,
+        offset: &Bound<'py, PyAny>,
+        size: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let offset = number(offset, "offset")?;
+        let length = self.available(offset, number(size, "size")?)?;
+        PyBytes::new_with(py, length, |bytes| {
+            interruptible(py, |poll| self.reader.read_at_polled(offset, bytes, poll)).map(drop)
+        })
+    }
+
+    fn readinto_at(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let offset = number(offset, "offset")?;
+        let mut buffer = Writable::get(buffer)?;
+        let slice = buffer.as_mut_slice();
+        interruptible(py, |poll| self.reader.read_at_polled(offset, slice, poll))
+    }
+
+    fn readinto(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let mut buffer = Writable::get(buffer)?;
+        let slice = buffer.as_mut_slice();
+        self.with_cursor(py, |cursor, poll| cursor.read_polled(slice, poll))
+    }
+
+    /// `size` bytes from the position, or all to the end.
+    #[pyo3(signature = (size=None))]
+    fn read<'py>(&self, py: Python<'py>, size: Option<u64>) -> PyResult<Bound<'py, PyBytes>> {
+        let position = self.tell(py)?;
+        let length = self.available(position, size.unwrap_or(u64::MAX))?;
+        let mut read = 0;
+        let bytes = PyBytes::new_with(py, length, |bytes| {
+            read = self.with_cursor(py, |cursor, poll| cursor.read_polled(bytes, poll))?;
+            Ok(())
+        })?;
+        if read == length {
+            return Ok(bytes);
+        }
+        // Another thread moved the position in between.
+        Ok(PyBytes::new(py, bytes.as_bytes().get(..read).unwrap_or_default()))
+    }
+
+    fn seek(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, whence: u8) -> PyResult<u64> {
+        let to = match whence {
+            0 => SeekFrom::Start(number(offset, "offset")?),
+            1 => SeekFrom::Current(number(offset, "offset")?),
+            2 => SeekFrom::End(number(offset, "offset")?),
+            other => return Err(Error::invalid_argument(format!("whence is 0, 1 or 2, not {other}")).into()),
+        };
+        self.with_cursor(py, |cursor, _| Ok(cursor.seek(to)?))
+    }
+
+    fn tell(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with_cursor(py, |cursor, _| Ok(cursor.stream_position()?))
+    }
+}

@@ -1,0 +1,123 @@
+//! The extension module `vmsnap._vmsnap`: conversions, one file a class, and nothing that decides.
+//!
+//! ```text
+//! error.rs            errors to the exceptions of vmsnap/errors.py
+//! buffer.rs           Python buffers as slices
+//! slot.rs             one caller at a time, without holding the interpreter
+//! writer.rs           SnapshotWriter
+//! reader.rs           SnapshotReader
+//! fragment.rs         Fragment
+//! fragment_reader.rs  FragmentReader
+//! ```
+
+mod buffer;
+mod error;
+mod fragment;
+mod fragment_reader;
+mod reader;
+mod slot;
+mod writer;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::cipher::SecretKey;
+use crate::error::{Error, Result};
+use crate::options::SnapshotOptions;
+
+/// The core of vmsnap, compiled from Rust.
+#[pymodule]
+mod _vmsnap {
+    #[pymodule_export]
+    use super::fragment::Fragment;
+    #[pymodule_export]
+    use super::fragment_reader::FragmentReader;
+    #[pymodule_export]
+    use super::reader::SnapshotReader;
+    #[pymodule_export]
+    use super::writer::SnapshotWriter;
+    #[pymodule_export]
+    use super::{aead_provider, generate_key};
+
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("DEFAULT_CHUNK_SIZE_BYTES", crate::DEFAULT_CHUNK_SIZE_BYTES)
+    }
+}
+
+#[pyfunction]
+fn generate_key(py: Python<'_>) -> PyResult<Bound<'_, PyBytes>> {
+    Ok(PyBytes::new(py, SecretKey::generate()?.expose()))
+}
+
+#[pyfunction]
+fn aead_provider() -> PyResult<&'static str> {
+    Ok(crate::cipher::aead_provider()?)
+}
+
+/// Options as both kinds of handle take them.
+fn options(
+    encrypt: bool,
+    key: Option<&Bound<'_, PyAny>>,
+    threads: Option<&Bound<'_, PyAny>>,
+) -> PyResult<SnapshotOptions> {
+    let mut options = SnapshotOptions::new().encrypt(encrypt);
+    if let Some(key) = key {
+        options = options.key(SecretKey::from_slice(buffer::Readable::get(key)?.as_slice())?);
+    }
+    if let Some(threads) = threads {
+        options = options.threads(number(threads, "threads")?);
+    }
+    Ok(options)
+}
+
+/// A whole number that fits `T`; any other int is a bad argument, not an `OverflowError`.
+fn number<'py, T>(value: &Bound<'py, PyAny>, name: &str) -> PyResult<T>
+where
+    T: for<'a> FromPyObject<'a, 'py, Error = PyErr>,
+{
+    value.extract().map_err(|error: PyErr| {
+        if error.is_instance_of::<pyo3::exceptions::PyOverflowError>(value.py()) {
+            Error::invalid_argument(format!("{name} cannot be {value}")).into()
+        } else {
+            error
+        }
+    })
+}
+
+/// What `work` asks from time to time: whether to go on.
+type Callback<'a> = &'a mut dyn FnMut() -> Result<()>;
+
+/// Does long `work` with the interpreter free for other threads, and lets it be interrupted by signals (Ctrl-C).
+fn interruptible<T: Send>(py: Python<'_>, work: impl FnOnce(Callback<'_>) -> Result<T> + Send) -> PyResult<T> {
+    let mut raised = None;
+    let result = py.detach(|| {
+        work(&mut || {
+            Python::attach(check_signals).map_err(|error| {
+                raised = Some(error);
+                Error::interrupted()
+            })
+        })
+    });
+    // What the signal's handler raised says more than that it interrupted.
+    raised.map_or(Ok(()), Err).and(result.map_err(PyErr::from))
+}
+
+/// A handle as CBOR, data key included.
+fn to_state<'py>(py: Python<'py>, handle: &impl serde::Serialize) -> PyResult<Bound<'py, PyBytes>> {
+    let mut state = zeroize::Zeroizing::new(Vec::with_capacity(4096 + 512));
+    ciborium::into_writer(handle, &mut *state).map_err(|error| Error::invalid_argument(error.to_string()))?;
+    Ok(PyBytes::new(py, &state))
+}
+
+fn from_state<T: serde::de::DeserializeOwned>(state: &[u8]) -> PyResult<T> {
+    ciborium::from_reader(state)
+        .map_err(|error| Error::invalid_argument(format!("not a pickled handle: {error}")).into())
+}
+
+fn check_signals(py: Python<'_>) -> PyResult<()> {
+    py.check_signals()
+}

@@ -1,0 +1,59 @@
+//! `_vmsnap.SnapshotWriter`.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::fragment::Fragment;
+use super::{from_state, number, options, to_state};
+
+#[pyclass(frozen, module = "vmsnap._vmsnap")]
+pub(super) struct SnapshotWriter(crate::SnapshotWriter);
+
+#[pymethods]
+impl SnapshotWriter {
+    #[new]
+    fn new(
+        root: PathBuf,
+        encrypt: bool,
+        key: Option<&Bound<'_, PyAny>>,
+        threads: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        Ok(Self(options(encrypt, key, threads)?.create(root)?))
+    }
+
+    fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {
+        let chunk_size_bytes = number(chunk_size_bytes, "chunk_size_bytes")?;
+        Ok(Fragment::new(py.detach(|| self.0.raw_fragment_with_chunk_size(name, chunk_size_bytes))?))
+    }
+
+    fn add_namespace(&self, name: &str) -> PyResult<Self> {
+        Ok(Self(self.0.add_namespace(name)?))
+    }
+
+    #[getter]
+    fn root(&self) -> PathBuf {
+        self.0.root().to_owned()
+    }
+
+    #[getter]
+    fn namespace_path(&self) -> &str {
+        self.0.namespace_path()
+    }
+
+    #[getter]
+    fn encrypted(&self) -> bool {
+        self.0.is_encrypted()
+    }
+
+    /// The handle with its data key in the clear, as `pickle` carries it.
+    fn to_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        to_state(py, &self.0)
+    }
+
+    #[staticmethod]
+    fn from_state(state: &[u8]) -> PyResult<Self> {
+        from_state(state).map(Self)
+    }
+}

@@ -1,0 +1,57 @@
+"""What all tests share.
+
+A test that lacks something optional says so with `pytest.skip(reason)`. Where VMSNAP_REQUIRE_ALL=1 is set, as in CI,
+nothing may be missing: every skip, of one test or of a whole module, becomes a failure that names its reason.
+"""
+
+import os
+import secrets
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+import hypothesis
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("vmsnap", deadline=None)
+hypothesis.settings.load_profile("vmsnap")
+
+
+@pytest.fixture
+def key() -> bytes:
+    """A fresh 32-byte key."""
+    return secrets.token_bytes(32)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder `shared` beside the checkout: known answers and other files that several programs test with."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("there is no folder `shared` beside the checkout")
+    return folder
+
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def _refuse_skip(report: Report) -> Report:
+    if os.environ.get("VMSNAP_REQUIRE_ALL") == "1" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (VMSNAP_REQUIRE_ALL=1 allows no skip)"
+    return report
+
+
+# Outermost, so that pytest's own treatment of skips is over when the report is seen.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _refuse_skip((yield))
