@@ -3,7 +3,9 @@
 //! Every figure is the median of the ratios of interleaved pairs after a warm-up that is thrown away; `benches/compare.py`
 //! runs this with the Python side and prints one table.
 //!
-//! Arguments: `[--folder DIR] [--mib N] [--pairs N] [--threads N] [--json]`
+//! Arguments: `[--folder DIR] [--mib N] [--pairs N] [--threads N] [--only TEXT] [--json]`
+
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops where something fails")]
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,11 +21,13 @@ struct Arguments {
     bytes: usize,
     pairs: usize,
     threads: usize,
+    only: String,
     json: bool,
 }
 
 fn arguments() -> Arguments {
-    let mut parsed = Arguments { folder: "/dev/shm".into(), bytes: 1 << 30, pairs: 5, threads: 2, json: false };
+    let mut parsed =
+        Arguments { folder: "/dev/shm".into(), bytes: 1 << 30, pairs: 5, threads: 2, only: String::new(), json: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || words.next().and_then(|text| text.parse::<usize>().ok()).expect("a number");
@@ -31,6 +35,7 @@ fn arguments() -> Arguments {
             "--mib" => parsed.bytes = number() << 20,
             "--pairs" => parsed.pairs = number(),
             "--threads" => parsed.threads = number(),
+            "--only" => parsed.only = words.next().expect("a part of a row's name"),
             "--json" => parsed.json = true,
             "--folder" => parsed.folder = words.next().expect("a folder").into(),
             _ => {} // cargo bench adds words of its own
@@ -126,6 +131,9 @@ impl Bench {
     }
 
     fn writes(&self, name: &str, encrypted: bool, chunk: usize, piece: usize) {
+        if !name.contains(&self.arguments.only) {
+            return;
+        }
         let mut pairs: Vec<_> =
             (0..=self.arguments.pairs).map(|_| (self.reference_write(), self.write(encrypted, chunk, piece))).collect();
         pairs.remove(0);
@@ -133,6 +141,9 @@ impl Bench {
     }
 
     fn reads(&mut self, name: &str, encrypted: bool, chunk: usize) {
+        if !name.contains(&self.arguments.only) {
+            return;
+        }
         self.write(encrypted, chunk, self.data.len());
         let plain = self.file();
         std::fs::write(&plain, &self.data).unwrap();
@@ -151,6 +162,9 @@ impl Bench {
 
     /// Microseconds of a 4 KiB read at a random page.
     fn random(&mut self, name: &str, bytes: usize, encrypted: bool) {
+        if !name.contains(&self.arguments.only) {
+            return;
+        }
         let all = std::mem::take(&mut self.data);
         self.data = all[..bytes].to_vec();
         self.write(encrypted, 4096, bytes);

@@ -189,6 +189,10 @@ impl Sealing {
         Ok((Self { context: state.into_shared(), chunk_size_bytes }, header.into()))
     }
 
+    pub(crate) fn chunk_size_bytes(&self) -> usize {
+        self.chunk_size_bytes
+    }
+
     pub(crate) fn sealer(&self) -> Sealer {
         Sealer { state: Box::new(self.context.fork()), chunk_size_bytes: self.chunk_size_bytes }
     }

@@ -104,7 +104,7 @@ where
 }
 
 /// The pool; none where the process may not start threads, in which case the caller does all the work.
-fn pool() -> Option<&'static rayon::ThreadPool> {
+pub(crate) fn pool() -> Option<&'static rayon::ThreadPool> {
     POOL.get(|| {
         let threads = resolve(None).unwrap_or(1);
         rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|index| format!("vmsnap-{index}")).build()

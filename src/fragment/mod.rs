@@ -4,8 +4,8 @@
 //! writing.rs   Fragment (Write): open, failed or finished
 //! reading.rs   FragmentReader (Read, Seek, read_at)
 //! plain.rs     the bytes themselves
-//! sealed.rs    one FLOE message: chunks sealed and opened by all threads
-//! pieces.rs    a buffer cut into what one thread reads at a time
+//! sealed_sink.rs, sealing.rs    one FLOE message, sealed by all threads
+//! sealed_source.rs, pieces.rs   the same, opened by all threads
 //! folder.rs    files and folders below the root, no link ever followed
 //! ```
 
@@ -13,7 +13,9 @@ pub(crate) mod folder;
 mod pieces;
 mod plain;
 mod reading;
-mod sealed;
+mod sealed_sink;
+mod sealed_source;
+mod sealing;
 mod writing;
 
 use std::fmt;
@@ -30,6 +32,20 @@ use crate::process;
 /// What one thread seals, opens, reads or writes at a time: it fits the second-level cache of every processor of interest
 /// twice, and a system call for each costs nothing.
 const STRIP_BYTES: usize = 256 << 10;
+
+/// Bytes of the chunks that make a strip.
+fn strip_bytes(chunk_size_bytes: usize) -> usize {
+    (STRIP_BYTES / chunk_size_bytes).max(1) * chunk_size_bytes
+}
+
+/// Binds an encrypted fragment to its path: moved, swapped or renamed, it does not open.
+fn aad(path: &SnapshotPath) -> Vec<u8> {
+    [b"vmsnap/1/fragment\0", path.as_str().as_bytes()].concat()
+}
+
+fn not_written(error: std::io::Error) -> Error {
+    Error::io("cannot be written", error)
+}
 
 /// Where a fragment is, for errors.
 #[derive(Clone, Debug)]

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
-use super::STRIP_BYTES;
 use super::pieces::Pieces;
+use super::{STRIP_BYTES, not_written};
 use crate::error::{Error, Result};
 use crate::threads::{Poll, for_each};
 
@@ -15,22 +16,14 @@ const GATHER_BYTES: usize = 64 << 10;
 const PIECE_BYTES: usize = 1 << 20;
 
 pub(super) struct PlainSink {
-    file: File,
+    file: Arc<File>,
     offset: u64,
     gathered: Vec<u8>,
 }
 
 impl PlainSink {
-    pub(super) fn new(file: File) -> Self {
+    pub(super) fn new(file: Arc<File>) -> Self {
         Self { file, offset: 0, gathered: Vec::new() }
-    }
-
-    pub(super) fn file(&self) -> &File {
-        &self.file
-    }
-
-    pub(super) fn into_file(self) -> File {
-        self.file
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -57,22 +50,18 @@ impl PlainSink {
         }
         for piece in data.chunks(PIECE_BYTES) {
             poll.tick()?;
-            self.file.write_all_at(piece, self.offset).map_err(failed)?;
+            self.file.write_all_at(piece, self.offset).map_err(not_written)?;
             self.offset += piece.len() as u64;
         }
         Ok(())
     }
 
     pub(super) fn flush(&mut self) -> Result<()> {
-        self.file.write_all_at(&self.gathered, self.offset).map_err(failed)?;
+        self.file.write_all_at(&self.gathered, self.offset).map_err(not_written)?;
         self.offset += self.gathered.len() as u64;
         self.gathered.clear();
         Ok(())
     }
-}
-
-fn failed(error: std::io::Error) -> Error {
-    Error::io("cannot be written", error)
 }
 
 pub(super) struct PlainSource {

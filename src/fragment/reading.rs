@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::plain::PlainSource;
-use super::sealed::SealedSource;
+use super::sealed_source::SealedSource;
 use super::{Home, Place, folder};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};

@@ -5,11 +5,12 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
 use super::plain::PlainSink;
-use super::sealed::SealedSink;
+use super::sealed_sink::SealedSink;
 use super::{Home, Place, folder};
 use crate::cipher::{SecretKey, check_chunk_size};
 use crate::error::{Error, Kind, Result};
@@ -26,6 +27,7 @@ use crate::threads::Poll;
 /// In a process forked from the one that opened it, every call fails and dropping does nothing.
 pub struct Fragment {
     state: State,
+    file: Arc<File>,
     folder: OwnedFd,
     place: Place,
     home: Home,
@@ -33,15 +35,13 @@ pub struct Fragment {
 
 enum State {
     Open(Sink),
-    /// A write failed. The file is kept to tell that what is removed is still ours.
-    Failed(File),
+    Failed,
     Closed,
 }
 
 enum Sink {
     Plain(PlainSink),
-    // The cipher's parameters and workers make this one large.
-    Sealed(Box<SealedSink>),
+    Sealed(SealedSink),
 }
 
 /// How an encrypted fragment is to be sealed.
@@ -63,23 +63,20 @@ impl Fragment {
             let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
             Error::io(format!("{place} {reason}"), errno)
         })?;
-        let mut fragment = Self { state: State::Failed(file), folder, place, home: Home::here() };
-        fragment.start(sealed).map_err(|error| error.context(&fragment.place))?;
+        // Failed until it has begun: should that fail, dropping the fragment removes the file.
+        let mut fragment = Self { state: State::Failed, file: Arc::new(file), folder, place, home: Home::here() };
+        fragment.state = State::Open(fragment.sink(sealed).map_err(|error| error.context(&fragment.place))?);
         Ok(fragment)
     }
 
-    fn start(&mut self, sealed: Option<&Sealed<'_>>) -> Result<()> {
-        let State::Failed(file) = &self.state else { return Ok(()) };
-        // The sink gets a descriptor of its own: should it fail, dropping the fragment removes the file by this one.
-        let file = file.try_clone().map_err(|error| Error::io("cannot be opened", error))?;
-        let sink = match sealed {
+    fn sink(&self, sealed: Option<&Sealed<'_>>) -> Result<Sink> {
+        let file = Arc::clone(&self.file);
+        Ok(match sealed {
             None => Sink::Plain(PlainSink::new(file)),
             Some(Sealed { key, chunk_size_bytes, threads }) => {
-                Sink::Sealed(Box::new(SealedSink::new(file, key, &self.place.path, *chunk_size_bytes, *threads)?))
+                Sink::Sealed(SealedSink::new(file, key, &self.place.path, *chunk_size_bytes, *threads)?)
             }
-        };
-        self.state = State::Open(sink);
-        Ok(())
+        })
     }
 
     /// Plaintext bytes written so far.
@@ -88,7 +85,7 @@ impl Fragment {
         match &self.state {
             State::Open(Sink::Plain(sink)) => sink.written(),
             State::Open(Sink::Sealed(sink)) => sink.written(),
-            State::Failed(_) | State::Closed => 0,
+            State::Failed | State::Closed => 0,
         }
     }
 
@@ -101,7 +98,7 @@ impl Fragment {
         let taken = match &mut self.state {
             State::Open(Sink::Plain(sink)) => sink.gather(data),
             State::Open(Sink::Sealed(sink)) => sink.gather(data),
-            State::Failed(_) | State::Closed => false,
+            State::Failed | State::Closed => false,
         };
         taken.then_some(())
     }
@@ -162,15 +159,11 @@ impl Fragment {
 
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.home.check().map_err(|error| error.context(&self.place))?;
-        let state = std::mem::replace(&mut self.state, State::Closed);
-        let file = match &state {
-            State::Open(Sink::Plain(sink)) => sink.file(),
-            State::Open(Sink::Sealed(sink)) => sink.file(),
-            State::Failed(file) => file,
-            State::Closed => return Ok(()),
-        };
+        if matches!(std::mem::replace(&mut self.state, State::Closed), State::Closed) {
+            return Ok(());
+        }
         let (_, name) = self.place.path.split();
-        folder::remove_file(&self.folder, name, file)
+        folder::remove_file(&self.folder, name, &self.file)
             .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error))
     }
 
@@ -178,17 +171,13 @@ impl Fragment {
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
         let result = self.home.check().and_then(|()| match &mut self.state {
             State::Open(sink) => work(sink),
-            State::Failed(_) => {
+            State::Failed => {
                 Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew"))
             }
             State::Closed => Err(Error::new(Kind::State, "is closed")),
         });
-        if result.is_err() && self.home.is_here() {
-            self.state = match std::mem::replace(&mut self.state, State::Closed) {
-                State::Open(Sink::Plain(sink)) => State::Failed(sink.into_file()),
-                State::Open(Sink::Sealed(sink)) => State::Failed(sink.into_file()),
-                other => other,
-            };
+        if result.is_err() && self.home.is_here() && matches!(self.state, State::Open(_)) {
+            self.state = State::Failed;
         }
         result.map_err(|error| error.context(&self.place))
     }
@@ -229,7 +218,7 @@ impl fmt::Debug for Fragment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match self.state {
             State::Open(_) => "open",
-            State::Failed(_) => "failed",
+            State::Failed => "failed",
             State::Closed => "closed",
         };
         f.debug_struct("Fragment")

@@ -1,0 +1,107 @@
+//! An encrypted fragment being written: one FLOE message, `docs/format.md` has its bytes.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use super::sealing::Sealers;
+use super::{aad, strip_bytes};
+use crate::cipher::{Sealing, SecretKey};
+use crate::error::Result;
+use crate::name::SnapshotPath;
+use crate::threads::Poll;
+
+/// From here on a write is sealed straight from the caller's buffer, and returns when all of it is written; what is less
+/// is copied and sealed while the caller gets the next.
+const DIRECT_BYTES: usize = 4 << 20;
+
+pub(super) struct SealedSink {
+    sealers: Arc<Sealers>,
+    chunk_size_bytes: usize,
+    /// Plaintext not handed on yet, from the start of chunk `next_index`. Whether a chunk is the last shows only when more
+    /// follows, so at least one byte always stays behind here.
+    gathered: Vec<u8>,
+    next_index: u64,
+}
+
+impl SealedSink {
+    pub(super) fn new(
+        file: Arc<File>,
+        key: &SecretKey,
+        path: &SnapshotPath,
+        chunk_size_bytes: usize,
+        threads: usize,
+    ) -> Result<Self> {
+        let (sealing, header) = Sealing::start(key, &aad(path), chunk_size_bytes)?;
+        file.write_all_at(&header, 0).map_err(super::not_written)?;
+        let sealers = Arc::new(Sealers::new(file, sealing, threads));
+        Ok(Self { sealers, chunk_size_bytes, gathered: Vec::new(), next_index: 0 })
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        self.next_index * self.chunk_size_bytes as u64 + self.gathered.len() as u64
+    }
+
+    /// Takes a small write that there is room for.
+    pub(super) fn gather(&mut self, data: &[u8]) -> bool {
+        let fits = self.gathered.len() + data.len() <= strip_bytes(self.chunk_size_bytes);
+        if fits {
+            self.gathered.extend_from_slice(data);
+        }
+        fits
+    }
+
+    pub(super) fn write(&mut self, mut data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+        let chunk_size_bytes = self.chunk_size_bytes;
+        while !self.gather(data) {
+            let (now, later) = if data.len() >= DIRECT_BYTES {
+                // What is gathered ends with a whole chunk, the rest is sealed where it is.
+                data.split_at(self.gathered.len().next_multiple_of(chunk_size_bytes) - self.gathered.len())
+            } else {
+                data.split_at(strip_bytes(chunk_size_bytes) - self.gathered.len())
+            };
+            self.gathered.extend_from_slice(now);
+            data = later;
+            if !self.gathered.is_empty() {
+                let strip = std::mem::replace(&mut self.gathered, self.sealers.buffer(poll)?);
+                let first_index = self.advance(strip.len());
+                self.sealers.submit(first_index, strip);
+            }
+            if data.len() >= DIRECT_BYTES {
+                let (body, tail) = self.split_last(data);
+                let first_index = self.advance(body.len());
+                self.sealers.seal(first_index, body, poll)?;
+                data = tail;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(&mut self, poll: &mut Poll<'_>) -> Result<()> {
+        let gathered = std::mem::take(&mut self.gathered);
+        let (body, last) = self.split_last(&gathered);
+        let first_index = self.advance(body.len());
+        self.sealers.seal(first_index, body, poll)?;
+        self.sealers.drain(poll)?;
+        self.sealers.seal_last(self.next_index, last)
+    }
+
+    /// Whole chunks, and what is left for the last: 1 byte to a whole chunk, nothing only of nothing.
+    fn split_last<'a>(&self, data: &'a [u8]) -> (&'a [u8], &'a [u8]) {
+        data.split_at(data.len().saturating_sub(1) / self.chunk_size_bytes * self.chunk_size_bytes)
+    }
+
+    /// Counts whole chunks as handed on; returns the index of the first.
+    fn advance(&mut self, bytes: usize) -> u64 {
+        let first_index = self.next_index;
+        self.next_index += (bytes / self.chunk_size_bytes) as u64;
+        first_index
+    }
+}
+
+impl Drop for SealedSink {
+    /// Nobody waits for what was not begun: the file is finished or removed. Also in a forked child, which must not lock.
+    fn drop(&mut self) {
+        self.sealers.stop();
+    }
+}

@@ -1,0 +1,150 @@
+//! An encrypted fragment being read: one FLOE message, `docs/format.md` has its bytes.
+//!
+//! Segments have a fixed size, so a thread knows where the segment of a chunk lies: it reads it, opens it into its place
+//! and never meets the others.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
+use super::pieces::Pieces;
+use super::{aad, strip_bytes};
+use crate::cipher::{
+    HEADER_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, SecretKey, check_declared_chunk_size, segment_offset,
+    segment_size,
+};
+use crate::error::{Error, Kind, Result};
+use crate::name::SnapshotPath;
+use crate::threads::{Poll, for_each, lock};
+
+pub(super) struct SealedSource {
+    file: File,
+    opening: Opening,
+    chunk_size_bytes: usize,
+    /// Workers that no call uses now: a cipher state and buffers each.
+    idle: Mutex<Vec<OpenWorker>>,
+}
+
+struct OpenWorker {
+    opener: Opener,
+    segments: Vec<u8>,
+    chunk: Vec<u8>,
+}
+
+impl SealedSource {
+    /// Verifies the header and the last segment, hence the length.
+    pub(super) fn open(file: File, stored_size: u64, key: &SecretKey, path: &SnapshotPath) -> Result<Self> {
+        let mut header = [0; HEADER_BYTES];
+        if stored_size < (HEADER_BYTES + SEGMENT_OVERHEAD_BYTES) as u64 {
+            return Err(Error::corrupt(format!(
+                "has {stored_size} bytes, fewer than any encrypted fragment (truncated, or a plain file in an encrypted \
+                 snapshot?)"
+            )));
+        }
+        file.read_exact_at(&mut header, 0).map_err(not_read)?;
+        check_declared_chunk_size(header)?;
+        let opening = Opening::start(key, &aad(path), header, stored_size)?;
+        let chunk_size_bytes = opening.chunk_size_bytes();
+        let source = Self { file, opening, chunk_size_bytes, idle: Mutex::default() };
+        let mut worker = source.worker();
+        worker.load(&source, source.opening.last_index(), source.opening.last_index())?;
+        worker.open_chunk(&source, source.opening.last_index(), 0)?;
+        lock(&source.idle).push(worker);
+        Ok(source)
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.opening.size()
+    }
+
+    pub(super) fn chunk_size_bytes(&self) -> usize {
+        self.chunk_size_bytes
+    }
+
+    /// Fills `buf` from `offset`; both lie within the size. On an error the buffer's contents are for the caller to wipe.
+    pub(super) fn read(&self, offset: u64, buf: &mut [u8], threads: usize, poll: &mut Poll<'_>) -> Result<()> {
+        let pieces = Pieces::new(offset, buf, strip_bytes(self.chunk_size_bytes));
+        let mut one = None;
+        let mut many = Vec::new();
+        let workers = match threads.min(pieces.len()) {
+            0 => return Ok(()),
+            1 => std::slice::from_mut(one.insert(self.worker())),
+            count => {
+                many.extend((0..count).map(|_| self.worker()));
+                &mut many[..]
+            }
+        };
+        let result = for_each(workers, pieces, poll, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
+        lock(&self.idle).extend(one.into_iter().chain(many));
+        result
+    }
+
+    fn worker(&self) -> OpenWorker {
+        let idle = lock(&self.idle).pop();
+        idle.unwrap_or_else(|| OpenWorker { opener: self.opening.opener(), segments: Vec::new(), chunk: Vec::new() })
+    }
+
+    fn chunk_bytes(&self, index: u64) -> usize {
+        if index == self.opening.last_index() { self.opening.last_chunk_bytes() } else { self.chunk_size_bytes }
+    }
+
+    /// Where segment `index` lies among those a worker has loaded, of which it is number `number`.
+    fn loaded_segment(&self, index: u64, number: usize) -> std::ops::Range<usize> {
+        let start = number * segment_size(self.chunk_size_bytes);
+        start..start + self.chunk_bytes(index) + SEGMENT_OVERHEAD_BYTES
+    }
+}
+
+impl OpenWorker {
+    /// Reads the segments of a piece at once, and opens each into its place.
+    fn read_piece(&mut self, source: &SealedSource, offset: u64, mut piece: &mut [u8]) -> Result<()> {
+        let chunk_size = source.chunk_size_bytes as u64;
+        let first_index = offset / chunk_size;
+        self.load(source, first_index, (offset + piece.len() as u64 - 1) / chunk_size)?;
+        let mut from = usize::try_from(offset % chunk_size).unwrap_or(0);
+        for (number, index) in (first_index..).enumerate() {
+            let chunk_bytes = source.chunk_bytes(index);
+            let (place, rest) = piece.split_at_mut(piece.len().min(chunk_bytes - from));
+            if place.len() == chunk_bytes {
+                let segment = source.loaded_segment(index, number);
+                self.opener.open(index, &self.segments[segment], place)?;
+            } else {
+                self.open_chunk(source, index, number)?;
+                place.copy_from_slice(&self.chunk[from..from + place.len()]);
+            }
+            if rest.is_empty() {
+                break;
+            }
+            piece = rest;
+            from = 0;
+        }
+        Ok(())
+    }
+
+    /// Reads the segments `first..=last` from the file.
+    fn load(&mut self, source: &SealedSource, first: u64, last: u64) -> Result<()> {
+        let full = usize::try_from(last - first).unwrap_or(usize::MAX);
+        let stored = full * segment_size(source.chunk_size_bytes) + source.chunk_bytes(last) + SEGMENT_OVERHEAD_BYTES;
+        if self.segments.len() < stored {
+            self.segments.resize(stored, 0);
+        }
+        let offset = segment_offset(first, source.chunk_size_bytes);
+        source.file.read_exact_at(&mut self.segments[..stored], offset).map_err(not_read)
+    }
+
+    /// Opens segment `index` into the worker's own buffer.
+    fn open_chunk(&mut self, source: &SealedSource, index: u64, number: usize) -> Result<()> {
+        let segment = source.loaded_segment(index, number);
+        self.chunk.resize(source.chunk_bytes(index), 0);
+        self.opener.open(index, &self.segments[segment], &mut self.chunk)
+    }
+}
+
+fn not_read(error: std::io::Error) -> Error {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => {
+            Error::with_source(Kind::Authentication, "became shorter while it was read", error)
+        }
+        _ => Error::io("cannot be read", error),
+    }
+}

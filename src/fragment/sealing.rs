@@ -1,0 +1,215 @@
+//! Sealing chunks by all threads.
+//!
+//! Segments have a fixed size, so a thread that has chunks knows where their segments lie: it seals them into a buffer of
+//! its own, writes that there, and never meets the others. A strip of chunks that was copied from small writes is sealed
+//! behind the caller's back, who comes to help when there are more strips than buffers; a large write is sealed straight
+//! from the caller's memory, while the caller waits.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use super::{not_written, strip_bytes};
+use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
+use crate::error::{Error, Result};
+use crate::threads::{self, Poll, for_each, lock};
+
+/// A caller that waits for a strip looks for an interruption this often.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+pub(super) struct Sealers {
+    file: Arc<File>,
+    sealing: Sealing,
+    chunk_size_bytes: usize,
+    threads: usize,
+    stopped: AtomicBool,
+    queue: Mutex<Queue>,
+    /// A strip was done.
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    strips: VecDeque<Strip>,
+    /// Strips being sealed behind the caller's back.
+    running: usize,
+    /// Threads of the pool that take strips.
+    helpers: usize,
+    /// Buffers there are, the one the caller fills included.
+    buffers: usize,
+    idle_buffers: Vec<Vec<u8>>,
+    idle_workers: Vec<Worker>,
+    failure: Option<Error>,
+}
+
+impl Queue {
+    fn take(&mut self) -> Option<Strip> {
+        let strip = self.strips.pop_front()?;
+        self.running += 1;
+        Some(strip)
+    }
+}
+
+/// Whole chunks, none of them the last.
+struct Strip {
+    first_index: u64,
+    plaintext: Vec<u8>,
+}
+
+struct Worker {
+    sealer: Sealer,
+    segments: Vec<u8>,
+}
+
+impl Sealers {
+    pub(super) fn new(file: Arc<File>, sealing: Sealing, threads: usize) -> Self {
+        Self {
+            file,
+            chunk_size_bytes: sealing.chunk_size_bytes(),
+            sealing,
+            threads,
+            stopped: AtomicBool::new(false),
+            queue: Mutex::new(Queue { buffers: 1, ..Queue::default() }),
+            done: Condvar::new(),
+        }
+    }
+
+    /// Seals chunks of the caller's, by all threads; none of them the last.
+    pub(super) fn seal(&self, first_index: u64, plaintext: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+        let strip_bytes = strip_bytes(self.chunk_size_bytes);
+        let strip_chunks = (strip_bytes / self.chunk_size_bytes) as u64;
+        let strips = plaintext.chunks(strip_bytes);
+        let mut workers = self.workers(self.threads.min(strips.len()));
+        let result = for_each(&mut workers, strips.enumerate(), poll, |worker, (number, strip)| {
+            self.seal_strip(worker, first_index + number as u64 * strip_chunks, strip)
+        });
+        lock(&self.queue).idle_workers.append(&mut workers);
+        result
+    }
+
+    /// Seals and writes the last chunk.
+    pub(super) fn seal_last(&self, index: u64, chunk: &[u8]) -> Result<()> {
+        let Worker { mut sealer, mut segments } = self.worker();
+        segments.resize(chunk.len() + SEGMENT_OVERHEAD_BYTES, 0);
+        sealer.seal_last(index, chunk, &mut segments)?;
+        self.file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
+    }
+
+    /// Hands a strip to the other threads. Later calls tell how it went, [`Sealers::drain`] at the latest.
+    pub(super) fn submit(self: &Arc<Self>, first_index: u64, plaintext: Vec<u8>) {
+        let mut queue = lock(&self.queue);
+        queue.strips.push_back(Strip { first_index, plaintext });
+        if queue.helpers + 1 < self.threads
+            && let Some(pool) = threads::pool()
+        {
+            queue.helpers += 1;
+            drop(queue);
+            let sealers = Arc::clone(self);
+            pool.spawn(move || {
+                while let Some(strip) = sealers.take_as_helper() {
+                    sealers.seal_taken(strip);
+                }
+            });
+        }
+    }
+
+    /// An empty buffer for the next strip.
+    pub(super) fn buffer(&self, poll: &mut Poll<'_>) -> Result<Vec<u8>> {
+        self.help_until(poll, |queue| {
+            let idle = queue.idle_buffers.pop();
+            // One is filled, one waits, and each thread has one.
+            if idle.is_none() && queue.buffers < self.threads + 2 {
+                queue.buffers += 1;
+                return Some(Vec::with_capacity(strip_bytes(self.chunk_size_bytes)));
+            }
+            idle
+        })
+    }
+
+    /// Until all strips are written.
+    pub(super) fn drain(&self, poll: &mut Poll<'_>) -> Result<()> {
+        self.help_until(poll, |queue| (queue.strips.is_empty() && queue.running == 0).then_some(()))
+    }
+
+    /// Lets go what was not begun. Takes no lock: it is called in forked children too.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// Seals strips on the calling thread, or waits where others have them all, until `ready`.
+    fn help_until<R>(&self, poll: &mut Poll<'_>, mut ready: impl FnMut(&mut Queue) -> Option<R>) -> Result<R> {
+        loop {
+            poll.tick()?;
+            let mut queue = lock(&self.queue);
+            if let Some(failure) = queue.failure.take() {
+                return Err(failure);
+            }
+            if let Some(result) = ready(&mut queue) {
+                return Ok(result);
+            }
+            match queue.take() {
+                Some(strip) => {
+                    drop(queue);
+                    self.seal_taken(strip);
+                }
+                None => drop(self.done.wait_timeout(queue, PATIENCE)),
+            }
+        }
+    }
+
+    /// The next strip for a helper; where there is none it is counted out in the same breath, so that none is missed.
+    fn take_as_helper(&self) -> Option<Strip> {
+        let mut queue = lock(&self.queue);
+        let strip = queue.take();
+        if strip.is_none() {
+            queue.helpers -= 1;
+        }
+        strip
+    }
+
+    fn seal_taken(&self, Strip { first_index, mut plaintext }: Strip) {
+        let mut worker = self.worker();
+        let result = if self.stopped.load(Ordering::Relaxed) {
+            Ok(())
+        } else {
+            self.seal_strip(&mut worker, first_index, &plaintext)
+        };
+        plaintext.clear();
+        let mut queue = lock(&self.queue);
+        queue.running -= 1;
+        queue.idle_workers.push(worker);
+        queue.idle_buffers.push(plaintext);
+        if let Err(error) = result {
+            queue.failure.get_or_insert(error);
+        }
+        drop(queue);
+        self.done.notify_all();
+    }
+
+    fn seal_strip(&self, worker: &mut Worker, first_index: u64, strip: &[u8]) -> Result<()> {
+        let Worker { sealer, segments } = worker;
+        let stored = strip.len() / self.chunk_size_bytes * segment_size(self.chunk_size_bytes);
+        if segments.len() < stored {
+            segments.resize(stored, 0);
+        }
+        let places = segments.chunks_exact_mut(segment_size(self.chunk_size_bytes));
+        for ((index, chunk), segment) in (first_index..).zip(strip.chunks_exact(self.chunk_size_bytes)).zip(places) {
+            sealer.seal(index, chunk, segment)?;
+        }
+        self.file
+            .write_all_at(&segments[..stored], segment_offset(first_index, self.chunk_size_bytes))
+            .map_err(not_written)
+    }
+
+    fn worker(&self) -> Worker {
+        let idle = lock(&self.queue).idle_workers.pop();
+        idle.unwrap_or_else(|| Worker { sealer: self.sealing.sealer(), segments: Vec::new() })
+    }
+
+    fn workers(&self, count: usize) -> Vec<Worker> {
+        (0..count).map(|_| self.worker()).collect()
+    }
+}
