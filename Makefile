@@ -35,8 +35,7 @@ demo: build ## the main job, on this machine's memory
 test: lint test-rust test-python ## everything below: lint, test-rust, test-python
 
 .PHONY: lint
-lint: build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest
-	@scripts/check-tools.sh '$(PYTHON)' lint
+lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest
 	@$(call step,rustfmt)
 	cargo fmt --all --check
 	@$(call step,clippy)
@@ -77,6 +76,11 @@ torture: build $(venv)/dev ## the long forms of the tests
 	cargo test --locked --release -- --ignored
 	@$(call step,pytest: torture)
 	$(python) -m pytest -m torture || test $$? -eq 5
+
+# First, so that a missing clippy is named before minutes of building.
+.PHONY: lint-tools
+lint-tools:
+	@scripts/check-tools.sh '$(PYTHON)' lint
 
 .PHONY: clean
 clean: ## away with all that was made

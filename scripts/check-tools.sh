@@ -26,7 +26,7 @@ elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     lacks "Python's modules venv and ensurepip" "apt install python3-venv"
 fi
 
-rustup='curl https://sh.rustup.rs -sSf | sh    (or the packages rustc and cargo, where they are new enough)'
+rustup='rustup installs it: https://rustup.rs (or the packages rustc and cargo, where they are new enough)'
 if ! rustc --version >/dev/null 2>&1; then
     lacks "rustc $rust_floor or newer" "$rustup"
 else

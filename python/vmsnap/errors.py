@@ -19,8 +19,8 @@ class VmsnapError(Exception):
 class AuthenticationError(VmsnapError):
     """A tag did not verify.
 
-    The key is wrong, or the file is damaged, truncated, renamed, moved or from another snapshot. Cryptography cannot tell
-    these apart.
+    The key is wrong, or the file is damaged, truncated, renamed, moved or from another snapshot. Cryptography cannot
+    tell these apart.
     """
 
 

@@ -24,8 +24,8 @@ class Fragment(io.RawIOBase):
     free for others; small ones are gathered. In a ``with`` statement the fragment is finished on success, and its file
     removed on an exception. A fragment that is dropped without either is finished too, as in crosvm.
 
-    A write that fails or is interrupted poisons the fragment: every later call raises `FragmentStateError`, and its file
-    is removed when it is closed.
+    A write that fails or is interrupted poisons the fragment: every later call raises `FragmentStateError`, and its
+    file is removed when it is closed.
     """
 
     def __init__(self, raw: "_vmsnap.Fragment", name: str) -> None:
@@ -117,9 +117,9 @@ class Fragment(io.RawIOBase):
 class FragmentReader(io.RawIOBase):
     """A fragment being read, in order or at random; from `SnapshotReader.raw_fragment`.
 
-    Of an encrypted fragment, opening verified the header and the last segment, and hence the size; every other segment is
-    verified before any byte of it is given out. `read_at` and `readinto_at` may be called by many threads at once; a
-    large read uses several threads by itself, with the interpreter free for others.
+    Of an encrypted fragment, opening verified the header and the last segment, and hence the size; every other segment
+    is verified before any byte of it is given out. `read_at` and `readinto_at` may be called by many threads at once;
+    a large read uses several threads by itself, with the interpreter free for others.
     """
 
     def __init__(self, raw: "_vmsnap.FragmentReader", name: str) -> None:

@@ -1,0 +1,151 @@
+//! Writers and readers: crosvm's calls, values, and handles that travel.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use vmsnap::{AnySnapshot, Format, SecretKey, SnapshotOptions, SnapshotReader, SnapshotWriter};
+
+use crate::{encrypted, place};
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Vcpu {
+    registers: Vec<u64>,
+    mode: Mode,
+    extra: AnySnapshot,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+enum Mode {
+    Real,
+    Long { cr3: u64 },
+}
+
+fn vcpu() -> Vcpu {
+    Vcpu {
+        registers: vec![0, 1, u64::MAX],
+        mode: Mode::Long { cr3: 0x1000 },
+        extra: AnySnapshot::to_any((7_u8, "apic")).unwrap(),
+    }
+}
+
+/// Written as code for crosvm's crate is: its types of arguments, its order, `?` into a boxed error.
+fn as_code_for_crosvm(root: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let writer = SnapshotWriter::new(root.to_path_buf(), false)?;
+    writer.write_fragment("vcpu0", &vcpu())?;
+    let devices: SnapshotWriter = writer.add_namespace("devices")?;
+    let mut raw: Box<dyn Write> = Box::new(devices.raw_fragment("blob")?);
+    raw.write_all(b"raw")?;
+    drop(raw);
+    let mut raw = std::io::BufWriter::new(devices.raw_fragment_with_chunk_size("big", 1024)?);
+    raw.write_all(b"big")?;
+    raw.flush()?;
+    drop(raw);
+
+    let reader = SnapshotReader::new(root, false)?;
+    assert_eq!(reader.read_fragment::<Vcpu>("vcpu0")?, vcpu());
+    assert_eq!(reader.list_namespaces()?, ["devices"]);
+    let devices = reader.namespace("devices")?;
+    assert_eq!(devices.list_fragments()?, ["big", "blob"]);
+    let mut raw: Box<dyn Read> = Box::new(devices.raw_fragment("blob")?);
+    let mut text = String::new();
+    raw.read_to_string(&mut text)?;
+    assert_eq!(text, "raw");
+    Ok(())
+}
+
+#[test]
+fn code_for_crosvm_works_with_the_import_changed() {
+    let (_folder, root) = place();
+    as_code_for_crosvm(&root).unwrap();
+    // What crosvm itself would find there.
+    let stored: Vcpu = ciborium::from_reader(std::fs::File::open(root.join("vcpu0")).unwrap()).unwrap();
+    assert_eq!(stored, vcpu());
+    assert_eq!(std::fs::read(root.join("devices/big")).unwrap(), b"big");
+}
+
+#[test]
+fn values_come_back_in_either_format_plain_and_encrypted() {
+    for format in [Format::Cbor, Format::Json] {
+        for options in [SnapshotOptions::new().format(format), encrypted().format(format)] {
+            let (_folder, root) = place();
+            options.create(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
+            assert_eq!(options.open(&root).unwrap().read_fragment::<Vcpu>("vcpu0").unwrap(), vcpu());
+        }
+    }
+}
+
+#[test]
+fn a_value_that_cannot_be_serialized_leaves_no_file() {
+    let (_folder, root) = place();
+    let writer = SnapshotOptions::new().format(Format::Json).create(&root).unwrap();
+    let keyed_by_bytes = std::collections::BTreeMap::from([(vec![1_u8], 1)]);
+    assert!(writer.write_fragment("odd", &keyed_by_bytes).unwrap_err().is_serialization());
+    assert!(!root.join("odd").exists());
+}
+
+#[test]
+fn a_fragment_that_holds_something_else_is_corrupt() {
+    let (_folder, root) = place();
+    let writer = SnapshotOptions::new().create(&root).unwrap();
+    writer.write_fragment("text", "text").unwrap();
+    std::fs::write(root.join("more"), [1, 2]).unwrap();
+    std::fs::write(root.join("less"), [0x9a, 0xff, 0xff, 0xff, 0xff]).unwrap();
+    let reader = SnapshotReader::new(&root, false).unwrap();
+    for (name, said) in [("text", "text"), ("more", "bytes follow"), ("less", "less")] {
+        let error = reader.read_fragment::<Vec<u64>>(name).unwrap_err();
+        assert!(error.is_corrupt(), "{error}");
+        if name == "more" {
+            let error = reader.read_fragment::<u64>(name).unwrap_err();
+            assert!(error.is_corrupt() && error.to_string().contains(said), "{error}");
+        }
+    }
+}
+
+#[test]
+fn handles_travel_serialized_and_never_show_their_key() {
+    let key = SecretKey::from([0xab; 32]);
+    let options = SnapshotOptions::new().key(key);
+    let (_folder, root) = place();
+    let writer = options.create(&root).unwrap().add_namespace("disks").unwrap();
+    let mut travelling = Vec::new();
+    ciborium::into_writer(&writer, &mut travelling).unwrap();
+    let arrived: SnapshotWriter = ciborium::from_reader(&travelling[..]).unwrap();
+    arrived.write_fragment("sda", &7_u8).unwrap();
+
+    let reader = options.open(&root).unwrap();
+    let arrived: SnapshotReader = serde_json::from_str(&serde_json::to_string(&reader).unwrap()).unwrap();
+    assert_eq!(arrived.namespace("disks").unwrap().read_fragment::<u8>("sda").unwrap(), 7);
+
+    for shown in [format!("{options:?}"), format!("{writer:?}"), format!("{reader:?}")] {
+        assert!(!shown.contains("171") && !shown.to_lowercase().contains("abab"), "{shown}");
+    }
+    assert!(format!("{writer:?}").contains("disks"));
+}
+
+#[test]
+fn a_handle_from_outside_cannot_escape_its_root() {
+    let (_folder, root) = place();
+    let reader = serde_json::to_string(&SnapshotOptions::new().create(&root).unwrap()).unwrap();
+    let escaping = reader.replace("\"namespace\":\"\"", "\"namespace\":\"../..\"");
+    assert_ne!(reader, escaping);
+    assert!(serde_json::from_str::<SnapshotReader>(&escaping).is_err());
+}
+
+#[test]
+fn a_snapshot_is_its_owners_alone() {
+    let (_folder, root) = place();
+    let writer = encrypted().create(&root).unwrap();
+    writer.add_namespace("disks").unwrap().write_fragment("sda", &1).unwrap();
+    let mode = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for (path, expected) in [("", 0o700), ("disks", 0o700), ("enc_metadata", 0o600), ("disks/sda", 0o600)] {
+        assert_eq!(mode(root.join(path)), expected, "{path}");
+    }
+}
+
+#[test]
+fn any_snapshot_says_when_the_type_is_another() {
+    let state = AnySnapshot::to_any("text").unwrap();
+    assert!(AnySnapshot::from_any::<u64>(state).unwrap_err().is_serialization());
+}
