@@ -1,0 +1,23 @@
+"""The command ``vmsnap``: dump memory into a snapshot, and look into one.
+
+``group`` puts the commands together and reports errors; ``dump``, ``look`` and ``demo`` are the commands; ``process``
+reads a live process, ``keyfile`` a key; ``holder`` is the child that ``demo`` dumps; ``terminal`` knows what depends on
+where the output goes.
+"""
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    try:
+        from vmsnap.cli.group import run
+    except ModuleNotFoundError as missing:
+        # The two packages of the extra; any other missing module is a broken installation and must be seen as such.
+        if missing.name not in {"click", "rich"}:
+            raise
+        print("vmsnap: error: the command line needs click and rich: pip install 'vmsnap[cli]'", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run())

@@ -1,0 +1,179 @@
+"""``vmsnap dump``: a process' memory, or a file, into a new snapshot."""
+
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+from vmsnap import SnapshotWriter
+from vmsnap.cli.failure import CommandError
+from vmsnap.cli.keyfile import key_file_option, threads_option
+from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
+from vmsnap.cli.terminal import human_size, printable, progress
+
+# Fits a second-level cache, and is enough chunks for every thread to have some.
+PIECE_BYTES = 1 << 20
+# As fast as larger ones, and a random read decrypts no more than this.
+CHUNK_BYTES = 1 << 16
+
+
+@dataclass
+class Summary:
+    """What a dump stored, and what it could not."""
+
+    fragments: int = 0
+    size: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    def tell_left_out(self) -> None:
+        """Name on standard error what could not be read."""
+        for text in self.left_out:
+            click.echo(f"vmsnap: left out: {printable(text)}", err=True)
+
+
+@contextmanager
+def new_snapshot(root: Path, *, encrypt: bool, key: bytes | None, threads: int | None) -> Iterator[SnapshotWriter]:
+    """Make a snapshot that is removed again if the block fails. A folder that existed is refused and not touched."""
+    writer = SnapshotWriter(root, encrypt, key=key, threads=threads)
+    try:
+        yield writer
+    except BaseException:
+        shutil.rmtree(writer.root, ignore_errors=True)
+        if writer.root.exists():
+            click.echo(f"vmsnap: half-written, and cannot be removed: {printable(str(root))}", err=True)
+        raise
+
+
+def store_file(writer: SnapshotWriter, path: Path, chunk_size_bytes: int) -> Summary:
+    """Store a file as the fragment ``ram``."""
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    summary = Summary(fragments=1)
+    with open(path, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        total = status.st_size if stat.S_ISREG(status.st_mode) else None
+        with (
+            writer.raw_fragment("ram", chunk_size_bytes=chunk_size_bytes) as fragment,
+            progress("dump", total) as advance,
+        ):
+            while count := file.readinto(buffer):
+                fragment.write(buffer[:count])
+                advance(count)
+                summary.size += count
+    return summary
+
+
+def store_process(writer: SnapshotWriter, process: Process, chunk_size_bytes: int) -> Summary:
+    """Store the readable mappings of a process, each a fragment of the namespace ``mem``, and its ``maps``.
+
+    A fragment holds every byte of the range in its name. Where a mapping has pages that cannot be read, the ranges
+    around them are stored, and they are named in the summary; a mapping with none that can be read is left out.
+    """
+    maps = process.maps()
+    with writer.raw_fragment("maps", chunk_size_bytes=chunk_size_bytes) as fragment:
+        fragment.write(maps)
+    mappings = parse_maps(maps)
+    readable = [mapping for mapping in mappings if mapping.readable]
+    summary = Summary(fragments=1, size=len(maps))
+    memory = writer.add_namespace("mem")
+    with progress("dump", sum(mapping.end - mapping.start for mapping in readable)) as advance:
+        for mapping in readable:
+            _store_mapping(memory, process, mapping, chunk_size_bytes, summary, advance)
+    if summary.fragments == 1:
+        raise CommandError(f"process {process.pid} has no memory to read: it has ended, or is one of the kernel's")
+    if hidden := len(mappings) - len(readable):
+        summary.left_out.append(f"mappings that the process itself may not read: {hidden}")
+    return summary
+
+
+def _store_mapping(
+    memory: SnapshotWriter,
+    process: Process,
+    mapping: Mapping,
+    chunk_size_bytes: int,
+    summary: Summary,
+    advance: Callable[[int], None],
+) -> None:
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    pending = [(mapping.start, mapping.end)]
+    while pending:
+        start, end = pending.pop()
+        stored = 0
+        try:
+            with memory.raw_fragment(range_name(start, end), chunk_size_bytes=chunk_size_bytes) as fragment:
+                for address in range(start, end, PIECE_BYTES):
+                    piece = buffer[: end - address]
+                    process.read_into(address, piece)
+                    fragment.write(piece)
+                    advance(len(piece))
+                    stored += len(piece)
+        except UnreadableMemoryError as bad:
+            # The fragment is discarded. What was before the page is read again, since its name tells how long it is.
+            resume = process.next_readable(bad.address, end)
+            summary.left_out.append(f"{range_name(bad.address, resume)} {mapping.label}")
+            advance(resume - bad.address - stored)
+            pending += [part for part in ((resume, end), (start, bad.address)) if part[0] < part[1]]
+        else:
+            summary.fragments += 1
+            summary.size += stored
+
+
+def _pid_of(target: str) -> int | None:
+    """Return the process that `target` names, None where it names a file."""
+    if not (target.isascii() and target.isdigit()):
+        return None
+    if os.path.exists(f"/proc/{target}"):
+        return int(target)
+    if os.path.exists(target):
+        return None
+    raise CommandError(f"process {target}: no such process, and no file of that name")
+
+
+@click.command()
+@click.argument("target", metavar="PID|FILE")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--encrypt", is_flag=True, help="Encrypt the snapshot. A key file implies it.")
+@key_file_option
+@click.option("--chunk-size", type=int, default=CHUNK_BYTES, show_default=True, help="Bytes encrypted together.")
+@threads_option
+@click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
+def dump(
+    target: str, directory: Path, encrypt: bool, key: bytes | None, chunk_size: int, threads: int | None, no_stop: bool
+) -> None:
+    """Store a process' memory, or a raw RAM file, in a new folder DIR.
+
+    A number is a process, unless there is none of that number but a file. Anything with a slash in it is a file, so
+    write ./1234 for a file beside a process 1234.
+
+    A file becomes the fragment "ram". Of a process each mapping becomes a fragment mem/START-END, named by its
+    addresses, and "maps" holds the text of /proc/PID/maps. Pages that cannot be read are left out and named. The
+    process is stopped meanwhile, and goes on afterwards if it was running before.
+
+    A dump that fails leaves nothing behind.
+    """
+    pid = _pid_of(target)
+    started = time.perf_counter()
+    if pid is None:
+        with new_snapshot(directory, encrypt=encrypt, key=key, threads=threads) as writer:
+            summary = store_file(writer, Path(target), chunk_size)
+    else:
+        with (
+            Process(pid) as process,
+            new_snapshot(directory, encrypt=encrypt, key=key, threads=threads) as writer,
+            nullcontext() if no_stop else process.stopped(),
+        ):
+            summary = store_process(writer, process, chunk_size)
+            if not (no_stop or process.is_stopped()):
+                raise CommandError(f"process {pid} went on, or ended, during the dump: that is not one moment's memory")
+    seconds = time.perf_counter() - started
+    click.echo(
+        f"vmsnap: stored {human_size(summary.size)} in {seconds:.2f} s ({human_size(summary.size / seconds)}/s), "
+        f"fragments: {summary.fragments}",
+        err=True,
+    )
+    summary.tell_left_out()

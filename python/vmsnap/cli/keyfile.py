@@ -1,0 +1,57 @@
+"""The file that a key is read from."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import click
+
+from vmsnap.cli.failure import CommandError
+
+KEY_BYTES = 32
+# Hex digits and "\r\n", and one byte more to find out that a file is longer.
+_READ_BYTES = 2 * KEY_BYTES + 3
+
+
+def read_key_file(path: Path) -> bytes:
+    """Return the key in a file: 32 raw bytes or 64 hex digits, with or without a newline at the end.
+
+    Raises
+    ------
+    CommandError
+        If others than the owner may read or change the file, or it holds no key.
+    OSError
+        If the file cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        # The open file is asked, not its path, which may be another file by now.
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if mode & 0o077:
+            raise CommandError(f"{path}: others may use this key file (mode {mode:04o}): chmod 600 '{path}'")
+        content = b""
+        while len(content) < _READ_BYTES and (piece := file.read(_READ_BYTES - len(content))):
+            content += piece
+    # A raw key may itself end in the byte of a newline.
+    if len(content) != KEY_BYTES:
+        content = re.sub(rb"\r?\n\Z", b"", content)
+    if re.fullmatch(rb"[0-9A-Fa-f]{%d}" % (2 * KEY_BYTES), content):
+        return bytes.fromhex(content.decode())
+    if len(content) == KEY_BYTES:
+        return content
+    raise CommandError(f"{path}: a key file holds {KEY_BYTES} bytes, or {2 * KEY_BYTES} hex digits")
+
+
+def _load(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> bytes | None:
+    return None if path is None else read_key_file(path)
+
+
+key_file_option = click.option(
+    "--key-file",
+    "key",
+    type=click.Path(path_type=Path),
+    callback=_load,
+    metavar="FILE",
+    help="The key: 32 bytes or 64 hex digits, in a file that only you may read.",
+)
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all processors]")

@@ -1,0 +1,98 @@
+"""The wheel, as a user gets it: built as for a release, installed into an environment that holds nothing else."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+WRITE_AND_READ_BACK = """
+import sys, vmsnap
+
+root, key, content = sys.argv[1], vmsnap.generate_key(), bytes(range(256)) * 1000
+with vmsnap.SnapshotWriter(root, encrypt=True, key=key).add_namespace("disks").raw_fragment("sda") as f:
+    f.write(content)
+with vmsnap.SnapshotReader(root, require_encrypted=True, key=key).namespace("disks").raw_fragment("sda") as f:
+    assert f.read() == content
+    assert f.read_at(123_456, 100) == content[123_456:123_556]
+try:
+    vmsnap.SnapshotReader(root, key=vmsnap.generate_key()).namespace("disks").raw_fragment("sda").read()
+except vmsnap.AuthenticationError:
+    print(vmsnap.__version__, vmsnap.__file__)
+else:
+    sys.exit("another key opened the fragment")
+"""
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("maturin") is None:
+        pytest.skip("no maturin beside this Python: pip install --group build")
+    if shutil.which("cargo") is None:
+        pytest.skip("no cargo on the PATH")
+    out = tmp_path_factory.mktemp("wheel")
+    # The same call as in the Makefile: cargo finds everything in ./target.
+    maturin = [sys.executable, "-m", "maturin", "build", "--release", "--locked"]
+    run(*maturin, "--interpreter", sys.executable, "--out", out)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment that holds pip and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder)
+    return folder / "bin" / "python"
+
+
+def test_one_wheel_serves_every_cpython_from_3_11_on(wheel: Path) -> None:
+    assert wheel.name.startswith("vmsnap-")
+    assert "-cp311-abi3-" in wheel.name
+    assert "linux" in wheel.name
+
+
+def test_the_wheel_holds_the_package_its_types_and_both_licences(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata_name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(metadata_name).decode())
+        info = metadata_name.removesuffix("METADATA")
+        entry_points = archive.read(f"{info}entry_points.txt").decode()
+    assert {
+        "vmsnap/__init__.py",
+        "vmsnap/_vmsnap.abi3.so",
+        "vmsnap/_vmsnap.pyi",
+        "vmsnap/py.typed",
+        "vmsnap/cli/__init__.py",
+        f"{info}licenses/LICENSE-APACHE",
+        f"{info}licenses/LICENSE-MIT",
+    } <= set(names)
+    folders = {name.split("/")[0] for name in names}
+    assert {"vmsnap", info.rstrip("/")} <= folders <= {"vmsnap", info.rstrip("/"), "vmsnap.libs"}
+    assert not [name for name in names if "__pycache__" in name]
+    assert metadata["License-Expression"] == "MIT OR Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Version"] in wheel.name
+    assert "vmsnap=vmsnap.cli:main" in entry_points.replace(" ", "")
+
+
+def test_the_wheel_works_in_an_empty_environment(wheel: Path, empty_environment: Path, tmp_path: Path) -> None:
+    run(empty_environment, "-m", "pip", "install", "--no-index", "--no-deps", wheel)
+    # -I: neither this folder nor PYTHONPATH can stand in for what was installed.
+    printed = run(empty_environment, "-I", "-c", WRITE_AND_READ_BACK, tmp_path / "vm1")
+    version, installed_at = printed.split()
+    assert f"vmsnap-{version}-" in wheel.name
+    assert Path(installed_at).is_relative_to(empty_environment.parents[1])
