@@ -159,6 +159,19 @@ fn dropping_finalizes_and_discarding_removes() {
 }
 
 #[test]
+fn a_panic_removes_what_was_half_written() {
+    let (_folder, root) = place();
+    let writer = encrypted().create(&root).unwrap();
+    let unwound = std::panic::catch_unwind(|| {
+        let mut fragment = writer.raw_fragment("half").unwrap();
+        fragment.write_all(&pattern(5 << 20)).unwrap();
+        panic!("the monitor fails in the middle of its dump");
+    });
+    assert!(unwound.is_err());
+    assert!(!root.join("half").exists());
+}
+
+#[test]
 fn a_discarded_fragment_leaves_a_file_that_took_its_place() {
     let (_folder, root) = place();
     let fragment = SnapshotOptions::new().create(&root).unwrap().raw_fragment("f").unwrap();

@@ -43,6 +43,11 @@ mod reader;
 mod threads;
 mod writer;
 
+/// The README's Rust runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub use any_snapshot::AnySnapshot;
 pub use cipher::{
     DEFAULT_CHUNK_SIZE_BYTES, KEY_BYTES, MAX_CHUNK_SIZE_BYTES, MIN_CHUNK_SIZE_BYTES, SecretKey, aead_provider,

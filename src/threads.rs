@@ -71,7 +71,14 @@ where
     I::Item: Send,
 {
     let helpers = workers.len().min(items.len()).saturating_sub(1);
-    let Some((own, others)) = workers.split_first_mut() else { return Ok(()) };
+    let Some((own, others)) = workers.split_first_mut() else {
+        // Only a forged handle has no threads; its work must not count as done.
+        return if items.len() == 0 {
+            Ok(())
+        } else {
+            Err(Error::invalid_argument("there is no thread to do the work"))
+        };
+    };
     let pool = if helpers == 0 { None } else { pool() };
     let Some(pool) = pool else {
         for item in items {

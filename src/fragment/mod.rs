@@ -85,7 +85,7 @@ impl Home {
         }
         Err(Error::new(
             Kind::State,
-            "it was opened in the process this one was forked from; open it again in this process",
+            "the fragment was opened in the process this one was forked from; open it again in this process",
         ))
     }
 }

@@ -75,7 +75,11 @@ impl SealedSource {
             }
         };
         let result = for_each(workers, pieces, poll, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
-        lock(&self.idle).extend(one.into_iter().chain(many));
+        let mut idle = lock(&self.idle);
+        idle.extend(one.into_iter().chain(many));
+        // Many calls at once may have made more than later ones need.
+        idle.truncate(threads);
+        drop(idle);
         result
     }
 

@@ -21,7 +21,7 @@ use crate::threads::Poll;
 ///
 /// A large write is sealed and written by several threads, straight from the caller's buffer; small ones are gathered.
 /// [`Fragment::finish`] ends it and tells whether all went well. Dropping it ends it as well, as in crosvm, but cannot
-/// tell. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
+/// tell; dropped by a panic, its file is removed. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
 /// dropped.
 ///
 /// In a process forked from the one that opened it, every call fails and dropping does nothing.
@@ -206,7 +206,9 @@ impl Drop for Fragment {
         if !self.home.is_here() {
             return;
         }
-        if matches!(self.state, State::Open(_)) && self.finish_polled(&mut || Ok(())).is_ok() {
+        // While a panic unwinds, what was written is only a part.
+        let complete = matches!(self.state, State::Open(_)) && !std::thread::panicking();
+        if complete && self.finish_polled(&mut || Ok(())).is_ok() {
             return;
         }
         // Nobody is there to be told; what cannot be removed does not open either.
