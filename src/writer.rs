@@ -180,7 +180,7 @@ fn write_key_metadata(root: &Path, wrapped: &[u8]) -> Result<()> {
 /// Handles keep an absolute path: another process, or this one later, may be in another folder.
 pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
     std::path::absolute(root).map_err(|error| {
-        Error::invalid_argument(format!("{:?} cannot be the path of a snapshot: {error}", root.as_os_str()))
+        Error::invalid_argument(format!("'{}' cannot be the path of a snapshot: {error}", root.display()))
     })
 }
 
