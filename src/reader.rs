@@ -14,7 +14,6 @@ use crate::key;
 use crate::name::{KEY_METADATA, SnapshotPath};
 use crate::options::{Format, SnapshotOptions};
 use crate::threads;
-use crate::writer::absolute;
 
 /// Reads a snapshot that [`crate::SnapshotWriter`] wrote, or a plain one of crosvm's.
 ///
@@ -35,7 +34,7 @@ use crate::writer::absolute;
 /// ```
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SnapshotReader {
-    #[serde(with = "crate::writer::any_path")]
+    #[serde(with = "folder::root_path")]
     root: PathBuf,
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
@@ -149,7 +148,7 @@ impl SnapshotOptions {
     /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
     pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
-        let root = absolute(root.as_ref())?;
+        let root = folder::absolute(root.as_ref())?;
         let data_key = match read_key_metadata(&root)? {
             Some(wrapped) => {
                 let payload = key::unwrap(&wrapped, self.key.as_ref())

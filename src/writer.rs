@@ -1,6 +1,5 @@
 //! Writing a snapshot.
 
-use std::ffi::OsString;
 use std::fmt;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -34,7 +33,7 @@ use crate::threads;
 /// ```
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SnapshotWriter {
-    #[serde(with = "crate::writer::any_path")]
+    #[serde(with = "folder::root_path")]
     root: PathBuf,
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
@@ -139,7 +138,7 @@ impl SnapshotOptions {
     /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
     pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
-        let root = absolute(root.as_ref())?;
+        let root = folder::absolute(root.as_ref())?;
         let payload = match &self.key {
             Some(key) => {
                 let payload = KeyPayload::generate()?;
@@ -177,13 +176,6 @@ fn write_key_metadata(root: &Path, wrapped: &[u8]) -> Result<()> {
     file.write_all_at(wrapped, 0).map_err(failed)
 }
 
-/// Handles keep an absolute path: another process, or this one later, may be in another folder.
-pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
-    std::path::absolute(root).map_err(|error| {
-        Error::invalid_argument(format!("'{}' cannot be the path of a snapshot: {error}", root.display()))
-    })
-}
-
 impl fmt::Debug for SnapshotWriter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SnapshotWriter")
@@ -191,19 +183,5 @@ impl fmt::Debug for SnapshotWriter {
             .field("namespace", &self.namespace.as_str())
             .field("encrypted", &self.is_encrypted())
             .finish_non_exhaustive()
-    }
-}
-
-/// serde's own form of a path must be UTF-8; Linux's need not be.
-pub(crate) mod any_path {
-    use super::{OsString, PathBuf};
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(crate) fn serialize<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
-        path.as_os_str().serialize(serializer)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        OsString::deserialize(deserializer).map(PathBuf::from)
     }
 }

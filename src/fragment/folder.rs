@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -15,6 +15,13 @@ use crate::name::{self, SnapshotPath};
 /// Guest memory is its owner's alone.
 const FOLDER_MODE: Mode = Mode::RWXU;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+/// Handles keep an absolute path: another process, or this one later, may be in another folder.
+pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
+    std::path::absolute(root).map_err(|error| {
+        Error::invalid_argument(format!("'{}' cannot be the path of a snapshot: {error}", root.display()))
+    })
+}
 
 /// Creates the root folder of a new snapshot.
 pub(crate) fn create_root(root: &Path) -> Result<()> {
@@ -147,4 +154,20 @@ fn stray(name: &str, kind: FileType) -> Error {
         _ => "a special file",
     };
     Error::corrupt(format!("{name:?} is {kind}, which a snapshot never holds and vmsnap never follows"))
+}
+
+/// A root's path in a serialized handle: serde's own form must be UTF-8, which Linux's need not be.
+pub(crate) mod root_path {
+    use std::ffi::OsString;
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        OsString::deserialize(deserializer).map(PathBuf::from)
+    }
 }
