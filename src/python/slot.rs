@@ -3,11 +3,12 @@
 //! A thread that waits does so without the interpreter's lock, and goes on obeying signals. In a forked child the lock
 //! may be held for ever by a thread that does not exist there, so that is looked at first.
 
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use super::Callback;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::fragment::Home;
 use crate::threads::lock;
 
@@ -22,7 +23,7 @@ pub(super) struct Slot<T> {
 
 enum Place<T> {
     Free(Box<T>),
-    Taken,
+    Taken(ThreadId),
     Closed,
 }
 
@@ -47,7 +48,7 @@ impl<T> Slot<T> {
         self.home.check().ok()?;
         match &mut *self.place.try_lock().ok()? {
             Place::Free(value) => work(value),
-            Place::Taken | Place::Closed => None,
+            Place::Taken(_) | Place::Closed => None,
         }
     }
 
@@ -59,21 +60,27 @@ impl<T> Slot<T> {
 
     fn take(&self, poll: Callback<'_>) -> Result<Option<Held<'_, T>>> {
         self.home.check()?;
+        let own = thread::current().id();
         let mut place = lock(&self.place);
-        loop {
-            match std::mem::replace(&mut *place, Place::Taken) {
-                Place::Free(value) => return Ok(Some(Held { slot: self, value: Some(value) })),
-                Place::Closed => {
-                    *place = Place::Closed;
-                    return Ok(None);
-                }
-                Place::Taken => {}
+        while let Place::Taken(owner) = *place {
+            if owner == own {
+                // It would wait for itself.
+                let text = "the fragment is in a call of this very thread's: a signal handler cannot use it";
+                return Err(Error::new(Kind::State, text));
             }
-            place = self.returned.wait_timeout(place, PATIENCE).unwrap_or_else(std::sync::PoisonError::into_inner).0;
-            if matches!(*place, Place::Taken) {
+            let (again, waited) = self.returned.wait_timeout(place, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+            place = again;
+            if waited.timed_out() {
                 drop(place);
                 poll()?;
                 place = lock(&self.place);
+            }
+        }
+        match std::mem::replace(&mut *place, Place::Taken(own)) {
+            Place::Free(value) => Ok(Some(Held { slot: self, value: Some(value) })),
+            closed => {
+                *place = closed;
+                Ok(None)
             }
         }
     }
