@@ -78,7 +78,7 @@ fn provider() -> Result<Provider> {
 }
 
 /// A 32-byte secret: a snapshot's data key, or the caller's key that wraps it. Wiped when dropped, never shown.
-#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
+#[derive(Clone, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SecretKey(#[serde(with = "serde_bytes")] [u8; KEY_BYTES]);
 

@@ -8,14 +8,17 @@
 #![allow(unsafe_code, reason = "maps a page, and hands out references to values that are never freed")]
 
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 const PAGE_BYTES: usize = 4096;
 
 /// The page emptied by a fork; null before it was mapped.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
+
+/// There can be no such page.
+static NO_PAGE: AtomicBool = AtomicBool::new(false);
 
 /// The last token given out. A child inherits it, so its own tokens differ from those of all its ancestors.
 static LAST_TOKEN: AtomicU64 = AtomicU64::new(0);
@@ -41,7 +44,13 @@ pub(crate) fn token() -> u64 {
 fn page() -> Option<&'static AtomicU64> {
     let mut mapped = PAGE.load(Ordering::Acquire);
     if mapped.is_null() {
-        let fresh = map_page()?;
+        if NO_PAGE.load(Ordering::Relaxed) {
+            return None;
+        }
+        let Some(fresh) = map_page() else {
+            NO_PAGE.store(true, Ordering::Relaxed);
+            return None;
+        };
         // Two threads at once: the page of the second is left unused, one page in a process's life.
         mapped = match PAGE.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => fresh,
@@ -59,8 +68,12 @@ fn map_page() -> Option<*mut AtomicU64> {
         mmap_anonymous(ptr::null_mut(), PAGE_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?
     };
     // SAFETY: the range is exactly the mapping made above, which nobody else knows yet.
-    unsafe { madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork).ok()? };
-    Some(page.cast())
+    if unsafe { madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork) }.is_ok() {
+        return Some(page.cast());
+    }
+    // SAFETY: as above; and nobody will know it.
+    let _ = unsafe { munmap(page, PAGE_BYTES) };
+    None
 }
 
 /// A value of which every process has its own: a forked child leaks its parent's and makes it anew.

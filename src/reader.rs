@@ -1,7 +1,7 @@
 //! Reading a snapshot.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -14,6 +14,9 @@ use crate::key;
 use crate::name::{KEY_METADATA, SnapshotPath};
 use crate::options::{Format, SnapshotOptions};
 use crate::threads;
+
+/// A serialized value is read in pieces of so much.
+const PIECE_BYTES: usize = 64 << 10;
 
 /// Reads a snapshot that [`crate::SnapshotWriter`] wrote, or a plain one of crosvm's.
 ///
@@ -61,7 +64,12 @@ impl SnapshotReader {
     /// [`Error::is_corrupt`] where something else than a fragment is in its place, and in an encrypted snapshot
     /// [`Error::is_authentication`] where it is not the one that was written there.
     pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
-        FragmentReader::open(&self.root, &self.namespace.join(name)?, self.data_key.as_ref(), self.threads)
+        FragmentReader::open(
+            &self.root,
+            &self.namespace.join(name)?,
+            self.data_key.as_ref(),
+            threads::clamp(self.threads),
+        )
     }
 
     /// Reads a fragment that holds one serialized value.
@@ -70,24 +78,23 @@ impl SnapshotReader {
     ///
     /// As [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] where it holds anything but one such value.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        let mut fragment = self.raw_fragment(name)?;
+        // In pieces: how much memory a value takes is for the value to say, not for the file's size.
+        let mut fragment = BufReader::with_capacity(PIECE_BYTES, self.raw_fragment(name)?);
         let place = format!("{} of {}", self.namespace.join(name)?, self.root.display());
-        let mut bytes = Vec::new();
-        usize::try_from(fragment.size())
-            .ok()
-            .and_then(|size| bytes.try_reserve_exact(size).ok())
-            .ok_or_else(|| Error::corrupt(format!("{place}: {} bytes are no serialized value", fragment.size())))?;
-        fragment.read_to_end(&mut bytes)?;
         let unfit = |error: Box<dyn std::error::Error + Send + Sync>| {
             Error::with_source(Kind::Corrupt, format!("{place} does not hold such a value: {error}"), error)
         };
         match self.format {
             Format::Cbor => {
-                let mut rest = &bytes[..];
-                let value = ciborium::from_reader(&mut rest).map_err(|error| unfit(error.into()))?;
-                if rest.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end".into())) }
+                let value = ciborium::from_reader(&mut fragment).map_err(|error| match error {
+                    ciborium::de::Error::Io(error) if error.kind() != ErrorKind::UnexpectedEof => Error::from(error),
+                    other => unfit(other.into()),
+                })?;
+                if fragment.fill_buf()?.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end".into())) }
             }
-            Format::Json => serde_json::from_slice(&bytes).map_err(|error| unfit(error.into())),
+            Format::Json => serde_json::from_reader(&mut fragment).map_err(|error| {
+                if error.is_io() { Error::from(std::io::Error::from(error)) } else { unfit(error.into()) }
+            }),
         }
     }
 

@@ -1,47 +1,64 @@
 //! The process's pool of threads, and one way to use it: items handed out one after the other to whoever is free.
 //!
 //! The pool is ours (rayon's global one hangs in a forked child) and is made on first use, anew after a fork. The calling
-//! thread always works too: a job never waits for a busy pool, and it is the caller that looks for an interruption.
+//! thread always works too, and it is the caller that looks for an interruption.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
-use crate::process::PerProcess;
+use crate::error::{Error, Kind, Result};
+use crate::process::{self, PerProcess};
 
 /// How many threads to use where nothing else is said.
 const THREADS_VARIABLE: &str = "VMSNAP_THREADS";
 
+const ALLOWED: std::ops::RangeInclusive<usize> = 1..=1024;
+
 /// A callback is asked this often at most: well within the 200 ms in which Ctrl-C is to work.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 static POOL: PerProcess<rayon::ThreadPool> = PerProcess::new();
 
-/// The number of threads to use: `wanted`, or `VMSNAP_THREADS`, or as many as the process may run on.
+/// The number of threads to use: as many as the pool has, or `wanted` if that is less.
 pub(crate) fn resolve(wanted: Option<usize>) -> Result<usize> {
-    let (count, origin) = match (wanted, std::env::var_os(THREADS_VARIABLE)) {
-        (Some(count), _) => (Some(count), "threads".to_owned()),
-        (None, Some(text)) => {
-            (text.to_str().and_then(|text| text.parse().ok()), format!("{THREADS_VARIABLE}={}", text.display()))
-        }
-        (None, None) => (std::thread::available_parallelism().map_or(1, usize::from).into(), String::new()),
-    };
-    match count {
-        Some(count @ 1..=1024) => Ok(count),
-        _ => Err(Error::invalid_argument(format!("{origin} must be a number from 1 to 1024"))),
+    match wanted {
+        None => most(),
+        Some(wanted) if ALLOWED.contains(&wanted) => Ok(clamp(wanted)),
+        Some(_) => Err(Error::invalid_argument("threads must be a number from 1 to 1024")),
     }
+}
+
+/// A number from a handle that may come from another machine.
+pub(crate) fn clamp(threads: usize) -> usize {
+    most().map_or(threads, |most| threads.min(most)).max(1)
+}
+
+/// The size of the pool: `VMSNAP_THREADS`, or as many threads as the process may run on. Looked at once a process.
+fn most() -> Result<usize> {
+    static MOST: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
+    MOST.get_or_init(|| match std::env::var_os(THREADS_VARIABLE) {
+        None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+        Some(text) => text
+            .to_str()
+            .and_then(|text| text.parse().ok())
+            .filter(|count| ALLOWED.contains(count))
+            .ok_or_else(|| format!("{THREADS_VARIABLE}={} must be a number from 1 to 1024", text.display())),
+    })
+    .clone()
+    .map_err(Error::invalid_argument)
 }
 
 /// Asks a caller's callback whether to go on, from time to time.
 pub(crate) struct Poll<'a> {
     callback: &'a mut dyn FnMut() -> Result<()>,
     next: Instant,
+    home: u64,
 }
 
 impl<'a> Poll<'a> {
     pub(crate) fn new(callback: &'a mut dyn FnMut() -> Result<()>) -> Self {
-        Self { callback, next: Instant::now() + POLL_INTERVAL }
+        Self { callback, next: Instant::now() + POLL_INTERVAL, home: process::token() }
     }
 
     pub(crate) fn tick(&mut self) -> Result<()> {
@@ -50,7 +67,16 @@ impl<'a> Poll<'a> {
             return Ok(());
         }
         self.next = now + POLL_INTERVAL;
-        (self.callback)()
+        let result = (self.callback)();
+        if self.is_elsewhere() {
+            // The callback forked, and this is the child: cipher state must not be used here.
+            return Err(Error::new(Kind::State, "the process was forked in the middle of the call"));
+        }
+        result
+    }
+
+    fn is_elsewhere(&self) -> bool {
+        self.home != process::token()
     }
 }
 
@@ -93,11 +119,17 @@ where
     let stop = AtomicBool::new(false);
     let run = |worker: &mut W, mut poll: Option<&mut Poll<'_>>| {
         while !stop.load(Ordering::Relaxed) {
-            let step = poll.as_mut().map_or(Ok(()), |poll| poll.tick());
-            let Some(item) = lock(&items).next() else { break };
-            if let Err(error) = step.and_then(|()| work(worker, item)) {
-                stop.store(true, Ordering::Relaxed);
-                lock(&failure).get_or_insert(error);
+            let step = poll.as_mut().map_or(Ok(()), |poll| poll.tick()).and_then(|()| {
+                let item = lock(&items).next();
+                item.map(|item| work(worker, item)).transpose()
+            });
+            match step {
+                Ok(Some(())) => {}
+                Ok(None) => break,
+                Err(error) => {
+                    stop.store(true, Ordering::Relaxed);
+                    lock(&failure).get_or_insert(error);
+                }
             }
         }
     };
@@ -105,7 +137,12 @@ where
         for worker in &mut others[..helpers] {
             scope.spawn(|_| run(worker, None));
         }
-        run(own, Some(poll));
+        run(own, Some(&mut *poll));
+        if poll.is_elsewhere() {
+            // A child forked by the callback, in which the other threads do not exist: waiting for them would be for ever.
+            eprintln!("vmsnap: forked in the middle of a call that uses several threads; this child cannot go on");
+            std::process::abort();
+        }
     });
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }

@@ -71,7 +71,8 @@ impl SnapshotWriter {
     pub fn raw_fragment_with_chunk_size(&self, name: &str, chunk_size_bytes: usize) -> Result<Fragment> {
         let path = self.namespace.join(name)?;
         crate::cipher::check_chunk_size(chunk_size_bytes)?;
-        let sealed = self.data_key.as_ref().map(|key| Sealed { key, chunk_size_bytes, threads: self.threads });
+        let sealed =
+            self.data_key.as_ref().map(|key| Sealed { key, chunk_size_bytes, threads: threads::clamp(self.threads) });
         Fragment::create(&self.root, &path, sealed.as_ref())
     }
 

@@ -1,9 +1,8 @@
 """Fragments as raw binary streams of the standard library."""
 
 import io
-from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -22,7 +21,9 @@ class Fragment(io.RawIOBase):
 
     A large write is encrypted and written by several threads, straight from the caller's buffer, with the interpreter
     free for others; small ones are gathered. In a ``with`` statement the fragment is finished on success, and its file
-    removed on an exception. A fragment that is dropped without either is finished too, as in crosvm.
+    removed on an exception, even where something in the block had closed it, such as a `BufferedWriter` around it. (A
+    ``with`` statement of such a wrapper alone only closes.) A fragment that is dropped without either is finished too,
+    as in crosvm.
 
     A write that fails or is interrupted poisons the fragment: every later call raises `FragmentStateError`, and its
     file is removed when it is closed.
@@ -30,6 +31,7 @@ class Fragment(io.RawIOBase):
 
     def __init__(self, raw: "_vmsnap.Fragment", name: str) -> None:
         self._raw: _vmsnap.Fragment | None = raw
+        self._entered: _vmsnap.Fragment | None = None
         self._name = name
 
     @property
@@ -75,16 +77,39 @@ class Fragment(io.RawIOBase):
 
         An encrypted one cannot be flushed: a segment is written when it is full, and the last one by `close`.
         """
+        if self.closed:
+            raise _closed()
+        # None while the base class closes, which flushes once more.
         if self._raw is not None:
             self._raw.flush()
 
     def close(self) -> None:
         """Finish the fragment; where that fails, its file is removed."""
-        self._end(lambda raw: raw.finish())
+        raw = self._raw
+        if raw is not None:
+            try:
+                raw.finish()
+            except BaseException:
+                # Still open where it could not even begin: another call is in progress.
+                if raw.ended:
+                    self._let_go()
+                raise
+        self._let_go()
 
     def discard(self) -> None:
         """Give the fragment up and remove its file. Nothing happens to one that is closed already."""
-        self._end(lambda raw: raw.discard())
+        raw = self._raw
+        self._let_go()
+        if raw is not None:
+            raw.discard()
+
+    def _let_go(self) -> None:
+        self._raw = None
+        super().close()
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        """Refuse: a fragment that is being written cannot be read."""
+        raise io.UnsupportedOperation("a fragment that is being written cannot be read")
 
     @property
     def _open(self) -> "_vmsnap.Fragment":
@@ -92,22 +117,25 @@ class Fragment(io.RawIOBase):
             raise _closed()
         return self._raw
 
-    def _end(self, how: "Callable[[_vmsnap.Fragment], None]") -> None:
-        raw, self._raw = self._raw, None
-        try:
-            if raw is not None:
-                how(raw)
-        finally:
-            super().close()
+    def __enter__(self) -> Self:
+        """Return itself."""
+        self._entered = self._open
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
         """Finish on success, discard on an exception."""
+        raw, self._entered = self._entered, None
         if kind is None:
             self.close()
-        else:
-            self.discard()
+        elif raw is not None:
+            self._let_go()
+            raw.discard()
+
+    def __reduce_ex__(self, _protocol: SupportsIndex, /) -> NoReturn:
+        """Refuse: two copies cannot write one file."""
+        raise TypeError("a fragment being written cannot be copied or pickled; pickle the SnapshotWriter")
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -205,6 +233,14 @@ class FragmentReader(io.RawIOBase):
     def tell(self) -> int:
         """Return the position in bytes of plaintext."""
         return self._open.tell()
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Refuse: a fragment is written once."""
+        raise io.UnsupportedOperation("a fragment that is being read cannot be written")
+
+    def __reduce_ex__(self, _protocol: SupportsIndex, /) -> NoReturn:
+        """Refuse: a copy would share the position."""
+        raise TypeError("an open fragment cannot be copied or pickled; pickle the SnapshotReader")
 
     def close(self) -> None:
         """Close the fragment; calls of other threads that have begun are completed."""

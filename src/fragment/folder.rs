@@ -18,6 +18,9 @@ const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
 /// Handles keep an absolute path: another process, or this one later, may be in another folder.
 pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
+    if root.as_os_str().as_encoded_bytes().contains(&0) {
+        return Err(Error::invalid_argument("the path of a snapshot cannot contain NUL"));
+    }
     std::path::absolute(root).map_err(|error| {
         Error::invalid_argument(format!("'{}' cannot be the path of a snapshot: {error}", root.display()))
     })
@@ -95,7 +98,10 @@ pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
 /// Removes `name` if it still is the file `file`.
 pub(crate) fn remove_file(folder: &OwnedFd, name: &str, file: &File) -> io::Result<()> {
     let own = fs::fstat(file)?;
-    let there = fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let there = match fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(()),
+        there => there?,
+    };
     if (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino) {
         fs::unlinkat(folder, name, AtFlags::empty())?;
     }

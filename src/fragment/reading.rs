@@ -131,7 +131,7 @@ impl FragmentReader {
             Ok(()) => Ok(length),
             Err(error) => {
                 // No plaintext of a read that failed, be it of segments that did verify.
-                wanted.fill(0);
+                buf.fill(0);
                 Err(error.context(&file.place))
             }
         }
@@ -139,6 +139,17 @@ impl FragmentReader {
 
     /// Reads on from the position, as [`Read::read`] but until `buf` is full or the fragment ends.
     pub(crate) fn read_polled(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        let start = self.position;
+        let result = self.read_on(buf, poll);
+        if result.is_err() {
+            // As if the call had not been made, and no plaintext of it: neither of the parts that did verify.
+            self.position = start;
+            buf.fill(0);
+        }
+        result
+    }
+
+    fn read_on(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() && self.position < self.size() {
             let rest = &mut buf[done..];

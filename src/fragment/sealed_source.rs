@@ -17,6 +17,10 @@ use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
 use crate::threads::{Poll, for_each, lock};
 
+/// Of an open fragment that nobody reads, at most this many workers are kept, and none with larger segments.
+const MAX_IDLE_WORKERS: usize = 8;
+const MAX_IDLE_BYTES: usize = 2 << 20;
+
 pub(super) struct SealedSource {
     file: File,
     opening: Opening,
@@ -49,7 +53,7 @@ impl SealedSource {
         let mut worker = source.worker();
         worker.load(&source, source.opening.last_index(), source.opening.last_index())?;
         worker.open_chunk(&source, source.opening.last_index(), 0)?;
-        lock(&source.idle).push(worker);
+        source.put_back([worker]);
         Ok(source)
     }
 
@@ -75,17 +79,20 @@ impl SealedSource {
             }
         };
         let result = for_each(workers, pieces, poll, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
-        let mut idle = lock(&self.idle);
-        idle.extend(one.into_iter().chain(many));
-        // Many calls at once may have made more than later ones need.
-        idle.truncate(threads);
-        drop(idle);
+        self.put_back(one.into_iter().chain(many));
         result
     }
 
     fn worker(&self) -> OpenWorker {
         let idle = lock(&self.idle).pop();
         idle.unwrap_or_else(|| OpenWorker { opener: self.opening.opener(), segments: Vec::new(), chunk: Vec::new() })
+    }
+
+    /// Keeps workers for the next calls: not more than some, and not such large buffers that it matters.
+    fn put_back(&self, workers: impl IntoIterator<Item = OpenWorker>) {
+        let mut idle = lock(&self.idle);
+        idle.extend(workers.into_iter().filter(|worker| worker.segments.len() <= MAX_IDLE_BYTES));
+        idle.truncate(MAX_IDLE_WORKERS);
     }
 
     fn chunk_bytes(&self, index: u64) -> usize {

@@ -10,15 +10,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
 
 use super::{not_written, strip_bytes};
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
 use crate::error::{Error, Result};
-use crate::threads::{self, Poll, for_each, lock};
+use crate::threads::{self, POLL_INTERVAL, Poll, for_each, lock};
 
-/// A caller that waits for a strip looks for an interruption this often.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// A helper goes back to the pool after so many strips, some milliseconds, so that nobody else waits long for a thread.
+const STRIPS_A_TURN: usize = 16;
 
 pub(super) struct Sealers {
     file: Arc<File>,
@@ -107,10 +106,11 @@ impl Sealers {
         {
             queue.helpers += 1;
             drop(queue);
-            let sealers = Arc::clone(self);
+            // Weak: a helper that comes late must not keep a finished fragment's file open.
+            let sealers = Arc::downgrade(self);
             pool.spawn(move || {
-                while let Some(strip) = sealers.take_as_helper() {
-                    sealers.seal_taken(strip);
+                if let Some(sealers) = sealers.upgrade() {
+                    sealers.help();
                 }
             });
         }
@@ -155,19 +155,23 @@ impl Sealers {
                     drop(queue);
                     self.seal_taken(strip);
                 }
-                None => drop(self.done.wait_timeout(queue, PATIENCE)),
+                None => drop(self.done.wait_timeout(queue, POLL_INTERVAL)),
             }
         }
     }
 
-    /// The next strip for a helper; where there is none it is counted out in the same breath, so that none is missed.
-    fn take_as_helper(&self) -> Option<Strip> {
-        let mut queue = lock(&self.queue);
-        let strip = queue.take();
-        if strip.is_none() {
-            queue.helpers -= 1;
+    /// A helper's turn. It is counted out in the same breath in which it finds nothing to do, so that no strip is missed.
+    fn help(&self) {
+        for _ in 0..STRIPS_A_TURN {
+            let mut queue = lock(&self.queue);
+            let Some(strip) = queue.take() else {
+                queue.helpers -= 1;
+                return;
+            };
+            drop(queue);
+            self.seal_taken(strip);
         }
-        strip
+        lock(&self.queue).helpers -= 1;
     }
 
     fn seal_taken(&self, Strip { first_index, mut plaintext }: Strip) {

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::plain::PlainSink;
 use super::sealed_sink::SealedSink;
 use super::{Home, Place, folder};
-use crate::cipher::{SecretKey, check_chunk_size};
+use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
 use crate::threads::Poll;
@@ -54,9 +54,6 @@ pub(crate) struct Sealed<'a> {
 impl Fragment {
     pub(crate) fn create(root: &Path, path: &SnapshotPath, sealed: Option<&Sealed<'_>>) -> Result<Self> {
         let place = Place::new(root, path);
-        if let Some(sealed) = sealed {
-            check_chunk_size(sealed.chunk_size_bytes).map_err(|error| error.context(&place))?;
-        }
         let (namespace, name) = path.split();
         let folder = folder::open(root, namespace)?;
         let file = folder::create_file(&folder, name).map_err(|errno| {
@@ -91,16 +88,13 @@ impl Fragment {
 
     /// Takes `data` where that only means to remember it until more comes, and says whether it did.
     #[cfg(feature = "python")]
-    pub(crate) fn gather(&mut self, data: &[u8]) -> Option<()> {
-        if !self.home.is_here() {
-            return None;
-        }
-        let taken = match &mut self.state {
-            State::Open(Sink::Plain(sink)) => sink.gather(data),
-            State::Open(Sink::Sealed(sink)) => sink.gather(data),
-            State::Failed | State::Closed => false,
-        };
-        taken.then_some(())
+    pub(crate) fn gather(&mut self, data: &[u8]) -> bool {
+        self.home.is_here()
+            && match &mut self.state {
+                State::Open(Sink::Plain(sink)) => sink.gather(data),
+                State::Open(Sink::Sealed(sink)) => sink.gather(data),
+                State::Failed | State::Closed => false,
+            }
     }
 
     /// Writes all of `data`, and asks `poll` from time to time (not more often than every 50 ms) whether to go on.
@@ -157,28 +151,46 @@ impl Fragment {
         self.remove()
     }
 
+    /// Removes the file, in whatever state the fragment is.
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.home.check().map_err(|error| error.context(&self.place))?;
-        if matches!(std::mem::replace(&mut self.state, State::Closed), State::Closed) {
-            return Ok(());
-        }
+        self.state = State::Closed;
         let (_, name) = self.place.path.split();
         folder::remove_file(&self.folder, name, &self.file)
             .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error))
     }
 
+    #[cfg(feature = "python")]
+    pub(crate) fn is_closed(&self) -> bool {
+        matches!(self.state, State::Closed)
+    }
+
+    /// Bytes written so far, or why there can be no more.
+    #[cfg(feature = "python")]
+    pub(crate) fn position(&mut self) -> Result<u64> {
+        self.with_sink(|_| Ok(()))?;
+        Ok(self.written())
+    }
+
     /// Lets `work` use the sink, and poisons the fragment where that fails.
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
-        let result = self.home.check().and_then(|()| match &mut self.state {
-            State::Open(sink) => work(sink),
-            State::Failed => {
-                Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew"))
+        let result = self.home.check().and_then(|()| {
+            // Failed meanwhile, so that a panic in the middle leaves it so.
+            match std::mem::replace(&mut self.state, State::Failed) {
+                State::Open(mut sink) => {
+                    work(&mut sink)?;
+                    self.state = State::Open(sink);
+                    Ok(())
+                }
+                State::Failed => {
+                    Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew"))
+                }
+                State::Closed => {
+                    self.state = State::Closed;
+                    Err(Error::new(Kind::State, "is closed"))
+                }
             }
-            State::Closed => Err(Error::new(Kind::State, "is closed")),
         });
-        if result.is_err() && self.home.is_here() && matches!(self.state, State::Open(_)) {
-            self.state = State::Failed;
-        }
         result.map_err(|error| error.context(&self.place))
     }
 }
@@ -207,12 +219,15 @@ impl Drop for Fragment {
             return;
         }
         // While a panic unwinds, what was written is only a part.
-        let complete = matches!(self.state, State::Open(_)) && !std::thread::panicking();
-        if complete && self.finish_polled(&mut || Ok(())).is_ok() {
-            return;
+        let complete = match self.state {
+            State::Closed => true,
+            State::Open(_) => !std::thread::panicking() && self.finish_polled(&mut || Ok(())).is_ok(),
+            State::Failed => false,
+        };
+        if !complete {
+            // Nobody is there to be told; what cannot be removed does not open either.
+            let _ = self.remove();
         }
-        // Nobody is there to be told; what cannot be removed does not open either.
-        let _ = self.remove();
     }
 }
 

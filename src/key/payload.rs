@@ -100,10 +100,34 @@ struct Head {
 
 #[derive(DeriveDeserialize)]
 struct Body {
-    #[serde(with = "serde_bytes")]
+    #[serde(deserialize_with = "byte_string")]
     snapshot_id: [u8; 16],
+    #[serde(deserialize_with = "secret_byte_string")]
     data_key: SecretKey,
     sealed: bool,
+}
+
+fn secret_byte_string<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<SecretKey, D::Error> {
+    byte_string(deserializer).map(SecretKey::from)
+}
+
+/// A byte string of exactly that length; serde's own arrays would take a list of numbers too.
+fn byte_string<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> std::result::Result<[u8; N], D::Error> {
+    struct ByteString<const N: usize>;
+
+    impl<const N: usize> Visitor<'_> for ByteString<N> {
+        type Value = [u8; N];
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a byte string of {N} bytes")
+        }
+
+        fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> std::result::Result<[u8; N], E> {
+            bytes.try_into().map_err(|_| E::invalid_length(bytes.len(), &self))
+        }
+    }
+
+    deserializer.deserialize_bytes(ByteString)
 }
 
 impl<'de> Deserialize<'de> for Head {
@@ -210,6 +234,7 @@ mod tests {
         for (name, value) in [
             ("format", "vmsnap-manifest".into()),
             ("data_key", Value::Bytes(vec![9; 31])),
+            ("data_key", Value::Array(vec![9.into(); 32])),
             ("snapshot_id", "text".into()),
             ("sealed", 0.into()),
         ] {

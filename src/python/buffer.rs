@@ -2,54 +2,78 @@
 
 #![allow(unsafe_code, reason = "a buffer's bytes are a pointer and a length")]
 
-use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 
-pub(super) struct Readable(PyUntypedBuffer);
+/// A buffer as `hashlib` and sockets ask for it, by `PyBUF_SIMPLE`: what does not lie in one piece is a `BufferError`.
+struct View(Box<ffi::Py_buffer>);
+
+impl View {
+    fn get(object: &Bound<'_, PyAny>, flags: std::ffi::c_int) -> PyResult<Self> {
+        let mut view = Box::new(ffi::Py_buffer::new());
+        // SAFETY: `object` is alive and the interpreter attached, as its Bound shows; `view` is a Py_buffer to be filled,
+        // in a Box so that it never moves: exporters may keep its address until the release.
+        if unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), &raw mut *view, flags) } == 0 {
+            return Ok(Self(view));
+        }
+        let py = object.py();
+        let refusal = PyErr::fetch(py);
+        // numpy says ValueError where a BufferError is meant.
+        if refusal.is_instance_of::<PyBufferError>(py) || refusal.is_instance_of::<PyValueError>(py) {
+            let wanted = if flags == ffi::PyBUF_WRITABLE {
+                "a contiguous buffer that can be written to is needed, such as a bytearray"
+            } else {
+                "a contiguous buffer is needed: copy it, for instance by bytes()"
+            };
+            return Err(PyBufferError::new_err(format!("{wanted} ({})", refusal.value(py))));
+        }
+        Err(refusal)
+    }
+
+    fn len(&self) -> usize {
+        usize::try_from(self.0.len).unwrap_or(0)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: filled by PyObject_GetBuffer, released once, with the interpreter attached.
+        Python::attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.0) });
+    }
+}
+
+pub(super) struct Readable(View);
 
 impl Readable {
     pub(super) fn get(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        contiguous(object).map(Self)
+        View::get(object, ffi::PyBUF_SIMPLE).map(Self)
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {
-        if self.0.len_bytes() == 0 {
+        if self.0.len() == 0 {
             return &[]; // its pointer may be null
         }
-        // SAFETY: the exporter keeps buf_ptr() valid for len_bytes() bytes, contiguous as checked, until the buffer is
-        // released, which is when `self` is dropped. Another Python thread may write to the memory meanwhile: a race
-        // that every user of the buffer protocol without the interpreter's lock accepts (hashlib, sockets); each byte is
-        // read by machine code once for each copy or seal, and no decision of ours depends on reading it twice.
-        unsafe { std::slice::from_raw_parts(self.0.buf_ptr().cast(), self.0.len_bytes()) }
+        // SAFETY: the exporter keeps `buf` valid for `len` bytes in one piece until the release, which is when `self` is
+        // dropped. Another Python thread may write to the memory meanwhile: a race that every user of the buffer protocol
+        // without the interpreter's lock accepts (hashlib, sockets), and that only gets that caller other bytes: none of
+        // our decisions depends on what a buffer holds.
+        unsafe { std::slice::from_raw_parts(self.0.0.buf.cast(), self.0.len()) }
     }
 }
 
-pub(super) struct Writable(PyUntypedBuffer);
+pub(super) struct Writable(View);
 
 impl Writable {
     pub(super) fn get(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let buffer = contiguous(object)?;
-        if buffer.readonly() {
-            return Err(PyBufferError::new_err("a buffer that can be written to is needed"));
-        }
-        Ok(Self(buffer))
+        View::get(object, ffi::PyBUF_WRITABLE).map(Self)
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
-        if self.0.len_bytes() == 0 {
+        if self.0.len() == 0 {
             return &mut [];
         }
-        // SAFETY: as in Readable::as_slice, and writable as checked.
-        unsafe { std::slice::from_raw_parts_mut(self.0.buf_ptr().cast(), self.0.len_bytes()) }
-    }
-}
-
-fn contiguous(object: &Bound<'_, PyAny>) -> PyResult<PyUntypedBuffer> {
-    let buffer = PyUntypedBuffer::get(object)?;
-    if buffer.is_c_contiguous() {
-        Ok(buffer)
-    } else {
-        Err(PyBufferError::new_err("a contiguous buffer is needed: copy it, for instance by bytes()"))
+        // SAFETY: as in Readable::as_slice, and writable as asked for.
+        unsafe { std::slice::from_raw_parts_mut(self.0.0.buf.cast(), self.0.len()) }
     }
 }

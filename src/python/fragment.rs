@@ -1,5 +1,7 @@
 //! `_vmsnap.Fragment`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -12,19 +14,33 @@ use crate::error::Result;
 const KEEP_INTERPRETER_BYTES: usize = 2048;
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
-pub(super) struct Fragment(Slot<crate::Fragment>);
+pub(super) struct Fragment {
+    slot: Slot<crate::Fragment>,
+    /// Its file is to go, whoever has the fragment in hands just now: set by a discard that could not wait.
+    doomed: AtomicBool,
+}
 
 impl Fragment {
     pub(super) fn new(fragment: crate::Fragment) -> Self {
-        Self(Slot::new(fragment))
+        Self { slot: Slot::new(fragment), doomed: AtomicBool::new(false) }
     }
 
+    /// Lets `work` have the fragment, unless it is closed.
     fn with<T: Send>(
         &self,
         py: Python<'_>,
         work: impl FnOnce(&mut crate::Fragment, Callback<'_>) -> Result<T> + Send,
     ) -> PyResult<T> {
-        interruptible(py, |poll| self.0.with(poll, work))?.ok_or_else(closed)
+        let result = interruptible(py, |poll| {
+            self.slot.with(poll, |fragment, poll| {
+                let result = if fragment.is_closed() { None } else { Some(work(fragment, poll)) };
+                if self.doomed.load(Ordering::Acquire) {
+                    fragment.remove()?;
+                }
+                result.transpose()
+            })
+        });
+        result?.ok_or_else(|| PyValueError::new_err("I/O operation on closed file."))
     }
 }
 
@@ -34,7 +50,7 @@ impl Fragment {
         let data = Readable::get(data)?;
         let data = data.as_slice();
         let gathered =
-            data.len() <= KEEP_INTERPRETER_BYTES && self.0.try_with(|fragment| fragment.gather(data)).is_some();
+            data.len() <= KEEP_INTERPRETER_BYTES && self.slot.try_with(|fragment| fragment.gather(data)) == Some(true);
         if !gathered {
             self.with(py, |fragment, poll| fragment.write_all_polled(data, poll))?;
         }
@@ -42,7 +58,7 @@ impl Fragment {
     }
 
     fn tell(&self, py: Python<'_>) -> PyResult<u64> {
-        self.with(py, |fragment, _| Ok(fragment.written()))
+        self.with(py, |fragment, _| fragment.position())
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
@@ -50,20 +66,37 @@ impl Fragment {
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| match self.0.close(poll)? {
-            Some(mut fragment) => fragment.finish_polled(poll),
-            None => Ok(()),
+        self.with(py, |fragment, poll| {
+            fragment.finish_polled(poll).inspect_err(|_| {
+                // The error to be told is that of finishing.
+                let _ = fragment.remove();
+            })
         })
     }
 
+    /// Removes the file, also of a fragment that was finished, and also where another call is in progress: then at its
+    /// end.
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| match self.0.close(poll)? {
-            Some(mut fragment) => fragment.remove(),
-            None => Ok(()),
-        })
+        self.slot.home().check()?;
+        self.doomed.store(true, Ordering::Release);
+        interruptible(py, |poll| self.slot.with(poll, |fragment, _| fragment.remove()))
+    }
+
+    /// Whether nothing more can be done with it: it was finished or removed, or belongs to another process.
+    #[getter]
+    fn ended(&self) -> bool {
+        self.slot.home().check().is_err() || self.slot.try_with(|fragment| fragment.is_closed()) == Some(true)
     }
 }
 
-pub(super) fn closed() -> PyErr {
-    PyValueError::new_err("I/O operation on closed file.")
+impl Drop for Fragment {
+    fn drop(&mut self) {
+        if self.slot.home().check().is_ok()
+            && *self.doomed.get_mut()
+            && let Some(fragment) = self.slot.get_mut()
+        {
+            // Nobody is there to be told.
+            let _ = fragment.remove();
+        }
+    }
 }

@@ -6,7 +6,6 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::Writable;
-use super::fragment::closed;
 use super::slot::Slot;
 use super::{Callback, interruptible, number};
 use crate::error::{Error, Result};
@@ -29,7 +28,7 @@ impl FragmentReader {
         py: Python<'_>,
         work: impl FnOnce(&mut crate::FragmentReader, Callback<'_>) -> Result<T> + Send,
     ) -> PyResult<T> {
-        interruptible(py, |poll| self.cursor.with(poll, work))?.ok_or_else(closed)
+        interruptible(py, |poll| self.cursor.with(poll, work))
     }
 
     /// How much of `wanted` bytes from `offset` there are.
@@ -84,9 +83,10 @@ impl FragmentReader {
 
     /// `size` bytes from the position, or all to the end.
     #[pyo3(signature = (size=None))]
-    fn read<'py>(&self, py: Python<'py>, size: Option<u64>) -> PyResult<Bound<'py, PyBytes>> {
+    fn read<'py>(&self, py: Python<'py>, size: Option<&Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyBytes>> {
+        let wanted = size.map_or(Ok(u64::MAX), |size| number(size, "size"))?;
         let position = self.tell(py)?;
-        let length = self.available(position, size.unwrap_or(u64::MAX))?;
+        let length = self.available(position, wanted)?;
         let mut read = 0;
         let bytes = PyBytes::new_with(py, length, |bytes| {
             read = self.with_cursor(py, |cursor, poll| cursor.read_polled(bytes, poll))?;
@@ -99,9 +99,9 @@ impl FragmentReader {
         Ok(PyBytes::new(py, bytes.as_bytes().get(..read).unwrap_or_default()))
     }
 
-    fn seek(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, whence: u8) -> PyResult<u64> {
-        let to = match whence {
-            0 => SeekFrom::Start(number(offset, "offset")?),
+    fn seek(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, whence: &Bound<'_, PyAny>) -> PyResult<u64> {
+        let to = match number(whence, "whence")? {
+            0_i64 => SeekFrom::Start(number(offset, "offset")?),
             1 => SeekFrom::Current(number(offset, "offset")?),
             2 => SeekFrom::End(number(offset, "offset")?),
             other => return Err(Error::invalid_argument(format!("whence is 0, 1 or 2, not {other}")).into()),

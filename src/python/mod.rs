@@ -114,7 +114,9 @@ fn to_state<'py>(py: Python<'py>, handle: &impl serde::Serialize) -> PyResult<Bo
 }
 
 fn from_state<T: serde::de::DeserializeOwned>(state: &[u8]) -> PyResult<T> {
-    ciborium::from_reader(state)
+    // A buffer of our own, to be wiped: the state holds a key.
+    let mut scratch = zeroize::Zeroizing::new(vec![0; 4096]);
+    ciborium::de::from_reader_with_buffer(state, &mut scratch)
         .map_err(|error| Error::invalid_argument(format!("not a pickled handle: {error}")).into())
 }
 
