@@ -172,6 +172,40 @@ fn a_panic_removes_what_was_half_written() {
 }
 
 #[test]
+fn a_panic_in_the_callback_poisons_the_fragment() {
+    for options in [SnapshotOptions::new(), encrypted()] {
+        let (_folder, root) = place();
+        let mut fragment = options.create(&root).unwrap().raw_fragment("half").unwrap();
+        let long = vec![0; 4 << 30];
+        let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            fragment.write_all_polled(&long, &mut || panic!("the callback fails"))
+        }));
+        assert!(unwound.is_err());
+        assert!(Error::from(fragment.write_all(b"more").unwrap_err()).is_state());
+        assert!(fragment.finish().unwrap_err().is_state());
+        assert!(!root.join("half").exists());
+    }
+}
+
+#[test]
+fn a_read_that_fails_leaves_the_position_where_it_was() {
+    let options = encrypted();
+    let (_folder, root) = place();
+    let mut fragment = options.create(&root).unwrap().raw_fragment("f").unwrap();
+    fragment.write_all(&pattern(3 * 4096)).unwrap();
+    fragment.finish().unwrap();
+    let mut bytes = std::fs::read(root.join("f")).unwrap();
+    bytes[74 + 4128 + 100] ^= 1; // in the second segment
+    std::fs::write(root.join("f"), bytes).unwrap();
+    let mut reader = options.open(&root).unwrap().raw_fragment("f").unwrap();
+    reader.seek(SeekFrom::Start(10)).unwrap();
+    let mut buf = [0xff; 5000];
+    assert!(Error::from(reader.read(&mut buf).unwrap_err()).is_authentication());
+    assert!(buf.iter().all(|byte| *byte == 0));
+    assert_eq!(reader.stream_position().unwrap(), 10);
+}
+
+#[test]
 fn a_discarded_fragment_leaves_a_file_that_took_its_place() {
     let (_folder, root) = place();
     let fragment = SnapshotOptions::new().create(&root).unwrap().raw_fragment("f").unwrap();

@@ -158,7 +158,8 @@ impl SnapshotOptions {
         if let Some((_, wrapped)) = &payload {
             write_key_metadata(&root, wrapped).inspect_err(|_| {
                 // Ours and empty but for what was just being written; an error here would hide the cause.
-                let _ = std::fs::remove_file(root.join(KEY_METADATA)).and_then(|()| std::fs::remove_dir(&root));
+                let _ = std::fs::remove_file(root.join(KEY_METADATA));
+                let _ = std::fs::remove_dir(&root);
             })?;
         }
         Ok(SnapshotWriter {

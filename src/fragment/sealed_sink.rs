@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::sealing::Sealers;
-use super::{aad, strip_bytes};
+use super::{Home, aad, strip_bytes};
 use crate::cipher::{Sealing, SecretKey};
 use crate::error::Result;
 use crate::name::SnapshotPath;
@@ -16,12 +16,14 @@ use crate::threads::Poll;
 const DIRECT_BYTES: usize = 4 << 20;
 
 pub(super) struct SealedSink {
+    file: Arc<File>,
     sealers: Arc<Sealers>,
     chunk_size_bytes: usize,
     /// Plaintext not handed on yet, from the start of chunk `next_index`. Whether a chunk is the last shows only when more
     /// follows, so at least one byte always stays behind here.
     gathered: Vec<u8>,
     next_index: u64,
+    home: Home,
 }
 
 impl SealedSink {
@@ -34,8 +36,8 @@ impl SealedSink {
     ) -> Result<Self> {
         let (sealing, header) = Sealing::start(key, &aad(path), chunk_size_bytes)?;
         file.write_all_at(&header, 0).map_err(super::not_written)?;
-        let sealers = Arc::new(Sealers::new(file, sealing, threads));
-        Ok(Self { sealers, chunk_size_bytes, gathered: Vec::new(), next_index: 0 })
+        let sealers = Arc::new(Sealers::new(sealing, threads));
+        Ok(Self { file, sealers, chunk_size_bytes, gathered: Vec::new(), next_index: 0, home: Home::here() })
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -65,12 +67,12 @@ impl SealedSink {
             if !self.gathered.is_empty() {
                 let strip = std::mem::replace(&mut self.gathered, self.sealers.buffer(poll)?);
                 let first_index = self.advance(strip.len());
-                self.sealers.submit(first_index, strip);
+                self.sealers.submit(&self.file, first_index, strip);
             }
             if data.len() >= DIRECT_BYTES {
                 let (body, tail) = self.split_last(data);
                 let first_index = self.advance(body.len());
-                self.sealers.seal(first_index, body, poll)?;
+                self.sealers.seal(&self.file, first_index, body, poll)?;
                 data = tail;
             }
         }
@@ -81,9 +83,9 @@ impl SealedSink {
         let gathered = std::mem::take(&mut self.gathered);
         let (body, last) = self.split_last(&gathered);
         let first_index = self.advance(body.len());
-        self.sealers.seal(first_index, body, poll)?;
+        self.sealers.seal(&self.file, first_index, body, poll)?;
         self.sealers.drain(poll)?;
-        self.sealers.seal_last(self.next_index, last)
+        self.sealers.seal_last(&self.file, self.next_index, last)
     }
 
     /// Whole chunks, and what is left for the last: 1 byte to a whole chunk, nothing only of nothing.
@@ -100,8 +102,10 @@ impl SealedSink {
 }
 
 impl Drop for SealedSink {
-    /// Nobody waits for what was not begun: the file is finished or removed. Also in a forked child, which must not lock.
+    /// A forked child must not lock, and has none of the threads.
     fn drop(&mut self) {
-        self.sealers.stop();
+        if self.home.is_here() {
+            self.sealers.stop();
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::{not_written, strip_bytes};
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
@@ -20,7 +20,6 @@ use crate::threads::{self, POLL_INTERVAL, Poll, for_each, lock};
 const STRIPS_A_TURN: usize = 16;
 
 pub(super) struct Sealers {
-    file: Arc<File>,
     sealing: Sealing,
     chunk_size_bytes: usize,
     threads: usize,
@@ -54,6 +53,8 @@ impl Queue {
 
 /// Whole chunks, none of them the last.
 struct Strip {
+    /// Here and not in `Sealers`, so that a helper on its way out does not keep a finished fragment's file open.
+    file: Arc<File>,
     first_index: u64,
     plaintext: Vec<u8>,
 }
@@ -64,9 +65,8 @@ struct Worker {
 }
 
 impl Sealers {
-    pub(super) fn new(file: Arc<File>, sealing: Sealing, threads: usize) -> Self {
+    pub(super) fn new(sealing: Sealing, threads: usize) -> Self {
         Self {
-            file,
             chunk_size_bytes: sealing.chunk_size_bytes(),
             sealing,
             threads,
@@ -77,36 +77,36 @@ impl Sealers {
     }
 
     /// Seals chunks of the caller's, by all threads; none of them the last.
-    pub(super) fn seal(&self, first_index: u64, plaintext: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn seal(&self, file: &File, first_index: u64, plaintext: &[u8], poll: &mut Poll<'_>) -> Result<()> {
         let strip_bytes = strip_bytes(self.chunk_size_bytes);
         let strip_chunks = (strip_bytes / self.chunk_size_bytes) as u64;
         let strips = plaintext.chunks(strip_bytes);
         let mut workers = self.workers(self.threads.min(strips.len()));
         let result = for_each(&mut workers, strips.enumerate(), poll, |worker, (number, strip)| {
-            self.seal_strip(worker, first_index + number as u64 * strip_chunks, strip)
+            self.seal_strip(worker, file, first_index + number as u64 * strip_chunks, strip)
         });
         lock(&self.queue).idle_workers.append(&mut workers);
         result
     }
 
     /// Seals and writes the last chunk.
-    pub(super) fn seal_last(&self, index: u64, chunk: &[u8]) -> Result<()> {
+    pub(super) fn seal_last(&self, file: &File, index: u64, chunk: &[u8]) -> Result<()> {
         let Worker { mut sealer, mut segments } = self.worker();
         segments.resize(chunk.len() + SEGMENT_OVERHEAD_BYTES, 0);
         sealer.seal_last(index, chunk, &mut segments)?;
-        self.file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
+        file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
     }
 
     /// Hands a strip to the other threads. Later calls tell how it went, [`Sealers::drain`] at the latest.
-    pub(super) fn submit(self: &Arc<Self>, first_index: u64, plaintext: Vec<u8>) {
+    pub(super) fn submit(self: &Arc<Self>, file: &Arc<File>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
-        queue.strips.push_back(Strip { first_index, plaintext });
+        queue.strips.push_back(Strip { file: Arc::clone(file), first_index, plaintext });
         if queue.helpers + 1 < self.threads
             && let Some(pool) = threads::pool()
         {
             queue.helpers += 1;
             drop(queue);
-            // Weak: a helper that comes late must not keep a finished fragment's file open.
+            // Weak: a helper that comes late finds nothing to do.
             let sealers = Arc::downgrade(self);
             pool.spawn(move || {
                 if let Some(sealers) = sealers.upgrade() {
@@ -134,9 +134,14 @@ impl Sealers {
         self.help_until(poll, |queue| (queue.strips.is_empty() && queue.running == 0).then_some(()))
     }
 
-    /// Lets go what was not begun. Takes no lock: it is called in forked children too.
+    /// Lets go what was not begun, and waits for what was: nobody holds the file afterwards.
     pub(super) fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
+        let mut queue = lock(&self.queue);
+        queue.strips.clear();
+        while queue.running > 0 {
+            queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Seals strips on the calling thread, or waits where others have them all, until `ready`.
@@ -174,13 +179,14 @@ impl Sealers {
         lock(&self.queue).helpers -= 1;
     }
 
-    fn seal_taken(&self, Strip { first_index, mut plaintext }: Strip) {
+    fn seal_taken(&self, Strip { file, first_index, mut plaintext }: Strip) {
         let mut worker = self.worker();
         let result = if self.stopped.load(Ordering::Relaxed) {
             Ok(())
         } else {
-            self.seal_strip(&mut worker, first_index, &plaintext)
+            self.seal_strip(&mut worker, &file, first_index, &plaintext)
         };
+        drop(file);
         plaintext.clear();
         let mut queue = lock(&self.queue);
         queue.running -= 1;
@@ -193,7 +199,7 @@ impl Sealers {
         self.done.notify_all();
     }
 
-    fn seal_strip(&self, worker: &mut Worker, first_index: u64, strip: &[u8]) -> Result<()> {
+    fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
         let Worker { sealer, segments } = worker;
         let stored = strip.len() / self.chunk_size_bytes * segment_size(self.chunk_size_bytes);
         if segments.len() < stored {
@@ -203,9 +209,7 @@ impl Sealers {
         for ((index, chunk), segment) in (first_index..).zip(strip.chunks_exact(self.chunk_size_bytes)).zip(places) {
             sealer.seal(index, chunk, segment)?;
         }
-        self.file
-            .write_all_at(&segments[..stored], segment_offset(first_index, self.chunk_size_bytes))
-            .map_err(not_written)
+        file.write_all_at(&segments[..stored], segment_offset(first_index, self.chunk_size_bytes)).map_err(not_written)
     }
 
     fn worker(&self) -> Worker {

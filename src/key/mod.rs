@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! payload.rs   what enc_metadata holds once unwrapped: data key, snapshot id, what a reader must know
+//! strict.rs    the CBOR it may be made of
 //! raw.rs       wrapped with a 32-byte key of the caller's
 //! ```
 //!
@@ -10,6 +11,7 @@
 
 mod payload;
 mod raw;
+mod strict;
 
 pub(crate) use payload::KeyPayload;
 

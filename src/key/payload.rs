@@ -1,12 +1,12 @@
 //! What `enc_metadata` holds once unwrapped: a CBOR map, `docs/format.md` has its keys.
 
-use std::collections::BTreeSet;
 use std::fmt;
 
-use serde::de::{Deserialize, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize as DeriveDeserialize, Serialize};
+use serde::de::{DeserializeOwned, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::strict;
 use crate::cipher::{SecretKey, fill_random};
 use crate::error::{Error, Kind, Result};
 
@@ -50,6 +50,7 @@ impl KeyPayload {
 
     /// Reads an authenticated payload.
     pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
+        strict::check(bytes).map_err(malformed)?;
         // Version and requirements first: what follows may look different in a later version.
         let Head { format, version, requires } = parse(bytes)?;
         if format != FORMAT {
@@ -81,24 +82,22 @@ fn unsupported(what: &str) -> Error {
     )
 }
 
-fn parse<T: DeserializeOwned>(mut bytes: &[u8]) -> Result<T> {
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     // Of our own, to be wiped: ciborium's default is a buffer on the stack.
     let mut scratch = Zeroizing::new(vec![0; CAPACITY_BYTES]);
-    let value = ciborium::de::from_reader_with_buffer(&mut bytes, &mut scratch).map_err(malformed)?;
-    if !bytes.is_empty() {
-        return Err(malformed("bytes follow its end"));
-    }
-    Ok(value)
+    ciborium::de::from_reader_with_buffer(bytes, &mut scratch).map_err(malformed)
 }
 
-/// The keys every version has; reading them checks that none of the map's keys comes twice.
+/// The keys every version has.
+#[derive(Deserialize)]
 struct Head {
     format: String,
     version: u64,
     requires: Vec<String>,
 }
 
-#[derive(DeriveDeserialize)]
+/// The keys of this version.
+#[derive(Deserialize)]
 struct Body {
     #[serde(deserialize_with = "byte_string")]
     snapshot_id: [u8; 16],
@@ -128,46 +127,6 @@ fn byte_string<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> st
     }
 
     deserializer.deserialize_bytes(ByteString)
-}
-
-impl<'de> Deserialize<'de> for Head {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_map(HeadVisitor)
-    }
-}
-
-struct HeadVisitor;
-
-impl<'de> Visitor<'de> for HeadVisitor {
-    type Value = Head;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a map with text keys")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Head, A::Error> {
-        use serde::de::Error as _;
-        let mut keys = BTreeSet::new();
-        let (mut format, mut version, mut requires) = (None, None, None);
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "format" => format = Some(map.next_value()?),
-                "version" => version = Some(map.next_value()?),
-                "requires" => requires = Some(map.next_value()?),
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                }
-            }
-            if let Some(twice) = keys.replace(key) {
-                return Err(A::Error::custom(format!("key {twice:?} comes twice")));
-            }
-        }
-        Ok(Head {
-            format: format.ok_or_else(|| A::Error::missing_field("format"))?,
-            version: version.ok_or_else(|| A::Error::missing_field("version"))?,
-            requires: requires.ok_or_else(|| A::Error::missing_field("requires"))?,
-        })
-    }
 }
 
 #[cfg(test)]

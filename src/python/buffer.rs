@@ -22,7 +22,7 @@ impl View {
         // numpy says ValueError where a BufferError is meant.
         if refusal.is_instance_of::<PyBufferError>(py) || refusal.is_instance_of::<PyValueError>(py) {
             let wanted = if flags == ffi::PyBUF_WRITABLE {
-                "a contiguous buffer that can be written to is needed, such as a bytearray"
+                "a contiguous buffer that can be written to is needed: read into a bytearray, or take bytes()"
             } else {
                 "a contiguous buffer is needed: copy it, for instance by bytes()"
             };

@@ -65,11 +65,17 @@ impl Fragment {
         self.with(py, |fragment, _| Ok(std::io::Write::flush(fragment)?))
     }
 
+    /// Nothing happens to one that is closed already.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, |fragment, poll| {
-            fragment.finish_polled(poll).inspect_err(|_| {
-                // The error to be told is that of finishing.
-                let _ = fragment.remove();
+        interruptible(py, |poll| {
+            self.slot.with(poll, |fragment, poll| {
+                if fragment.is_closed() {
+                    return Ok(());
+                }
+                fragment.finish_polled(poll).inspect_err(|_| {
+                    // The error to be told is that of finishing.
+                    let _ = fragment.remove();
+                })
             })
         })
     }

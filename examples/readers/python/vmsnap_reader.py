@@ -192,11 +192,9 @@ def _require_key_length(key: bytes) -> None:
 
 # CBOR (RFC 8949), as much as the key payload needs -------------------------------------------------------------------
 
-_BREAK = object()
-
 
 class _CborReader:
-    """A strict decoder. Tagged items, floats and simple values become None: no known key of the payload takes them."""
+    """A decoder of the one way in which section 4 allows each thing. Floats become None: no known key takes them."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -216,83 +214,59 @@ class _CborReader:
         self._position += count
         return data
 
-    def _head(self) -> tuple[int, int, int | None]:
-        """Return major type, additional information and argument (None: indefinite length, or break)."""
+    def _head(self) -> tuple[int, int, int]:
+        """Return major type, additional information and argument, which must be in its shortest form."""
         major, info = divmod(self._take(1)[0], 32)
         if info < 24:
             return major, info, info
-        if info < 28:
-            return major, info, int.from_bytes(self._take(1 << (info - 24)), "big")
-        if info == 31 and major in (2, 3, 4, 5, 7):
-            return major, info, None
-        raise FormatError("a CBOR item is not well-formed")
+        if info > 27:
+            raise FormatError("a CBOR item has no definite length, or is not well-formed")
+        argument = int.from_bytes(self._take(1 << (info - 24)), "big")
+        # A float's argument is its bits, whatever they are.
+        if argument < (24, 1 << 8, 1 << 16, 1 << 32)[info - 24] and not (major == 7 and info > 24):
+            raise FormatError("a CBOR number or length is not in its shortest form")
+        return major, info, argument
 
-    def _item(self, depth: int, break_allowed: bool = False) -> object:
+    def _item(self, depth: int) -> object:
         if depth > MAX_CBOR_DEPTH:
             raise FormatError("CBOR items are nested too deep")
         major, info, argument = self._head()
-        if major == 7:
-            return self._simple_or_float(info, argument, break_allowed)
-        if major in (2, 3):
-            return self._string(major, argument)
-        if major == 4:
-            return list(self._items(argument, depth))
-        if major == 5:
-            return self._map(argument, depth)
-        assert argument is not None  # _head refuses the rest
-        if major == 6:
-            self._item(depth + 1)
-            return None
-        return argument if major == 0 else -1 - argument
+        match major:
+            case 0:
+                return argument
+            case 1:
+                return -1 - argument
+            case 2:
+                return self._take(argument)
+            case 3:
+                return self._text(argument)
+            case 4:
+                return [self._item(depth + 1) for _ in range(argument)]
+            case 5:
+                return self._map(argument, depth)
+            case 7 if 20 <= info <= 22:
+                return {20: False, 21: True, 22: None}[info]
+            case 7 if info > 24:
+                return None
+        raise FormatError("a CBOR item has a tag, or a simple value other than false, true and null")
 
-    def _items(self, count: int | None, depth: int) -> Iterator[object]:
-        """Yield `count` items, or all until a break."""
-        while count is None or count > 0:
-            item = self._item(depth + 1, count is None)
-            if item is _BREAK:
-                return
-            yield item
-            count = None if count is None else count - 1
-
-    def _map(self, count: int | None, depth: int) -> dict[str, object]:
+    def _map(self, count: int, depth: int) -> dict[str, object]:
         result: dict[str, object] = {}
-        items = self._items(None if count is None else 2 * count, depth)
-        for key in items:
-            value = next(items, _BREAK)
-            if value is _BREAK:
-                raise FormatError("a CBOR map ends after a key")
-            if not isinstance(key, str):
+        for _ in range(count):
+            major, _, length = self._head()
+            if major != 3:
                 raise FormatError("a key of a CBOR map is not text")
+            key = self._text(length)
             if key in result:
                 raise FormatError(f"a CBOR map has the key {key!r} twice")
-            result[key] = value
+            result[key] = self._item(depth + 1)
         return result
 
-    def _string(self, major: int, length: int | None) -> bytes | str:
-        if length is not None:
-            data = self._take(length)
-            try:
-                return data if major == 2 else data.decode()
-            except UnicodeDecodeError:
-                raise FormatError("a CBOR text is not UTF-8") from None
-        parts: list[bytes | str] = []
-        while (head := self._head()) != (7, 31, None):
-            if head[0] != major or head[2] is None:
-                raise FormatError("a part of a CBOR string is not a string of its kind")
-            parts.append(self._string(major, head[2]))
-        if major == 2:
-            return b"".join(part for part in parts if isinstance(part, bytes))
-        return "".join(part for part in parts if isinstance(part, str))
-
-    @staticmethod
-    def _simple_or_float(info: int, argument: int | None, break_allowed: bool) -> object:
-        if argument is None:
-            if break_allowed:
-                return _BREAK
-            raise FormatError("a CBOR break in the wrong place")
-        if info == 24 and argument < 32:
-            raise FormatError("a CBOR item is not well-formed")
-        return info == 21 if info in (20, 21) else None
+    def _text(self, length: int) -> str:
+        try:
+            return self._take(length).decode()
+        except UnicodeDecodeError:
+            raise FormatError("a CBOR text is not UTF-8") from None
 
 
 # The key payload (section 4) -----------------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+//! The CBOR that vmsnap's own metadata may be made of: `docs/format.md` allows one way to write each thing, so that readers
+//! in all languages refuse the same. Decoders, serde's among them, are more lenient, each in its own way.
+
+use std::collections::BTreeSet;
+
+/// The outermost item is the first level.
+const MAX_DEPTH: usize = 16;
+
+/// Checks that `bytes` are one item of definite lengths, shortest forms, no tags, and maps with text keys, none twice.
+pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
+    let mut scanner = Scanner { rest: bytes };
+    scanner.item(1)?;
+    if scanner.rest.is_empty() { Ok(()) } else { Err("bytes follow its end".to_owned()) }
+}
+
+struct Scanner<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Scanner<'a> {
+    fn take(&mut self, count: u64) -> Result<&'a [u8], String> {
+        let split = usize::try_from(count).ok().and_then(|count| self.rest.split_at_checked(count));
+        let (taken, rest) = split.ok_or("it is cut off")?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    /// Major type and argument (RFC 8949, 3).
+    fn head(&mut self) -> Result<(u8, u64), String> {
+        let [first] = self.take(1)? else { return Err("it is cut off".to_owned()) };
+        let (major, info) = (first >> 5, first & 0x1f);
+        let argument = match info {
+            0..24 => return Ok((major, u64::from(info))),
+            24..28 => self.take(1 << (info - 24))?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)),
+            _ => return Err("an item has no definite length, or is not well-formed".to_owned()),
+        };
+        // A float's argument is its bits, whatever they are.
+        let shortest = match info {
+            24 => argument >= 24,
+            25 => argument > 0xff,
+            26 => argument > 0xffff,
+            _ => argument > 0xffff_ffff,
+        };
+        if shortest || (major == 7 && info > 24) {
+            Ok((major, argument))
+        } else {
+            Err("a number or length is not written in its shortest form".to_owned())
+        }
+    }
+
+    fn item(&mut self, depth: usize) -> Result<(), String> {
+        if depth > MAX_DEPTH {
+            return Err(format!("it is nested deeper than {MAX_DEPTH} levels"));
+        }
+        let start = self.rest;
+        let (major, argument) = self.head()?;
+        match major {
+            0 | 1 => Ok(()),
+            2 => self.take(argument).map(drop),
+            3 => self.text(argument).map(drop),
+            4 => (0..argument).try_for_each(|_| self.item(depth + 1)),
+            5 => {
+                let mut keys = BTreeSet::new();
+                (0..argument).try_for_each(|_| {
+                    let (major, length) = self.head()?;
+                    if major != 3 {
+                        return Err("a key is not text".to_owned());
+                    }
+                    let key = self.text(length)?;
+                    if !keys.insert(key) {
+                        return Err(format!("the key {key:?} comes twice"));
+                    }
+                    self.item(depth + 1)
+                })
+            }
+            6 => Err("it has a tag".to_owned()),
+            // false, true, null; half, single and double floats.
+            _ if matches!(start[0], 0xf4..=0xf6 | 0xf9..=0xfb) => Ok(()),
+            _ => Err("it has a simple value other than false, true and null".to_owned()),
+        }
+    }
+
+    fn text(&mut self, length: u64) -> Result<&'a str, String> {
+        std::str::from_utf8(self.take(length)?).map_err(|_| "a text is not UTF-8".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check;
+
+    #[test]
+    fn one_way_to_write_each_thing_is_accepted() {
+        for good in [
+            &b"\x00"[..],
+            b"\x18\x18",
+            b"\x19\x01\x00",
+            b"\x38\x18",
+            b"\x42ab",
+            b"\x63abc",
+            b"\x80",
+            b"\x82\x01\xf6",
+            b"\xa0",
+            b"\xa2\x61a\x01\x61b\xa1\x61a\xf4",
+            b"\xf5",
+            b"\xf9\x00\x00",
+            b"\xfb\x00\x00\x00\x00\x00\x00\x00\x00",
+        ] {
+            check(good).unwrap();
+        }
+        check(&[[0x81; 15].as_slice(), &[0x80]].concat()).unwrap();
+    }
+
+    #[test]
+    fn any_other_way_is_refused() {
+        for bad in [
+            &b""[..],
+            b"\x18",
+            b"\x18\x17",
+            b"\x19\x00\xff",
+            b"\x1a\x00\x00\xff\xff",
+            b"\x1b\x00\x00\x00\x00\xff\xff\xff\xff",
+            b"\x1c",
+            b"\x1f",
+            b"\x42a",
+            b"\x5f\x41a\xff",
+            b"\x61\xff",
+            b"\x81",
+            b"\x9b\xff\xff\xff\xff\xff\xff\xff\xff",
+            b"\x9f\xff",
+            b"\xa1\x01\x01",
+            b"\xa2\x61a\x01\x61a\x02",
+            b"\xbf\xff",
+            b"\xc0\x00",
+            b"\xd9\xd9\xf7\x00",
+            b"\xf7",
+            b"\xf8\x14",
+            b"\xf8\xff",
+            b"\xff",
+            b"\x00\x00",
+        ] {
+            check(bad).unwrap_err();
+        }
+        assert!(check(&[[0x81; 16].as_slice(), &[0x80]].concat()).unwrap_err().contains("deeper"));
+    }
+}
