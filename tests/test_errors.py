@@ -141,6 +141,17 @@ def test_a_bad_name_is_refused_by_writers_and_readers(place: Place, name: str) -
             refusing(name)
 
 
+@pytest.mark.parametrize("path", ["", b"", "vm\0", "\0"])
+def test_a_path_that_no_snapshot_can_have_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (vmsnap.SnapshotWriter, vmsnap.SnapshotReader):
+        for key in (None, bytes(32)):
+            with refused("bad-path", "path of a snapshot", tmp_path):
+                call(path, key=key)
+
+
 @pytest.mark.parametrize("name", ["\udcff", "a\ud800"])
 def test_a_name_that_is_not_utf_8_is_refused(place: Place, name: str) -> None:
     writer = place.create()
