@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::{DeserializeOwned, Deserializer, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -93,7 +93,27 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
 struct Head {
     format: String,
     version: u64,
+    #[serde(deserialize_with = "text_list")]
     requires: Vec<String>,
+}
+
+/// An array of texts; ciborium's own would take an empty byte string for an empty one.
+fn text_list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
+    struct TextList;
+
+    impl<'de> Visitor<'de> for TextList {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an array of texts")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<Vec<String>, A::Error> {
+            std::iter::from_fn(|| items.next_element().transpose()).collect()
+        }
+    }
+
+    deserializer.deserialize_any(TextList)
 }
 
 /// The keys of this version.
