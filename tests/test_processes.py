@@ -516,8 +516,8 @@ finally:
 """
     handle = pickle.dumps(write(place.create(threads=1), "other", b"kept")).hex()
     message = "a signal handler cannot use it"
-    arguments = (place.root, LONG_CALLS + script, handle, "SIGUSR1")
-    printed = refused_elsewhere("signal-handler", message, *arguments, **SLOWER)
+    script = LONG_CALLS + script
+    printed = refused_elsewhere("signal-handler", message, place.root, script, handle, "SIGUSR1", **SLOWER)
     assert "refused 4" in printed
     check_independently(place.root, place.key, {"other": b"kept"})
 

@@ -1,5 +1,6 @@
 """Fragments as raw binary streams of the standard library."""
 
+import contextlib
 import io
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
@@ -105,7 +106,9 @@ class Fragment(io.RawIOBase):
 
     def _let_go(self) -> None:
         self._raw = None
-        super().close()
+        # The base class flushes, which is an error where another thread has closed in the meantime: then it is done.
+        with contextlib.suppress(ValueError):
+            super().close()
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         """Refuse: a fragment that is being written cannot be read."""

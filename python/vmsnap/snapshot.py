@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from vmsnap import _vmsnap
 from vmsnap.io import Fragment, FragmentReader
@@ -18,6 +18,7 @@ class _Handle:
     """What the handles of writers and readers share: both can be copied, and pickled to travel to another process."""
 
     _raw: _vmsnap.SnapshotReader | _vmsnap.SnapshotWriter
+    _raw_class: ClassVar[type[_vmsnap.SnapshotReader] | type[_vmsnap.SnapshotWriter]]
 
     @property
     def root(self) -> Path:
@@ -46,7 +47,7 @@ class _Handle:
 
     @classmethod
     def _from_state(cls, state: bytes) -> Self:
-        raise NotImplementedError
+        return cls._of(cls._raw_class.from_state(state))
 
     def __repr__(self) -> str:
         namespace = f" namespace={self.namespace_path!r}" if self.namespace_path else ""
@@ -88,6 +89,7 @@ class SnapshotWriter(_Handle):
     """
 
     _raw: _vmsnap.SnapshotWriter
+    _raw_class = _vmsnap.SnapshotWriter
 
     def __init__(
         self,
@@ -135,10 +137,6 @@ class SnapshotWriter(_Handle):
         """
         return self._of(self._raw.add_namespace(name))
 
-    @classmethod
-    def _from_state(cls, state: bytes) -> Self:
-        return cls._of(_vmsnap.SnapshotWriter.from_state(state))
-
 
 class SnapshotReader(_Handle):
     """Reads a snapshot that `SnapshotWriter` wrote, or a plain one of crosvm's.
@@ -173,6 +171,7 @@ class SnapshotReader(_Handle):
     """
 
     _raw: _vmsnap.SnapshotReader
+    _raw_class = _vmsnap.SnapshotReader
 
     def __init__(
         self,
@@ -221,7 +220,3 @@ class SnapshotReader(_Handle):
             There is none of that name.
         """
         return self._of(self._raw.namespace(name))
-
-    @classmethod
-    def _from_state(cls, state: bytes) -> Self:
-        return cls._of(_vmsnap.SnapshotReader.from_state(state))
