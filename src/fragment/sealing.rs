@@ -8,7 +8,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::{not_written, strip_bytes};
@@ -23,7 +22,6 @@ pub(super) struct Sealers {
     sealing: Sealing,
     chunk_size_bytes: usize,
     threads: usize,
-    stopped: AtomicBool,
     queue: Mutex<Queue>,
     /// A strip was done.
     done: Condvar,
@@ -70,7 +68,6 @@ impl Sealers {
             chunk_size_bytes: sealing.chunk_size_bytes(),
             sealing,
             threads,
-            stopped: AtomicBool::new(false),
             queue: Mutex::new(Queue { buffers: 1, ..Queue::default() }),
             done: Condvar::new(),
         }
@@ -136,7 +133,6 @@ impl Sealers {
 
     /// Lets go what was not begun, and waits for what was: nobody holds the file afterwards.
     pub(super) fn stop(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
         let mut queue = lock(&self.queue);
         queue.strips.clear();
         while queue.running > 0 {
@@ -181,11 +177,7 @@ impl Sealers {
 
     fn seal_taken(&self, Strip { file, first_index, mut plaintext }: Strip) {
         let mut worker = self.worker();
-        let result = if self.stopped.load(Ordering::Relaxed) {
-            Ok(())
-        } else {
-            self.seal_strip(&mut worker, &file, first_index, &plaintext)
-        };
+        let result = self.seal_strip(&mut worker, &file, first_index, &plaintext);
         drop(file);
         plaintext.clear();
         let mut queue = lock(&self.queue);
