@@ -40,6 +40,7 @@ mod process;
 #[cfg(feature = "python")]
 mod python;
 mod reader;
+mod serialization;
 mod threads;
 mod writer;
 
@@ -54,6 +55,7 @@ pub use cipher::{
 };
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
-pub use options::{Format, SnapshotOptions};
+pub use options::SnapshotOptions;
 pub use reader::SnapshotReader;
+pub use serialization::Format;
 pub use writer::SnapshotWriter;

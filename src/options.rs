@@ -1,20 +1,7 @@
 //! What a snapshot is written or read with.
 
-use serde::{Deserialize, Serialize};
-
 use crate::cipher::SecretKey;
-
-/// How `write_fragment` and `read_fragment` serialize values.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum Format {
-    /// CBOR (RFC 8949), as crosvm has written since March 2025.
-    #[default]
-    Cbor,
-    /// JSON, as crosvm wrote before.
-    Json,
-}
+use crate::serialization::Format;
 
 /// What a snapshot is written or read with, where [`crate::SnapshotWriter::new`] and [`crate::SnapshotReader::new`] do not
 /// say enough: the key, the number of threads, the format of values.
@@ -32,7 +19,7 @@ pub struct SnapshotOptions {
     pub(crate) encrypt: bool,
     pub(crate) key: Option<SecretKey>,
     pub(crate) threads: Option<usize>,
-    pub(crate) format: Format,
+    pub(crate) format: Option<Format>,
 }
 
 impl SnapshotOptions {
@@ -64,10 +51,11 @@ impl SnapshotOptions {
         self
     }
 
-    /// How values are serialized.
+    /// How values are serialized. Without it, a writer takes CBOR, and a reader finds out for each fragment; what it cannot
+    /// tell from CBOR is a bare number in JSON.
     #[must_use]
     pub fn format(mut self, format: Format) -> Self {
-        self.format = format;
+        self.format = Some(format);
         self
     }
 }

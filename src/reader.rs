@@ -1,7 +1,7 @@
 //! Reading a snapshot.
 
 use std::fmt;
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -12,7 +12,8 @@ use crate::error::{Error, Kind, Result};
 use crate::fragment::{FragmentReader, folder};
 use crate::key;
 use crate::name::{KEY_METADATA, SnapshotPath};
-use crate::options::{Format, SnapshotOptions};
+use crate::options::SnapshotOptions;
+use crate::serialization::{self, Format};
 use crate::threads;
 
 /// A serialized value is read in pieces of so much.
@@ -42,7 +43,7 @@ pub struct SnapshotReader {
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
     threads: usize,
-    format: Format,
+    format: Option<Format>,
 }
 
 impl SnapshotReader {
@@ -79,23 +80,24 @@ impl SnapshotReader {
     /// As [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] where it holds anything but one such value.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         // In pieces: how much memory a value takes is for the value to say, not for the file's size.
-        let mut fragment = BufReader::with_capacity(PIECE_BYTES, self.raw_fragment(name)?);
-        let place = format!("{} of {}", self.namespace.join(name)?, self.root.display());
-        let unfit = |error: Box<dyn std::error::Error + Send + Sync>| {
-            Error::with_source(Kind::Corrupt, format!("{place} does not hold such a value: {error}"), error)
-        };
-        match self.format {
-            Format::Cbor => {
-                let value = ciborium::from_reader(&mut fragment).map_err(|error| match error {
-                    ciborium::de::Error::Io(error) if error.kind() != ErrorKind::UnexpectedEof => Error::from(error),
-                    other => unfit(other.into()),
-                })?;
-                if fragment.fill_buf()?.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end".into())) }
-            }
-            Format::Json => serde_json::from_reader(&mut fragment).map_err(|error| {
-                if error.is_io() { Error::from(std::io::Error::from(error)) } else { unfit(error.into()) }
-            }),
+        let fragment = BufReader::with_capacity(PIECE_BYTES, self.raw_fragment(name)?);
+        serialization::decode(fragment, self.format, &self.place(name)?)
+    }
+
+    /// A fragment as errors name it.
+    pub(crate) fn place(&self, name: &str) -> Result<String> {
+        Ok(format!("{} of {}", self.namespace.join(name)?, self.root.display()))
+    }
+
+    /// Opens a fragment that is to be read whole, if it is not larger than that.
+    #[cfg(feature = "python")]
+    pub(crate) fn whole_fragment(&self, name: &str, max_size_bytes: u64) -> Result<FragmentReader> {
+        let fragment = self.raw_fragment(name)?;
+        if fragment.size() <= max_size_bytes {
+            return Ok(fragment);
         }
+        let text = format!("{} bytes are too many for a value: raise max_size_bytes, or read it raw", fragment.size());
+        Err(Error::corrupt(text).context(self.place(name)?))
     }
 
     /// Names of the fragments at this level, sorted.

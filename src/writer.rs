@@ -1,7 +1,6 @@
 //! Writing a snapshot.
 
 use std::fmt;
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +11,8 @@ use crate::error::{Error, Kind, Result};
 use crate::fragment::{Fragment, Sealed, folder};
 use crate::key::{self, KeyPayload};
 use crate::name::{KEY_METADATA, SnapshotPath};
-use crate::options::{Format, SnapshotOptions};
+use crate::options::SnapshotOptions;
+use crate::serialization::{self, Format};
 use crate::threads;
 
 /// Writes a snapshot: a folder of fragments, nested by namespaces.
@@ -84,21 +84,18 @@ impl SnapshotWriter {
     /// [`SnapshotWriter::raw_fragment_with_chunk_size`].
     pub fn write_fragment<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<()> {
         let path = self.namespace.join(name)?;
-        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-            Error::with_source(
-                Kind::Serialization,
-                format!("{path} of {} cannot be serialized", self.root.display()),
-                error,
-            )
-        };
-        let mut bytes = Vec::new();
-        match self.format {
-            Format::Cbor => ciborium::into_writer(value, &mut bytes).map_err(|error| failed(error.into()))?,
-            Format::Json => serde_json::to_writer(&mut bytes, value).map_err(|error| failed(error.into()))?,
-        }
+        let bytes = serialization::encode(value, self.format).map_err(|error| {
+            let place = format!("{path} of {}", self.root.display());
+            Error::with_source(Kind::Serialization, format!("{place} cannot be serialized"), error)
+        })?;
+        self.write_whole(name, &bytes, &mut || Ok(()))
+    }
+
+    /// Writes a fragment that is all at hand.
+    pub(crate) fn write_whole(&self, name: &str, bytes: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let mut fragment = self.raw_fragment(name)?;
-        fragment.write_all(&bytes)?;
-        fragment.finish()
+        fragment.write_all_polled(bytes, poll)?;
+        fragment.finish_polled(poll)
     }
 
     /// Creates a namespace, and returns a writer into it.
@@ -122,6 +119,12 @@ impl SnapshotWriter {
     #[must_use]
     pub fn namespace_path(&self) -> &str {
         self.namespace.as_str()
+    }
+
+    /// How values are serialized.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Whether what is written gets encrypted.
@@ -167,7 +170,7 @@ impl SnapshotOptions {
             namespace: SnapshotPath::default(),
             data_key: payload.map(|(payload, _)| payload.data_key().clone()),
             threads,
-            format: self.format,
+            format: self.format.unwrap_or_default(),
         })
     }
 }

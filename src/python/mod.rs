@@ -24,6 +24,7 @@ use pyo3::types::PyBytes;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::options::SnapshotOptions;
+use crate::serialization::{self, Format};
 
 /// The core of vmsnap, compiled from Rust.
 #[pymodule]
@@ -37,7 +38,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]
-    use super::{aead_provider, generate_key};
+    use super::{aead_provider, check_serialized, generate_key};
 
     use pyo3::prelude::*;
 
@@ -56,6 +57,25 @@ fn generate_key(py: Python<'_>) -> PyResult<Bound<'_, PyBytes>> {
 #[pyfunction]
 fn aead_provider() -> PyResult<&'static str> {
     Ok(crate::cipher::aead_provider()?)
+}
+
+/// Checks that `data` is one serialized value, and returns its format; an error names `place`.
+#[pyfunction]
+fn check_serialized(
+    py: Python<'_>,
+    data: &Bound<'_, PyBytes>,
+    format: Option<&str>,
+    place: &str,
+) -> PyResult<&'static str> {
+    let format = format.map(parse_format).transpose()?;
+    let data = data.as_bytes();
+    let checked = py.detach(|| serialization::check(data, format));
+    Ok(checked.map(Format::as_str).map_err(|malformed| malformed.at(place))?)
+}
+
+fn parse_format(name: &str) -> Result<Format> {
+    Format::from_name(name)
+        .ok_or_else(|| Error::invalid_argument(format!("format is \"cbor\" or \"json\", not {name:?}")))
 }
 
 /// Options as both kinds of handle take them.

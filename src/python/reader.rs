@@ -6,7 +6,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::fragment_reader::FragmentReader;
-use super::{from_state, options, to_state};
+use super::{from_state, interruptible, number, options, parse_format, to_state};
+use crate::error::Error;
+use crate::serialization;
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotReader(crate::SnapshotReader);
@@ -25,6 +27,34 @@ impl SnapshotReader {
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {
         Ok(FragmentReader::new(py.detach(|| self.0.raw_fragment(name))?))
+    }
+
+    /// A fragment that is one serialized value, and its format.
+    fn read_value<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        format: Option<&str>,
+        max_size_bytes: &Bound<'py, PyAny>,
+    ) -> PyResult<(Bound<'py, PyBytes>, &'static str)> {
+        let format = format.map(parse_format).transpose()?;
+        let max_size_bytes = number(max_size_bytes, "max_size_bytes")?;
+        let fragment = py.detach(|| self.0.whole_fragment(name, max_size_bytes))?;
+        let size =
+            usize::try_from(fragment.size()).map_err(|_| Error::invalid_argument("more than memory can hold"))?;
+        let bytes = PyBytes::new_with(py, size, |bytes| {
+            interruptible(py, |poll| fragment.read_at_polled(0, bytes, poll)).map(drop)
+        })?;
+        let data = bytes.as_bytes();
+        match py.detach(|| serialization::check(data, format)) {
+            Ok(format) => Ok((bytes, format.as_str())),
+            Err(malformed) => Err(malformed.at(&self.0.place(name)?).into()),
+        }
+    }
+
+    /// A fragment as errors name it.
+    fn place(&self, name: &str) -> PyResult<String> {
+        Ok(self.0.place(name)?)
     }
 
     fn namespace(&self, name: &str) -> PyResult<Self> {

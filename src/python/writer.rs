@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::fragment::Fragment;
-use super::{from_state, number, options, to_state};
+use super::{from_state, interruptible, number, options, parse_format, to_state};
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotWriter(crate::SnapshotWriter);
@@ -19,13 +19,19 @@ impl SnapshotWriter {
         encrypt: bool,
         key: Option<&Bound<'_, PyAny>>,
         threads: Option<&Bound<'_, PyAny>>,
+        format: &str,
     ) -> PyResult<Self> {
-        Ok(Self(options(encrypt, key, threads)?.create(root)?))
+        Ok(Self(options(encrypt, key, threads)?.format(parse_format(format)?).create(root)?))
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {
         let chunk_size_bytes = number(chunk_size_bytes, "chunk_size_bytes")?;
         Ok(Fragment::new(py.detach(|| self.0.raw_fragment_with_chunk_size(name, chunk_size_bytes))?))
+    }
+
+    fn write_whole(&self, py: Python<'_>, name: &str, data: &Bound<'_, PyBytes>) -> PyResult<()> {
+        let data = data.as_bytes();
+        interruptible(py, |poll| self.0.write_whole(name, data, poll))
     }
 
     fn add_namespace(&self, name: &str) -> PyResult<Self> {
@@ -40,6 +46,11 @@ impl SnapshotWriter {
     #[getter]
     fn namespace_path(&self) -> &str {
         self.0.namespace_path()
+    }
+
+    #[getter]
+    fn format(&self) -> &'static str {
+        self.0.format().as_str()
     }
 
     #[getter]
