@@ -23,6 +23,7 @@ from vmsnap.errors import (
     InvalidArgumentError,
     KeyUnavailableError,
     NotEncryptedError,
+    SerializationError,
     UnsupportedFormatError,
     VmsnapError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "InvalidArgumentError",
     "KeyUnavailableError",
     "NotEncryptedError",
+    "SerializationError",
     "SnapshotReader",
     "SnapshotWriter",
     "UnsupportedFormatError",

@@ -7,6 +7,7 @@ __all__ = [
     "InvalidArgumentError",
     "KeyUnavailableError",
     "NotEncryptedError",
+    "SerializationError",
     "UnsupportedFormatError",
     "VmsnapError",
 ]
@@ -42,6 +43,10 @@ class UnsupportedFormatError(VmsnapError):
 
 class InvalidArgumentError(VmsnapError, ValueError):
     """A name, a chunk size, a key length, an offset or a thread count that is not allowed."""
+
+
+class SerializationError(VmsnapError, ValueError):
+    """A value that cannot be written as CBOR or JSON; the text says what in it, and where."""
 
 
 class FragmentStateError(VmsnapError):

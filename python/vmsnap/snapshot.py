@@ -3,15 +3,22 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, overload
 
-from vmsnap import _vmsnap
+from vmsnap import _vmsnap, serialization
 from vmsnap.io import Fragment, FragmentReader
+from vmsnap.serialization.build import converter
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrOrBytesPath
 
+    from vmsnap.serialization import _Format
+
 __all__ = ["SnapshotReader", "SnapshotWriter"]
+
+Value = TypeVar("Value")
+
+_MAX_VALUE_BYTES = 1 << 30
 
 
 class _Handle:
@@ -70,6 +77,8 @@ class SnapshotWriter(_Handle):
     threads
         The most threads that one call uses, itself included; no more than the process's pool has. By default the
         environment variable ``VMSNAP_THREADS``, or as many as the process may run on.
+    format
+        How `write_fragment` serializes: ``"cbor"``, or ``"json"`` as crosvm did before March 2025.
 
     Raises
     ------
@@ -80,7 +89,7 @@ class SnapshotWriter(_Handle):
     KeyUnavailableError
         `encrypt` without a key. Nothing is created.
     InvalidArgumentError
-        A key that is not 32 bytes long, or a number of threads out of range.
+        A key that is not 32 bytes long, a number of threads out of range, or a format that there is not.
 
     Notes
     -----
@@ -98,8 +107,14 @@ class SnapshotWriter(_Handle):
         *,
         key: "ReadableBuffer | None" = None,
         threads: int | None = None,
+        format: "_Format" = "cbor",
     ) -> None:
-        self._raw = _vmsnap.SnapshotWriter(os.fsdecode(root), encrypt, key, threads)
+        self._raw = _vmsnap.SnapshotWriter(os.fsdecode(root), encrypt, key, threads, format)
+
+    @property
+    def format(self) -> "_Format":
+        """How values are serialized."""
+        return cast("_Format", self._raw.format)
 
     def raw_fragment(self, name: str, *, chunk_size_bytes: int = _vmsnap.DEFAULT_CHUNK_SIZE_BYTES) -> Fragment:
         """Create a fragment.
@@ -124,6 +139,38 @@ class SnapshotWriter(_Handle):
     def raw_fragment_with_chunk_size(self, name: str, chunk_size_bytes: int) -> Fragment:
         """Create a fragment, as `raw_fragment`; crosvm's name."""
         return self.raw_fragment(name, chunk_size_bytes=chunk_size_bytes)
+
+    def write_fragment(
+        self, name: str, value: object, *, default: Callable[[Any], object] | None = None, as_list: bool = False
+    ) -> None:
+        """Write a fragment that holds one value. It is serialized before any file exists.
+
+        Parameters
+        ----------
+        name
+            As for `raw_fragment`.
+        value
+            None, bool, int, float, str, anything bytes-like, lists, tuples, named tuples, sets, dicts, dataclasses,
+            enums (by value), UUIDs, dates, datetimes with a time zone, paths, numpy scalars and arrays (with their
+            dtype and shape, where the format is CBOR); nested up to 127 levels. ``docs/guide.md`` has the table.
+        default
+            Called with what is none of these; returns something that is, or raises.
+        as_list
+            Write numpy arrays as (nested) lists, as serde expects a ``Vec``, instead of as typed arrays.
+
+        Raises
+        ------
+        SerializationError
+            Something in the value cannot be written; the text says where in it. Nothing is created.
+        FileExistsError
+            There is a fragment or a namespace of that name.
+        InvalidArgumentError
+            The name is not allowed.
+        """
+        data = serialization.encode(
+            value, format=self.format, default=default, as_list=as_list, place=f"the value for {name!r}"
+        )
+        self._raw.write_whole(name, data)
 
     def add_namespace(self, name: str) -> "SnapshotWriter":
         """Create a namespace, and return a writer into it.
@@ -196,6 +243,60 @@ class SnapshotReader(_Handle):
             Something else is in its place: a link, a special file, a file that is no encrypted fragment.
         """
         return FragmentReader(self._raw.raw_fragment(name), name)
+
+    @overload
+    def read_fragment(
+        self, name: str, type: None = None, *, format: "_Format | None" = None, max_size_bytes: int = _MAX_VALUE_BYTES
+    ) -> Any: ...
+    @overload
+    def read_fragment(
+        self,
+        name: str,
+        type: Callable[..., Value],
+        *,
+        format: "_Format | None" = None,
+        max_size_bytes: int = _MAX_VALUE_BYTES,
+    ) -> Value: ...
+    @overload
+    def read_fragment(
+        self, name: str, type: Any, *, format: "_Format | None" = None, max_size_bytes: int = _MAX_VALUE_BYTES
+    ) -> Any: ...
+    def read_fragment(
+        self, name: str, type: Any = None, *, format: "_Format | None" = None, max_size_bytes: int = _MAX_VALUE_BYTES
+    ) -> Any:
+        """Read a fragment that holds one value, in CBOR or JSON.
+
+        Parameters
+        ----------
+        name
+            The fragment's.
+        type
+            What to build of the value: a dataclass, named tuple, typed dict, enum, ``Optional``, ``list[...]``,
+            ``dict[...]``, ``bytes``, ... , nested as they come, by serde's conventions (the table is in
+            ``docs/guide.md``); or any callable, which gets the value. By default the value as it was decoded.
+        format
+            Found out by default. Only a bare number in JSON cannot be told from CBOR: ``format="json"``.
+        max_size_bytes
+            A larger fragment is refused, for it is read whole. What is decoded may take many times its memory.
+
+        Raises
+        ------
+        CorruptSnapshotError
+            It does not hold one value and nothing else, it is not one that `type` can be built of, or it is too large.
+        FileNotFoundError, AuthenticationError
+            As for `raw_fragment`.
+        UnsupportedFormatError
+            It has typed arrays, and numpy is not installed.
+        InvalidArgumentError
+            There is no such format, or no way to build `type`.
+
+        Notes
+        -----
+        What a `type` that is a callable, or a constructor of the caller's raises is passed on as it is.
+        """
+        build = None if type is None else converter(type)
+        data, found = self._raw.read_value(name, format, max_size_bytes)
+        return serialization.decode_checked(data, found, build, lambda: self._raw.place(name))
 
     def list_fragments(self) -> list[str]:
         """Return the names of the fragments at this level, sorted.

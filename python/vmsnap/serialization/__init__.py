@@ -1,0 +1,164 @@
+"""Values as bytes and back: CBOR, or JSON as crosvm wrote it before March 2025.
+
+``plain`` turns a value into what the format has, ``build`` what was read into the types that are asked for, ``arrays``
+knows the typed arrays of RFC 8746. The bytes themselves are cbor2's and the standard library's work; whatever is to be
+read is looked at by `vmsnap._vmsnap.check_serialized` first, so that no decoder sees what could harm it.
+
+>>> from vmsnap.serialization import decode, encode
+>>> data = encode({"ns": 12, "host": "a"})
+>>> data.hex()
+'a2626e730c64686f73746161'
+>>> decode(data)
+{'ns': 12, 'host': 'a'}
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Literal
+
+import cbor2
+
+from vmsnap import _vmsnap
+from vmsnap.errors import CorruptSnapshotError, SerializationError, UnsupportedFormatError
+from vmsnap.serialization import arrays
+from vmsnap.serialization.build import Mismatch, converter
+from vmsnap.serialization.plain import Plain, Unwritable
+
+__all__ = ["decode", "encode"]
+
+if TYPE_CHECKING:
+    _Format = Literal["cbor", "json"]
+
+
+def encode(
+    value: object,
+    *,
+    format: "_Format" = "cbor",
+    default: Callable[[Any], object] | None = None,
+    as_list: bool = False,
+    place: str = "the value",
+) -> bytes:
+    """Serialize a value.
+
+    Parameters
+    ----------
+    value
+        None, bool, int, float, str, anything bytes-like, lists, tuples, named tuples, sets, dicts, dataclasses, enums,
+        UUIDs, dates and datetimes with a time zone, paths, numpy scalars and arrays; nested up to 127 levels.
+    format
+        ``"cbor"`` or ``"json"``. JSON has less: bytes and arrays become lists of numbers, UUIDs and times texts, sets
+        lists, keys texts; NaN and infinities it has not.
+    default
+        Called with what is none of these; returns something that is, or raises.
+    as_list
+        Write numpy arrays as (nested) lists, as serde expects a ``Vec``, instead of typed arrays.
+    place
+        What errors name.
+
+    Returns
+    -------
+    bytes
+        One value, the same bytes for equal values in every process.
+
+    Raises
+    ------
+    SerializationError
+        Something in the value cannot be written. The text says where in the value.
+    InvalidArgumentError
+        There is no such format.
+    """
+    try:
+        plain = Plain(json=format == "json", default=default, as_list=as_list).value(value)
+        if format == "json":
+            data = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        else:
+            data = cbor2.dumps(plain)
+    except (Unwritable, cbor2.CBOREncodeError, ValueError) as error:
+        raise SerializationError(f"{place} cannot be serialized: {error}") from error
+    try:
+        _vmsnap.check_serialized(data, format, "the result")
+    except CorruptSnapshotError as error:
+        raise SerializationError(f"{place} cannot be serialized, it would not read back: {error}") from error
+    return data
+
+
+def decode(data: bytes, type: Any = None, *, format: "_Format | None" = None, place: str = "the value") -> Any:
+    """Return the value that `data` is.
+
+    Parameters
+    ----------
+    data
+        One value in CBOR or JSON, nothing before and nothing after it.
+    type
+        What to build of it, see `SnapshotReader.read_fragment`.
+    format
+        ``"cbor"`` or ``"json"``; found out where none is given. Only a bare number in JSON cannot be.
+    place
+        What errors name.
+
+    Raises
+    ------
+    CorruptSnapshotError
+        It is no such value, or not one that `type` can be built of.
+    InvalidArgumentError
+        There is no such format, or no way to build `type`.
+    UnsupportedFormatError
+        It has typed arrays, and numpy is not installed.
+    """
+    # First, for what cannot be built cannot be built of anything.
+    build = None if type is None else converter(type)
+    return decode_checked(data, _vmsnap.check_serialized(data, format, place), build, lambda: place)
+
+
+def decode_checked(data: bytes, format: str, build: Callable[[Any], Any] | None, place: Callable[[], str]) -> Any:
+    """Return the value that `data` is, which `_vmsnap.check_serialized` found to be one of that format."""
+    value = _decode_cbor(data, place) if format == "cbor" else json.loads(data)
+    if build is None:
+        return value
+    try:
+        return build(value)
+    except Mismatch as error:
+        raise CorruptSnapshotError(f"{place()} is not of the type asked for: {error}") from None
+    except Exception as error:
+        # From the caller's own code: a callable, a constructor.
+        error.add_note(f"while {place()} was read")
+        raise
+
+
+def _decode_cbor(data: bytes, place: Callable[[], str]) -> Any:
+    try:
+        return cbor2.loads(data, semantic_decoders=_TAGS, allow_duplicate_keys=False)
+    except cbor2.CBORDecodeError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            text = f"{place()} has typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
+            raise UnsupportedFormatError(text) from error
+        reason = ": ".join(str(part) for part in (error, error.__cause__) if part is not None)
+        text = f"{place()} does not hold a serialized value: {reason}, before byte {_offset_of_error(data)}"
+        raise CorruptSnapshotError(text) from error
+
+
+def _offset_of_error(data: bytes) -> int:
+    """Return how many bytes cbor2 had read when it failed. It does not tell, so it has to read them one by one."""
+    file = BytesIO(data)
+    with suppress(cbor2.CBORDecodeError):
+        cbor2.load(file, read_size=1, semantic_decoders=_TAGS, allow_duplicate_keys=False)
+    return file.tell()
+
+
+def _set(immutable: bool) -> tuple[None, Callable[[Any], frozenset[Any] | set[Any]]]:
+    def of(members: tuple[Any, ...]) -> frozenset[Any] | set[Any]:
+        result = frozenset(members) if immutable else set(members)
+        if len(result) != len(members):
+            raise ValueError("a set has a member twice")
+        return result
+
+    return None, of
+
+
+# The other tags that check_serialized lets pass are as cbor2 reads them: times, big numbers, UUIDs.
+_TAGS: Mapping[int, Any] = {
+    258: cbor2.shareable_decoder(name="set", immutable=True)(_set),
+    **arrays.DECODERS,
+}
