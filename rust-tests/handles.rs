@@ -149,3 +149,16 @@ fn any_snapshot_says_when_the_type_is_another() {
     let state = AnySnapshot::to_any("text").unwrap();
     assert!(AnySnapshot::from_any::<u64>(state).unwrap_err().is_serialization());
 }
+
+#[test]
+fn a_float_comes_back_from_json_to_the_last_bit() {
+    let options = SnapshotOptions::new().format(Format::Json);
+    let (_folder, root) = place();
+    let floats = [f64::from(f32::MAX), 1.0 / 3.0, 5e-324, 1e300, 1e16];
+    options.create(&root).unwrap().write_fragment("floats", &floats).unwrap();
+    // As crosvm's version of serde_json printed them: no sign in front of an exponent but a minus.
+    let text = std::fs::read_to_string(root.join("floats")).unwrap();
+    assert_eq!(text, "[3.4028234663852886e38,0.3333333333333333,5e-324,1e300,1e16]");
+    let seen: [f64; 5] = options.open(&root).unwrap().read_fragment("floats").unwrap();
+    assert_eq!(seen.map(f64::to_bits), floats.map(f64::to_bits));
+}

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod.rs     the two formats, telling them apart, and what serde makes of them
+//! floats.rs  JSON with floats as crosvm printed them
 //! check.rs   what bytes of a stranger's must be before another decoder than serde's sees them
 //! cbor.rs, json.rs    the same for each format
 //! ```
@@ -10,6 +11,7 @@
 mod cbor;
 #[cfg(any(feature = "python", test))]
 mod check;
+mod floats;
 #[cfg(any(feature = "python", test))]
 mod json;
 
@@ -73,7 +75,7 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T, format: Format) -> std::r
     let mut bytes = Vec::new();
     match format {
         Format::Cbor => ciborium::into_writer(value, &mut bytes)?,
-        Format::Json => serde_json::to_writer(&mut bytes, value)?,
+        Format::Json => floats::to_writer(&mut bytes, value)?,
     }
     Ok(bytes)
 }
