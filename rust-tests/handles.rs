@@ -162,3 +162,25 @@ fn a_float_comes_back_from_json_to_the_last_bit() {
     let seen: [f64; 5] = options.open(&root).unwrap().read_fragment("floats").unwrap();
     assert_eq!(seen.map(f64::to_bits), floats.map(f64::to_bits));
 }
+
+#[test]
+fn what_is_in_an_any_snapshot_comes_back_from_json() {
+    fn through_json<T: Serialize + serde::de::DeserializeOwned>(value: T) -> vmsnap::Result<T> {
+        let options = SnapshotOptions::new().format(Format::Json);
+        let (_folder, root) = place();
+        options.create(&root)?.write_fragment("any", &AnySnapshot::to_any(value)?)?;
+        AnySnapshot::from_any(options.open(&root)?.read_fragment("any")?)
+    }
+    let address = std::net::IpAddr::from([127, 0, 0, 1]); // text where a person may read it, bytes elsewhere
+    let keyed = std::collections::BTreeMap::from([(-5_i64, "a"), (7, "b")].map(|(key, text)| (key, text.to_owned())));
+    assert_eq!(through_json(keyed.clone()).unwrap(), keyed);
+    assert_eq!(through_json(address).unwrap(), address);
+    // As a float of 32 bits it would be written 0.1.
+    assert_eq!(through_json(f64::from(0.1_f32)).unwrap().to_bits(), f64::from(0.1_f32).to_bits());
+    assert_eq!(through_json(serde_bytes::ByteBuf::from([1, 2, 255])).unwrap(), [1, 2, 255]);
+    assert_eq!(through_json((u64::MAX, i64::MIN)).unwrap(), (u64::MAX, i64::MIN));
+    for wide in [i128::MIN, -(1 << 64), i128::from(i64::MIN) - 1, i128::MAX] {
+        assert!(through_json(wide).unwrap_err().is_serialization());
+    }
+    assert!(through_json(std::collections::BTreeMap::from([((1, 2), 3)])).unwrap_err().is_serialization());
+}
