@@ -5,6 +5,7 @@
 
 mod errors;
 mod fragments;
+mod golden;
 mod handles;
 
 use std::path::PathBuf;
