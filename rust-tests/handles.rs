@@ -77,6 +77,27 @@ fn values_come_back_in_either_format_plain_and_encrypted() {
 }
 
 #[test]
+fn a_reader_finds_out_the_format() {
+    for written in [SnapshotOptions::new(), encrypted()] {
+        let (_folder, root) = place();
+        written.clone().format(Format::Json).create(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
+        assert_eq!(written.open(&root).unwrap().read_fragment::<Vcpu>("vcpu0").unwrap(), vcpu());
+        // Asked for, it is kept to.
+        let reader = written.format(Format::Cbor).open(&root).unwrap();
+        assert!(reader.read_fragment::<Vcpu>("vcpu0").unwrap_err().is_corrupt());
+    }
+}
+
+#[test]
+fn a_number_in_json_has_to_be_asked_for() {
+    let (_folder, root) = place();
+    let json = SnapshotOptions::new().format(Format::Json);
+    json.create(&root).unwrap().write_fragment("count", &70_000).unwrap();
+    assert!(SnapshotReader::new(&root, false).unwrap().read_fragment::<u32>("count").unwrap_err().is_corrupt());
+    assert_eq!(json.open(&root).unwrap().read_fragment::<u32>("count").unwrap(), 70_000);
+}
+
+#[test]
 fn a_value_that_cannot_be_serialized_leaves_no_file() {
     let (_folder, root) = place();
     let writer = SnapshotOptions::new().format(Format::Json).create(&root).unwrap();

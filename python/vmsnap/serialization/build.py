@@ -108,7 +108,7 @@ def _class(cls: type, arguments: tuple[Any, ...]) -> Converter:
     if cls in (dict, Mapping, MutableMapping):
         return _Dict(*(arguments or (Any, Any)))
     if cls.__module__ == "numpy" and cls.__name__ == "ndarray":
-        return _Leaf(cls, lambda value: _array(value, arguments))
+        return _Array(arguments)
     # A class of the caller's, or any other callable.
     return _Call(cls)
 
@@ -148,16 +148,18 @@ class _Leaf(Converter):
     """A type whose values have no parts."""
 
     def __init__(self, kind: type, convert: Callable[[Any], Any]) -> None:
-        self._name = kind.__name__
+        self._kind = kind
         self._convert = convert
 
     def __call__(self, value: Any) -> Any:
+        if type(value) is self._kind:
+            return value
         try:
             result = self._convert(value)
         except (ValueError, TypeError, OverflowError):
             result = _NOT
         if result is _NOT:
-            raise _expected(self._name, value)
+            raise _expected(self._kind.__name__, value)
         return result
 
     def fits(self, value: Any) -> bool:
@@ -168,20 +170,20 @@ class _Leaf(Converter):
         return True
 
 
-def _int(value: Any) -> Any:
-    return value if type(value) is int else _NOT
+def _never(_value: Any) -> Any:
+    return _NOT
 
 
 def _float(value: Any) -> Any:
-    return float(value) if type(value) in (float, int) else _NOT
+    return float(value) if type(value) is int else _NOT
 
 
 def _bytes(value: Any) -> Any:
     """Serde writes a ``Vec<u8>`` as a list of numbers, and everything so in JSON."""
     if isinstance(value, list):
         return bytes(value) if {int}.issuperset(map(type, value)) else _NOT
-    if isinstance(value, (bytes, str)):
-        return value if isinstance(value, bytes) else _NOT
+    if isinstance(value, str):
+        return _NOT
     # An array of bytes, written from numpy.
     array = memoryview(value)
     return array.tobytes() if array.format == "B" else _NOT
@@ -195,40 +197,59 @@ def _bytearray(value: Any) -> Any:
 def _uuid(value: Any) -> Any:
     if isinstance(value, bytes):
         return UUID(bytes=value)
-    return UUID(value) if isinstance(value, str) else value if isinstance(value, UUID) else _NOT
+    return UUID(value) if isinstance(value, str) else _NOT
 
 
 def _datetime(value: Any) -> Any:
-    return datetime.fromisoformat(value) if isinstance(value, str) else value if isinstance(value, datetime) else _NOT
+    return datetime.fromisoformat(value) if isinstance(value, str) else _NOT
 
 
 def _date(value: Any) -> Any:
-    return date.fromisoformat(value) if isinstance(value, str) else value if type(value) is date else _NOT
-
-
-def _array(value: Any, arguments: tuple[Any, ...]) -> Any:
-    import numpy
-
-    if not isinstance(value, (list, numpy.ndarray)):
-        return _NOT
-    # ndarray[shape, dtype[scalar]]
-    scalar = typing.get_args(arguments[1]) if len(arguments) == 2 else ()
-    dtype = scalar[0] if scalar and isinstance(scalar[0], type) else None
-    array = numpy.asarray(value, dtype=dtype)
-    return _NOT if array.dtype == object else array
+    return date.fromisoformat(value) if isinstance(value, str) else _NOT
 
 
 _LEAVES: dict[Any, Callable[[Any], Any]] = {
-    bool: lambda value: value if type(value) is bool else _NOT,
-    int: _int,
+    # What is of the type already does not come here.
+    bool: _never,
+    int: _never,
     float: _float,
-    str: lambda value: value if isinstance(value, str) else _NOT,
+    str: _never,
     bytes: _bytes,
     bytearray: _bytearray,
     UUID: _uuid,
     datetime: _datetime,
     date: _date,
 }
+
+
+class _Array(Converter):
+    """A numpy array, of any type or that of ``ndarray[shape, dtype[scalar]]``; a list becomes one."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        scalar = typing.get_args(arguments[1]) if len(arguments) == 2 else ()
+        self._scalar = scalar[0] if scalar and isinstance(scalar[0], type) else None
+
+    def __call__(self, value: Any) -> Any:
+        import numpy
+
+        if not self.fits(value):
+            raise _expected("an array", value)
+        wanted = self._scalar
+        try:
+            array = numpy.asarray(value)
+            if wanted is None and array.dtype != object:
+                return array
+            if array.size == 0 or (
+                isinstance(value, list) and {array.dtype.kind, numpy.dtype(wanted).kind} <= {"i", "u"}
+            ):
+                # Raises where a number does not fit.
+                return numpy.asarray(value, dtype=wanted)
+            return array.astype(wanted, casting="same_kind", copy=False)
+        except (ValueError, TypeError, OverflowError):
+            raise _expected(f"an array of {wanted.__name__ if wanted else 'numbers'}", value) from None
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, list) or (type(value).__module__ == "numpy" and type(value).__name__ == "ndarray")
 
 
 class _Literal(Converter):
@@ -410,7 +431,11 @@ class _Record(Converter):
         arguments = {}
         for part in self._parts:
             if part.wire_name in value:
-                arguments[part.name] = _at(part.wire_name, part.converter, value[part.wire_name])
+                try:
+                    arguments[part.name] = part.converter(value[part.wire_name])
+                except Mismatch as error:
+                    error.steps.append(part.wire_name)
+                    raise
             elif part.required:
                 # As serde: an option that is not there is none.
                 if not _is_optional(part.converter):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime
 from enum import Enum
+from functools import lru_cache
 from json import dumps as json_dumps
 from pathlib import PurePath
 from typing import Any
@@ -18,13 +19,14 @@ from vmsnap.serialization.path import Located, wire_name
 
 __all__ = ["Plain", "Unwritable"]
 
-# What serde_json reads; docs/format.md.
+# What serde_json reads.
 _MAX_DEPTH = 127
 _SET_TAG = 258
 
-_JSON_SCALARS = frozenset({type(None), bool, int, float, str})
+_TEXT = frozenset({str})
+_JSON_SCALARS = _TEXT | {type(None), bool, int, float}
 _CBOR_SCALARS = _JSON_SCALARS | {bytes}
-# Their hash values are equal where they are.
+# Without floats, of which one is not equal to itself.
 _CBOR_KEYS = _CBOR_SCALARS - {float}
 
 
@@ -58,87 +60,40 @@ class Plain:
             return self._mapping(value, depth)
         if kind is list or kind is tuple:
             return self._items(value, depth)
-        return self._other(value, depth)
+        return _way(kind)(self, value, depth)
+
+    # Containers. Most have scalars only, which one look in C tells.
 
     def _items(self, items: Sequence[Any], depth: int) -> Sequence[Any]:
         if self._scalars.issuperset(map(type, items)):
             return items
-        return [self._member(item, index, depth) for index, item in enumerate(items)]
+        plain = []
+        try:
+            for item in items:
+                plain.append(self.value(item, depth + 1))
+        except Unwritable as error:
+            error.steps.append(len(plain))
+            raise
+        return plain
 
     def _mapping(self, mapping: dict[Any, Any], depth: int) -> dict[Any, Any]:
-        keys_are_text = {str}.issuperset(map(type, mapping))
-        if keys_are_text and self._scalars.issuperset(map(type, mapping.values())):
-            return mapping
-        if keys_are_text:
-            return {key: self._member(item, key, depth) for key, item in mapping.items()}
-        result = {self._key(key): self._member(item, key, depth) for key, item in mapping.items()}
-        if len(result) != len(mapping):
-            raise Unwritable("two of its keys are the same when they are written")
-        return result
-
-    def _member(self, item: Any, step: object, depth: int) -> Any:
+        if _TEXT.issuperset(map(type, mapping)):
+            if self._scalars.issuperset(map(type, mapping.values())):
+                return mapping
+        else:
+            keyed = {self._key(key): item for key, item in mapping.items()}
+            if len(keyed) != len(mapping):
+                raise Unwritable("two of its keys are the same when they are written")
+            mapping = keyed
+        plain = {}
+        key = None
         try:
-            return self.value(item, depth + 1)
+            for key, item in mapping.items():
+                plain[key] = self.value(item, depth + 1)
         except Unwritable as error:
-            error.steps.append(step)
+            error.steps.append(key)
             raise
-
-    def _other(self, value: Any, depth: int) -> Any:
-        """Return what is none of the usual types, the more special before the more general."""
-        scalar = self._scalar(value)
-        if scalar is not _NOTHING:
-            return scalar
-        if isinstance(value, Enum):
-            return self.value(value.value, depth)
-        if is_dataclass(value) and not isinstance(value, type):
-            return self._mapping({wire_name(field): getattr(value, field.name) for field in fields(value)}, depth)
-        if isinstance(value, Mapping):
-            return self._mapping(dict(value), depth)
-        if isinstance(value, Set):
-            return self._set(value, depth)
-        if (content := _bytes_of(value)) is not None:
-            return list(content) if self._json else content
-        if isinstance(value, memoryview):
-            return self.value(value.tolist(), depth)
-        if isinstance(value, Sequence):
-            return self._items(list(value), depth)
-        if (array := self._array(value, depth)) is not _NOTHING:
-            return array
-        if self._default is not None:
-            # As deep as what it stands for, and one deeper: it may return the same again and again.
-            return self.value(self._default(value), depth + 1)
-        raise Unwritable(f"there is no way to write {_name(value)}: convert it, or give default=")
-
-    def _scalar(self, value: Any) -> Any:
-        if isinstance(value, Enum):
-            return _NOTHING
-        if isinstance(value, (str, PurePath)):
-            return str.__str__(value) if isinstance(value, str) else str(value)
-        if isinstance(value, int):
-            return int(value)
-        if isinstance(value, float):
-            return float(value)
-        if isinstance(value, UUID):
-            return str(value) if self._json else UUID(int=value.int)
-        # Not what derives from it: pandas' has nanoseconds.
-        if type(value) is datetime:
-            return self._datetime(value)
-        if type(value) is date:
-            return value.isoformat() if self._json else value
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(value, numpy.generic):
-            item = value.item()
-            return item if type(item) in self._scalars else _NOTHING
-        return _NOTHING
-
-    def _datetime(self, value: datetime) -> Any:
-        offset = value.utcoffset()
-        if offset is None:
-            raise Unwritable("a datetime without a time zone is no moment: give it one by replace(tzinfo=...)")
-        if offset.total_seconds() % 60:
-            # RFC 3339 has hours and minutes.
-            value = value.astimezone(UTC)
-        return value.isoformat() if self._json else value
+        return plain
 
     def _set(self, members: Set[Any], depth: int) -> Any:
         # In an order of their own, for that of a set is another one in every process.
@@ -148,6 +103,10 @@ class Plain:
         if len(set(keys)) != len(keys):
             raise Unwritable("two members of a set are the same when they are written")
         return CBORTag(_SET_TAG, sorted(keys, key=cbor2.dumps))
+
+    def _record(self, record: Any, depth: int) -> Any:
+        names = _field_names(type(record))
+        return self._mapping({wire: getattr(record, name) for name, wire in names}, depth)
 
     def _key(self, key: Any) -> Any:
         """Return a key of a dict, or a member of a set, as the format has it."""
@@ -161,12 +120,13 @@ class Plain:
                 raise Unwritable("NaN cannot be a key: it is not equal to itself")
             return key
         if isinstance(key, (tuple, frozenset)):
-            members = map(self._key, key)
-            return frozenset(members) if isinstance(key, frozenset) else tuple(members)
-        if isinstance(key, Enum):
+            return (frozenset if isinstance(key, frozenset) else tuple)(map(self._key, key))
+        way = _way(kind)
+        if way is Plain._enum:
             return self._key(key.value)
-        if (scalar := self._scalar(key)) is not _NOTHING:
-            return scalar
+        if way in _SCALAR_WAYS:
+            plain = way(self, key, _MAX_DEPTH)
+            return self._key(plain) if type(plain) is float else plain
         if (content := _bytes_of(key)) is not None:
             return content
         if self._default is not None:
@@ -176,41 +136,135 @@ class Plain:
     def _json_key(self, key: Any) -> str:
         if isinstance(key, bool):
             return "true" if key else "false"
-        if isinstance(key, Enum):
+        way = _way(type(key))
+        if way is Plain._enum:
             return self._json_key(key.value)
-        scalar = self._scalar(key)
-        if isinstance(scalar, (str, int)):
-            return str(scalar)
+        plain = way(self, key, _MAX_DEPTH) if way in _SCALAR_WAYS else None
+        if isinstance(plain, (str, int)):
+            return str(plain)
         raise Unwritable("JSON has texts and whole numbers as keys, and no others: use CBOR")
 
-    def _array(self, value: Any, depth: int) -> Any:
-        numpy = sys.modules.get("numpy")
-        # Not what derives from it: a masked array is more than its elements.
-        if numpy is None or not (type(value) is numpy.ndarray or isinstance(value, numpy.memmap)):
-            return _NOTHING
+    # What has no parts.
+
+    def _enum(self, member: Enum, depth: int) -> Any:
+        return self.value(member.value, depth)
+
+    def _text(self, text: str, _depth: int) -> str:
+        return str.__str__(text)
+
+    def _path(self, path: PurePath, _depth: int) -> str:
+        return str(path)
+
+    def _int(self, number: int, _depth: int) -> int:
+        return int(number)
+
+    def _float(self, number: float, _depth: int) -> float:
+        return float(number)
+
+    def _uuid(self, uuid: UUID, _depth: int) -> Any:
+        return str(uuid) if self._json else UUID(int=uuid.int)
+
+    def _date(self, day: date, _depth: int) -> Any:
+        return day.isoformat() if self._json else day
+
+    def _datetime(self, moment: datetime, _depth: int) -> Any:
+        offset = moment.utcoffset()
+        if offset is None:
+            raise Unwritable("a datetime without a time zone is no moment: give it one by replace(tzinfo=...)")
+        if offset.total_seconds() % 60:
+            # RFC 3339 has hours and minutes.
+            moment = moment.astimezone(UTC)
+        return moment.isoformat() if self._json else moment
+
+    def _numpy_scalar(self, scalar: Any, depth: int) -> Any:
+        number = scalar.item()
+        return number if type(number) in self._scalars else self._unusual(scalar, depth)
+
+    def _array(self, array: Any, depth: int) -> Any:
         if self._json or self._as_list:
-            return self.value(value.tolist(), depth)
-        if (typed := arrays.tagged(value)) is None:
-            text = f"there is no typed array for dtype {value.dtype}: convert it, or write it as_list=True"
-            raise Unwritable(text)
+            return self.value(array.tolist(), depth)
+        if (typed := arrays.tagged(array)) is None:
+            raise Unwritable(f"there is no typed array for dtype {array.dtype}: convert it, or write it as_list=True")
         return typed
 
+    def _unusual(self, value: Any, depth: int) -> Any:
+        """Return what is told by more than its type: bytes in a buffer, a sequence, or what the caller knows."""
+        if (content := _bytes_of(value)) is not None:
+            return list(content) if self._json else content
+        if isinstance(value, memoryview):
+            return self.value(value.tolist(), depth)
+        if isinstance(value, Sequence):
+            return self._items(list(value), depth)
+        if self._default is not None:
+            # As deep as what it stands for, and one deeper: it may return the same again and again.
+            return self.value(self._default(value), depth + 1)
+        raise Unwritable(f"there is no way to write {_name(value)}: convert it, or give default=")
 
-class _Nothing:
-    """What stands for no value, as None is one."""
+
+_Way = Callable[[Plain, Any, int], Any]
+
+#: The more special before the more general.
+_WAYS: tuple[tuple[type, _Way], ...] = (
+    (Enum, Plain._enum),
+    (str, Plain._text),
+    (PurePath, Plain._path),
+    (int, Plain._int),
+    (float, Plain._float),
+    (UUID, Plain._uuid),
+    (Mapping, lambda plain, mapping, depth: plain._mapping(dict(mapping), depth)),
+    (Set, Plain._set),
+)
+_SCALAR_WAYS = frozenset(
+    {
+        Plain._text,
+        Plain._path,
+        Plain._int,
+        Plain._float,
+        Plain._uuid,
+        Plain._date,
+        Plain._datetime,
+        Plain._numpy_scalar,
+    }
+)
 
 
-_NOTHING = _Nothing()
+def _find_way(kind: type) -> _Way:
+    """Return how values of a type become what the format has."""
+    # Not what derives from these: pandas' datetime has nanoseconds.
+    if kind is datetime:
+        return Plain._datetime
+    if kind is date:
+        return Plain._date
+    for base, way in _WAYS:
+        if issubclass(kind, base):
+            return way
+    if is_dataclass(kind):
+        return Plain._record
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and issubclass(kind, numpy.generic):
+        return Plain._numpy_scalar
+    # Nor from this: a masked array is more than its elements.
+    if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.memmap)):
+        return Plain._array
+    return Plain._unusual
+
+
+def _find_field_names(kind: Any) -> list[tuple[str, str]]:
+    return [(field.name, wire_name(field)) for field in fields(kind)]
+
+
+_way: Callable[[type], _Way] = lru_cache(maxsize=4096)(_find_way)
+_field_names: Callable[[type], list[tuple[str, str]]] = lru_cache(maxsize=4096)(_find_field_names)
 
 
 def _bytes_of(value: Any) -> bytes | None:
     """Return the bytes of a buffer of bytes, None for anything else: one of numbers is a list."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return None
     try:
         view = memoryview(value)
     except (TypeError, BufferError):
-        return None
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
         return None
     with view:
         return view.tobytes() if view.itemsize == 1 and view.format[-1] in "Bbc" else None
@@ -218,8 +272,5 @@ def _bytes_of(value: Any) -> bytes | None:
 
 def _name(value: object) -> str:
     kind = type(value)
-    return (
-        f"a value of type {kind.__qualname__}"
-        if kind.__module__ == "builtins"
-        else f"a value of type {kind.__module__}.{kind.__qualname__}"
-    )
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"a value of type {name}"
