@@ -1,7 +1,7 @@
 """Values into fragments and back, against serializing with cbor2 and `write(2)` or `read(2)` of the bytes alone.
 
-Each figure is a ratio from one run, as in `compare.py`: a warm-up is thrown away, reference and candidate interleaved, the
-median of the pairs' ratios counts. Run by `make bench-values`; `BENCH_ARGS="--count 200 --pairs 3"` for a quick look.
+Each figure is a ratio from one run, as in `compare.py`: a warm-up is thrown away, reference and candidate interleaved,
+and the median counts. Run by `make bench-values`; `BENCH_ARGS="--count 200 --pairs 3"` for a quick look.
 """
 
 import argparse
