@@ -69,6 +69,11 @@ bench: build $(venv)/bench ## speed, side by side with others
 	@$(call step,benches/compare.py)
 	$(python) benches/compare.py $(BENCH_ARGS)
 
+.PHONY: bench-values
+bench-values: build $(venv)/bench ## speed of values written and read
+	@$(call step,benches/values.py)
+	$(python) benches/values.py $(BENCH_ARGS)
+
 # pytest says 5 where no test has the marker.
 .PHONY: torture
 torture: build $(venv)/dev ## the long forms of the tests

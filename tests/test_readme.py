@@ -11,8 +11,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (REPOSITORY / document).read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -23,9 +23,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_python_of_the_readme_runs(folder: Path) -> None:
-    [script] = blocks("python")
+    # One after the other, as they are read.
+    script = "\n".join(blocks("python"))
     output = subprocess.check_output([sys.executable, "-c", script], cwd=folder, text=True)
     assert output == "[] ['disks']\n300000\n"
+
+
+def test_the_python_of_the_guide_runs(tmp_path: Path) -> None:
+    subprocess.check_output([sys.executable, "-c", "\n".join(blocks("python", "docs/guide.md"))], cwd=tmp_path)
 
 
 def test_the_commands_of_the_readme_run(folder: Path) -> None:

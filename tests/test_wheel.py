@@ -1,6 +1,7 @@
 """The wheel, as a user gets it: built as for a release, installed into an environment that holds nothing else."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,11 @@ WRITE_AND_READ_BACK = """
 import sys, vmsnap
 
 root, key, content = sys.argv[1], vmsnap.generate_key(), bytes(range(256)) * 1000
-with vmsnap.SnapshotWriter(root, encrypt=True, key=key).add_namespace("disks").raw_fragment("sda") as f:
+writer = vmsnap.SnapshotWriter(root, encrypt=True, key=key)
+with writer.add_namespace("disks").raw_fragment("sda") as f:
     f.write(content)
+writer.write_fragment("clock", {"ns": 12})
+assert vmsnap.SnapshotReader(root, key=key).read_fragment("clock") == {"ns": 12}
 with vmsnap.SnapshotReader(root, require_encrypted=True, key=key).namespace("disks").raw_fragment("sda") as f:
     assert f.read() == content
     assert f.read_at(123_456, 100) == content[123_456:123_556]
@@ -86,11 +90,14 @@ def test_the_wheel_holds_the_package_its_types_and_both_licences(wheel: Path) ->
     assert metadata["License-Expression"] == "MIT OR Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Version"] in wheel.name
+    needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert [re.split("[<>=!~ ;]", line)[0] for line in needed] == ["cbor2"]
     assert "vmsnap=vmsnap.cli:main" in entry_points.replace(" ", "")
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, empty_environment: Path, tmp_path: Path) -> None:
-    run(empty_environment, "-m", "pip", "install", "--no-index", "--no-deps", wheel)
+    # With what it depends on, from where pip takes packages.
+    run(empty_environment, "-m", "pip", "install", wheel)
     # -I: neither this folder nor PYTHONPATH can stand in for what was installed.
     printed = run(empty_environment, "-I", "-c", WRITE_AND_READ_BACK, tmp_path / "vm1")
     version, installed_at = printed.split()

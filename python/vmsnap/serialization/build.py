@@ -461,6 +461,8 @@ class _Record(Converter):
 
     def fits(self, value: Any) -> bool:
         if isinstance(value, Mapping):
+            if value and not any(part.wire_name in value for part in self._parts):
+                return False
             return all(
                 part.converter.fits(value[part.wire_name]) if isinstance(part.converter, _Literal) else True
                 for part in self._parts
