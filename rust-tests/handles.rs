@@ -5,7 +5,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use vmsnap::{AnySnapshot, Format, SecretKey, SnapshotOptions, SnapshotReader, SnapshotWriter};
+use vmsnap::{
+    AnySnapshot, Format, KeyWrapping, Outline, SecretKey, SnapshotOptions, SnapshotReader, SnapshotWriter, key_wrapping,
+};
 
 use crate::{encrypted, place};
 
@@ -163,6 +165,85 @@ fn a_snapshot_is_its_owners_alone() {
     for (path, expected) in [("", 0o700), ("disks", 0o700), ("enc_metadata", 0o600), ("disks/sda", 0o600)] {
         assert_eq!(mode(root.join(path)), expected, "{path}");
     }
+}
+
+#[test]
+fn an_existing_snapshot_is_added_to_and_never_written_over() {
+    for options in [SnapshotOptions::new(), encrypted()] {
+        let (_folder, root) = place();
+        options.create(&root).unwrap().add_namespace("cpu").unwrap().write_fragment("clock", &1).unwrap();
+
+        let writer = options.append(&root).unwrap();
+        writer.write_fragment("new", &2).unwrap();
+        let cpu = writer.namespace("cpu").unwrap();
+        assert_eq!(cpu.namespace_path(), "cpu");
+        cpu.write_fragment("timer", &3).unwrap();
+        assert_eq!(cpu.write_fragment("clock", &4).unwrap_err().raw_os_error(), Some(17)); // EEXIST
+        assert_eq!(writer.add_namespace("cpu").unwrap_err().raw_os_error(), Some(17));
+        assert_eq!(writer.namespace("none").unwrap_err().raw_os_error(), Some(2)); // ENOENT
+        assert_eq!(writer.namespace("new").unwrap_err().raw_os_error(), Some(20)); // ENOTDIR
+        assert!(writer.namespace("..").unwrap_err().is_invalid_argument());
+
+        let reader = options.open(&root).unwrap();
+        assert_eq!(reader.read_fragment::<u64>("new").unwrap(), 2);
+        let cpu = reader.namespace("cpu").unwrap();
+        assert_eq!(["clock", "timer"].map(|name| cpu.read_fragment::<u64>(name).unwrap()), [1, 3]);
+    }
+}
+
+#[test]
+fn adding_needs_a_snapshot_its_key_and_that_it_is_not_sealed() {
+    let (_folder, root) = place();
+    assert_eq!(SnapshotWriter::open(&root).unwrap_err().raw_os_error(), Some(2));
+
+    let options = encrypted();
+    options.create(&root).unwrap();
+    assert!(SnapshotWriter::open(&root).unwrap_err().is_key_unavailable());
+    assert!(encrypted().append(&root).unwrap_err().is_authentication());
+    std::fs::write(root.join("vmsnap_manifest"), b"").unwrap();
+    let sealed = options.append(&root).unwrap_err();
+    assert!(sealed.is_unsupported_format());
+    assert!(sealed.to_string().contains("sealed"), "{sealed}");
+
+    let (_folder, root) = place();
+    SnapshotWriter::new(&root, false).unwrap();
+    assert!(encrypted().append(&root).unwrap_err().is_not_encrypted());
+    SnapshotWriter::open(&root).unwrap();
+}
+
+#[test]
+fn what_shows_without_a_key_is_wrapping_names_and_stored_sizes() {
+    let (_folder, root) = place();
+    assert!(key_wrapping(&root).unwrap_err().is_io());
+    assert!(Outline::read(&root).unwrap_err().is_io());
+
+    let writer = encrypted().create(&root).unwrap();
+    writer.raw_fragment("b").unwrap().finish().unwrap();
+    for name in ["z", "a"] {
+        writer.add_namespace(name).unwrap().add_namespace("in").unwrap().write_fragment("it", &1).unwrap();
+    }
+    let outline = Outline::read(&root).unwrap();
+    assert_eq!(outline.namespaces, ["a", "a/in", "z", "z/in"]);
+    let sizes: Vec<_> = outline.fragments.iter().map(|each| (each.path.as_str(), each.stored_size_bytes)).collect();
+    assert_eq!(sizes, [("b", 106), ("a/in/it", 107), ("z/in/it", 107)]);
+
+    assert_eq!(key_wrapping(&root).unwrap(), Some(KeyWrapping::RawKey));
+    for (contents, wrapping) in [
+        (&b"age-encryption.org/v1\n"[..], Some(KeyWrapping::Age)),
+        (b"\xd9\xd9\xf7\xa0", Some(KeyWrapping::KeyService)),
+        (b"foreign", None),
+        (b"", None),
+    ] {
+        std::fs::write(root.join("enc_metadata"), contents).unwrap();
+        match key_wrapping(&root) {
+            Ok(found) => assert_eq!(found, wrapping),
+            Err(error) => assert!(wrapping.is_none() && error.is_corrupt(), "{error}"),
+        }
+    }
+    std::fs::remove_file(root.join("enc_metadata")).unwrap();
+    assert_eq!(key_wrapping(&root).unwrap(), None);
+    std::os::unix::fs::symlink("b", root.join("link")).unwrap();
+    assert!(Outline::read(&root).unwrap_err().is_corrupt());
 }
 
 #[test]

@@ -34,8 +34,10 @@ mod cipher;
 mod error;
 mod fragment;
 mod key;
+mod key_metadata;
 mod name;
 mod options;
+mod outline;
 mod process;
 #[cfg(feature = "python")]
 mod python;
@@ -55,7 +57,10 @@ pub use cipher::{
 };
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
+pub use key::KeyWrapping;
+pub use key_metadata::key_wrapping;
 pub use options::SnapshotOptions;
+pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;
 pub use serialization::Format;
 pub use writer::SnapshotWriter;

@@ -1,17 +1,17 @@
 //! Reading a snapshot.
 
 use std::fmt;
-use std::io::{BufReader, Read};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cipher::SecretKey;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::fragment::{FragmentReader, folder};
-use crate::key;
-use crate::name::{KEY_METADATA, SnapshotPath};
+use crate::key_metadata;
+use crate::name::SnapshotPath;
 use crate::options::SnapshotOptions;
 use crate::serialization::{self, Format};
 use crate::threads;
@@ -158,43 +158,9 @@ impl SnapshotOptions {
     pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let data_key = match read_key_metadata(&root)? {
-            Some(wrapped) => {
-                let payload = key::unwrap(&wrapped, self.key.as_ref())
-                    .map_err(|error| error.context(format!("{KEY_METADATA} of {}", root.display())))?;
-                Some(payload.data_key().clone())
-            }
-            None if self.encrypt || self.key.is_some() => {
-                return Err(Error::new(
-                    Kind::NotEncrypted,
-                    format!(
-                        "the snapshot {} is not encrypted, and was required to be (it has no {KEY_METADATA})",
-                        root.display()
-                    ),
-                ));
-            }
-            None => None,
-        };
+        let data_key = key_metadata::unlock(&root, self)?;
         Ok(SnapshotReader { root, namespace: SnapshotPath::default(), data_key, threads, format: self.format })
     }
-}
-
-/// The contents of `enc_metadata`, or none where the snapshot is plain.
-fn read_key_metadata(root: &Path) -> Result<Option<Vec<u8>>> {
-    let root_folder = folder::open(root, "")?;
-    let place = format!("{KEY_METADATA} of {}", root.display());
-    let (file, size) = match folder::open_file(&root_folder, KEY_METADATA) {
-        Ok(opened) => opened,
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOENT.raw_os_error()) => return Ok(None),
-        // Whatever else is there, the snapshot does not count as plain.
-        Err(error) => return Err(error.context(place)),
-    };
-    if size > key::MAX_KEY_METADATA_BYTES {
-        return Err(Error::corrupt(format!("{place}: {size} bytes are too many for a wrapped key")));
-    }
-    let mut wrapped = Vec::new();
-    file.take(size).read_to_end(&mut wrapped).map_err(|error| Error::io(format!("cannot read {place}"), error))?;
-    Ok(Some(wrapped))
 }
 
 impl fmt::Debug for SnapshotReader {

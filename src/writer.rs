@@ -1,7 +1,6 @@
 //! Writing a snapshot.
 
 use std::fmt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +9,8 @@ use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::{Fragment, Sealed, folder};
 use crate::key::{self, KeyPayload};
-use crate::name::{KEY_METADATA, SnapshotPath};
+use crate::key_metadata;
+use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
 use crate::options::SnapshotOptions;
 use crate::serialization::{self, Format};
 use crate::threads;
@@ -50,6 +50,15 @@ impl SnapshotWriter {
     /// it needs a key, which [`SnapshotOptions::key`] gives. Nothing is left behind.
     pub fn new(root: impl Into<PathBuf>, encrypt: bool) -> Result<Self> {
         SnapshotOptions::new().encrypt(encrypt).create(root.into())
+    }
+
+    /// Opens the snapshot at `root`, which is plain, to add to it. What is there already is never written over.
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotOptions::append`].
+    pub fn open(root: impl AsRef<Path>) -> Result<Self> {
+        SnapshotOptions::new().append(root)
     }
 
     /// Creates a fragment, encrypted in chunks of 4 KiB where the snapshot is encrypted.
@@ -109,6 +118,17 @@ impl SnapshotWriter {
         Ok(Self { namespace, ..self.clone() })
     }
 
+    /// Enters a namespace that exists.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where there is none of that name.
+    pub fn namespace(&self, name: &str) -> Result<Self> {
+        let namespace = self.namespace.join(name)?;
+        folder::open(&self.root, namespace.as_str())?;
+        Ok(Self { namespace, ..self.clone() })
+    }
+
     /// The snapshot's folder, absolute.
     #[must_use]
     pub fn root(&self) -> &Path {
@@ -159,7 +179,7 @@ impl SnapshotOptions {
         };
         folder::create_root(&root)?;
         if let Some((_, wrapped)) = &payload {
-            write_key_metadata(&root, wrapped).inspect_err(|_| {
+            key_metadata::write(&root, wrapped).inspect_err(|_| {
                 // Ours and empty but for what was just being written; an error here would hide the cause.
                 let _ = std::fs::remove_file(root.join(KEY_METADATA));
                 let _ = std::fs::remove_dir(&root);
@@ -173,12 +193,42 @@ impl SnapshotOptions {
             format: self.format.unwrap_or_default(),
         })
     }
-}
 
-fn write_key_metadata(root: &Path, wrapped: &[u8]) -> Result<()> {
-    let failed = |error: std::io::Error| Error::io(format!("cannot write {KEY_METADATA} of {}", root.display()), error);
-    let file = folder::create_file(&folder::open(root, "")?, KEY_METADATA).map_err(|errno| failed(errno.into()))?;
-    file.write_all_at(wrapped, 0).map_err(failed)
+    /// Opens the snapshot at `root` to add fragments and namespaces to it, with the key it was written with. A key implies
+    /// that it must be encrypted.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("vm1");
+    /// let options = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
+    /// options.create(&path)?.add_namespace("cpu")?.write_fragment("clock", &12_u64)?;
+    /// options.append(&path)?.namespace("cpu")?.write_fragment("timer", &13_u64)?;
+    /// assert_eq!(options.open(&path)?.namespace("cpu")?.list_fragments()?, ["clock", "timer"]);
+    /// # Ok::<(), vmsnap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotOptions::open`], and [`Error::is_unsupported_format`] where the snapshot has a manifest: a sealed
+    /// snapshot does not change any more.
+    pub fn append(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
+        let threads = threads::resolve(self.threads)?;
+        let root = folder::absolute(root.as_ref())?;
+        let data_key = key_metadata::unlock(&root, self)?;
+        if folder::exists(&folder::open(&root, "")?, MANIFEST) {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("nothing can be added to the snapshot {}: it is sealed (it has a {MANIFEST})", root.display()),
+            ));
+        }
+        Ok(SnapshotWriter {
+            root,
+            namespace: SnapshotPath::default(),
+            data_key,
+            threads,
+            format: self.format.unwrap_or_default(),
+        })
+    }
 }
 
 impl fmt::Debug for SnapshotWriter {

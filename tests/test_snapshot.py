@@ -16,6 +16,7 @@ import vmsnap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent import check_independently
+from refusals import refused
 from support import MIB, Place, pattern, read, run_python_well, temporary_place, write
 
 
@@ -184,6 +185,60 @@ def test_a_snapshot_that_is_moved_as_a_whole_still_opens(place: Place, tmp_path:
     write(place.create().add_namespace("disks"), "sda", b"x")
     place.root.rename(tmp_path / "archive")
     assert read(vmsnap.SnapshotReader(tmp_path / "archive", key=place.key).namespace("disks"), "sda") == b"x"
+
+
+# Adding to a snapshot ------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_snapshot_is_added_to(place: Place) -> None:
+    write(place.create().add_namespace("cpu"), "clock", b"old")
+    writer = vmsnap.SnapshotWriter.open(place.root, key=place.key)
+    assert writer.encrypted == (place.key is not None)
+    write(writer, "new", b"beside")
+    write(writer.namespace("cpu"), "timer", b"within")
+    write(pickle.loads(pickle.dumps(writer)).add_namespace("disks"), "sda", b"below")
+    check_independently(
+        place.root, place.key, {"cpu/clock": b"old", "new": b"beside", "cpu/timer": b"within", "disks/sda": b"below"}
+    )
+
+
+def test_adding_never_writes_over_what_is_there(place: Place) -> None:
+    write(write(place.create(), "mem", b"old").add_namespace("cpu"), "clock", b"old")
+    writer = vmsnap.SnapshotWriter.open(os.fsencode(place.root), key=place.key)
+    with refused("fragment-exists", '"mem" of .*exists', place.root):
+        writer.raw_fragment("mem")
+    with refused("fragment-exists", '"cpu" of .*exists already', place.root):
+        writer.add_namespace("cpu")
+    with refused("fragment-exists", '"clock" in namespace "cpu".*exists', place.root):
+        writer.namespace("cpu").raw_fragment("clock")
+    with refused("namespace-missing", '"disks" of .*does not exist', place.root):
+        writer.namespace("disks")
+    with refused("namespace-is-fragment", 'cannot open namespace "mem"', place.root):
+        writer.namespace("mem")
+    with refused("bad-name", "relative path", place.root):
+        writer.namespace("..")
+
+
+def test_adding_needs_what_reading_needs(tmp_path: Path, key: bytes) -> None:
+    with refused("root-missing", "cannot open the snapshot", tmp_path):
+        vmsnap.SnapshotWriter.open(tmp_path / "vm1")
+    vmsnap.SnapshotWriter(tmp_path / "vm1", key=key)
+    with refused("no-key", "pass the key it was written with", tmp_path):
+        vmsnap.SnapshotWriter.open(tmp_path / "vm1")
+    with refused("wrong-key", "enc_metadata of .*vm1", tmp_path):
+        vmsnap.SnapshotWriter.open(tmp_path / "vm1", key=vmsnap.generate_key())
+    vmsnap.SnapshotWriter(tmp_path / "plain")
+    with refused("not-encrypted", "plain is not encrypted", tmp_path):
+        vmsnap.SnapshotWriter.open(tmp_path / "plain", key=key)
+
+
+def test_nothing_is_added_to_a_sealed_snapshot(place: Place) -> None:
+    place.create()
+    place.file("vmsnap_manifest").write_bytes(b"whatever it holds")
+    with refused(
+        "sealed", r"nothing can be added to the snapshot .*vm1: it is sealed \(it has a vmsnap_manifest\)", place.root
+    ):
+        vmsnap.SnapshotWriter.open(place.root, key=place.key)
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The core of vmsnap, compiled from Rust; `vmsnap.snapshot` and `vmsnap.io` are the classes to use."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Final, final
 
@@ -15,6 +16,8 @@ __all__ = [
     "aead_provider",
     "check_serialized",
     "generate_key",
+    "key_wrapping",
+    "outline",
 ]
 
 __version__: Final[str]
@@ -43,14 +46,27 @@ def check_serialized(data: bytes, format: str | None, place: str) -> str:
         It is none. The text names `place` and the byte.
     """
 
+def key_wrapping(root: str) -> str | None:
+    """Return how the key of a snapshot is wrapped: ``raw-key``, ``age`` or ``key-service``; None of a plain one."""
+
+def outline(root: str) -> tuple[list[str], list[tuple[str, int, datetime | None]]]:
+    """Return what shows of a snapshot without its key.
+
+    The paths of all namespaces; of all fragments the path, the size of the file, and when it was last written to
+    (None for a time that Python has no date for).
+    """
+
 @final
 class SnapshotWriter:
     def __new__(
         cls, root: str, encrypt: bool, key: ReadableBuffer | None, threads: int | None, format: str
     ) -> SnapshotWriter: ...
+    @staticmethod
+    def open(root: str, key: ReadableBuffer | None, threads: int | None, format: str) -> SnapshotWriter: ...
     def raw_fragment(self, name: str, chunk_size_bytes: int) -> Fragment: ...
     def write_whole(self, name: str, data: bytes) -> None: ...
     def add_namespace(self, name: str) -> SnapshotWriter: ...
+    def namespace(self, name: str) -> SnapshotWriter: ...
     @property
     def root(self) -> Path: ...
     @property

@@ -116,6 +116,37 @@ class SnapshotWriter(_Handle):
         """How values are serialized."""
         return cast("_Format", self._raw.format)
 
+    @classmethod
+    def open(
+        cls,
+        root: "StrOrBytesPath",
+        *,
+        key: "ReadableBuffer | None" = None,
+        threads: int | None = None,
+        format: "_Format" = "cbor",
+    ) -> "SnapshotWriter":
+        """Open a snapshot that exists, to add fragments and namespaces. What is there is never written over.
+
+        Parameters
+        ----------
+        root
+            The snapshot's folder.
+        key
+            The 32 bytes it was written with, where it is encrypted.
+        threads
+            The most threads that one call uses.
+        format
+            How `write_fragment` serializes from now on.
+
+        Raises
+        ------
+        UnsupportedFormatError
+            The snapshot is sealed: it does not change any more.
+        FileNotFoundError, KeyUnavailableError, NotEncryptedError, AuthenticationError
+            As `SnapshotReader`.
+        """
+        return cls._of(_vmsnap.SnapshotWriter.open(os.fsdecode(root), key, threads, format))
+
     def raw_fragment(self, name: str, *, chunk_size_bytes: int = _vmsnap.DEFAULT_CHUNK_SIZE_BYTES) -> Fragment:
         """Create a fragment.
 
@@ -183,6 +214,16 @@ class SnapshotWriter(_Handle):
             The name is not allowed.
         """
         return self._of(self._raw.add_namespace(name))
+
+    def namespace(self, name: str) -> "SnapshotWriter":
+        """Enter a namespace that exists.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none of that name.
+        """
+        return self._of(self._raw.namespace(name))
 
 
 class SnapshotReader(_Handle):

@@ -146,6 +146,11 @@ pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<Str
     Ok((fragments, namespaces))
 }
 
+/// Whether there is anything of that name, whatever it is.
+pub(crate) fn exists(folder: &OwnedFd, name: &str) -> bool {
+    kind_of(folder, name).is_some()
+}
+
 fn kind_of(folder: impl AsFd, name: &str) -> Option<FileType> {
     let stat = fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
     Some(FileType::from_raw_mode(stat.st_mode))

@@ -8,12 +8,14 @@
 //! reader.rs           SnapshotReader
 //! fragment.rs         Fragment
 //! fragment_reader.rs  FragmentReader
+//! outline.rs          key_wrapping, outline
 //! ```
 
 mod buffer;
 mod error;
 mod fragment;
 mod fragment_reader;
+mod outline;
 mod reader;
 mod slot;
 mod writer;
@@ -33,6 +35,8 @@ mod _vmsnap {
     use super::fragment::Fragment;
     #[pymodule_export]
     use super::fragment_reader::FragmentReader;
+    #[pymodule_export]
+    use super::outline::{key_wrapping, outline};
     #[pymodule_export]
     use super::reader::SnapshotReader;
     #[pymodule_export]

@@ -24,6 +24,16 @@ impl SnapshotWriter {
         Ok(Self(options(encrypt, key, threads)?.format(parse_format(format)?).create(root)?))
     }
 
+    #[staticmethod]
+    fn open(
+        root: PathBuf,
+        key: Option<&Bound<'_, PyAny>>,
+        threads: Option<&Bound<'_, PyAny>>,
+        format: &str,
+    ) -> PyResult<Self> {
+        Ok(Self(options(false, key, threads)?.format(parse_format(format)?).append(root)?))
+    }
+
     fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {
         let chunk_size_bytes = number(chunk_size_bytes, "chunk_size_bytes")?;
         Ok(Fragment::new(py.detach(|| self.0.raw_fragment_with_chunk_size(name, chunk_size_bytes))?))
@@ -36,6 +46,10 @@ impl SnapshotWriter {
 
     fn add_namespace(&self, name: &str) -> PyResult<Self> {
         Ok(Self(self.0.add_namespace(name)?))
+    }
+
+    fn namespace(&self, name: &str) -> PyResult<Self> {
+        Ok(Self(self.0.namespace(name)?))
     }
 
     #[getter]

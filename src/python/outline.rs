@@ -1,0 +1,29 @@
+//! `_vmsnap.key_wrapping` and `_vmsnap.outline`: what shows without a key.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use pyo3::prelude::*;
+
+use crate::{KeyWrapping, Outline, OutlinedFragment};
+
+#[pyfunction]
+pub(super) fn key_wrapping(root: PathBuf) -> PyResult<Option<&'static str>> {
+    Ok(crate::key_wrapping(root)?.map(|wrapping| match wrapping {
+        KeyWrapping::RawKey => "raw-key",
+        KeyWrapping::Age => "age",
+        KeyWrapping::KeyService => "key-service",
+    }))
+}
+
+/// Path, stored size, and time of modification where Python has such a date.
+type Row = (String, u64, Option<Py<PyAny>>);
+
+/// Paths of the namespaces, and the fragments.
+#[pyfunction]
+pub(super) fn outline(py: Python<'_>, root: PathBuf) -> PyResult<(Vec<String>, Vec<Row>)> {
+    let Outline { namespaces, fragments } = py.detach(|| Outline::read(root))?;
+    let date = |time: SystemTime| time.into_pyobject(py).ok().map(|date| date.into_any().unbind());
+    let row = |each: OutlinedFragment| (each.path, each.stored_size_bytes, date(each.modified));
+    Ok((namespaces, fragments.into_iter().map(row).collect()))
+}
