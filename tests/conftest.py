@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import hypothesis
 import pytest
+from commands import write_private
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -24,6 +25,12 @@ hypothesis.settings.load_profile("vmsnap")
 def key() -> bytes:
     """A fresh 32-byte key."""
     return secrets.token_bytes(32)
+
+
+@pytest.fixture
+def key_file(tmp_path: Path, key: bytes) -> Path:
+    """A file with that key, as the command line takes it."""
+    return write_private(tmp_path / "vm.key", key)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import vmsnap
+from commands import error_of, run, write_private
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.process import Process
 
@@ -80,42 +81,11 @@ def victim() -> Iterator[Victim]:
 
 
 @pytest.fixture
-def key_file(tmp_path: Path, key: bytes) -> Path:
-    return write_private(tmp_path / "vm.key", key)
-
-
-@pytest.fixture
 def ram(tmp_path: Path) -> Path:
     """A raw RAM file, of a length that is no multiple of anything."""
     path = tmp_path / "ram.bin"
     path.write_bytes(os.urandom(2 * MIB + 4321))
     return path
-
-
-def write_private(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    path.chmod(0o600)
-    return path
-
-
-def run(
-    *arguments: str | Path | int, status: int = 0, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[bytes]:
-    """Run `vmsnap` in pipes and hold it to an exit status; what it prints has no escape code and no traceback."""
-    command = [sys.executable, "-m", "vmsnap", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, cwd=cwd, env=os.environ | (env or {}), check=False, timeout=300)
-    assert done.returncode == status, done.stderr.decode()
-    assert b"\x1b" not in done.stderr
-    assert b"Traceback" not in done.stderr
-    return done
-
-
-def error_of(done: subprocess.CompletedProcess[bytes]) -> str:
-    """The one line on standard error of a command that failed and printed nothing else."""
-    assert done.stdout == b""
-    [line] = done.stderr.decode().splitlines()
-    assert line.startswith("vmsnap: error: ")
-    return line
 
 
 def listing(*arguments: str | Path) -> dict[str, int]:
@@ -278,7 +248,7 @@ def test_a_dump_of_what_is_no_file_leaves_nothing(tmp_path: Path, target: str) -
 
 
 def test_encrypting_without_a_key_is_refused(tmp_path: Path, ram: Path) -> None:
-    assert "key" in error_of(run("dump", ram, tmp_path / "vm", "--encrypt", status=1))
+    assert "key" in error_of(run("dump", ram, tmp_path / "vm", "--encrypt", status=3))
     assert not (tmp_path / "vm").exists()
 
 
@@ -308,10 +278,10 @@ def test_a_key_file_that_others_may_use_is_refused(tmp_path: Path, ram: Path, ke
 def test_the_wrong_key_is_refused_and_nothing_is_printed(tmp_path: Path, ram: Path, key_file: Path) -> None:
     run("dump", ram, tmp_path / "vm", "--key-file", key_file)
     wrong = write_private(tmp_path / "wrong.key", vmsnap.generate_key())
-    error_of(run("ls", tmp_path / "vm", "--key-file", wrong, status=1))
-    error_of(run("ls", tmp_path / "vm", "--json", "--key-file", wrong, status=1))
-    error_of(run("cat", tmp_path / "vm", "ram", "--key-file", wrong, status=1))
-    assert "key" in error_of(run("cat", tmp_path / "vm", "ram", status=1))
+    error_of(run("ls", tmp_path / "vm", "--key-file", wrong, status=3))
+    error_of(run("ls", tmp_path / "vm", "--json", "--key-file", wrong, status=3))
+    error_of(run("cat", tmp_path / "vm", "ram", "--key-file", wrong, status=3))
+    assert "key" in error_of(run("cat", tmp_path / "vm", "ram", status=3))
 
 
 def test_ls_lists_all_namespaces(tmp_path: Path, key_file: Path, key: bytes) -> None:
@@ -393,7 +363,7 @@ def test_a_missing_snapshot_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["dump"], ["nonsense"], ["ls", "a", "b"], ["cat", "a", "b", "--offset", "-1"], ["demo", "--size-mib", "0"]],
+    [["dump"], ["nonsense"], ["ls", "a", "b", "c"], ["cat", "a", "b", "--offset", "-1"], ["demo", "--size-mib", "0"]],
 )
 def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments, status=2).stdout == b""

@@ -1,8 +1,9 @@
-"""The command ``vmsnap``: dump memory into a snapshot, and look into one.
+"""The command ``vmsnap``: dump memory into a snapshot, look into one, copy in and out.
 
-``group`` puts the commands together and reports errors; ``dump``, ``look`` and ``demo`` are the commands; ``process``
-reads a live process, ``keyfile`` a key; ``holder`` is the child that ``demo`` dumps; ``terminal`` knows what depends on
-where the output goes.
+``group`` puts the commands together and reports errors. ``dump``, ``look`` (ls, cat), ``tree``, ``show``, ``info``,
+``copy``, ``completion`` and ``demo`` are the commands; ``values`` and ``hexdump`` make text of what is stored.
+``places`` knows how DIR and PATH lead into a snapshot, ``process`` reads a live process, ``keyfile`` a key; ``holder``
+is the child that ``demo`` dumps; ``terminal`` knows what depends on where the output goes.
 """
 
 import sys

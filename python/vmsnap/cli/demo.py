@@ -23,7 +23,7 @@ from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, new_snapshot, store_proces
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keyfile import threads_option
 from vmsnap.cli.process import Process
-from vmsnap.cli.terminal import human_size, print_table, printable, progress
+from vmsnap.cli.terminal import human_size, print_table, printable, progress, to_terminal
 
 _READS = 1000
 _READ_BYTES = 4096
@@ -218,7 +218,7 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
             *race_plain_write(folder, data, key, threads),
         ]
     click.echo()
-    if sys.stdout.isatty():
+    if to_terminal():
         print_table(rows, right=frozenset({1}))
     else:
         click.echo("".join(f"{label:<14}{value:>12}  {note}\n" for label, value, note in rows), nl=False)

@@ -1,5 +1,6 @@
 """What a command reports when it cannot do its work."""
 
+import vmsnap
 from vmsnap.cli.terminal import printable
 
 
@@ -20,3 +21,14 @@ def describe(error: Exception) -> str:
     else:
         text = str(error) or type(error).__name__
     return printable(" ".join(text.split()))
+
+
+def status_of(error: Exception) -> int:
+    """Return the exit status that tells a script what kind of error it was; ``vmsnap --help`` has them all."""
+    match error:
+        case vmsnap.KeyUnavailableError() | vmsnap.AuthenticationError() | vmsnap.NotEncryptedError():
+            return 3
+        case vmsnap.CorruptSnapshotError() | vmsnap.UnsupportedFormatError():
+            return 4
+        case _:
+            return 1

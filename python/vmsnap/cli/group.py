@@ -1,16 +1,34 @@
 """The command ``vmsnap``: its subcommands, and how an error of any of them is reported."""
 
+import os
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 
 import click
 
 import vmsnap
+from vmsnap.cli.completion import completion
+from vmsnap.cli.copy import cp
 from vmsnap.cli.demo import demo
 from vmsnap.cli.dump import dump
-from vmsnap.cli.failure import CommandError, describe
+from vmsnap.cli.failure import CommandError, describe, status_of
+from vmsnap.cli.info import info
 from vmsnap.cli.look import cat, ls
+from vmsnap.cli.show import show
+from vmsnap.cli.tree import tree
+
+_EXIT_CODES = """\b
+Exit codes:
+  0    all went well
+  1    an error that is none of those below
+  2    wrong use
+  3    the key is missing or wrong, or what is stored is not authentic
+  4    the snapshot is damaged, or of a format not supported
+  130  interrupted by Ctrl-C (128 and the signal's number, as after others)
+  141  whoever read the output went away
+"""
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -19,7 +37,22 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands in the order in which they were added, quiet where the other end of a pipe goes away."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            # What is still in a buffer is written when Python ends, and would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
 @click.option("--version", is_flag=True, expose_value=False, callback=_print_version, help="Show the version.")
 def group() -> None:
     """Store virtual machines' memory in encrypted snapshots that read at random.
@@ -32,7 +65,7 @@ def group() -> None:
     """  # noqa: D301  the \\b is for click: it leaves the lines after it as they are
 
 
-for command in (dump, ls, cat, demo):
+for command in (info, tree, ls, show, cat, cp, dump, demo, completion):
     group.add_command(command)
 
 
@@ -46,13 +79,16 @@ def run() -> int:
     Returns
     -------
     int
-        0; 1 after an error; 2 after a wrong use; 130 after Ctrl-C.
+        As the help of the command says.
     """
     # A stopped process must go on, and a half-written folder go, when the terminal is closed, too. A signal that is
     # ignored, as by nohup, stays so.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name that the locale's encoding has not is shown escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # None from a command, a status from click's own exits.
         return group.main(prog_name="vmsnap", standalone_mode=False) or 0
@@ -63,4 +99,7 @@ def run() -> int:
         return 128 + signal.SIGINT
     except (vmsnap.VmsnapError, CommandError, OSError) as error:
         click.echo(f"vmsnap: error: {describe(error)}", err=True)
+        return status_of(error)
+    except RecursionError:
+        click.echo("vmsnap: error: it is nested too deeply to be shown", err=True)
         return 1

@@ -1,63 +1,93 @@
-"""``vmsnap ls`` and ``vmsnap cat``: looking into a snapshot."""
+"""``vmsnap ls`` and ``vmsnap cat``: the fragments of a snapshot, and their bytes."""
 
 import json
 import sys
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
-from vmsnap import FragmentReader, SnapshotReader
-from vmsnap.cli.dump import PIECE_BYTES
-from vmsnap.cli.failure import CommandError
+from vmsnap import SnapshotReader
 from vmsnap.cli.keyfile import key_file_option
-from vmsnap.cli.terminal import print_table, printable
+from vmsnap.cli.places import (
+    directory_argument,
+    enter,
+    fragment_argument,
+    json_option,
+    locate,
+    namespace_argument,
+    pieces,
+    times,
+    walk,
+    write_all,
+)
+from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
 
 
-def walk(snapshot: SnapshotReader) -> Iterator[tuple[str, FragmentReader]]:
-    """Give every fragment of a snapshot with its path, those of a namespace before those of the namespaces in it."""
-    pending = [snapshot]
-    while pending:
-        reader = pending.pop()
-        prefix = f"{reader.namespace_path}/" if reader.namespace_path else ""
-        for name in reader.list_fragments():
-            with reader.raw_fragment(name) as fragment:
-                yield prefix + name, fragment
-        pending += [reader.namespace(name) for name in reversed(reader.list_namespaces())]
+@dataclass(frozen=True)
+class Entry:
+    """A fragment as lists show it; the fields are what ``--json`` prints."""
+
+    path: str
+    size: int
+    stored_size: int
+    chunk_size_bytes: int | None
+    modified: str | None
+
+    def line(self, long: bool) -> str:
+        """Return the line for a program: exact, with tabs between the columns."""
+        columns = [printable(self.path), self.size]
+        if long:
+            columns += [self.stored_size, self.chunk_size_bytes or "-", self.modified or "-"]
+        return "\t".join(map(str, columns)) + "\n"
+
+    def row(self, long: bool) -> list[str]:
+        """Return the cells for a person."""
+        path = printable(self.path)
+        if not long:
+            return [f"{self.size:,}", path]
+        chunk = "-" if self.chunk_size_bytes is None else human_size(self.chunk_size_bytes)
+        return [human_size(self.size), human_size(self.stored_size), chunk, self.modified or "-", path]
+
+
+def entries(snapshot: SnapshotReader) -> list[Entry]:
+    """Return all fragments in a namespace, and in those within it, sorted."""
+    modified = times(snapshot.root)
+    return [
+        Entry(path, fragment.size, fragment.stored_size, fragment.chunk_size_bytes, iso_time(modified.get(path)))
+        for path, fragment in walk(snapshot)
+    ]
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@directory_argument
+@namespace_argument
 @key_file_option
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
-def ls(directory: Path, key: bytes | None, as_json: bool) -> None:
-    r"""List the fragments of a snapshot and their sizes in bytes.
+@click.option("-l", "--long", is_flag=True, help="Show stored sizes, chunk sizes and times as well.")
+@json_option
+def ls(directory: Path, path: str, key: bytes | None, long: bool, as_json: bool) -> None:
+    r"""List the fragments of a snapshot, or of the namespace PATH in it, and their sizes in bytes.
 
-    Where the output is no terminal, a tab is between path and size. What cannot be printed in a name is shown escaped,
-    as in \x1b; --json gives the exact names.
+    Where the output is no terminal, a line is the path and the size with a tab between; with -l also the stored size,
+    the chunk size ("-" in a plain snapshot) and the time of modification in UTC. What cannot be printed in a name is
+    shown escaped, as in \x1b; --json gives the exact names, and everything that -l does.
     """
     # All before the first line is printed: a list that an error cuts off looks whole to the next command in a pipe.
-    fragments = [
-        {
-            "path": path,
-            "size": fragment.size,
-            "stored_size": fragment.stored_size,
-            "chunk_size_bytes": fragment.chunk_size_bytes,
-        }
-        for path, fragment in walk(SnapshotReader(directory, key=key))
-    ]
+    found = entries(enter(SnapshotReader(directory, key=key), path))
     if as_json:
-        click.echo(json.dumps(fragments, indent=2))
-        return
-    if sys.stdout.isatty():
-        print_table(((printable(str(f["path"])), f"{f['size']:,}") for f in fragments), right=frozenset({1}))
+        click.echo(json.dumps([asdict(entry) for entry in found], indent=2))
+    elif not to_terminal():
+        click.echo("".join(entry.line(long) for entry in found), nl=False)
+    elif long:
+        header = ("size", "stored", "chunk", "modified", "path")
+        print_table((entry.row(long) for entry in found), header=header, right=frozenset({0, 1, 2}))
     else:
-        click.echo("".join(f"{printable(str(f['path']))}\t{f['size']}\n" for f in fragments), nl=False)
+        print_table((entry.row(long) for entry in found), right=frozenset({0}))
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("path", metavar="PATH")
+@directory_argument
+@fragment_argument
 @key_file_option
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Begin at this byte.")
 @click.option("--size", type=click.IntRange(min=0), help="Bytes to write. [default: all to the end]")
@@ -66,18 +96,10 @@ def cat(directory: Path, path: str, key: bytes | None, offset: int, size: int | 
 
     PATH is the fragment's, with the namespaces it is in: a/b/name.
     """
-    *namespaces, name = path.split("/")
-    reader = SnapshotReader(directory, key=key)
-    for namespace in namespaces:
-        reader = reader.namespace(namespace)
+    namespace, name = locate(SnapshotReader(directory, key=key), path)
     output = sys.stdout.buffer
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    with reader.raw_fragment(name) as fragment:
+    with namespace.raw_fragment(name) as fragment:
         end = fragment.size if size is None else min(fragment.size, offset + size)
-        while offset < end:
-            count = fragment.readinto_at(offset, buffer[: end - offset])
-            if not count:
-                raise CommandError(f"{path}: became shorter while it was read")
-            output.write(buffer[:count])
-            offset += count
+        for piece in pieces(path, fragment, offset, end):
+            write_all(output, piece)
     output.flush()

@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 
@@ -19,25 +20,49 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def to_terminal() -> bool:
+    """Whether standard output is a terminal: a person reads it, not a program."""
+    return sys.stdout.isatty()
+
+
 def human_size(size: float) -> str:
     """Return a number of bytes with the binary unit that suits it."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+            return f"{size:.1f} {unit}" if unit != "bytes" else "1 byte" if size == 1 else f"{size:.0f} bytes"
         size /= 1024
     return f"{size:.2f} GiB"
 
 
-def print_table(rows: Iterable[Sequence[str]], *, right: frozenset[int] = frozenset()) -> None:
-    """Print rows on the terminal, the columns whose numbers are in `right` aligned there."""
-    table = Table.grid(padding=(0, 2))
-    rows = list(rows)
-    for index in range(max(map(len, rows), default=0)):
-        table.add_column(justify="right" if index in right else "left", overflow="fold")
-    for row in rows:
-        # Text, not str: a name with brackets in it is no markup.
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+def iso_time(time: datetime | None) -> str | None:
+    """Return a time as ISO 8601 has it, in UTC and to the second."""
+    return None if time is None else time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they come, in pieces of a size that the system likes."""
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
+
+
+def print_table(
+    rows: Iterable[Sequence[str]], *, header: Sequence[str] = (), right: frozenset[int] = frozenset()
+) -> None:
+    """Print rows on the terminal, the columns whose numbers are in `right` aligned there.
+
+    The last column is the terminal's to wrap, so that a long path in it is copied as it is.
+    """
+    rows = [header, *rows] if header else list(rows)
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    # Text, not str: a name with brackets in it is no markup.
+    lines = Text(no_wrap=True)
+    for number, row in enumerate(rows):
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - cell_len(cell))
+            last = index == len(row) - 1
+            padded = space + cell if index in right else cell if last else cell + space
+            lines.append(padded + ("\n" if last else "  "), "bold" if header and number == 0 else "")
+    Console(highlight=False).print(lines, end="", soft_wrap=True)
 
 
 @contextmanager

@@ -1,0 +1,138 @@
+"""``vmsnap info``: what a snapshot is, as much of it as can be said."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from vmsnap import CorruptSnapshotError, FragmentReader, SnapshotReader
+from vmsnap._vmsnap import check_serialized, key_wrapping, outline
+from vmsnap.cli.keyfile import key_file_option
+from vmsnap.cli.places import directory_argument, json_option, walk
+from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
+
+# Enough to tell the format by, in no time.
+_LOOKED_AT_BYTES = 64 << 10
+_LOOKED_AT_FRAGMENTS = 1000
+# In CBOR whatever begins below is a number; a JSON digit is one too, so that they tell nothing.
+_CBOR_NUMBERS_BELOW = 0x40
+
+_WRAPPINGS = {
+    "raw-key": "a 32-byte key",
+    "age": "age, which this version does not open",
+    "key-service": "a key service, which this version does not open",
+}
+_VALUES = {
+    "cbor": "CBOR, as crosvm has written since March 2025",
+    "json": "JSON, as crosvm wrote before March 2025",
+    "mixed": "CBOR and JSON",
+    "none": "none found",
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What ``--json`` prints; None is what needs the key, or does not apply."""
+
+    root: str
+    encrypted: bool
+    key_wrapping: str | None
+    values: str | None
+    namespaces: int
+    fragments: int
+    size: int | None
+    stored_size: int
+    overhead: int | None
+    modified: str | None
+
+    def rows(self, *, exact: bool) -> list[tuple[str, str]]:
+        """Return the lines for a program or for a person."""
+
+        def size_of(size: int | None) -> str:
+            if size is None:
+                return "needs the key"
+            if exact:
+                return str(size)
+            return human_size(size) if size < 1024 else f"{human_size(size)} ({size:,} bytes)"
+
+        overhead = size_of(self.overhead)
+        if self.overhead is not None and self.size and not exact:
+            overhead += f", {self.overhead / self.size:.2%}"
+        wrapped = [("key wrapped by", _WRAPPINGS[self.key_wrapping])] if self.key_wrapping else []
+        return [
+            ("snapshot", printable(self.root)),
+            ("encrypted", "yes" if self.encrypted else "no"),
+            *wrapped,
+            ("values", "needs the key" if self.values is None else _VALUES[self.values]),
+            ("namespaces", str(self.namespaces)),
+            ("fragments", str(self.fragments)),
+            ("size", size_of(self.size)),
+            ("stored size", size_of(self.stored_size)),
+            ("overhead", overhead),
+            ("modified", self.modified or "-"),
+        ]
+
+
+def _format_of(fragment: FragmentReader) -> str | None:
+    """Return the format of the value that a small fragment is, None for another."""
+    if not 0 < fragment.size <= _LOOKED_AT_BYTES:
+        return None
+    data = fragment.read()
+    try:
+        found = check_serialized(data, None, "the fragment")
+    except CorruptSnapshotError:
+        return None
+    return None if found == "cbor" and data[0] < _CBOR_NUMBERS_BELOW else found
+
+
+def _look(snapshot: SnapshotReader) -> tuple[str, int]:
+    """Return which format the values have, and the size of all fragments."""
+    size, formats = 0, set()
+    for number, (_, fragment) in enumerate(walk(snapshot)):
+        size += fragment.size
+        if number < _LOOKED_AT_FRAGMENTS:
+            formats.add(_format_of(fragment))
+    formats.discard(None)
+    return (formats.pop() or "none" if len(formats) == 1 else "mixed" if formats else "none"), size
+
+
+def inspect(root: Path, key: bytes | None) -> Info:
+    """Find out what a snapshot is; without its key, what shows of it."""
+    wrapping = key_wrapping(str(root))
+    values, size = (None, None) if wrapping and key is None else _look(SnapshotReader(root, key=key))
+    namespaces, fragments = outline(str(root))
+    stored_size = sum(stored for _, stored, _ in fragments)
+    return Info(
+        root=str(root),
+        encrypted=wrapping is not None,
+        key_wrapping=wrapping,
+        values=values,
+        namespaces=len(namespaces),
+        fragments=len(fragments),
+        size=size,
+        stored_size=stored_size,
+        overhead=None if size is None else stored_size - size,
+        modified=iso_time(max((time for _, _, time in fragments if time is not None), default=None)),
+    )
+
+
+@click.command()
+@directory_argument
+@key_file_option
+@json_option
+def info(directory: Path, key: bytes | None, as_json: bool) -> None:
+    """Tell what a snapshot is: encrypted or not, how large, how many fragments, which format its values have.
+
+    Without the key of an encrypted snapshot it tells what shows all the same, and what needs the key; none of that is
+    authenticated. The sizes are those of the fragments. With --json, what needs the key is null.
+
+    The format is found by looking at fragments of up to 64 KiB, at most 1000 of them.
+    """
+    found = inspect(directory, key)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+    elif to_terminal():
+        print_table(found.rows(exact=False))
+    else:
+        click.echo("".join(f"{label}\t{text}\n" for label, text in found.rows(exact=True)), nl=False)

@@ -1,0 +1,122 @@
+"""``vmsnap tree``: namespaces and fragments as they nest."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from vmsnap import SnapshotReader
+from vmsnap.cli.keyfile import key_file_option
+from vmsnap.cli.look import Entry, entries
+from vmsnap.cli.places import directory_argument, enter, json_option, namespace_argument
+from vmsnap.cli.terminal import human_size, printable, to_terminal
+
+# Columns that rich gives a level, and those that should be left for a name.
+_INDENT = 4
+_NAME_COLUMNS = 24
+# Longer than any line: nothing is wrapped or cut off.
+_ENDLESS_COLUMNS = 1 << 20
+
+
+class Namespace:
+    """A namespace with what is in it, and in those within."""
+
+    def __init__(self, reader: SnapshotReader, name: str) -> None:
+        self.name = name
+        self.path = reader.namespace_path
+        self.fragments: list[Entry] = []
+        self.namespaces: list[Namespace] = []
+        self.count = 0
+        self.size = 0
+
+
+def read_tree(snapshot: SnapshotReader) -> tuple[Namespace, int]:
+    """Return what a snapshot, or a namespace of it, holds, and how many levels deep it is."""
+    by_namespace: dict[str, list[Entry]] = {}
+    for entry in entries(snapshot):
+        by_namespace.setdefault(entry.path.rpartition("/")[0], []).append(entry)
+    root = Namespace(snapshot, snapshot.namespace_path.rpartition("/")[2])
+    seen = [(root, snapshot, 1)]
+    # Each after the one it is in, so that sums go from the end to the start.
+    for parent, reader, level in seen:
+        parent.fragments = by_namespace.get(parent.path, [])
+        for name in reader.list_namespaces():
+            within = reader.namespace(name)
+            parent.namespaces.append(Namespace(within, name))
+            seen.append((parent.namespaces[-1], within, level + 1))
+    for namespace, _, _ in reversed(seen):
+        namespace.count = len(namespace.fragments) + sum(each.count for each in namespace.namespaces)
+        namespace.size = sum(each.size for each in namespace.fragments)
+        namespace.size += sum(each.size for each in namespace.namespaces)
+    return root, seen[-1][2]
+
+
+def as_object(root: Namespace) -> dict[str, Any]:
+    """Return a namespace as ``--json`` prints it."""
+    objects: dict[int, dict[str, Any]] = {}
+    pending = [root]
+    for namespace in pending:
+        pending += namespace.namespaces
+    for namespace in reversed(pending):
+        objects[id(namespace)] = {
+            "name": namespace.name,
+            "path": namespace.path,
+            "fragments": [{"name": each.path.rpartition("/")[2]} | asdict(each) for each in namespace.fragments],
+            "namespaces": [objects[id(each)] for each in namespace.namespaces],
+        }
+    return objects[id(root)]
+
+
+def as_tree(root: Namespace, label: str, *, exact: bool) -> Tree:
+    """Return a namespace as it is drawn, with sizes for a program or for a person."""
+
+    def size_of(size: int) -> str:
+        return f"{size} bytes" if exact else human_size(size)
+
+    def title(name: str, namespace: Namespace) -> Text:
+        count = f"{namespace.count} fragment{'' if namespace.count == 1 else 's'}, {size_of(namespace.size)}"
+        return Text.assemble((name, "bold"), "  ", (count, "dim"), overflow="fold")
+
+    drawn = Tree(title(label, root), guide_style="dim", highlight=False)
+    pending = [(root, drawn)]
+    for namespace, branch in pending:
+        for entry in namespace.fragments:
+            name = printable(entry.path.rpartition("/")[2])
+            branch.add(Text.assemble(name, "  ", (size_of(entry.size), "dim"), overflow="fold"))
+        for within in namespace.namespaces:
+            pending.append((within, branch.add(title(printable(within.name) + "/", within))))
+    return drawn
+
+
+@click.command()
+@directory_argument
+@namespace_argument
+@key_file_option
+@json_option
+def tree(directory: Path, path: str, key: bytes | None, as_json: bool) -> None:
+    """Draw the namespaces and fragments of a snapshot, or of the namespace PATH in it, as a tree with sizes.
+
+    Where the output is no terminal, sizes are in bytes. --json nests objects: name, path, fragments, namespaces.
+    """
+    root, levels = read_tree(enter(SnapshotReader(directory, key=key), path))
+    if as_json:
+        click.echo(json.dumps(as_object(root), indent=2))
+        return
+    label = printable(f"{directory}/{path}" if path else str(directory))
+    if to_terminal():
+        console = Console(highlight=False)
+        # A name that is too long goes on below itself. Where the tree is deeper than the screen is wide, that would be
+        # a column of letters: then the terminal wraps the lines.
+        if levels * _INDENT + _NAME_COLUMNS > console.width:
+            console.width = _ENDLESS_COLUMNS
+        console.print(as_tree(root, label, exact=False), soft_wrap=console.width == _ENDLESS_COLUMNS)
+    else:
+        plain = Console(file=sys.stdout, color_system=None, force_terminal=False, highlight=False)
+        plain.width = _ENDLESS_COLUMNS
+        plain.print(as_tree(root, label, exact=True), soft_wrap=True)
