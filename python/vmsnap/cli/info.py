@@ -12,9 +12,9 @@ from vmsnap.cli.keyfile import key_file_option
 from vmsnap.cli.places import directory_argument, json_option, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
 
-# Enough to tell the format by, in no time.
+# Of one fragment and of all: enough to tell the format by, in no time.
 _LOOKED_AT_BYTES = 64 << 10
-_LOOKED_AT_FRAGMENTS = 1000
+_LOOKED_AT_BYTES_IN_ALL = 16 << 20
 # In CBOR whatever begins below is a number; a JSON digit is one too, so that they tell nothing.
 _CBOR_NUMBERS_BELOW = 0x40
 
@@ -75,9 +75,7 @@ class Info:
 
 
 def _format_of(fragment: FragmentReader) -> str | None:
-    """Return the format of the value that a small fragment is, None for another."""
-    if not 0 < fragment.size <= _LOOKED_AT_BYTES:
-        return None
+    """Return the format of the value that a fragment is, None where it is none."""
     data = fragment.read()
     try:
         found = check_serialized(data, None, "the fragment")
@@ -88,10 +86,11 @@ def _format_of(fragment: FragmentReader) -> str | None:
 
 def _look(snapshot: SnapshotReader) -> tuple[str, int]:
     """Return which format the values have, and the size of all fragments."""
-    size, formats = 0, set()
-    for number, (_, fragment) in enumerate(walk(snapshot)):
+    size, looked_at, formats = 0, 0, set()
+    for _, fragment in walk(snapshot):
         size += fragment.size
-        if number < _LOOKED_AT_FRAGMENTS:
+        if fragment.size <= _LOOKED_AT_BYTES and looked_at < _LOOKED_AT_BYTES_IN_ALL:
+            looked_at += fragment.size
             formats.add(_format_of(fragment))
     formats.discard(None)
     return (formats.pop() or "none" if len(formats) == 1 else "mixed" if formats else "none"), size
@@ -127,7 +126,7 @@ def info(directory: Path, key: bytes | None, as_json: bool) -> None:
     Without the key of an encrypted snapshot it tells what shows all the same, and what needs the key; none of that is
     authenticated. The sizes are those of the fragments. With --json, what needs the key is null.
 
-    The format is found by looking at fragments of up to 64 KiB, at most 1000 of them.
+    The format is found by looking at fragments of up to 64 KiB, at most 16 MiB of them.
     """
     found = inspect(directory, key)
     if as_json:
