@@ -1,4 +1,4 @@
-"""Values written and read: every kind in both formats, what `type=` builds, and what can be neither written nor read."""
+"""Values written and read: every kind in both formats, what `type=` builds, and what is refused."""
 
 import mmap
 import pickle
