@@ -2,6 +2,7 @@
 # Everything made lies in .venv/, target/ and dist/.
 
 PYTHON ?= python3
+FUZZ_SECONDS ?= 60
 
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
@@ -86,6 +87,17 @@ torture: build $(venv)/dev ## the long forms of the tests
 .PHONY: lint-tools
 lint-tools:
 	@scripts/check-tools.sh '$(PYTHON)' lint
+
+# One process; what it finds is kept in target/fuzz, where the next run goes on.
+.PHONY: fuzz
+fuzz: build $(venv)/dev ## hostile values, for FUZZ_SECONDS (60)
+	@$(call step,fuzz/values.py)
+	if $(pip) install --quiet --only-binary atheris --group fuzz; then \
+		$(python) fuzz/values.py target/fuzz/values -artifact_prefix=target/fuzz/ -max_total_time=$(FUZZ_SECONDS) \
+			-max_len=4096 -timeout=20 -rss_limit_mb=2048 $(FUZZ_ARGS); \
+	else \
+		echo 'fuzz: skipped: there is no atheris for this Python, see above'; \
+	fi
 
 .PHONY: clean
 clean: ## away with all that was made

@@ -9,6 +9,9 @@ use serde::{Deserialize, Deserializer};
 
 use super::check::Malformed;
 
+/// Of a key that an error names; it may have any length.
+const MAX_QUOTED_CHARS: usize = 60;
+
 /// Checks that `bytes` are one text that `serde_json` reads: its depth, its numbers within those of 64-bit floats, no lone
 /// surrogates.
 pub(super) fn check(bytes: &[u8]) -> Result<(), Malformed> {
@@ -17,7 +20,9 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), Malformed> {
         let text = error.to_string();
         // The place follows as an offset.
         let reason = text.split(" at line ").next().unwrap_or(&text);
-        Malformed::new(offset_of(bytes, error.line(), error.column()), reason)
+        // serde_json counts the end as the byte before it.
+        let offset = if error.is_eof() { bytes.len() } else { offset_of(bytes, error.line(), error.column()) };
+        Malformed::new(offset, reason)
     })
 }
 
@@ -84,7 +89,9 @@ impl<'de> Visitor<'de> for Whatever {
         let mut keys = HashSet::new();
         while let Some(key) = access.next_key::<Key>()? {
             if let Some(Key(twice)) = keys.replace(key) {
-                return Err(A::Error::custom(format_args!("the key {twice:?} comes twice")));
+                let start: String = twice.chars().take(MAX_QUOTED_CHARS).collect();
+                let dots = if start.len() < twice.len() { "..." } else { "" };
+                return Err(A::Error::custom(format_args!("the key {start:?}{dots} comes twice")));
             }
             access.next_value_seed(Whatever)?;
         }

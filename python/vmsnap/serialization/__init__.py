@@ -24,6 +24,7 @@ from vmsnap import _vmsnap
 from vmsnap.errors import CorruptSnapshotError, SerializationError, UnsupportedFormatError
 from vmsnap.serialization import arrays
 from vmsnap.serialization.build import Mismatch, converter
+from vmsnap.serialization.path import shortened
 from vmsnap.serialization.plain import Plain, Unwritable
 
 __all__ = ["decode", "encode"]
@@ -131,12 +132,16 @@ def _decode_cbor(data: bytes, place: Callable[[], str]) -> Any:
     try:
         return cbor2.loads(data, semantic_decoders=_TAGS, allow_duplicate_keys=False)
     except cbor2.CBORDecodeError as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
+        # cbor2 makes them errors of its own; they say nothing about the bytes.
+        if isinstance(error.__cause__, (MemoryError, RecursionError)):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, ImportError):
             text = f"{place()} has typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
             raise UnsupportedFormatError(text) from error
-        reason = ": ".join(str(part) for part in (error, error.__cause__) if part is not None)
+        # The texts quote keys and dates of any length.
+        reason = ": ".join(shortened(str(part)) for part in (error, error.__cause__) if part is not None)
         text = f"{place()} does not hold a serialized value: {reason}, before byte {_offset_of_error(data)}"
-        raise CorruptSnapshotError(text) from error
+        raise CorruptSnapshotError(text) from None
 
 
 def _offset_of_error(data: bytes) -> int:

@@ -119,6 +119,31 @@ class _Not:
 
 _NOT = _Not()
 
+# Of 64-bit numbers no more than 16 share one.
+_MAX_EQUAL_HASHES = 100
+
+
+def _hashed(members: Iterable[Any]) -> Iterable[Any]:
+    """Pass on what becomes keys or members of a set, in time proportional to how many there are.
+
+    The hash values of numbers, UUIDs and tuples can be chosen: whatever shares one is compared with all that has it.
+    """
+    alike: dict[int, list[Any]] = {}
+    for index, member in enumerate(members):
+        # That of a text is keyed anew in every process.
+        if type(member) not in (str, bytes):
+            try:
+                others = alike.setdefault(hash(member), [])
+            except TypeError:
+                raise Mismatch(f"member {index} (of type {type(member).__name__}) is not hashable") from None
+            if isinstance(member, float) and member != member:
+                raise Mismatch(f"member {index} is not a number (NaN), which can be no key, nor in a set")
+            if member not in others:
+                others.append(member)
+                if len(others) > _MAX_EQUAL_HASHES:
+                    raise Mismatch(f"more than {_MAX_EQUAL_HASHES} keys or members of a set have one hash value")
+        yield member
+
 
 def _expected(what: str, value: object) -> Mismatch:
     found = "nothing (null)" if value is None else type(value).__name__
@@ -141,7 +166,7 @@ class _Unit(Converter):
             raise _expected("null", value)
 
     def fits(self, value: Any) -> bool:
-        return value is None or value in ([], {})
+        return value is None or (isinstance(value, (list, dict)) and not value)
 
 
 class _Leaf(Converter):
@@ -208,6 +233,14 @@ def _date(value: Any) -> Any:
     return date.fromisoformat(value) if isinstance(value, str) else _NOT
 
 
+def _are_numbers(items: list[Any]) -> bool:
+    """Whether a list holds nothing but numbers, arrays, and lists of them."""
+    import numpy
+
+    kinds = set(map(type, items)) - {bool, int, float, numpy.ndarray}
+    return not kinds or (kinds == {list} and all(_are_numbers(item) for item in items if type(item) is list))
+
+
 _LEAVES: dict[Any, Callable[[Any], Any]] = {
     # What is of the type already does not come here.
     bool: _never,
@@ -232,8 +265,9 @@ class _Array(Converter):
     def __call__(self, value: Any) -> Any:
         import numpy
 
-        if not self.fits(value):
-            raise _expected("an array", value)
+        # numpy would make each text as wide as the widest.
+        if not self.fits(value) or (isinstance(value, list) and not _are_numbers(value)):
+            raise _expected("an array of numbers", value)
         wanted = self._scalar
         try:
             array = numpy.asarray(value)
@@ -312,13 +346,15 @@ class _Collection(Converter):
         self._kind = kind
         self._member = converter(member)
         self._as_it_is = isinstance(self._member, _Anything)
+        self._is_set = issubclass(kind, Set)
 
     def __call__(self, value: Any) -> Any:
         if not self.fits(value):
             raise _expected("a list", value)
-        if self._as_it_is:
-            return value if type(value) is self._kind else self._kind(value)
-        return self._kind(_each(self._member, value))
+        if self._as_it_is and type(value) is self._kind:
+            return value
+        members = value if self._as_it_is else _each(self._member, value)
+        return self._kind(_hashed(members) if self._is_set else members)
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, (list, tuple, set, frozenset))
@@ -347,7 +383,8 @@ class _Dict(Converter):
     def __call__(self, value: Any) -> Any:
         if not self.fits(value):
             raise _expected("a map", value)
-        result = {_at(key, self._convert_key, key): _at(key, self._item, item) for key, item in value.items()}
+        keys = _hashed(_at(key, self._convert_key, key) for key in value)
+        result = {key: _at(step, self._item, item) for key, (step, item) in zip(keys, value.items(), strict=True)}
         if len(result) != len(value):
             raise Mismatch("two keys of a map are the same")
         return result
@@ -418,7 +455,7 @@ class _Record(Converter):
         parts = self._parts
         if isinstance(value, Mapping) and not self._is_newtype_of(value):
             return self._from_map(value)
-        if len(parts) == 1:
+        if self._can_be_its_part:
             return self._cls(**{parts[0].name: parts[0].converter(value)})
         if isinstance(value, (list, tuple)) and self._can_be(value):
             items = zip(parts, value, strict=False)
@@ -443,9 +480,25 @@ class _Record(Converter):
                 arguments[part.name] = None
         return self._cls(**arguments)
 
+    @cached_property
+    def _can_be_its_part(self) -> bool:
+        """Whether a value can be that of the only field: not where that would be this type again, and again."""
+        return len(self._parts) == 1 and not self._leads_to(self._parts[0].converter, set())
+
+    def _leads_to(self, kind: Converter, seen: set[Converter]) -> bool:
+        """Whether a value for `kind` can be for this type, without anything around it being taken off."""
+        if kind is self:
+            return True
+        if kind in seen:
+            return False
+        seen.add(kind)
+        if isinstance(kind, _Union):
+            return any(self._leads_to(member, seen) for member in kind.members)
+        return isinstance(kind, _Record) and len(kind._parts) == 1 and self._leads_to(kind._parts[0].converter, seen)
+
     def _is_newtype_of(self, value: Mapping[Any, Any]) -> bool:
         """Whether the only field is the whole map, as in ``struct Regs(BTreeMap<...>)``."""
-        return len(self._parts) == 1 and self._parts[0].wire_name not in value and self._parts[0].required
+        return self._can_be_its_part and self._parts[0].wire_name not in value and self._parts[0].required
 
     def _can_be(self, value: Sequence[Any]) -> bool:
         required = sum(part.required for part in self._parts)
@@ -479,25 +532,25 @@ class _Union(Converter):
     """serde's enums with data: a variant's name alone, or a map of the one name to the data; or whatever fits first."""
 
     def __init__(self, members: list[Converter], optional: bool) -> None:
-        self._members = members
+        self.members = members
         self.optional = optional
 
     @cached_property
     def _variants(self) -> dict[str, _Record]:
-        return {member.name: member for member in self._members if isinstance(member, _Record)}
+        return {member.name: member for member in self.members if isinstance(member, _Record)}
 
     def __call__(self, value: Any) -> Any:
         if value is None and self.optional:
             return None
-        if len(self._members) == 1:
-            return self._members[0](value)
+        if len(self.members) == 1:
+            return self.members[0](value)
         if isinstance(value, str) and value in self._variants and self._variants[value].is_empty:
             return self._variants[value]({})
         if isinstance(value, Mapping) and len(value) == 1:
             ((key, data),) = value.items()
             if isinstance(key, str) and key in self._variants:
                 return _at(key, self._variants[key], data)
-        for member in self._members:
+        for member in self.members:
             if member.fits(value):
                 return member(value)
         raise _expected("a value for one member of the union", value)
@@ -505,7 +558,7 @@ class _Union(Converter):
     def fits(self, value: Any) -> bool:
         if value is None and self.optional:
             return True
-        return any(member.fits(value) for member in self._members) or (
+        return any(member.fits(value) for member in self.members) or (
             isinstance(value, str) and value in self._variants
         )
 

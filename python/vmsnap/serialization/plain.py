@@ -1,7 +1,7 @@
 """Values as what CBOR or JSON has: the walk before serializing."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime
 from enum import Enum
@@ -96,13 +96,13 @@ class Plain:
         return plain
 
     def _set(self, members: Set[Any], depth: int) -> Any:
-        # In an order of their own, for that of a set is another one in every process.
         if self._json:
+            # As _ordered.
             return sorted(self._items(list(members), depth), key=json_dumps)
         keys = [self._key(member) for member in members]
         if len(set(keys)) != len(keys):
             raise Unwritable("two members of a set are the same when they are written")
-        return CBORTag(_SET_TAG, sorted(keys, key=cbor2.dumps))
+        return _ordered(keys)
 
     def _record(self, record: Any, depth: int) -> Any:
         names = _field_names(type(record))
@@ -120,7 +120,8 @@ class Plain:
                 raise Unwritable("NaN cannot be a key: it is not equal to itself")
             return key
         if isinstance(key, (tuple, frozenset)):
-            return (frozenset if isinstance(key, frozenset) else tuple)(map(self._key, key))
+            members = map(self._key, key)
+            return _ordered(members) if isinstance(key, frozenset) else tuple(members)
         way = _way(kind)
         if way is Plain._enum:
             return self._key(key.value)
@@ -173,7 +174,10 @@ class Plain:
             raise Unwritable("a datetime without a time zone is no moment: give it one by replace(tzinfo=...)")
         if offset.total_seconds() % 60:
             # RFC 3339 has hours and minutes.
-            moment = moment.astimezone(UTC)
+            try:
+                moment = moment.astimezone(UTC)
+            except OverflowError:
+                raise Unwritable("a datetime is, in UTC, before the year 1 or after 9999") from None
         return moment.isoformat() if self._json else moment
 
     def _numpy_scalar(self, scalar: Any, depth: int) -> Any:
@@ -247,6 +251,11 @@ def _find_way(kind: type) -> _Way:
     if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.memmap)):
         return Plain._array
     return Plain._unusual
+
+
+def _ordered(members: Iterable[Any]) -> CBORTag:
+    """Return a set in an order of its own, for that of Python's is another one in every process. It can be a key."""
+    return CBORTag(_SET_TAG, tuple(sorted(members, key=cbor2.dumps)))
 
 
 def _find_field_names(kind: Any) -> list[tuple[str, str]]:
