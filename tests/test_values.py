@@ -2,7 +2,6 @@
 
 import mmap
 import pickle
-import sys
 from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
@@ -23,9 +22,6 @@ from independent import check_independently
 from refusals import refused, refused_elsewhere
 from support import Place, run_python_well, tree, write
 from vmsnap.serialization import decode, encode
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "fuzz"))
-from values import try_recipe
 
 
 class Color(Enum):
@@ -360,11 +356,6 @@ class Other:
     id: str
 
 
-@dataclass
-class Linked:
-    next: "Linked | None"
-
-
 Handle = NewType("Handle", int)
 
 BUILT: list[tuple[Any, Any, Any]] = [
@@ -558,43 +549,6 @@ def test_a_bad_name_or_a_name_in_use_leaves_everything_as_it_is(place: Place) ->
         with pytest.raises(kind):
             call()
     assert tree(place.root) == before
-
-
-def test_keys_of_one_hash_value_are_few() -> None:
-    # Lists may hold any number of them; as members of a set each would be compared with all.
-    alike = [number * (2**61 - 1) for number in range(200)]
-    assert decode(encode(alike), list[int]) == alike
-    for kind in (set[int], frozenset):
-        with pytest.raises(
-            vmsnap.CorruptSnapshotError, match="more than 100 keys or members of a set have one hash value"
-        ):
-            decode(encode(alike), kind)
-
-
-def test_a_class_whose_only_field_is_itself_ends() -> None:
-    with pytest.raises(vmsnap.CorruptSnapshotError, match="expected a map for Linked"):
-        decode(encode(5), Linked)
-    assert decode(encode({"next": {"next": None}}), Linked) == Linked(Linked(None))
-
-
-def test_what_a_stranger_wrote_is_quoted_in_few_words() -> None:
-    long = "x" * 100_000
-    twice = b"\xa2" + 2 * (encode(long) + b"\0")
-    json = f'{{"{long}":1,"{long}":2}}'.encode()
-    for data, kind in [
-        (twice, None),
-        (json, None),
-        (encode({long: "a"}), dict[str, int]),
-        (encode({2**99999: ""}), dict[int, int]),
-    ]:
-        with pytest.raises(vmsnap.CorruptSnapshotError) as caught:
-            decode(data, kind)
-        assert len(str(caught.value)) < 500
-
-
-@given(st.binary(max_size=300))
-def test_the_fuzz_target_finds_nothing(recipe: bytes) -> None:
-    try_recipe(recipe)
 
 
 def test_a_time_zone_with_seconds_is_written_in_utc() -> None:

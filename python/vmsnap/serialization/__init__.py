@@ -132,14 +132,15 @@ def _decode_cbor(data: bytes, place: Callable[[], str]) -> Any:
     try:
         return cbor2.loads(data, semantic_decoders=_TAGS, allow_duplicate_keys=False)
     except cbor2.CBORDecodeError as error:
-        # cbor2 makes them errors of its own; they say nothing about the bytes.
-        if isinstance(error.__cause__, (MemoryError, RecursionError)):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, ImportError):
+        cause = error.__cause__
+        # cbor2 makes whatever a tag's decoder raises an error of its own, Ctrl-C too. These are not the bytes' fault.
+        if cause is not None and (isinstance(cause, (MemoryError, RecursionError)) or not isinstance(cause, Exception)):
+            raise cause from None
+        if isinstance(cause, ImportError):
             text = f"{place()} has typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
             raise UnsupportedFormatError(text) from error
         # The texts quote keys and dates of any length.
-        reason = ": ".join(shortened(str(part)) for part in (error, error.__cause__) if part is not None)
+        reason = ": ".join(shortened(str(part)) for part in (error, cause) if part is not None)
         text = f"{place()} does not hold a serialized value: {reason}, before byte {_offset_of_error(data)}"
         raise CorruptSnapshotError(text) from None
 

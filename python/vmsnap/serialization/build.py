@@ -271,7 +271,10 @@ class _Array(Converter):
         wanted = self._scalar
         try:
             array = numpy.asarray(value)
-            if wanted is None and array.dtype != object:
+            if wanted is None or wanted not in numpy.sctypeDict.values():
+                # Any type, or any of an abstract one such as floating.
+                if array.dtype == object or not issubclass(array.dtype.type, wanted or numpy.generic):
+                    raise TypeError(array.dtype)
                 return array
             if array.size == 0 or (
                 isinstance(value, list) and {array.dtype.kind, numpy.dtype(wanted).kind} <= {"i", "u"}
