@@ -260,7 +260,7 @@ class _Array(Converter):
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         scalar = typing.get_args(arguments[1]) if len(arguments) == 2 else ()
-        self._scalar = scalar[0] if scalar and isinstance(scalar[0], type) else None
+        self._scalar = scalar[0] if scalar and isinstance(scalar[0], type) and scalar[0] is not Any else None
 
     def __call__(self, value: Any) -> Any:
         import numpy
