@@ -175,7 +175,7 @@ mod tests {
     fn any_other_json_is_refused_where_it_goes_wrong() {
         let cases: &[(&str, &str, usize)] = &[
             ("", "EOF", 0),
-            ("[1,", "EOF", 2),
+            ("[1,", "EOF", 3),
             ("{}x", "trailing", 2),
             (r#"{"a":1,"a":2}"#, r#"the key "a" comes twice"#, 9),
             (r#"{"a":1,"\u0061":2}"#, r#"the key "a" comes twice"#, 14),
