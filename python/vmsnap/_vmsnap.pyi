@@ -14,6 +14,7 @@ __all__ = [
     "SnapshotWriter",
     "__version__",
     "aead_provider",
+    "are_crowded",
     "check_serialized",
     "generate_key",
     "key_wrapping",
@@ -36,6 +37,9 @@ def aead_provider() -> str:
     InvalidArgumentError
         ``VMSNAP_AEAD`` names none that was compiled in.
     """
+
+def are_crowded(hashes: list[int]) -> bool:
+    """Return whether different keys with these hash values would make a dict or a set of them slow."""
 
 def check_serialized(data: bytes, format: str | None, place: str) -> str:
     """Return the format of the one serialized value `data`, ``cbor`` or ``json``; found out where none is given.

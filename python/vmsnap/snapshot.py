@@ -198,9 +198,12 @@ class SnapshotWriter(_Handle):
         InvalidArgumentError
             The name is not allowed.
         """
-        data = serialization.encode(
-            value, format=self.format, default=default, as_list=as_list, place=f"the value for {name!r}"
-        )
+
+        def place() -> str:
+            path = "/".join(filter(None, [self.namespace_path, name]))
+            return f"the value for {path!r} of {self.root}"
+
+        data = serialization.encode_at(place, value, format=self.format, default=default, as_list=as_list)
         self._raw.write_whole(name, data)
 
     def add_namespace(self, name: str) -> "SnapshotWriter":

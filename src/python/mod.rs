@@ -20,6 +20,8 @@ mod reader;
 mod slot;
 mod writer;
 
+use std::collections::HashSet;
+
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -42,7 +44,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]
-    use super::{aead_provider, check_serialized, generate_key};
+    use super::{aead_provider, are_crowded, check_serialized, generate_key};
 
     use pyo3::prelude::*;
 
@@ -75,6 +77,17 @@ fn check_serialized(
     let data = data.as_bytes();
     let checked = py.detach(|| serialization::check(data, format));
     Ok(checked.map(Format::as_str).map_err(|malformed| malformed.at(place))?)
+}
+
+/// Whether different keys with these values of `hash()` make a dict or a set slow.
+#[pyfunction]
+fn are_crowded(py: Python<'_>, hashes: Vec<i64>) -> bool {
+    py.detach(|| {
+        // Twice the same may be twice the same key, which takes no slot of its own.
+        let mut seen = HashSet::with_capacity(hashes.len());
+        let different: Vec<_> = hashes.into_iter().map(i64::cast_unsigned).filter(|hash| seen.insert(*hash)).collect();
+        serialization::crowded(&different)
+    })
 }
 
 fn parse_format(name: &str) -> Result<Format> {

@@ -1,10 +1,14 @@
 //! CBOR (RFC 8949) that every decoder understands alike and that harms none.
 
 use super::check::{MAX_DEPTH, Malformed};
+use super::hashes;
 
 /// Keys that are arrays, tagged or sets can be made to have one hash value, so that each is compared with all others of its
-/// map, byte by byte. This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.
+/// map, byte by byte: numbers cannot, of which 16 at most share one. This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.
 const MAX_KEY_COMPARISONS: u64 = 2_000_000_000;
+
+/// Lists that an array without elements becomes: nothing else bounds them.
+const MAX_EMPTY_ROWS: u64 = 1 << 20;
 
 /// Checks that `bytes` are one well-formed item, with no other tags than vmsnap's, no simple values but false, true and
 /// null, and keys that can be told apart.
@@ -24,12 +28,14 @@ enum Role {
 }
 
 /// The first bytes of an item: major type, and what follows from the rest of them.
+#[derive(Clone, Copy)]
 struct Head {
     start: usize,
     major: u8,
     argument: Argument,
 }
 
+#[derive(Clone, Copy)]
 enum Argument {
     Number(u64),
     /// Ends with a break.
@@ -39,8 +45,11 @@ enum Argument {
 /// The keys of one map, or members of one set, whose hash values can be chosen.
 #[derive(Default)]
 struct Collidable {
-    keys: u64,
-    bytes: u64,
+    /// Of the numbers, as Python's hash values.
+    numbers: Vec<u64>,
+    /// The arrays, tagged and sets, and how long they are in all.
+    composed: u64,
+    composed_bytes: u64,
 }
 
 struct Scanner<'a> {
@@ -155,21 +164,35 @@ impl<'a> Scanner<'a> {
 
     fn key(&mut self, head: &Head, depth: usize, collidable: &mut Collidable) -> Result<(), Malformed> {
         self.rest_of(head, depth + 1, Role::Key)?;
-        // Of 64-bit numbers only a few share a hash value, and that of a string is keyed anew in every process.
-        if matches!(head.major, 4 | 6) {
-            collidable.keys += 1;
-            collidable.bytes += u64::try_from(self.at - head.start).unwrap_or(u64::MAX);
+        match (head.major, head.argument) {
+            (0 | 1, Argument::Number(number)) => {
+                let is_negative = head.major == 1;
+                let magnitude = u128::from(number) + u128::from(is_negative);
+                collidable.numbers.push(hashes::of_int(magnitude, is_negative));
+            }
+            (7, Argument::Number(bits)) => {
+                collidable.numbers.extend(self.float(head.start, bits).map(hashes::of_float));
+            }
+            (4 | 6, _) => {
+                collidable.composed += 1;
+                collidable.composed_bytes += u64::try_from(self.at - head.start).unwrap_or(u64::MAX);
+            }
+            // The hash value of a string is keyed anew in every process.
+            _ => {}
         }
         Ok(())
     }
 
     fn compare(&mut self, start: usize, collidable: &Collidable) -> Result<(), Malformed> {
-        let comparisons = collidable.keys.saturating_mul(collidable.bytes);
-        self.key_comparisons = self.key_comparisons.saturating_add(comparisons);
-        if self.key_comparisons <= MAX_KEY_COMPARISONS {
-            return Ok(());
+        let Collidable { numbers, composed, composed_bytes } = collidable;
+        self.key_comparisons = self.key_comparisons.saturating_add(composed.saturating_mul(*composed_bytes));
+        if self.key_comparisons > MAX_KEY_COMPARISONS {
+            return Err(Malformed::new(start, format!("{composed} keys of it are arrays, tagged or sets: too many")));
         }
-        Err(Malformed::new(start, format!("{} keys of it are arrays, tagged or sets: too many", collidable.keys)))
+        if hashes::crowded(numbers) {
+            return Err(Malformed::new(start, "its keys are numbers chosen to have hash values that collide"));
+        }
+        Ok(())
     }
 
     /// The members of a container, of `items` items each; `member` gets the head of the first.
@@ -245,18 +268,13 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// What tag 40 is on: dimensions, and a typed array.
+    /// What tag 40 is on: dimensions, and a typed array. How many elements there are is for the decoder to compare.
     fn shaped(&mut self, head: &Head, depth: usize) -> Result<(), Malformed> {
         let mut index = 0;
         self.members(head.start, &head.argument, 1, |scanner, part| {
             index += 1;
             match (index, part.major, &part.argument) {
-                (1, 4, dimensions) => {
-                    scanner.members(part.start, dimensions, 1, |_, dimension| match dimension.major {
-                        0 => Ok(()),
-                        _ => Err(Malformed::new(dimension.start, "a dimension is no unsigned integer")),
-                    })
-                }
+                (1, 4, dimensions) => scanner.dimensions(part.start, dimensions),
                 (2, 6, Argument::Number(tag)) if element_bytes(*tag).is_some() => {
                     scanner.tagged(part.start, *tag, depth + 1, Role::Value)
                 }
@@ -266,20 +284,61 @@ impl<'a> Scanner<'a> {
         if index == 2 { Ok(()) } else { Err(Malformed::new(head.start, "a shaped array lacks its elements")) }
     }
 
+    fn dimensions(&mut self, start: usize, dimensions: &Argument) -> Result<(), Malformed> {
+        let (mut rows, mut is_empty) = (1_u64, false);
+        self.members(start, dimensions, 1, |_, dimension| match (dimension.major, dimension.argument) {
+            (0, Argument::Number(size)) => {
+                is_empty |= size == 0;
+                rows = rows.saturating_mul(size.max(1));
+                Ok(())
+            }
+            _ => Err(Malformed::new(dimension.start, "a dimension is no unsigned integer")),
+        })?;
+        if is_empty && rows > MAX_EMPTY_ROWS {
+            return Err(Malformed::new(start, format!("an array without elements has {rows} rows")));
+        }
+        Ok(())
+    }
+
     fn simple(&mut self, start: usize, argument: &Argument, role: Role) -> Result<(), Malformed> {
-        // The argument of a float is its bits; how many shows in the length of the head.
-        let is_nan = match (argument, self.at - start) {
-            (Argument::Number(20..=22), 1) => false,
-            (Argument::Number(bits), 3) => bits & 0x7c00 == 0x7c00 && bits & 0x3ff != 0,
-            (Argument::Number(bits), 5) => bits & 0x7f80_0000 == 0x7f80_0000 && bits & 0x7f_ffff != 0,
-            (Argument::Number(bits), 9) => f64::from_bits(*bits).is_nan(),
-            (Argument::Indefinite, _) => return Err(Malformed::new(start, "a break ends nothing")),
-            _ => return Err(Malformed::new(start, "a simple value is none of false, true and null")),
-        };
-        if is_nan && role == Role::Key { Err(Malformed::new(start, "a key is not a number (NaN)")) } else { Ok(()) }
+        match (argument, self.at - start) {
+            (Argument::Number(20..=22), 1) => Ok(()),
+            (Argument::Number(bits), 3 | 5 | 9) => {
+                let is_nan = self.float(start, *bits).is_some_and(f64::is_nan);
+                if is_nan && role == Role::Key {
+                    Err(Malformed::new(start, "a key is not a number (NaN)"))
+                } else {
+                    Ok(())
+                }
+            }
+            (Argument::Indefinite, _) => Err(Malformed::new(start, "a break ends nothing")),
+            _ => Err(Malformed::new(start, "a simple value is none of false, true and null")),
+        }
+    }
+
+    /// The float whose head began at `start` and has just been read. Its argument is its bits; how many shows in the length.
+    fn float(&self, start: usize, bits: u64) -> Option<f64> {
+        match self.at - start {
+            3 => u16::try_from(bits).ok().map(half),
+            5 => u32::try_from(bits).ok().map(|bits| f32::from_bits(bits).into()),
+            9 => Some(f64::from_bits(bits)),
+            _ => None,
+        }
     }
 }
 
+/// A float of 16 bits: RFC 8949, appendix D.
+fn half(bits: u16) -> f64 {
+    let exponent = i32::from(bits >> 10 & 0x1f);
+    let fraction = f64::from(bits & 0x3ff);
+    let magnitude = match exponent {
+        0 => fraction * 2_f64.powi(-24),
+        31 if fraction == 0.0 => f64::INFINITY,
+        31 => f64::NAN,
+        _ => (fraction + 1024.0) * 2_f64.powi(exponent - 25),
+    };
+    if bits & 0x8000 == 0 { magnitude } else { -magnitude }
+}
 /// Bytes of an element of a typed array: RFC 8746, 2.1, without its 128-bit floats.
 fn element_bytes(tag: u64) -> Option<usize> {
     match tag {

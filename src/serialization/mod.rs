@@ -5,6 +5,7 @@
 //! floats.rs  JSON with floats as crosvm printed them
 //! check.rs   what bytes of a stranger's must be before another decoder than serde's sees them
 //! cbor.rs, json.rs    the same for each format
+//! hashes.rs  keys that make Python's dicts and sets slow
 //! ```
 
 #[cfg(any(feature = "python", test))]
@@ -13,10 +14,12 @@ mod cbor;
 mod check;
 mod floats;
 #[cfg(any(feature = "python", test))]
+mod hashes;
+#[cfg(any(feature = "python", test))]
 mod json;
 
 #[cfg(feature = "python")]
-pub(crate) use check::check;
+pub(crate) use {check::check, hashes::crowded};
 
 use std::io::{BufRead, ErrorKind};
 

@@ -1,8 +1,10 @@
 """Values as bytes and back: CBOR, or JSON as crosvm wrote it before March 2025.
 
-``plain`` turns a value into what the format has, ``build`` what was read into the types that are asked for, ``arrays``
-knows the typed arrays of RFC 8746. The bytes themselves are cbor2's and the standard library's work; whatever is to be
-read is looked at by `vmsnap._vmsnap.check_serialized` first, so that no decoder sees what could harm it.
+Writing, ``plain`` turns a value into what the format has. Reading, ``build`` finds what builds the type that is asked
+for: ``converter`` and ``leaves`` (what has no parts), ``containers``, ``records``; ``hints`` knows the types of fields.
+``arrays`` are numpy's, ``path`` says where in a value something is. The bytes themselves are cbor2's and the standard
+library's work; whatever is to be read is looked at by `vmsnap._vmsnap.check_serialized` first, so that no decoder sees
+what could harm it.
 
 >>> from vmsnap.serialization import decode, encode
 >>> data = encode({"ns": 12, "host": "a"})
@@ -21,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import cbor2
 
 from vmsnap import _vmsnap
-from vmsnap.errors import CorruptSnapshotError, SerializationError, UnsupportedFormatError
+from vmsnap.errors import CorruptSnapshotError, SerializationError, UnsupportedFormatError, VmsnapError
 from vmsnap.serialization import arrays
-from vmsnap.serialization.build import Mismatch, converter
-from vmsnap.serialization.path import shortened
-from vmsnap.serialization.plain import Plain, Unwritable
+from vmsnap.serialization.build import converter
+from vmsnap.serialization.converter import Mismatch
+from vmsnap.serialization.plain import Plain, Unwritable, located
 
 __all__ = ["decode", "encode"]
 
@@ -70,18 +72,43 @@ def encode(
     InvalidArgumentError
         There is no such format.
     """
+    return encode_at(lambda: place, value, format=format, default=default, as_list=as_list)
+
+
+def encode_at(
+    place: Callable[[], str],
+    value: object,
+    *,
+    format: "_Format",
+    default: Callable[[Any], object] | None,
+    as_list: bool,
+) -> bytes:
+    """`encode`, with the place found out when an error names it."""
     try:
         plain = Plain(json=format == "json", default=default, as_list=as_list).value(value)
+        return located(plain, lambda part: _serialized(part, format))
+    except Unwritable as error:
+        raise SerializationError(f"{place()} cannot be serialized: {error}") from error
+    except VmsnapError:
+        raise
+    except Exception as error:
+        # From the caller's own code: `default`, a property.
+        error.add_note(f"while {place()} was serialized")
+        raise
+
+
+def _serialized(plain: object, format: str) -> bytes:
+    try:
         if format == "json":
             data = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         else:
             data = cbor2.dumps(plain)
-    except (Unwritable, cbor2.CBOREncodeError, ValueError) as error:
-        raise SerializationError(f"{place} cannot be serialized: {error}") from error
+    except (cbor2.CBOREncodeError, ValueError) as error:
+        raise Unwritable(str(error)) from error
     try:
-        _vmsnap.check_serialized(data, format, "the result")
+        _vmsnap.check_serialized(data, format, "it")
     except CorruptSnapshotError as error:
-        raise SerializationError(f"{place} cannot be serialized, it would not read back: {error}") from error
+        raise Unwritable(f"it would not read back: {error}") from error
     return data
 
 
@@ -139,10 +166,16 @@ def _decode_cbor(data: bytes, place: Callable[[], str]) -> Any:
         if isinstance(cause, ImportError):
             text = f"{place()} has typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
             raise UnsupportedFormatError(text) from error
-        # The texts quote keys and dates of any length.
-        reason = ": ".join(shortened(str(part)) for part in (error, cause) if part is not None)
-        text = f"{place()} does not hold a serialized value: {reason}, before byte {_offset_of_error(data)}"
+        text = f"{place()} does not hold a serialized value: {_reason(error)}, before byte {_offset_of_error(data)}"
         raise CorruptSnapshotError(text) from None
+
+
+def _reason(error: cbor2.CBORDecodeError) -> str:
+    """Return what is wrong, without what was read: cbor2 and datetime quote it after a last colon."""
+    if "Duplicate map key" in str(error):
+        return "a key of a map comes twice"
+    parts = (str(part).partition(": ")[0] for part in (error, error.__cause__) if part is not None)
+    return ": ".join(parts)
 
 
 def _offset_of_error(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""numpy arrays as typed arrays (RFC 8746) and back; numpy itself is needed only where there are some."""
+"""numpy arrays as typed arrays (RFC 8746) and back, and of lists; numpy itself is needed only where there are some."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from cbor2 import CBORTag
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["DECODERS", "tagged"]
+__all__ = ["DECODERS", "as_array", "as_scalar", "is_array", "tagged"]
 
 # RFC 8746, 2.1, by numpy's names; without its 128-bit floats, which numpy has not.
 _TAGS = {
@@ -74,3 +74,62 @@ DECODERS: dict[int, Callable[[Any, bool], Any]] = {
     _ROW_MAJOR: _shaped,
     _COLUMN_MAJOR: _shaped_by_column,
 }
+
+
+def is_array(value: object) -> bool:
+    """Return whether a value is an array, without importing numpy for it."""
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+
+
+# By the kind of the dtype asked for, the kinds that it is built of: as for Python's own types.
+_BUILT_OF = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
+
+
+def as_array(value: Any, scalar: Any) -> Any:
+    """Return a list or an array as an array of numbers, or bools; None if it is none.
+
+    `scalar` is the type asked for, or a base of several (``numpy.floating``), or None. No number becomes another one,
+    but for the precision of floats.
+    """
+    import numpy
+
+    if not isinstance(value, (list, numpy.ndarray)):
+        return None
+    kinds = _kinds(value) if isinstance(value, list) else set()
+    # numpy would make each text as wide as the widest, and of bools among numbers numbers.
+    if not (kinds <= {int, float} or kinds == {bool}):
+        return None
+    array = numpy.asarray(value)
+    if array.dtype.kind not in _BUILT_OF or (kinds == {int} and array.dtype.kind == "f"):
+        return None
+    if scalar is None or issubclass(array.dtype.type, scalar):
+        return array
+    dtype = numpy.dtype(scalar) if scalar in numpy.sctypeDict.values() else None
+    if dtype is None or (array.size and array.dtype.kind not in _BUILT_OF.get(dtype.kind, "")):
+        return None
+    with numpy.errstate(over="ignore"):
+        result = array.astype(dtype)
+    exact = numpy.isinf(result) == numpy.isinf(array) if dtype.kind == "f" else result == array
+    return result if exact.all() else None
+
+
+def as_scalar(value: Any, scalar: Any) -> Any:
+    """Return a number, a text or bytes as one of numpy's, None if it is none."""
+    if isinstance(value, (str, bytes)):
+        return scalar(value) if issubclass(scalar, type(value)) else None
+    array = as_array([value], scalar) if isinstance(value, (bool, int, float)) else None
+    return None if array is None else array[0]
+
+
+def _kinds(items: list[Any]) -> set[type]:
+    """Return the types of all that lists in a list hold; arrays do as what they are made of."""
+    import numpy
+
+    kinds = set(map(type, items))
+    if list in kinds:
+        kinds.remove(list)
+        kinds.update(*(_kinds(item) for item in items if type(item) is list))
+    if numpy.ndarray in kinds:
+        kinds.remove(numpy.ndarray)
+        kinds.update({"b": bool, "f": float}.get(item.dtype.kind, int) for item in items if is_array(item))
+    return kinds

@@ -1,14 +1,15 @@
 """Values as what CBOR or JSON has: the walk before serializing."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import UserString
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime
 from enum import Enum
 from functools import lru_cache
 from json import dumps as json_dumps
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import cbor2
@@ -17,10 +18,13 @@ from cbor2 import CBORTag
 from vmsnap.serialization import arrays
 from vmsnap.serialization.path import Located, wire_name
 
-__all__ = ["Plain", "Unwritable"]
+__all__ = ["Plain", "Unwritable", "located"]
+
+_Result = TypeVar("_Result")
 
 # What serde_json reads.
 _MAX_DEPTH = 127
+_TOO_DEEP = f"it is nested deeper than {_MAX_DEPTH} levels, or contains itself"
 _SET_TAG = 258
 
 _TEXT = frozenset({str})
@@ -28,6 +32,11 @@ _JSON_SCALARS = _TEXT | {type(None), bool, int, float}
 _CBOR_SCALARS = _JSON_SCALARS | {bytes}
 # Without floats, of which one is not equal to itself.
 _CBOR_KEYS = _CBOR_SCALARS - {float}
+
+
+# numpy's bools, numbers and strings. Its times become bare numbers, or none at all, where datetime has no such unit or
+# value; its records lose the names of their fields.
+_NUMPY_KINDS = "biufSU"
 
 
 class Unwritable(Located):
@@ -55,7 +64,7 @@ class Plain:
         if kind in self._scalars:
             return value
         if depth > _MAX_DEPTH:
-            raise Unwritable(f"it is nested deeper than {_MAX_DEPTH} levels, or contains itself")
+            raise Unwritable(_TOO_DEEP)
         if kind is dict:
             return self._mapping(value, depth)
         if kind is list or kind is tuple:
@@ -81,7 +90,7 @@ class Plain:
             if self._scalars.issuperset(map(type, mapping.values())):
                 return mapping
         else:
-            keyed = {self._key(key): item for key, item in mapping.items()}
+            keyed = {self._key(key, depth + 1): item for key, item in mapping.items()}
             if len(keyed) != len(mapping):
                 raise Unwritable("two of its keys are the same when they are written")
             mapping = keyed
@@ -99,51 +108,51 @@ class Plain:
         if self._json:
             # As _ordered.
             return sorted(self._items(list(members), depth), key=json_dumps)
-        keys = [self._key(member) for member in members]
-        if len(set(keys)) != len(keys):
-            raise Unwritable("two members of a set are the same when they are written")
-        return _ordered(keys)
+        return _ordered([self._key(member, depth + 1) for member in members])
 
     def _record(self, record: Any, depth: int) -> Any:
         names = _field_names(type(record))
         return self._mapping({wire: getattr(record, name) for name, wire in names}, depth)
 
-    def _key(self, key: Any) -> Any:
+    def _key(self, key: Any, depth: int) -> Any:
         """Return a key of a dict, or a member of a set, as the format has it."""
-        if self._json:
-            return self._json_key(key)
         kind = type(key)
-        if kind in _CBOR_KEYS:
+        if kind in (_TEXT if self._json else _CBOR_KEYS):
             return key
-        if kind is float:
-            if key != key:
-                raise Unwritable("NaN cannot be a key: it is not equal to itself")
-            return key
-        if isinstance(key, (tuple, frozenset)):
-            members = map(self._key, key)
-            return _ordered(members) if isinstance(key, frozenset) else tuple(members)
+        if depth > _MAX_DEPTH:
+            raise Unwritable(_TOO_DEEP)
         way = _way(kind)
         if way is Plain._enum:
-            return self._key(key.value)
-        if way in _SCALAR_WAYS:
-            plain = way(self, key, _MAX_DEPTH)
-            return self._key(plain) if type(plain) is float else plain
+            return self._key(key.value, depth)
+        if self._json:
+            return self._json_key(key, way, depth)
+        if isinstance(key, (tuple, frozenset)):
+            members = [self._key(member, depth + 1) for member in key]
+            return _ordered(members) if isinstance(key, frozenset) else tuple(members)
+        if (scalar := self._scalar(key, way, depth)) is not None:
+            if scalar != scalar:
+                raise Unwritable("NaN cannot be a key: it is not equal to itself")
+            return scalar
         if (content := _bytes_of(key)) is not None:
             return content
         if self._default is not None:
-            return self._key(self._default(key))
+            return self._key(self._default(key), depth + 1)
         raise Unwritable(f"there is no way to write {_name(key)} as a key or member of a set")
 
-    def _json_key(self, key: Any) -> str:
-        if isinstance(key, bool):
-            return "true" if key else "false"
-        way = _way(type(key))
-        if way is Plain._enum:
-            return self._json_key(key.value)
-        plain = way(self, key, _MAX_DEPTH) if way in _SCALAR_WAYS else None
-        if isinstance(plain, (str, int)):
-            return str(plain)
+    def _json_key(self, key: Any, way: "_Way", depth: int) -> str:
+        scalar = self._scalar(key, way, depth)
+        if isinstance(scalar, bool):
+            return "true" if scalar else "false"
+        if isinstance(scalar, (str, int)):
+            return str(scalar)
+        if scalar is None and key is not None and self._default is not None:
+            return self._key(self._default(key), depth + 1)  # type: ignore[no-any-return]
         raise Unwritable("JSON has texts and whole numbers as keys, and no others: use CBOR")
+
+    def _scalar(self, key: Any, way: "_Way", depth: int) -> Any:
+        if way not in _SCALAR_WAYS or (way is Plain._numpy_scalar and type(key.item()) not in _CBOR_SCALARS):
+            return None
+        return way(self, key, depth)
 
     # What has no parts.
 
@@ -153,8 +162,11 @@ class Plain:
     def _text(self, text: str, _depth: int) -> str:
         return str.__str__(text)
 
-    def _path(self, path: PurePath, _depth: int) -> str:
-        return str(path)
+    def _str(self, value: PurePath | UserString, _depth: int) -> str:
+        return str(value)
+
+    def _bool(self, value: bool, _depth: int) -> bool:
+        return value
 
     def _int(self, number: int, _depth: int) -> int:
         return int(number)
@@ -185,11 +197,15 @@ class Plain:
         return number if type(number) in self._scalars else self._unusual(scalar, depth)
 
     def _array(self, array: Any, depth: int) -> Any:
+        # Objects are looked at one by one.
+        listable = array.dtype.kind in _NUMPY_KINDS + "O"
         if self._json or self._as_list:
-            return self.value(array.tolist(), depth)
-        if (typed := arrays.tagged(array)) is None:
-            raise Unwritable(f"there is no typed array for dtype {array.dtype}: convert it, or write it as_list=True")
-        return typed
+            return self.value(array.tolist(), depth) if listable else self._unusual(array, depth)
+        if (typed := arrays.tagged(array)) is not None:
+            return typed
+        if listable and self._default is None:
+            raise Unwritable(f"there is no typed array of {array.dtype}: convert it, or write it as_list=True")
+        return self._unusual(array, depth)
 
     def _unusual(self, value: Any, depth: int) -> Any:
         """Return what is told by more than its type: bytes in a buffer, a sequence, or what the caller knows."""
@@ -208,10 +224,11 @@ class Plain:
 _Way = Callable[[Plain, Any, int], Any]
 
 #: The more special before the more general.
-_WAYS: tuple[tuple[type, _Way], ...] = (
+_WAYS: tuple[tuple[type | tuple[type, ...], _Way], ...] = (
     (Enum, Plain._enum),
     (str, Plain._text),
-    (PurePath, Plain._path),
+    ((PurePath, UserString), Plain._str),
+    (bool, Plain._bool),
     (int, Plain._int),
     (float, Plain._float),
     (UUID, Plain._uuid),
@@ -221,7 +238,8 @@ _WAYS: tuple[tuple[type, _Way], ...] = (
 _SCALAR_WAYS = frozenset(
     {
         Plain._text,
-        Plain._path,
+        Plain._str,
+        Plain._bool,
         Plain._int,
         Plain._float,
         Plain._uuid,
@@ -245,41 +263,67 @@ def _find_way(kind: type) -> _Way:
     if is_dataclass(kind):
         return Plain._record
     numpy = sys.modules.get("numpy")
-    if numpy is not None and issubclass(kind, numpy.generic):
-        return Plain._numpy_scalar
+    if numpy is not None and issubclass(kind, (numpy.bool_, numpy.number, numpy.character)):
+        return Plain._unusual if issubclass(kind, numpy.timedelta64) else Plain._numpy_scalar
     # Nor from this: a masked array is more than its elements.
     if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.memmap)):
         return Plain._array
     return Plain._unusual
 
 
-def _ordered(members: Iterable[Any]) -> CBORTag:
+def _ordered(members: list[Any]) -> CBORTag:
     """Return a set in an order of its own, for that of Python's is another one in every process. It can be a key."""
+    if len(set(members)) != len(members):
+        raise Unwritable("two members of a set are the same when they are written")
     return CBORTag(_SET_TAG, tuple(sorted(members, key=cbor2.dumps)))
 
 
 def _find_field_names(kind: Any) -> list[tuple[str, str]]:
-    return [(field.name, wire_name(field)) for field in fields(kind)]
+    names = [(field.name, wire_name(field)) for field in fields(kind)]
+    if len({wire for _, wire in names}) != len(names):
+        raise Unwritable(f"two fields of {kind.__qualname__} have the same name when they are written")
+    return names
 
 
 _way: Callable[[type], _Way] = lru_cache(maxsize=4096)(_find_way)
 _field_names: Callable[[type], list[tuple[str, str]]] = lru_cache(maxsize=4096)(_find_field_names)
 
 
+def located(plain: Any, serialize: Callable[[Any], _Result]) -> _Result:
+    """Return what `serialize` makes of a plain value; where it raises `Unwritable`, find the part that it is about."""
+    try:
+        return serialize(plain)
+    except Unwritable:
+        if isinstance(plain, dict):
+            # A key is the map's own.
+            for key in plain:
+                serialize({key: None})
+        if isinstance(plain, (dict, list, tuple)):
+            for step, part in plain.items() if isinstance(plain, dict) else enumerate(plain):
+                try:
+                    located(part, serialize)
+                except Unwritable as error:
+                    error.steps.append(step)
+                    raise
+        raise
+
+
 def _bytes_of(value: Any) -> bytes | None:
-    """Return the bytes of a buffer of bytes, None for anything else: one of numbers is a list."""
+    """Return the bytes of a buffer of bytes in a row, None for anything else: one of numbers is a list."""
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return None
+    if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
+        return value if isinstance(value, bytes) else None
     try:
         view = memoryview(value)
     except (TypeError, BufferError):
         return None
     with view:
-        return view.tobytes() if view.itemsize == 1 and view.format[-1] in "Bbc" else None
+        # A signed byte is a number.
+        return view.tobytes() if view.ndim == 1 and view.format.lstrip("<>=@!|") in ("B", "c") else None
 
 
 def _name(value: object) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return f"a value of type {name}"
+    dtype = getattr(value, "dtype", None)
+    return f"a value of type {name}" + (f" of {dtype}" if dtype is not None else "")

@@ -1,0 +1,162 @@
+"""Types whose values have no parts, or none that are built apart."""
+
+from collections.abc import Callable, Mapping
+from datetime import date, datetime
+from enum import Enum
+from pathlib import PurePath
+from types import NoneType
+from typing import Any
+from uuid import UUID
+
+from vmsnap.serialization import arrays
+from vmsnap.serialization.converter import Converter, Mismatch, expected
+
+__all__ = ["LEAVES", "Leaf", "array", "array_scalar", "enum", "literal", "path"]
+
+
+class _Not:
+    """What `convert` of a leaf returns for a value that is not its."""
+
+
+_NOT = _Not()
+
+
+class Leaf(Converter):
+    """Builds what `convert` makes of a value; one of type `kind` is right as it is."""
+
+    def __init__(self, kind: type | None, what: str, convert: Callable[[Any], Any]) -> None:
+        self._kind = kind
+        self._what = what
+        self._convert = convert
+
+    def __call__(self, value: Any) -> Any:
+        if type(value) is self._kind:
+            return value
+        try:
+            result = self._convert(value)
+        except (ValueError, TypeError, OverflowError):
+            result = _NOT
+        if result is _NOT:
+            raise expected(self._what, value)
+        return result
+
+    def fits(self, value: Any) -> bool:
+        try:
+            self(value)
+        except Mismatch:
+            return False
+        return True
+
+
+def _never(_value: Any) -> Any:
+    return _NOT
+
+
+def _unit(value: Any) -> Any:
+    """Rust's ``()`` and unit structs: null, or empty."""
+    return None if isinstance(value, (list, tuple, dict)) and not value else _NOT
+
+
+def _float(value: Any) -> Any:
+    return float(value) if type(value) is int else _NOT
+
+
+def _bytes(value: Any) -> Any:
+    """Serde writes a ``Vec<u8>`` as a list of numbers, and everything so in JSON."""
+    if isinstance(value, list):
+        return bytes(value) if {int}.issuperset(map(type, value)) else _NOT
+    if isinstance(value, str):
+        return _NOT
+    # An array of bytes, written from numpy.
+    view = memoryview(value)
+    return view.tobytes() if view.format == "B" and view.ndim == 1 else _NOT
+
+
+def _bytearray(value: Any) -> Any:
+    content = _bytes(value)
+    return content if content is _NOT else bytearray(content)
+
+
+def _uuid(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return UUID(bytes=value)
+    return UUID(value) if isinstance(value, str) else _NOT
+
+
+def _datetime(value: Any) -> Any:
+    return datetime.fromisoformat(value) if isinstance(value, str) else _NOT
+
+
+def _date(value: Any) -> Any:
+    return date.fromisoformat(value) if isinstance(value, str) else _NOT
+
+
+#: By type.
+LEAVES: Mapping[Any, Leaf] = {
+    kind: Leaf(kind, "null" if kind is NoneType else kind.__name__, convert)
+    for kind, convert in (
+        (NoneType, _unit),
+        # What is of the type already does not come here.
+        (bool, _never),
+        (int, _never),
+        (float, _float),
+        (str, _never),
+        (bytes, _bytes),
+        (bytearray, _bytearray),
+        (UUID, _uuid),
+        (datetime, _datetime),
+        (date, _date),
+    )
+}
+
+
+def path(cls: type[PurePath]) -> Leaf:
+    """Return what builds a path of a text."""
+    return Leaf(cls, cls.__name__, lambda value: cls(value) if isinstance(value, str) else _NOT)
+
+
+def literal(values: tuple[Any, ...]) -> Leaf:
+    """Return what passes these values only."""
+
+    def own(value: Any) -> Any:
+        # True is equal to 1.
+        return value if any(type(value) is type(one) and value == one for one in values) else _NOT
+
+    return Leaf(None, "one of " + ", ".join(map(repr, values)), own)
+
+
+def enum(cls: type[Enum]) -> Leaf:
+    """Return what finds a member by its value, or by its name: serde writes that of the variant."""
+
+    def member(value: Any) -> Any:
+        try:
+            found = cls(_as_tuples(value))
+        except (ValueError, TypeError):
+            pass
+        else:
+            # True and 1.0 are equal to 1, and found in its place.
+            if type(value) not in (bool, float) or type(found.value) is type(value):
+                return found
+        return cls.__members__.get(value, _NOT) if isinstance(value, str) else _NOT
+
+    return Leaf(cls, f"a value or name of {cls.__name__}", member)
+
+
+def _as_tuples(value: Any) -> Any:
+    """As what the values of enums were, before they were written."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def array(scalar: Any) -> Leaf:
+    """Return what builds a numpy array, of the type of `scalar` or, where it is None, of any; a list becomes one."""
+    what = "an array of numbers" if scalar is None else f"an array of {scalar.__name__}"
+    return Leaf(None, what, lambda value: _or_not(arrays.as_array(value, scalar)))
+
+
+def array_scalar(cls: Any) -> Leaf:
+    """Return what builds one of numpy's numbers."""
+    return Leaf(cls, cls.__name__, lambda value: _or_not(arrays.as_scalar(value, cls)))
+
+
+def _or_not(result: Any) -> Any:
+    return _NOT if result is None else result
