@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cipher::SecretKey;
-use crate::error::{Error, Result};
+#[cfg_attr(not(feature = "python"), expect(unused_imports, reason = "the documentation links to it"))]
+use crate::error::Error;
+use crate::error::Result;
 use crate::fragment::{FragmentReader, folder};
 use crate::key_metadata;
 use crate::name::SnapshotPath;

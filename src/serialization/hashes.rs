@@ -1,8 +1,8 @@
 //! How long Python takes to make dicts and sets of keys whose hash values can be chosen.
 //!
-//! The hash value of a text is keyed anew in every process; that of a number is the number, more or less. CPython looks for a free
-//! slot in an order that depends on nothing else (`find_empty_slot` in Objects/dictobject.c, `set_add_entry` in
-//! Objects/setobject.c; the same from 3.7 to 3.14). So a stranger can choose numbers for each of which it has to look at most of
+//! The hash value of a text is keyed anew in every process; that of a number is the number, more or less. Python looks for a free
+//! slot in an order that depends on nothing else (`find_empty_slot` in `Objects/dictobject.c`, `set_add_entry` in
+//! `Objects/setobject.c`; the same from 3.7 to 3.14). So a stranger can choose numbers for each of which it has to look at most of
 //! the slots that are taken: hours for some megabytes. Here the slots are counted first.
 
 /// Of fewer keys each may share its way with all others: there are no more than so many.
@@ -29,7 +29,7 @@ pub(crate) fn crowded(hashes: &[u64]) -> bool {
     }
     // Each size that the table has on its way, of which no more than two thirds are taken.
     let room = |bits: u32| (1_usize << bits) / 3 * 2;
-    let last = (FEW.ilog2()..).find(|bits| room(*bits) >= hashes.len()).unwrap_or(usize::BITS - 1);
+    let last = (hashes.len() * 3).ilog2();
     (FEW.ilog2()..=last).any(|bits| {
         let hashes = hashes.get(..room(bits)).unwrap_or(hashes);
         is_crowded(hashes, bits, 1) || is_crowded(hashes, bits, ROW)
@@ -92,40 +92,39 @@ pub(super) fn of_float(value: f64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::{crowded, of_float, of_int};
 
-    /// Of as many keys as a dict of 8192 slots takes: some fill 2000 slots that a dict's steps lead through at last, the others
+    const SLOTS: u64 = 8192;
+
+    /// Of as many keys as a dict of 8192 slots takes: some fill 2700 slots that a dict's steps lead through at last, the others
     /// are made so that they find nothing free before these.
     fn chosen() -> Vec<u64> {
-        const SLOTS: u64 = 8192;
-        let mut taken = [false; SLOTS as usize];
-        let mut hashes = Vec::new();
-        let mut slot = 0;
-        for _ in 0..2700 {
-            taken[slot as usize] = true;
-            hashes.push(slot);
-            slot = (slot * 5 + 1) % SLOTS;
-        }
-        // The steps from `slot` on, the lowest `known` bits of the hash value given.
-        fn extend(hash: u64, known: u32, slot: u64, step: u32, taken: &[bool], into: &mut Vec<u64>) {
-            if into.len() >= 5400 || !taken[slot as usize] {
-                return;
-            }
-            if step == 12 {
-                // From here on they all go the same way.
-                return into.push(hash);
-            }
-            for more in 0..if known < 58 { 32 } else { 1 } {
-                let hash = hash | more << known.min(63);
-                let next = (slot * 5 + 1 + (hash >> (5 * (step + 1)))) % SLOTS;
-                extend(hash, known + 5, next, step + 1, taken, into);
-            }
-        }
-        for start in 0..SLOTS {
+        let ways: Vec<_> = std::iter::successors(Some(0), |slot| Some((slot * 5 + 1) % SLOTS)).take(2700).collect();
+        let taken: HashSet<_> = ways.iter().copied().collect();
+        let mut hashes = ways.clone();
+        for start in ways {
             extend(start, 13, start, 0, &taken, &mut hashes);
         }
         assert_eq!(hashes.len(), 5400);
         hashes
+    }
+
+    /// Adds the hash values of which the lowest `known` bits are given, and of which step by step nothing is free.
+    fn extend(hash: u64, known: u32, slot: u64, step: u32, taken: &HashSet<u64>, hashes: &mut Vec<u64>) {
+        if hashes.len() >= 5400 || !taken.contains(&slot) {
+            return;
+        }
+        if step == 12 {
+            // From here on they all go the same way.
+            return hashes.push(hash);
+        }
+        for more in 0..if known < 58 { 32 } else { 1 } {
+            let hash = hash | more << known.min(63);
+            let next = (slot * 5 + 1 + (hash >> (5 * (step + 1)))) % SLOTS;
+            extend(hash, known + 5, next, step + 1, taken, hashes);
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use std::io::{BufRead, ErrorKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 
 /// How `write_fragment` and `read_fragment` serialize values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,24 +85,41 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T, format: Format) -> std::r
 
 /// Reads one value, which must be all there is at `place`. Without a format it is found out.
 pub(crate) fn decode<T: DeserializeOwned>(mut reader: impl BufRead, format: Option<Format>, place: &str) -> Result<T> {
-    let unfit =
-        |cause: Cause| Error::with_source(Kind::Corrupt, format!("{place} does not hold such a value: {cause}"), cause);
+    let unfit = |reason: &str| Error::corrupt(format!("{place} does not hold such a value: {}", without_value(reason)));
     let format = match format {
         Some(format) => format,
         None => Format::of(reader.fill_buf()?),
     };
     match format {
         Format::Cbor => {
+            use ciborium::de::Error::{Io, RecursionLimitExceeded, Semantic, Syntax};
+
             let value = ciborium::from_reader(&mut reader).map_err(|error| match error {
-                ciborium::de::Error::Io(error) if error.kind() != ErrorKind::UnexpectedEof => Error::from(error),
-                other => unfit(other.into()),
+                Io(error) if error.kind() != ErrorKind::UnexpectedEof => Error::from(error),
+                Io(_) => unfit("it is cut off"),
+                Syntax(offset) => unfit(&format!("no CBOR at byte {offset}")),
+                Semantic(Some(offset), reason) => unfit(&format!("{reason} at byte {offset}")),
+                Semantic(None, reason) => unfit(&reason),
+                RecursionLimitExceeded => unfit("it is nested too deep"),
             })?;
-            if reader.fill_buf()?.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end".into())) }
+            if reader.fill_buf()?.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end")) }
         }
         Format::Json => serde_json::from_reader(reader).map_err(|error| {
-            if error.is_io() { Error::from(std::io::Error::from(error)) } else { unfit(error.into()) }
+            if error.is_io() { Error::from(std::io::Error::from(error)) } else { unfit(&error.to_string()) }
         }),
     }
+}
+
+/// What serde says of a value that is none of the type, without the value: no error tells what a snapshot holds.
+fn without_value(reason: &str) -> String {
+    // As in `serde::de::Error`: "invalid type: string \"content\", expected u64".
+    let found =
+        ["invalid type: ", "invalid value: ", "unknown variant ", "unknown field "].into_iter().find_map(|start| {
+            let (found, expected) = reason.strip_prefix(start)?.rsplit_once(", expected ")?;
+            let kind = found.split(['"', '`']).next().unwrap_or_default();
+            Some(format!("{}, expected {expected}", format_args!("{start}{kind}").to_string().trim_end()))
+        });
+    found.unwrap_or_else(|| reason.to_owned())
 }
 
 #[cfg(test)]
@@ -146,6 +163,29 @@ mod tests {
                 decode::<i64>(&*encode(&number, Format::Json).unwrap(), Some(Format::Json), "x").unwrap(),
                 number
             );
+        }
+    }
+
+    #[test]
+    fn an_error_tells_the_type_of_what_was_found_and_not_what_it_is() {
+        #[derive(Debug, serde::Serialize, serde::Deserialize)]
+        enum Variants {
+            One,
+        }
+
+        let text = |error: crate::Error| {
+            let shown = format!("{error} {error:?}");
+            assert!(!shown.contains("hunter2"), "{shown}");
+            error.to_string()
+        };
+        for format in [Format::Cbor, Format::Json] {
+            let bytes = encode("hunter2, expected", format).unwrap();
+            let error = text(decode::<u8>(&*bytes, Some(format), "x").unwrap_err());
+            assert!(error.starts_with("x does not hold such a value: invalid type: string, expected"), "{error}");
+            let error = text(decode::<Variants>(&*bytes, Some(format), "x").unwrap_err());
+            assert!(error.starts_with("x does not hold such a value: unknown variant, expected `One`"), "{error}");
+            let error = text(decode::<bool>(&*encode(&77, format).unwrap(), Some(format), "x").unwrap_err());
+            assert!(error.contains("expected") && error.contains("bool") && !error.contains("77"), "{error}");
         }
     }
 
