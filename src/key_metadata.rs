@@ -1,10 +1,12 @@
-//! The file `enc_metadata` at the root of an encrypted snapshot: written with it, looked at, and opened.
+//! The file `enc_metadata` at the root of an encrypted snapshot: written with it, looked at, opened, and replaced.
 
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::cipher::SecretKey;
+use rustix::fs::{AtFlags, fsync, renameat, unlinkat};
+
+use crate::cipher::{SecretKey, fill_random};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::folder;
 use crate::key::{self, KeyWrapping};
@@ -32,21 +34,114 @@ pub fn key_wrapping(root: impl AsRef<Path>) -> Result<Option<KeyWrapping>> {
 }
 
 /// The data key of the snapshot at `root`, none where it is plain and may be.
-pub(crate) fn unlock(root: &Path, options: &SnapshotOptions) -> Result<Option<SecretKey>> {
+pub(crate) fn unlock(
+    root: &Path,
+    options: &SnapshotOptions,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Option<SecretKey>> {
+    // Whatever the snapshot is, so that a mistake shows at once.
+    options.credentials.opener()?;
     match read(root)? {
         Some(wrapped) => {
-            let payload = key::unwrap(&wrapped, options.key.as_ref()).map_err(|error| error.context(place(root)))?;
-            Ok(Some(payload.data_key().clone()))
+            let payload = options.credentials.opener()?.unwrap(&wrapped, poll);
+            Ok(Some(payload.map_err(|error| error.context(place(root)))?.data_key().clone()))
         }
-        None if options.encrypt || options.key.is_some() => Err(Error::new(
-            Kind::NotEncrypted,
-            format!(
-                "the snapshot {} is not encrypted, and was required to be (it has no {KEY_METADATA})",
-                root.display()
-            ),
-        )),
+        None if options.is_encrypted() => Err(plain(root)),
         None => Ok(None),
     }
+}
+
+/// Wraps the data key of the snapshot at `root` anew: opened with `old`, wrapped with what `new` says, or for the user's own
+/// identity where that says nothing but [`SnapshotOptions::encrypt`]. Only `enc_metadata` is written, so it takes no longer for a
+/// larger snapshot; after a crash there is the one or the other.
+///
+/// What opened the snapshot before does not open it any more. That takes back nothing: whoever has opened it, or kept a copy of
+/// `enc_metadata`, can go on reading its fragments, and forge them, because the data key stays what it is. To lock somebody out,
+/// copy the snapshot into a new one.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("vm1");
+/// let old = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
+/// old.create(&path)?.write_fragment("clock", &12_u64)?;
+/// let new = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
+/// vmsnap::rekey(&path, &old, &new)?;
+/// assert_eq!(new.open(&path)?.read_fragment::<u64>("clock")?, 12);
+/// assert!(old.open(&path).unwrap_err().is_authentication());
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// As [`SnapshotOptions::open`] with `old` and [`SnapshotOptions::create`] with `new`; [`Error::is_not_encrypted`] where the
+/// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
+pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
+    let identity = rekey_polled(root.as_ref(), old, new, &mut || Ok(()))?;
+    if let Some(path) = identity {
+        eprintln!("vmsnap: {}", advice(&path));
+    }
+    Ok(())
+}
+
+/// The same; returns the file of an identity that was made for it.
+pub(crate) fn rekey_polled(
+    root: &Path,
+    old: &SnapshotOptions,
+    new: &SnapshotOptions,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Option<PathBuf>> {
+    if !new.is_encrypted() {
+        return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
+    }
+    let root = &folder::absolute(root)?;
+    let (opener, wrapper) = (old.credentials.opener()?, new.credentials.wrapper()?);
+    let wrapped = read(root)?.ok_or_else(|| plain(root))?;
+    let context = |error: Error| error.context(place(root));
+    let payload = opener.unwrap(&wrapped, poll).map_err(context)?;
+    let (wrapped, identity) = wrapper.wrap(&payload, poll).map_err(context)?;
+    poll()?;
+    replace(root, &wrapped, &mut || ())?;
+    Ok(identity)
+}
+
+/// What a user is told once who has a new identity.
+pub(crate) fn advice(identity: &Path) -> String {
+    format!(
+        "a new identity was made in {}: keep a copy of it elsewhere, for without it nobody can open what is written for it",
+        identity.display()
+    )
+}
+
+/// Puts new contents in the place of the old: at each moment, after a crash too, there is the one or the other. `between` is
+/// called between the steps.
+fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()> {
+    let failed = |error: std::io::Error| Error::io(format!("cannot replace {}", place(root)), error);
+    let folder = folder::open(root, "")?;
+    let mut number = [0; 8];
+    fill_random(&mut number)?;
+    let new = format!(".vmsnap-{:016x}", u64::from_ne_bytes(number));
+    let file = folder::create_file(&folder, &new).map_err(|errno| failed(errno.into()))?;
+    let mut written = || -> std::io::Result<()> {
+        between();
+        file.write_all_at(wrapped, 0)?;
+        between();
+        file.sync_all()?;
+        between();
+        renameat(&folder, &new, &folder, KEY_METADATA)?;
+        Ok(())
+    };
+    written().map_err(|error| {
+        let _ = unlinkat(&folder, &new, AtFlags::empty());
+        failed(error)
+    })?;
+    between();
+    fsync(&folder).map_err(|errno| failed(errno.into()))
+}
+
+fn plain(root: &Path) -> Error {
+    let text =
+        format!("the snapshot {} is not encrypted, and was required to be (it has no {KEY_METADATA})", root.display());
+    Error::new(Kind::NotEncrypted, text)
 }
 
 pub(crate) fn write(root: &Path, wrapped: &[u8]) -> Result<()> {

@@ -57,8 +57,10 @@ pub use cipher::{
 };
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
-pub use key::KeyWrapping;
-pub use key_metadata::key_wrapping;
+pub use key::{
+    Identity, KeyProvider, KeyWrapping, Passphrase, ProviderError, generate_identity, identity_file, recipients_of,
+};
+pub use key_metadata::{key_wrapping, rekey};
 pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;

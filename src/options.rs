@@ -1,6 +1,9 @@
 //! What a snapshot is written or read with.
 
+use std::sync::Arc;
+
 use crate::cipher::SecretKey;
+use crate::key::{Credentials, Identity, KeyProvider, Passphrase};
 use crate::serialization::Format;
 
 /// What a snapshot is written or read with, where [`crate::SnapshotWriter::new`] and [`crate::SnapshotReader::new`] do not
@@ -17,7 +20,7 @@ use crate::serialization::Format;
 #[derive(Clone, Debug, Default)]
 pub struct SnapshotOptions {
     pub(crate) encrypt: bool,
-    pub(crate) key: Option<SecretKey>,
+    pub(crate) credentials: Credentials,
     pub(crate) threads: Option<usize>,
     pub(crate) format: Option<Format>,
 }
@@ -29,18 +32,54 @@ impl SnapshotOptions {
         Self::default()
     }
 
-    /// Encrypts a new snapshot, and refuses to open a plain one.
+    /// Encrypts a new snapshot, and refuses to open a plain one. Where nothing says what the key is wrapped with, that is the
+    /// user's own age identity: from `VMSNAP_IDENTITY` (the text), `VMSNAP_IDENTITY_FILE`,
+    /// `$CREDENTIALS_DIRECTORY/vmsnap-identity` or `$XDG_CONFIG_HOME/vmsnap/identity.txt`, which is made by the first that writes.
     #[must_use]
     pub fn encrypt(mut self, encrypt: bool) -> Self {
         self.encrypt = encrypt;
         self
     }
 
-    /// The key that wraps the snapshot's data key; implies encryption.
+    /// The key that wraps the snapshot's data key. It implies encryption, as do those below; of all these there can be one.
     #[must_use]
     pub fn key(mut self, key: SecretKey) -> Self {
-        self.key = Some(key);
+        self.credentials.key = Some(key);
         self
+    }
+
+    /// Whom a new snapshot is written for: age recipients (`age1…`, those of plugins too) and SSH public keys. Nothing of it can
+    /// open the snapshot.
+    #[must_use]
+    pub fn recipients(mut self, recipients: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.credentials.recipients = Some(recipients.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// What opens a snapshot that was written for recipients.
+    #[must_use]
+    pub fn identities(mut self, identities: impl IntoIterator<Item = Identity>) -> Self {
+        self.credentials.identities = Some(identities.into_iter().collect());
+        self
+    }
+
+    /// What wraps the data key, made a key by scrypt (a second of work).
+    #[must_use]
+    pub fn passphrase(mut self, passphrase: Passphrase) -> Self {
+        self.credentials.passphrase = Some(passphrase);
+        self
+    }
+
+    /// The key service that wraps the data key.
+    #[must_use]
+    pub fn key_provider(mut self, provider: Arc<dyn KeyProvider>) -> Self {
+        self.credentials.key_provider = Some(provider);
+        self
+    }
+
+    /// Whether the snapshot is to be encrypted.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.encrypt || self.credentials.are_some()
     }
 
     /// The most threads that one call uses, itself included; no more than the process's pool has. The default is the

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::{Fragment, Sealed, folder};
-use crate::key::{self, KeyPayload};
+use crate::key::KeyPayload;
 use crate::key_metadata;
 use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
 use crate::options::SnapshotOptions;
@@ -46,8 +46,8 @@ impl SnapshotWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where something is at `root` or its parent is missing. [`Error::is_key_unavailable`] with `encrypt`:
-    /// it needs a key, which [`SnapshotOptions::key`] gives. Nothing is left behind.
+    /// [`Error::is_io`] where something is at `root` or its parent is missing. With `encrypt`, as
+    /// [`SnapshotOptions::create`]. Nothing is left behind.
     pub fn new(root: impl Into<PathBuf>, encrypt: bool) -> Result<Self> {
         SnapshotOptions::new().encrypt(encrypt).create(root.into())
     }
@@ -161,21 +161,34 @@ impl SnapshotOptions {
     ///
     /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
     pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
+        let (writer, identity) = self.create_polled(root.as_ref(), &mut || Ok(()))?;
+        if let Some(path) = identity {
+            eprintln!("vmsnap: {}", key_metadata::advice(&path));
+        }
+        Ok(writer)
+    }
+
+    /// The same, with the file of an identity that was made for it.
+    pub(crate) fn create_polled(
+        &self,
+        root: &Path,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<(SnapshotWriter, Option<PathBuf>)> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        let payload = match &self.key {
-            Some(key) => {
-                let payload = KeyPayload::generate()?;
-                let wrapped = key::wrap(&payload, key)?;
-                Some((payload, wrapped))
-            }
-            None if self.encrypt => {
-                return Err(Error::new(
-                    Kind::KeyUnavailable,
-                    format!("cannot create the encrypted snapshot {}: pass a 32-byte key", root.display()),
-                ));
-            }
-            None => None,
+        let root = folder::absolute(root)?;
+        let wrapper = self.credentials.wrapper()?;
+        // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
+        folder::check_new(&root)?;
+        let mut identity = None;
+        let payload = if self.is_encrypted() {
+            let payload = KeyPayload::generate()?;
+            let (wrapped, made) = wrapper
+                .wrap(&payload, poll)
+                .map_err(|error| error.context(format!("cannot create the encrypted snapshot {}", root.display())))?;
+            identity = made;
+            Some((payload, wrapped))
+        } else {
+            None
         };
         folder::create_root(&root)?;
         if let Some((_, wrapped)) = &payload {
@@ -185,13 +198,14 @@ impl SnapshotOptions {
                 let _ = std::fs::remove_dir(&root);
             })?;
         }
-        Ok(SnapshotWriter {
+        let writer = SnapshotWriter {
             root,
             namespace: SnapshotPath::default(),
             data_key: payload.map(|(payload, _)| payload.data_key().clone()),
             threads,
             format: self.format.unwrap_or_default(),
-        })
+        };
+        Ok((writer, identity))
     }
 
     /// Opens the snapshot at `root` to add fragments and namespaces to it, with the key it was written with. A key implies
@@ -212,9 +226,13 @@ impl SnapshotOptions {
     /// As [`SnapshotOptions::open`], and [`Error::is_unsupported_format`] where the snapshot has a manifest: a sealed
     /// snapshot does not change any more.
     pub fn append(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
+        self.append_polled(root.as_ref(), &mut || Ok(()))
+    }
+
+    pub(crate) fn append_polled(&self, root: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        let data_key = key_metadata::unlock(&root, self)?;
+        let root = folder::absolute(root)?;
+        let data_key = key_metadata::unlock(&root, self, poll)?;
         if folder::exists(&folder::open(&root, "")?, MANIFEST) {
             return Err(Error::new(
                 Kind::Unsupported,

@@ -22,12 +22,14 @@ from vmsnap.errors import (
     FragmentStateError,
     InvalidArgumentError,
     KeyUnavailableError,
+    NewIdentityWarning,
     NotEncryptedError,
     SerializationError,
     UnsupportedFormatError,
     VmsnapError,
 )
 from vmsnap.io import Fragment, FragmentReader
+from vmsnap.keys import IdentityFile, KeyProvider, generate_identity, recipients_of, rekey
 from vmsnap.snapshot import SnapshotReader, SnapshotWriter
 
 __all__ = [
@@ -36,8 +38,11 @@ __all__ = [
     "Fragment",
     "FragmentReader",
     "FragmentStateError",
+    "IdentityFile",
     "InvalidArgumentError",
+    "KeyProvider",
     "KeyUnavailableError",
+    "NewIdentityWarning",
     "NotEncryptedError",
     "SerializationError",
     "SnapshotReader",
@@ -46,5 +51,8 @@ __all__ = [
     "VmsnapError",
     "__version__",
     "aead_provider",
+    "generate_identity",
     "generate_key",
+    "recipients_of",
+    "rekey",
 ]

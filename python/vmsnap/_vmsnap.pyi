@@ -8,6 +8,7 @@ from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE_BYTES",
+    "Credentials",
     "Fragment",
     "FragmentReader",
     "SnapshotReader",
@@ -16,9 +17,13 @@ __all__ = [
     "aead_provider",
     "are_crowded",
     "check_serialized",
+    "generate_identity",
     "generate_key",
+    "identity_file",
     "key_wrapping",
     "outline",
+    "recipients_of",
+    "rekey",
 ]
 
 __version__: Final[str]
@@ -50,8 +55,37 @@ def check_serialized(data: bytes, format: str | None, place: str) -> str:
         It is none. The text names `place` and the byte.
     """
 
-def key_wrapping(root: str) -> str | None:
-    """Return how the key of a snapshot is wrapped: ``raw-key``, ``age`` or ``key-service``; None of a plain one."""
+def key_wrapping(root: str) -> tuple[str, list[str]] | None:
+    """Return how the key of a snapshot is wrapped, and for whom as far as it tells; None of a plain one.
+
+    ``raw-key``; ``age`` with the kinds of its recipients; ``passphrase``; ``key-provider`` with the name of the service.
+    """
+
+def generate_identity() -> tuple[str, str]:
+    """Return a new age identity, and its recipient."""
+
+def identity_file(identity: str, recipient: str) -> str:
+    """Return a file for these, as ``age-keygen`` writes it."""
+
+def recipients_of(identity: tuple[object, bool, object]) -> list[str]:
+    """Return the recipients of an identity: a text or a path, whether it is a path, and its passphrase."""
+
+def rekey(root: str, old: Credentials, new: Credentials) -> str | None:
+    """Wrap a snapshot's data key anew; returns what to tell of an identity that was made for it."""
+
+@final
+class Credentials:
+    """What was passed to write or open a snapshot with. An identity is as for `recipients_of`."""
+
+    def __new__(
+        cls,
+        encrypt: bool,
+        key: ReadableBuffer | None,
+        recipients: list[str] | None,
+        identities: list[tuple[object, bool, object]] | None,
+        passphrase: object,
+        key_provider: object,
+    ) -> Credentials: ...
 
 def outline(root: str) -> tuple[list[str], list[tuple[str, int, datetime | None]]]:
     """Return what shows of a snapshot without its key.
@@ -63,10 +97,12 @@ def outline(root: str) -> tuple[list[str], list[tuple[str, int, datetime | None]
 @final
 class SnapshotWriter:
     def __new__(
-        cls, root: str, encrypt: bool, key: ReadableBuffer | None, threads: int | None, format: str
+        cls, root: str, credentials: Credentials, threads: int | None, format: str
     ) -> SnapshotWriter: ...
     @staticmethod
-    def open(root: str, key: ReadableBuffer | None, threads: int | None, format: str) -> SnapshotWriter: ...
+    def open(root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
+    @property
+    def advice(self) -> str | None: ...
     def raw_fragment(self, name: str, chunk_size_bytes: int) -> Fragment: ...
     def write_whole(self, name: str, data: bytes) -> None: ...
     def add_namespace(self, name: str) -> SnapshotWriter: ...
@@ -86,7 +122,7 @@ class SnapshotWriter:
 @final
 class SnapshotReader:
     def __new__(
-        cls, root: str, require_encrypted: bool, key: ReadableBuffer | None, threads: int | None
+        cls, root: str, credentials: Credentials, threads: int | None
     ) -> SnapshotReader: ...
     def raw_fragment(self, name: str) -> FragmentReader: ...
     def read_value(self, name: str, format: str | None, max_size_bytes: int) -> tuple[bytes, str]: ...

@@ -6,6 +6,7 @@ __all__ = [
     "FragmentStateError",
     "InvalidArgumentError",
     "KeyUnavailableError",
+    "NewIdentityWarning",
     "NotEncryptedError",
     "SerializationError",
     "UnsupportedFormatError",
@@ -26,7 +27,11 @@ class AuthenticationError(VmsnapError):
 
 
 class KeyUnavailableError(VmsnapError):
-    """The snapshot is, or is to be, encrypted and no key was given."""
+    """There is no key for a snapshot that is, or is to be, encrypted.
+
+    None was given and none found, one of another kind than it was written with, a file that others may read, or what
+    holds the key (a plugin, a key service) failed.
+    """
 
 
 class NotEncryptedError(VmsnapError):
@@ -47,6 +52,10 @@ class InvalidArgumentError(VmsnapError, ValueError):
 
 class SerializationError(VmsnapError, ValueError):
     """A value that cannot be written as CBOR or JSON; the text says what in it, and where."""
+
+
+class NewIdentityWarning(UserWarning):
+    """An age identity was made for the user: without it nobody can open what is written for it, so keep a copy."""
 
 
 class FragmentStateError(VmsnapError):

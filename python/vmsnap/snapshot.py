@@ -1,17 +1,18 @@
 """Writing and reading snapshots: folders of fragments, nested by namespaces."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, overload
 
-from vmsnap import _vmsnap, serialization
+from vmsnap import _vmsnap, keys, serialization
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.serialization.build import converter
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrOrBytesPath
 
+    from vmsnap.keys import Identity, KeyProvider, Passphrase
     from vmsnap.serialization import _Format
 
 __all__ = ["SnapshotReader", "SnapshotWriter"]
@@ -70,10 +71,22 @@ class SnapshotWriter(_Handle):
     root
         The folder to create. It must not exist; its parent must.
     encrypt
-        Encrypt every fragment. Needs `key`.
+        Encrypt every fragment. Where nothing says for whom, that is for the user's own age identity: from the
+        environment variables ``VMSNAP_IDENTITY`` (the text) and ``VMSNAP_IDENTITY_FILE``, from
+        ``$CREDENTIALS_DIRECTORY/vmsnap-identity`` or ``$XDG_CONFIG_HOME/vmsnap/identity.txt``. If there is none, it is
+        made there, and a `NewIdentityWarning` tells to keep a copy. Any of the next four implies `encrypt`, and only
+        one can be given.
     key
-        The 32 bytes that wrap the snapshot's own data key, from `generate_key`; implies `encrypt`. Without them nobody
-        can read the snapshot any more.
+        The 32 bytes that wrap the snapshot's own data key, from `generate_key`. Without them nobody can read the
+        snapshot any more.
+    recipients
+        Whom it is written for: age recipients (``age1...``, those of plugins too) and SSH public keys. Who has nothing
+        else can write a snapshot and not read it.
+    passphrase
+        What is made a key by scrypt, a second of work: a text, or what is called for one. A ``str`` cannot be wiped
+        from memory; a ``bytearray`` is cleared once it was taken.
+    key_provider
+        A key service of your own that wraps the data key, see `KeyProvider`.
     threads
         The most threads that one call uses, itself included; no more than the process's pool has. By default the
         environment variable ``VMSNAP_THREADS``, or as many as the process may run on.
@@ -87,9 +100,12 @@ class SnapshotWriter(_Handle):
     FileNotFoundError
         The folder that `root` is to lie in does not exist.
     KeyUnavailableError
-        `encrypt` without a key. Nothing is created.
+        The default identity may be read by others; a plugin of age's or the key service failed. Nothing is created.
     InvalidArgumentError
-        A key that is not 32 bytes long, a number of threads out of range, or a format that there is not.
+        A key that is not 32 bytes long, what is no recipient, two kinds of keys together, a number of threads out of
+        range, or a format that there is not.
+    NewIdentityWarning
+        As a warning: there is an identity now that must be kept.
 
     Notes
     -----
@@ -106,10 +122,17 @@ class SnapshotWriter(_Handle):
         encrypt: bool = False,
         *,
         key: "ReadableBuffer | None" = None,
+        recipients: str | Iterable[str] | None = None,
+        passphrase: "Passphrase | None" = None,
+        key_provider: "KeyProvider | None" = None,
         threads: int | None = None,
         format: "_Format" = "cbor",
     ) -> None:
-        self._raw = _vmsnap.SnapshotWriter(os.fsdecode(root), encrypt, key, threads, format)
+        credentials = keys.writing(
+            encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider
+        )
+        self._raw = _vmsnap.SnapshotWriter(os.fsdecode(root), credentials, threads, format)
+        keys.warn(self._raw.advice)
 
     @property
     def format(self) -> "_Format":
@@ -122,6 +145,9 @@ class SnapshotWriter(_Handle):
         root: "StrOrBytesPath",
         *,
         key: "ReadableBuffer | None" = None,
+        identities: "Identity | Iterable[Identity] | None" = None,
+        passphrase: "Passphrase | None" = None,
+        key_provider: "KeyProvider | None" = None,
         threads: int | None = None,
         format: "_Format" = "cbor",
     ) -> "SnapshotWriter":
@@ -131,8 +157,8 @@ class SnapshotWriter(_Handle):
         ----------
         root
             The snapshot's folder.
-        key
-            The 32 bytes it was written with, where it is encrypted.
+        key, identities, passphrase, key_provider
+            What opens it, where it is encrypted, as for `SnapshotReader`.
         threads
             The most threads that one call uses.
         format
@@ -145,7 +171,10 @@ class SnapshotWriter(_Handle):
         FileNotFoundError, KeyUnavailableError, NotEncryptedError, AuthenticationError
             As `SnapshotReader`.
         """
-        return cls._of(_vmsnap.SnapshotWriter.open(os.fsdecode(root), key, threads, format))
+        credentials = keys.reading(
+            key=key, identities=identities, passphrase=passphrase, key_provider=key_provider
+        )
+        return cls._of(_vmsnap.SnapshotWriter.open(os.fsdecode(root), credentials, threads, format))
 
     def raw_fragment(self, name: str, *, chunk_size_bytes: int = _vmsnap.DEFAULT_CHUNK_SIZE_BYTES) -> Fragment:
         """Create a fragment.
@@ -239,7 +268,15 @@ class SnapshotReader(_Handle):
     require_encrypted
         Refuse a plain snapshot.
     key
-        The 32 bytes it was written with; implies `require_encrypted`.
+        The 32 bytes it was written with. One of these four, any of which implies `require_encrypted`; without them, the
+        user's own age identity is looked for as in `SnapshotWriter`, and never made.
+    identities
+        What opens a snapshot that was written for age recipients: one or several of them, each the text
+        (``AGE-SECRET-KEY-1...``, an SSH private key), the path of a file that only you may read, or an `IdentityFile`.
+    passphrase
+        The one it was written with.
+    key_provider
+        A key service of the name it was written with.
     threads
         The most threads that one call uses, as for `SnapshotWriter`.
 
@@ -248,7 +285,8 @@ class SnapshotReader(_Handle):
     FileNotFoundError
         There is no such folder.
     KeyUnavailableError
-        The snapshot is encrypted, and there is no key.
+        The snapshot is encrypted, and there is no key, or another kind of key; a file of identities may be read by
+        others; a plugin of age's or the key service failed.
     NotEncryptedError
         The snapshot is plain, and was required to be encrypted.
     AuthenticationError
@@ -270,9 +308,15 @@ class SnapshotReader(_Handle):
         require_encrypted: bool = False,
         *,
         key: "ReadableBuffer | None" = None,
+        identities: "Identity | Iterable[Identity] | None" = None,
+        passphrase: "Passphrase | None" = None,
+        key_provider: "KeyProvider | None" = None,
         threads: int | None = None,
     ) -> None:
-        self._raw = _vmsnap.SnapshotReader(os.fsdecode(root), require_encrypted, key, threads)
+        credentials = keys.reading(
+            require_encrypted, key=key, identities=identities, passphrase=passphrase, key_provider=key_provider
+        )
+        self._raw = _vmsnap.SnapshotReader(os.fsdecode(root), credentials, threads)
 
     def raw_fragment(self, name: str) -> FragmentReader:
         """Open a fragment.

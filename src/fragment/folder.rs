@@ -28,14 +28,27 @@ pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
 
 /// Creates the root folder of a new snapshot.
 pub(crate) fn create_root(root: &Path) -> Result<()> {
-    fs::mkdirat(CWD, root, FOLDER_MODE).map_err(|errno| {
-        let reason = match errno {
-            Errno::EXIST => "a snapshot needs a path at which nothing is yet",
-            Errno::NOENT => "the folder it is to lie in does not exist",
-            _ => "the folder cannot be made",
-        };
-        Error::io(format!("cannot create the snapshot {}: {reason}", root.display()), errno)
-    })
+    fs::mkdirat(CWD, root, FOLDER_MODE).map_err(|errno| not_created(root, errno))
+}
+
+/// Finds out what would keep [`create_root`] from it, as far as that can be known before.
+pub(crate) fn check_new(root: &Path) -> Result<()> {
+    match fs::statat(CWD, root, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => return Err(not_created(root, Errno::EXIST)),
+        Err(Errno::NOENT) => {}
+        Err(errno) => return Err(not_created(root, errno)),
+    }
+    let parent = root.parent().unwrap_or(root);
+    fs::statat(CWD, parent, AtFlags::empty()).map(drop).map_err(|errno| not_created(root, errno))
+}
+
+fn not_created(root: &Path, errno: Errno) -> Error {
+    let reason = match errno {
+        Errno::EXIST => "a snapshot needs a path at which nothing is yet",
+        Errno::NOENT => "the folder it is to lie in does not exist",
+        _ => "the folder cannot be made",
+    };
+    Error::io(format!("cannot create the snapshot {}: {reason}", root.display()), errno)
 }
 
 /// The folder of a namespace, or of the root.

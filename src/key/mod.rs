@@ -1,77 +1,106 @@
-//! The data key of a snapshot, and how it is kept in `enc_metadata`.
+//! How a snapshot's data key is kept: the file `enc_metadata`.
 //!
 //! ```text
-//! payload.rs   what enc_metadata holds once unwrapped: data key, snapshot id, what a reader must know
-//! strict.rs    the CBOR it may be made of
-//! raw.rs       wrapped with a 32-byte key of the caller's
+//! payload.rs           what enc_metadata holds once unwrapped: data key, snapshot id, what a reader must know
+//! strict.rs            the CBOR it may be made of
+//! raw.rs               wrapped with a 32-byte key of the caller's
+//! age.rs               wrapped by age, for recipients or with a passphrase
+//! provider.rs          wrapped by a key service of the caller's
+//! credentials.rs       which of these a caller asks for
+//! identity.rs          age identities, and the files they are in
+//! default_identity.rs  the identity of somebody who did not say which
+//! secret_text.rs       passphrases
+//! background.rs        work that may take long
 //! ```
 //!
-//! How a file is wrapped shows in its first bytes; the other two wrappings of the format (age, a key service) are
-//! recognised here and refused by name.
+//! How a payload is wrapped shows in the file's first bytes.
 
+#[cfg(feature = "age")]
+mod age;
+#[cfg(not(feature = "age"))]
+#[path = "age_absent.rs"]
+mod age;
+mod background;
+mod credentials;
+mod default_identity;
+#[cfg_attr(not(feature = "age"), expect(dead_code, reason = "nothing reads identities"))]
+mod identity;
 mod payload;
+mod provider;
 mod raw;
+mod secret_text;
 mod strict;
 
+pub(crate) use credentials::Credentials;
+pub use identity::Identity;
 pub(crate) use payload::KeyPayload;
+pub use provider::{KeyProvider, ProviderError};
+pub use secret_text::Passphrase;
 
-use crate::cipher::SecretKey;
-use crate::error::{Error, Kind, Result};
+use zeroize::Zeroizing;
 
-/// Whatever wraps it, a key takes a few hundred bytes; thousands of age recipients still fit.
+use crate::error::{Error, Result};
+
+/// Larger files are no key metadata.
 pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
 
 const AGE_PREFIX: &[u8] = b"age-encryption.org/";
-/// CBOR tag 55799, "self-described CBOR" (RFC 8949, 3.4.6).
-const KEY_SERVICE_PREFIX: &[u8] = &[0xd9, 0xd9, 0xf7];
 
-/// How the data key of an encrypted snapshot is kept in it; [`crate::key_wrapping`] tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::key_wrapping`] reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyWrapping {
     /// With a 32-byte key of the caller's.
     RawKey,
-    /// By age: recipients or a passphrase. This version does not open it.
-    Age,
-    /// By a key service of the caller's. This version does not open it.
-    KeyService,
+    /// By age, for recipients.
+    Age {
+        /// The kind of each. Those of age's own tell nothing else; of an SSH key there is a part of the hash.
+        recipients: Vec<String>,
+    },
+    /// By age, with a passphrase.
+    Passphrase,
+    /// By a key service of the caller's.
+    KeyProvider {
+        /// What the service is called.
+        name: String,
+    },
 }
 
-/// The contents of `enc_metadata` for `payload`.
-pub(crate) fn wrap(payload: &KeyPayload, key: &SecretKey) -> Result<Vec<u8>> {
-    raw::wrap(payload, key)
-}
-
-/// Unwraps the contents of `enc_metadata`.
-pub(crate) fn unwrap(wrapped: &[u8], key: Option<&SecretKey>) -> Result<KeyPayload> {
-    let wrapper = match wrapping(wrapped)? {
-        KeyWrapping::RawKey => {
-            let key = key.ok_or_else(|| {
-                Error::new(
-                    Kind::KeyUnavailable,
-                    "the snapshot is encrypted with a 32-byte key: pass the key it was written with",
-                )
-            })?;
-            return raw::unwrap(wrapped, key);
-        }
-        KeyWrapping::Age => "age",
-        KeyWrapping::KeyService => "a key service",
-    };
-    Err(Error::new(
-        Kind::Unsupported,
-        format!("its key is wrapped by {wrapper}, which this version of vmsnap does not open: use a newer one"),
-    ))
-}
-
-/// How the key in the contents of `enc_metadata` is wrapped, by the first bytes.
+/// How the key in the contents of `enc_metadata` is wrapped. Nothing of it is authenticated.
 pub(crate) fn wrapping(wrapped: &[u8]) -> Result<KeyWrapping> {
     if raw::is_wrapped(wrapped) {
         Ok(KeyWrapping::RawKey)
     } else if wrapped.starts_with(AGE_PREFIX) {
-        Ok(KeyWrapping::Age)
-    } else if wrapped.starts_with(KEY_SERVICE_PREFIX) {
-        Ok(KeyWrapping::KeyService)
+        let recipients = age::stanzas(wrapped)?;
+        let is_passphrase = recipients.iter().any(|recipient| recipient.starts_with("scrypt"));
+        Ok(if is_passphrase { KeyWrapping::Passphrase } else { KeyWrapping::Age { recipients } })
+    } else if wrapped.starts_with(provider::PREFIX) {
+        provider::name_of(wrapped).map(|name| KeyWrapping::KeyProvider { name })
     } else {
         Err(Error::corrupt("its contents are no wrapped key of vmsnap's (damaged, or written by another program)"))
     }
+}
+
+/// A new age identity, and the recipient that snapshots are encrypted to for it. The first is the secret.
+///
+/// # Errors
+///
+/// [`Error::is_unsupported_format`] in a build without the feature `age`.
+pub fn generate_identity() -> Result<(Zeroizing<String>, String)> {
+    age::generate()
+}
+
+/// A file with an identity as `age-keygen` writes it: with the time and the recipient as comments.
+#[must_use]
+pub fn identity_file(identity: &str, recipient: &str) -> Zeroizing<String> {
+    Zeroizing::new(age::identity_file(identity, recipient))
+}
+
+/// The recipients of an identity: what to encrypt to so that it opens the snapshot.
+///
+/// # Errors
+///
+/// [`Error::is_invalid_argument`] where it is no identity or one of a plugin's, and as for opening a snapshot with it.
+pub fn recipients_of(identity: &Identity) -> Result<Vec<String>> {
+    age::public_halves(identity)
 }

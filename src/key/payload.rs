@@ -17,15 +17,32 @@ const VERSION: u64 = 1;
 const CAPACITY_BYTES: usize = 4096;
 
 /// The secret of one snapshot.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub(crate) struct KeyPayload {
+    /// As they are wrapped: with keys of a later version, where there are some.
+    bytes: SecretBytes,
+    data_key: SecretKey,
+}
+
+/// What it is made of, in the order of the format.
+#[derive(Serialize)]
+struct Fields<'a> {
     format: &'static str,
     version: u64,
     #[serde(with = "serde_bytes")]
     snapshot_id: [u8; 16],
-    data_key: SecretKey,
+    data_key: &'a SecretKey,
     sealed: bool,
-    requires: Vec<String>,
+    requires: [&'static str; 0],
+}
+
+/// Bytes that are wiped when they are dropped, and never shown.
+pub(crate) struct SecretBytes(Zeroizing<Vec<u8>>);
+
+impl fmt::Debug for SecretBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretBytes(…)")
+    }
 }
 
 impl KeyPayload {
@@ -33,26 +50,32 @@ impl KeyPayload {
     pub(crate) fn generate() -> Result<Self> {
         let mut snapshot_id = [0; 16];
         fill_random(&mut snapshot_id)?;
-        let data_key = SecretKey::generate()?;
-        Ok(Self { format: FORMAT, version: VERSION, snapshot_id, data_key, sealed: false, requires: Vec::new() })
+        Self::of(SecretKey::generate()?, snapshot_id)
+    }
+
+    fn of(data_key: SecretKey, snapshot_id: [u8; 16]) -> Result<Self> {
+        let fields =
+            Fields { format: FORMAT, version: VERSION, snapshot_id, data_key: &data_key, sealed: false, requires: [] };
+        let mut bytes = Zeroizing::new(Vec::with_capacity(CAPACITY_BYTES));
+        ciborium::into_writer(&fields, &mut *bytes)
+            .map_err(|error| Error::with_source(Kind::Serialization, "the key metadata cannot be written", error))?;
+        Ok(Self { bytes: SecretBytes(bytes), data_key })
     }
 
     pub(crate) fn data_key(&self) -> &SecretKey {
         &self.data_key
     }
 
-    pub(super) fn encode(&self) -> Result<Zeroizing<Vec<u8>>> {
-        let mut bytes = Zeroizing::new(Vec::with_capacity(CAPACITY_BYTES));
-        ciborium::into_writer(self, &mut *bytes)
-            .map_err(|error| Error::with_source(Kind::Serialization, "the key metadata cannot be written", error))?;
-        Ok(bytes)
+    /// What is to be wrapped.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes.0
     }
 
     /// Reads an authenticated payload.
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
-        strict::check(bytes).map_err(malformed)?;
+    pub(super) fn decode(bytes: Zeroizing<Vec<u8>>) -> Result<Self> {
+        strict::check(&bytes).map_err(malformed)?;
         // Version and requirements first: what follows may look different in a later version.
-        let Head { format, version, requires } = parse(bytes)?;
+        let Head { format, version, requires } = parse(&bytes)?;
         if format != FORMAT {
             return Err(malformed(format!("its format is {format:?}, not {FORMAT:?}")));
         }
@@ -62,12 +85,12 @@ impl KeyPayload {
         if let Some(requirement) = requires.first() {
             return Err(unsupported(&format!("the feature {requirement:?}")));
         }
-        let Body { snapshot_id, data_key, sealed } = parse(bytes)?;
+        let Body { snapshot_id: _, data_key, sealed } = parse(&bytes)?;
         if sealed {
             // Worth nothing without its manifest, which this version cannot check.
             return Err(unsupported("a sealed snapshot"));
         }
-        Ok(Self { format: FORMAT, version, snapshot_id, data_key, sealed, requires })
+        Ok(Self { bytes: SecretBytes(bytes), data_key })
     }
 }
 
@@ -119,6 +142,7 @@ fn text_list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<
 /// The keys of this version.
 #[derive(Deserialize)]
 struct Body {
+    #[expect(dead_code, reason = "only its form matters here")]
     #[serde(deserialize_with = "byte_string")]
     snapshot_id: [u8; 16],
     #[serde(deserialize_with = "secret_byte_string")]
@@ -168,7 +192,7 @@ mod tests {
     fn decode(fields: Vec<(Value, Value)>) -> Result<KeyPayload> {
         let mut bytes = Vec::new();
         ciborium::into_writer(&Value::Map(fields), &mut bytes).unwrap();
-        KeyPayload::decode(&bytes)
+        KeyPayload::decode(Zeroizing::new(bytes))
     }
 
     fn with(name: &str, value: Value) -> Result<KeyPayload> {
@@ -182,15 +206,13 @@ mod tests {
     fn the_payload_has_its_keys_in_the_order_of_the_format() {
         let mut expected = Vec::new();
         ciborium::into_writer(&Value::Map(fields()), &mut expected).unwrap();
-        let mut payload = decode(fields()).unwrap();
-        assert_eq!(*payload.encode().unwrap(), expected);
-        payload.snapshot_id = [0; 16];
-        assert_ne!(*payload.encode().unwrap(), expected);
+        assert_eq!(KeyPayload::of([9; 32].into(), [7; 16]).unwrap().bytes(), expected);
     }
 
     #[test]
-    fn an_unknown_key_is_ignored() {
-        with("hint", Value::Array(vec![1.into()])).unwrap();
+    fn an_unknown_key_is_ignored_and_kept() {
+        let payload = with("hint", Value::Array(vec![1.into()])).unwrap();
+        assert!(payload.bytes().windows(4).any(|bytes| bytes == b"hint"));
     }
 
     #[test]
@@ -220,9 +242,9 @@ mod tests {
             assert!(with(name, value).unwrap_err().is_corrupt(), "{name}");
         }
         assert!(decode(fields()[..5].to_vec()).unwrap_err().is_corrupt());
-        assert!(KeyPayload::decode(b"").unwrap_err().is_corrupt());
-        let mut bytes = decode(fields()).unwrap().encode().unwrap().to_vec();
-        bytes.push(0);
-        assert!(KeyPayload::decode(&bytes).unwrap_err().to_string().contains("bytes follow"));
+        assert!(KeyPayload::decode(Zeroizing::default()).unwrap_err().is_corrupt());
+        let mut bytes = decode(fields()).unwrap().bytes;
+        bytes.0.push(0);
+        assert!(KeyPayload::decode(bytes.0).unwrap_err().to_string().contains("bytes follow"));
     }
 }

@@ -1,6 +1,7 @@
 //! A data key wrapped with a 32-byte key of the caller's: one FLOE message.
 
-use super::payload::KeyPayload;
+use zeroize::Zeroizing;
+
 use crate::cipher::{SecretKey, message_prefix, open_message, seal_message};
 use crate::error::Result;
 
@@ -12,10 +13,10 @@ pub(super) fn is_wrapped(wrapped: &[u8]) -> bool {
     wrapped.starts_with(&message_prefix(CHUNK_SIZE_BYTES))
 }
 
-pub(super) fn wrap(payload: &KeyPayload, key: &SecretKey) -> Result<Vec<u8>> {
-    seal_message(key, AAD, CHUNK_SIZE_BYTES, &payload.encode()?)
+pub(super) fn wrap(payload: &[u8], key: &SecretKey) -> Result<Vec<u8>> {
+    seal_message(key, AAD, CHUNK_SIZE_BYTES, payload)
 }
 
-pub(super) fn unwrap(wrapped: &[u8], key: &SecretKey) -> Result<KeyPayload> {
-    KeyPayload::decode(&open_message(key, AAD, CHUNK_SIZE_BYTES, wrapped)?)
+pub(super) fn unwrap(wrapped: &[u8], key: &SecretKey) -> Result<Zeroizing<Vec<u8>>> {
+    open_message(key, AAD, CHUNK_SIZE_BYTES, wrapped)
 }

@@ -1,8 +1,9 @@
 //! Errors to exceptions.
 
-use pyo3::PyErr;
 use pyo3::exceptions::{PyOSError, PyRuntimeError};
+use pyo3::prelude::*;
 
+use super::credentials::raised;
 use crate::error::Error;
 
 mod exceptions {
@@ -22,6 +23,12 @@ impl From<Error> for PyErr {
             AuthenticationError, CorruptSnapshotError, FragmentStateError, InvalidArgumentError, KeyUnavailableError,
             NotEncryptedError, UnsupportedFormatError, VmsnapError,
         };
+        let raised = Python::attach(|py| raised(py, &error));
+        let cause = match raised {
+            Some((exception, true)) => return exception,
+            Some((exception, false)) => Some(exception),
+            None => None,
+        };
         let text = error.to_string();
         if let Some(errno) = error.raw_os_error().filter(|_| error.is_io()) {
             // Python says the number itself, and makes a FileNotFoundError and its like of it.
@@ -35,7 +42,9 @@ impl From<Error> for PyErr {
         } else if error.is_authentication() {
             AuthenticationError::new_err(text)
         } else if error.is_key_unavailable() {
-            KeyUnavailableError::new_err(text)
+            let unavailable = KeyUnavailableError::new_err(text);
+            Python::attach(|py| unavailable.set_cause(py, cause));
+            unavailable
         } else if error.is_not_encrypted() {
             NotEncryptedError::new_err(text)
         } else if error.is_corrupt() {

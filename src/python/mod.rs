@@ -4,6 +4,7 @@
 //! error.rs            errors to the exceptions of vmsnap/errors.py
 //! buffer.rs           Python buffers as slices
 //! slot.rs             one caller at a time, without holding the interpreter
+//! credentials.rs      Credentials, rekey, identities
 //! writer.rs           SnapshotWriter
 //! reader.rs           SnapshotReader
 //! fragment.rs         Fragment
@@ -12,6 +13,7 @@
 //! ```
 
 mod buffer;
+mod credentials;
 mod error;
 mod fragment;
 mod fragment_reader;
@@ -25,6 +27,7 @@ use std::collections::HashSet;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use self::credentials::Credentials;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::options::SnapshotOptions;
@@ -33,6 +36,8 @@ use crate::serialization::{self, Format};
 /// The core of vmsnap, compiled from Rust.
 #[pymodule]
 mod _vmsnap {
+    #[pymodule_export]
+    use super::credentials::{Credentials, generate_identity, identity_file, recipients_of, rekey};
     #[pymodule_export]
     use super::fragment::Fragment;
     #[pymodule_export]
@@ -96,15 +101,8 @@ fn parse_format(name: &str) -> Result<Format> {
 }
 
 /// Options as both kinds of handle take them.
-fn options(
-    encrypt: bool,
-    key: Option<&Bound<'_, PyAny>>,
-    threads: Option<&Bound<'_, PyAny>>,
-) -> PyResult<SnapshotOptions> {
-    let mut options = SnapshotOptions::new().encrypt(encrypt);
-    if let Some(key) = key {
-        options = options.key(SecretKey::from_slice(buffer::Readable::get(key)?.as_slice())?);
-    }
+fn options(credentials: &Credentials, threads: Option<&Bound<'_, PyAny>>) -> PyResult<SnapshotOptions> {
+    let mut options = credentials.0.clone();
     if let Some(threads) = threads {
         options = options.threads(number(threads, "threads")?);
     }

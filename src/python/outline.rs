@@ -8,13 +8,17 @@ use pyo3::prelude::*;
 use crate::{KeyWrapping, Outline, OutlinedFragment};
 
 #[pyfunction]
-pub(super) fn key_wrapping(root: PathBuf) -> PyResult<Option<&'static str>> {
+pub(super) fn key_wrapping(root: PathBuf) -> PyResult<Option<Wrapping>> {
     Ok(crate::key_wrapping(root)?.map(|wrapping| match wrapping {
-        KeyWrapping::RawKey => "raw-key",
-        KeyWrapping::Age => "age",
-        KeyWrapping::KeyService => "key-service",
+        KeyWrapping::RawKey => ("raw-key", Vec::new()),
+        KeyWrapping::Age { recipients } => ("age", recipients),
+        KeyWrapping::Passphrase => ("passphrase", Vec::new()),
+        KeyWrapping::KeyProvider { name } => ("key-provider", vec![name]),
     }))
 }
+
+/// The kind, and whom it is for.
+type Wrapping = (&'static str, Vec<String>);
 
 /// Path, stored size, and time of modification where Python has such a date.
 type Row = (String, u64, Option<Py<PyAny>>);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
 use super::{from_state, interruptible, number, options, parse_format, to_state};
 use crate::error::Error;
@@ -17,12 +18,13 @@ pub(super) struct SnapshotReader(crate::SnapshotReader);
 impl SnapshotReader {
     #[new]
     fn new(
+        py: Python<'_>,
         root: PathBuf,
-        require_encrypted: bool,
-        key: Option<&Bound<'_, PyAny>>,
+        credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        Ok(Self(options(require_encrypted, key, threads)?.open(root)?))
+        let options = options(credentials, threads)?;
+        Ok(Self(interruptible(py, |poll| options.open_polled(&root, poll))?))
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {

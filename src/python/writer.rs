@@ -5,80 +5,101 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::credentials::Credentials;
 use super::fragment::Fragment;
 use super::{from_state, interruptible, number, options, parse_format, to_state};
+use crate::key_metadata;
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
-pub(super) struct SnapshotWriter(crate::SnapshotWriter);
+pub(super) struct SnapshotWriter {
+    writer: crate::SnapshotWriter,
+    /// What to tell the user of an identity that was made for it.
+    advice: Option<String>,
+}
+
+impl From<crate::SnapshotWriter> for SnapshotWriter {
+    fn from(writer: crate::SnapshotWriter) -> Self {
+        Self { writer, advice: None }
+    }
+}
 
 #[pymethods]
 impl SnapshotWriter {
     #[new]
     fn new(
+        py: Python<'_>,
         root: PathBuf,
-        encrypt: bool,
-        key: Option<&Bound<'_, PyAny>>,
+        credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
     ) -> PyResult<Self> {
-        Ok(Self(options(encrypt, key, threads)?.format(parse_format(format)?).create(root)?))
+        let options = options(credentials, threads)?.format(parse_format(format)?);
+        let (writer, identity) = interruptible(py, |poll| options.create_polled(&root, poll))?;
+        Ok(Self { writer, advice: identity.map(|path| key_metadata::advice(&path)) })
     }
 
     #[staticmethod]
     fn open(
+        py: Python<'_>,
         root: PathBuf,
-        key: Option<&Bound<'_, PyAny>>,
+        credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
     ) -> PyResult<Self> {
-        Ok(Self(options(false, key, threads)?.format(parse_format(format)?).append(root)?))
+        let options = options(credentials, threads)?.format(parse_format(format)?);
+        Ok(interruptible(py, |poll| options.append_polled(&root, poll))?.into())
+    }
+
+    #[getter]
+    fn advice(&self) -> Option<&str> {
+        self.advice.as_deref()
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {
         let chunk_size_bytes = number(chunk_size_bytes, "chunk_size_bytes")?;
-        Ok(Fragment::new(py.detach(|| self.0.raw_fragment_with_chunk_size(name, chunk_size_bytes))?))
+        Ok(Fragment::new(py.detach(|| self.writer.raw_fragment_with_chunk_size(name, chunk_size_bytes))?))
     }
 
     fn write_whole(&self, py: Python<'_>, name: &str, data: &Bound<'_, PyBytes>) -> PyResult<()> {
         let data = data.as_bytes();
-        interruptible(py, |poll| self.0.write_whole(name, data, poll))
+        interruptible(py, |poll| self.writer.write_whole(name, data, poll))
     }
 
     fn add_namespace(&self, name: &str) -> PyResult<Self> {
-        Ok(Self(self.0.add_namespace(name)?))
+        Ok(self.writer.add_namespace(name)?.into())
     }
 
     fn namespace(&self, name: &str) -> PyResult<Self> {
-        Ok(Self(self.0.namespace(name)?))
+        Ok(self.writer.namespace(name)?.into())
     }
 
     #[getter]
     fn root(&self) -> PathBuf {
-        self.0.root().to_owned()
+        self.writer.root().to_owned()
     }
 
     #[getter]
     fn namespace_path(&self) -> &str {
-        self.0.namespace_path()
+        self.writer.namespace_path()
     }
 
     #[getter]
     fn format(&self) -> &'static str {
-        self.0.format().as_str()
+        self.writer.format().as_str()
     }
 
     #[getter]
     fn encrypted(&self) -> bool {
-        self.0.is_encrypted()
+        self.writer.is_encrypted()
     }
 
     /// The handle with its data key in the clear, as `pickle` carries it.
     fn to_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        to_state(py, &self.0)
+        to_state(py, &self.writer)
     }
 
     #[staticmethod]
     fn from_state(state: &[u8]) -> PyResult<Self> {
-        from_state(state).map(Self)
+        from_state::<crate::SnapshotWriter>(state).map(Into::into)
     }
 }

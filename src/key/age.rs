@@ -1,0 +1,417 @@
+//! A data key wrapped by [age](https://c2sp.org/age): for recipients, or with a passphrase. The only module that knows the crate.
+
+use std::collections::BTreeMap;
+use std::io::{BufReader, Read, Write};
+
+use age::secrecy::{ExposeSecret, SecretString};
+use age::ssh::{ParseRecipientKeyError, UnsupportedKey};
+use age::{DecryptError, Decryptor, EncryptError, Encryptor, IdentityFile, NoCallbacks, plugin, scrypt, ssh, x25519};
+use zeroize::Zeroizing;
+
+use super::background::in_background;
+use super::identity::{Identity, is_encrypted};
+use super::secret_text::SecretText;
+use crate::error::{Error, Kind, Result};
+
+/// scrypt's work factor as a power of two: that of the `age` command, about a second and 256 MiB.
+const WORK_FACTOR: u8 = 18;
+/// A reader's limit: some seconds, and 1 GiB.
+const MAX_WORK_FACTOR: u8 = 20;
+
+/// A payload is some 130 bytes.
+const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
+
+type Recipients = Vec<Box<dyn age::Recipient + Send>>;
+type Identities = Vec<Box<dyn age::Identity + Send + Sync>>;
+
+/// The recipients that a snapshot is to be encrypted to, parsed.
+pub(super) struct Parsed(Recipients);
+
+/// A new identity, and its recipient.
+pub(super) fn generate() -> Result<(SecretText, String)> {
+    let identity = x25519::Identity::generate();
+    Ok((Zeroizing::new(identity.to_string().expose_secret().to_owned()), identity.to_public().to_string()))
+}
+
+/// A file with an identity, as `age-keygen` writes it.
+pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
+    let created = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
+    format!("# created: {created}\n# public key: {recipient}\n{identity}\n")
+}
+
+/// Parses recipients of the caller's.
+pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
+    let mut recipients: Recipients = Vec::new();
+    let mut plugins: BTreeMap<String, Vec<plugin::Recipient>> = BTreeMap::new();
+    for text in texts {
+        match parse_recipient(text.trim())? {
+            Ok(recipient) => recipients.push(recipient),
+            Err(recipient) => plugins.entry(recipient.plugin().to_owned()).or_default().push(recipient),
+        }
+    }
+    for (name, of_plugin) in plugins {
+        let plugin =
+            plugin::RecipientPluginV1::new(&name, &of_plugin, &[], NoCallbacks).map_err(|error| no_plugin(&error))?;
+        recipients.push(Box::new(plugin));
+    }
+    if recipients.is_empty() {
+        return Err(Error::invalid_argument("there are no recipients: nobody could open the snapshot"));
+    }
+    Ok(Parsed(recipients))
+}
+
+/// A recipient, or one of a plugin's.
+#[expect(clippy::type_complexity, reason = "two kinds of recipients")]
+fn parse_recipient(text: &str) -> Result<std::result::Result<Box<dyn age::Recipient + Send>, plugin::Recipient>> {
+    if let Ok(recipient) = text.parse::<x25519::Recipient>() {
+        return Ok(Ok(Box::new(recipient)));
+    }
+    if let Ok(recipient) = text.parse::<age::tag::Recipient>() {
+        return Ok(Ok(Box::new(recipient)));
+    }
+    if let Ok(recipient) = text.parse::<age::tagpq::Recipient>() {
+        return Ok(Ok(Box::new(recipient)));
+    }
+    if let Ok(recipient) = text.parse::<plugin::Recipient>() {
+        return Ok(Err(recipient));
+    }
+    if text.starts_with("AGE-SECRET-KEY-") || text.starts_with("AGE-PLUGIN-") {
+        // Not quoted: it is a secret.
+        return Err(Error::invalid_argument(
+            "an identity (AGE-…) was given as a recipient (age1…), which is its public half",
+        ));
+    }
+    let refused = |why: &str| Err(Error::invalid_argument(format!("{text:?} is no recipient of age's: {why}")));
+    match text.parse::<ssh::Recipient>() {
+        Ok(recipient) => Ok(Ok(Box::new(recipient))),
+        Err(ParseRecipientKeyError::RsaModulusTooSmall) => refused("an RSA key has at least 2048 bits"),
+        Err(ParseRecipientKeyError::RsaModulusTooLarge) => refused("an RSA key has at most 4096 bits"),
+        Err(ParseRecipientKeyError::Unsupported(kind)) => {
+            refused(&format!("age knows ssh-ed25519 and ssh-rsa, and not {kind}"))
+        }
+        Err(_) => refused("it looks like age1… or ssh-ed25519 AAAA…"),
+    }
+}
+
+/// The recipients of identities: whoever has these opens it.
+pub(super) fn recipients_of(content: &[u8], place: &str) -> Result<Parsed> {
+    let context = |error: Error| error.context(place);
+    let recipients = if is_ssh(content) {
+        let identity = parse_ssh(content).map_err(context)?;
+        let recipient = ssh::Recipient::try_from(identity)
+            .map_err(|_| context(Error::invalid_argument("it is an SSH key that age does not know")))?;
+        vec![Box::new(recipient) as _]
+    } else {
+        parse_identity_file(content).map_err(context)?.to_recipients().map_err(|error| context(not_wrapped(&error)))?
+    };
+    if recipients.is_empty() {
+        return Err(context(Error::invalid_argument("it holds no identity")));
+    }
+    Ok(Parsed(recipients))
+}
+
+/// The recipients of identities as texts, those of age alone.
+pub(super) fn public_halves(identity: &Identity) -> Result<Vec<String>> {
+    let content = decrypted(identity)?;
+    let context = |error: Error| error.context(identity.place());
+    if is_ssh(&content) {
+        let key = parse_ssh(&content).map_err(context)?;
+        let recipient = ssh::Recipient::try_from(key)
+            .map_err(|_| context(Error::invalid_argument("it is an SSH key that age does not know")))?;
+        return Ok(vec![recipient.to_string()]);
+    }
+    let mut lines = Zeroizing::new(Vec::new());
+    parse_identity_file(&content).map_err(context)?.write_recipients_file(&mut *lines).map_err(|error| {
+        use age::IdentityFileConvertError::{IdentityFileContainsPlugin, NoIdentities};
+        context(Error::invalid_argument(match error {
+            NoIdentities { .. } => "it holds no identity".to_owned(),
+            IdentityFileContainsPlugin { plugin_name, .. } => {
+                format!("it holds an identity of a plugin's, whose recipient age-plugin-{plugin_name} tells")
+            }
+            _ => "its recipients cannot be told".to_owned(),
+        }))
+    })?;
+    Ok(String::from_utf8_lossy(&lines).lines().map(str::to_owned).collect())
+}
+
+pub(super) fn wrap(payload: &[u8], recipients: Parsed, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
+    let payload = Zeroizing::new(payload.to_vec());
+    finished(in_background(None, poll, move || {
+        let recipients = recipients.0.iter().map(|recipient| &**recipient as &dyn age::Recipient);
+        encrypt(Encryptor::with_recipients(recipients), &payload)
+    })?)
+}
+
+pub(super) fn wrap_with_passphrase(
+    payload: &[u8],
+    passphrase: &SecretText,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Vec<u8>> {
+    let payload = Zeroizing::new(payload.to_vec());
+    let mut recipient = scrypt::Recipient::new(SecretString::from(passphrase.as_str()));
+    recipient.set_work_factor(WORK_FACTOR);
+    finished(in_background(None, poll, move || {
+        encrypt(Encryptor::with_recipients(std::iter::once(&recipient as &dyn age::Recipient)), &payload)
+    })?)
+}
+
+fn encrypt(encryptor: std::result::Result<Encryptor, EncryptError>, payload: &[u8]) -> Result<Vec<u8>> {
+    let mut file = Vec::new();
+    let mut writer = encryptor.map_err(|error| not_wrapped(&error))?.wrap_output(&mut file)?;
+    writer.write_all(payload)?;
+    writer.finish()?;
+    Ok(file)
+}
+
+/// Opens with identities, the first that fits.
+pub(super) fn unwrap(
+    file: &[u8],
+    identities: Identities,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let decryptor = Decryptor::new_buffered(file).map_err(|error| not_opened(&error))?;
+    if decryptor.is_scrypt() {
+        return Err(Error::new(
+            Kind::KeyUnavailable,
+            "its key is wrapped with a passphrase: pass that, not identities",
+        ));
+    }
+    let file = file.to_vec();
+    finished(in_background(None, poll, move || {
+        decrypt(&file, &mut identities.iter().map(|identity| &**identity as &dyn age::Identity))
+    })?)
+}
+
+pub(super) fn unwrap_with_passphrase(
+    file: &[u8],
+    passphrase: impl FnOnce() -> Result<std::sync::Arc<SecretText>>,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let decryptor = Decryptor::new_buffered(file).map_err(|error| not_opened(&error))?;
+    if !decryptor.is_scrypt() {
+        return Err(Error::new(
+            Kind::KeyUnavailable,
+            "its key is wrapped for age recipients: pass identities, not a passphrase",
+        ));
+    }
+    // Not before: nobody is asked in vain.
+    let mut identity = scrypt::Identity::new(SecretString::from(passphrase()?.as_str()));
+    identity.set_max_work_factor(MAX_WORK_FACTOR);
+    let file = file.to_vec();
+    finished(in_background(None, poll, move || decrypt(&file, &mut std::iter::once(&identity as &dyn age::Identity)))?)
+}
+
+fn decrypt<'a>(file: &[u8], identities: &mut dyn Iterator<Item = &'a dyn age::Identity>) -> Result<Zeroizing<Vec<u8>>> {
+    let reader = Decryptor::new_buffered(file)
+        .and_then(|decryptor| decryptor.decrypt(identities))
+        .map_err(|error| not_opened(&error))?;
+    // It does not grow, and leave a copy behind.
+    let mut payload = Zeroizing::new(Vec::with_capacity(file.len()));
+    reader
+        .take(MAX_PAYLOAD_BYTES)
+        .read_to_end(&mut payload)
+        .map_err(|_| not_opened(&DecryptError::DecryptionFailed))?;
+    Ok(payload)
+}
+
+/// The result of work that had no limit.
+fn finished<T>(result: Option<Result<T>>) -> Result<T> {
+    result.unwrap_or_else(|| Err(Error::new(Kind::Provider, "what opens or wraps the key took too long")))
+}
+
+/// Whom a file was encrypted to, as far as it tells: `X25519`, `ssh-ed25519 …`, `scrypt 18`.
+pub(super) fn stanzas(file: &[u8]) -> Result<Vec<String>> {
+    /// Opens nothing, and sees everything.
+    struct Onlooker(std::cell::RefCell<Vec<String>>);
+
+    impl age::Identity for Onlooker {
+        fn unwrap_stanza(
+            &self,
+            stanza: &age_core::format::Stanza,
+        ) -> Option<std::result::Result<age_core::format::FileKey, DecryptError>> {
+            let shown = match (stanza.tag.as_str(), stanza.args.as_slice()) {
+                // The hash of the public key, and the work factor after the salt.
+                (kind @ ("ssh-ed25519" | "ssh-rsa"), [hash, ..]) => format!("{kind} {hash}"),
+                (kind @ "scrypt", [_, work_factor]) => format!("{kind} {work_factor}"),
+                (kind, _) => kind.to_owned(),
+            };
+            self.0.borrow_mut().push(shown);
+            None
+        }
+    }
+
+    let onlooker = Onlooker(std::cell::RefCell::default());
+    let decryptor = Decryptor::new_buffered(file).map_err(|error| not_opened(&error))?;
+    // It fails, for no key was found.
+    let _ = decryptor.decrypt(std::iter::once(&onlooker as &dyn age::Identity));
+    let mut stanzas = onlooker.0.into_inner();
+    // age's own, of a kind that no recipient has ("grease").
+    stanzas.retain(|stanza| !stanza.ends_with("-grease"));
+    Ok(stanzas)
+}
+
+/// Reads and parses identities of the caller's.
+pub(super) fn load(identities: &[Identity]) -> Result<Identities> {
+    let mut parsed = Vec::new();
+    for identity in identities {
+        parse_identities(&decrypted(identity)?, identity, &mut parsed)
+            .map_err(|error| error.context(identity.place()))?;
+    }
+    if parsed.is_empty() {
+        return Err(Error::invalid_argument("there are no identities to open the snapshot with"));
+    }
+    Ok(parsed)
+}
+
+/// Parses the default identity.
+pub(super) fn parse_default(content: &[u8], place: &str) -> Result<Identities> {
+    let mut parsed = Vec::new();
+    let text = Identity::text(Zeroizing::new(String::new()));
+    parse_identities(content, &text, &mut parsed).map_err(|error| error.context(place))?;
+    Ok(parsed)
+}
+
+/// The bytes of an identity, of which those that `age -p` encrypted are opened.
+fn decrypted(identity: &Identity) -> Result<Zeroizing<Vec<u8>>> {
+    let content = identity.load()?;
+    if !is_encrypted(&content) {
+        return Ok(content);
+    }
+    let context = |error: Error| error.context(identity.place());
+    let mut file = Vec::new();
+    age::armor::ArmoredReader::new(&**content)
+        .read_to_end(&mut file)
+        .map_err(|_| context(Error::corrupt("it is damaged")))?;
+    let decryptor = Decryptor::new_buffered(&*file).map_err(|error| context(not_opened(&error)))?;
+    if !decryptor.is_scrypt() {
+        return Err(context(Error::invalid_argument("it is encrypted, and not with a passphrase")));
+    }
+    let mut key = scrypt::Identity::new(SecretString::from(identity.passphrase()?.as_str()));
+    key.set_max_work_factor(MAX_WORK_FACTOR);
+    decrypt(&file, &mut std::iter::once(&key as &dyn age::Identity)).map_err(context)
+}
+
+fn parse_identities(content: &[u8], identity: &Identity, parsed: &mut Identities) -> Result<()> {
+    if is_ssh(content) {
+        let key = match parse_ssh(content)? {
+            ssh::Identity::Encrypted(key) => {
+                let passphrase = SecretString::from(identity.passphrase()?.as_str());
+                ssh::Identity::from(key.decrypt(passphrase).map_err(|error| not_opened(&error))?)
+            }
+            other => other,
+        };
+        parsed.push(Box::new(key));
+        return Ok(());
+    }
+    let identities = parse_identity_file(content)?.into_identities().map_err(|error| not_opened(&error))?;
+    if identities.is_empty() {
+        return Err(Error::invalid_argument("it holds no identity"));
+    }
+    parsed.extend(identities);
+    Ok(())
+}
+
+fn is_ssh(content: &[u8]) -> bool {
+    content.trim_ascii_start().starts_with(b"-----BEGIN ")
+}
+
+fn parse_ssh(content: &[u8]) -> Result<ssh::Identity> {
+    match ssh::Identity::from_buffer(content.trim_ascii_start(), None) {
+        Ok(ssh::Identity::Unsupported(kind)) => Err(Error::invalid_argument(match kind {
+            UnsupportedKey::EncryptedPem => {
+                "it is an SSH key in the old format: ssh-keygen -p -o converts it".to_owned()
+            }
+            UnsupportedKey::EncryptedSsh(cipher) => {
+                format!("it is an SSH key encrypted by {cipher}, which age does not know")
+            }
+            UnsupportedKey::Hardware(kind) => {
+                format!("it is an SSH key on a security key ({kind}), which age cannot use")
+            }
+            UnsupportedKey::Type(kind) => format!("it is an SSH key of type {kind}: age knows ssh-ed25519 and ssh-rsa"),
+        })),
+        Ok(identity) => Ok(identity),
+        Err(_) => Err(Error::invalid_argument("it is no SSH key that age can read")),
+    }
+}
+
+fn parse_identity_file(content: &[u8]) -> Result<IdentityFile<NoCallbacks>> {
+    // The crate's own message tells the line, and not what is in it.
+    let parsed = IdentityFile::from_buffer(BufReader::new(content));
+    parsed.map_err(|_| {
+        let text = String::from_utf8_lossy(content);
+        let line = text.lines().position(|line| {
+            !(line.is_empty() || line.starts_with('#') || IdentityFile::from_buffer(line.as_bytes()).is_ok())
+        });
+        let reason = match line.and_then(|index| text.lines().nth(index)) {
+            Some(line) if line.starts_with("AGE-SECRET-KEY-PQ-") => {
+                "is a post-quantum identity, which this version does not know: rekey for another with the age command"
+            }
+            Some(line) if line.starts_with("age1") => "is a recipient, and no identity (AGE-SECRET-KEY-…)",
+            _ => "is no identity (AGE-SECRET-KEY-…)",
+        };
+        Error::invalid_argument(format!("line {} {reason}", line.unwrap_or_default() + 1))
+    })
+}
+
+fn no_plugin(error: &plugin::ResolveError) -> Error {
+    let text = match error {
+        plugin::ResolveError::MissingPlugin { binary_name } => {
+            let hint = if binary_name == "age-plugin-pq" {
+                " (age1pq… are post-quantum recipients, which this version does not know itself)"
+            } else {
+                ""
+            };
+            format!("the program {binary_name} is not on the PATH{hint}: install it")
+        }
+        _ => "it names no plugin of age's".to_owned(),
+    };
+    Error::new(Kind::KeyUnavailable, text)
+}
+
+fn plugin_failed(errors: &[impl std::fmt::Display]) -> Error {
+    let mut text = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    // What encloses names in the crate's own words, and whatever a plugin sends to a terminal.
+    text.retain(|character| !('\u{2066}'..='\u{2069}').contains(&character) && !character.is_control());
+    Error::new(Kind::KeyUnavailable, format!("the plugin failed: {text}"))
+}
+
+fn not_wrapped(error: &EncryptError) -> Error {
+    match error {
+        EncryptError::Plugin(errors) => plugin_failed(errors),
+        EncryptError::PluginResolve(error) => no_plugin(error),
+        EncryptError::Io(error) => plugin_failed(&[error]),
+        EncryptError::IncompatibleRecipients { .. } => {
+            Error::invalid_argument("these recipients cannot be mixed: post-quantum ones go with their own kind alone")
+        }
+        _ => Error::invalid_argument("there are no recipients, or they cannot be mixed"),
+    }
+}
+
+fn not_opened(error: &DecryptError) -> Error {
+    match error {
+        DecryptError::NoMatchingKeys => Error::new(
+            Kind::Authentication,
+            "none of the identities opens it: it was written for others, or it is damaged",
+        ),
+        DecryptError::ExcessiveWork { required, .. } => Error::new(
+            Kind::Unsupported,
+            format!(
+                "its passphrase takes scrypt with a work factor of 2^{required}, and no more than 2^{MAX_WORK_FACTOR} is accepted: \
+                 that could take hours; wrap it anew with the age command"
+            ),
+        ),
+        DecryptError::UnknownFormat => {
+            Error::new(Kind::Unsupported, "it is wrapped by a version of age that is not known: use a newer vmsnap")
+        }
+        DecryptError::InvalidHeader => Error::corrupt("its age header is damaged, or cut off"),
+        DecryptError::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            Error::corrupt("its age header is cut off")
+        }
+        DecryptError::Io(error) => plugin_failed(&[error]),
+        DecryptError::Plugin(errors) => plugin_failed(errors),
+        DecryptError::PluginResolve(error) => no_plugin(error),
+        DecryptError::DecryptionFailed | DecryptError::InvalidMac | DecryptError::KeyDecryptionFailed | _ => {
+            Error::new(Kind::Authentication, "the passphrase or identity is wrong, or it is damaged")
+        }
+    }
+}

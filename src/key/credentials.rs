@@ -1,0 +1,184 @@
+//! What a caller passed to write or open a snapshot with, and what it comes to.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use zeroize::Zeroizing;
+
+use super::identity::Identity;
+use super::payload::KeyPayload;
+use super::provider::{self, SharedProvider};
+use super::secret_text::Passphrase;
+use super::{KeyWrapping, age, default_identity, raw};
+use crate::cipher::SecretKey;
+use crate::error::{Error, Kind, Result};
+
+/// All that was passed: of one kind, as is found out when it is used.
+#[derive(Clone, Default)]
+pub(crate) struct Credentials {
+    pub(crate) key: Option<SecretKey>,
+    pub(crate) recipients: Option<Vec<String>>,
+    pub(crate) identities: Option<Vec<Identity>>,
+    pub(crate) passphrase: Option<Passphrase>,
+    pub(crate) key_provider: Option<SharedProvider>,
+}
+
+/// What wraps a new data key.
+pub(crate) enum Wrapper<'a> {
+    Key(&'a SecretKey),
+    Recipients(&'a [String]),
+    Passphrase(&'a Passphrase),
+    Provider(&'a SharedProvider),
+    DefaultIdentity,
+}
+
+/// What unwraps a data key.
+pub(crate) enum Opener<'a> {
+    Key(&'a SecretKey),
+    Identities(&'a [Identity]),
+    Passphrase(&'a Passphrase),
+    Provider(&'a SharedProvider),
+    DefaultIdentity,
+}
+
+impl Credentials {
+    /// Whether anything was passed, which tells that the snapshot is to be encrypted.
+    pub(crate) fn are_some(&self) -> bool {
+        self.names().next().is_some()
+    }
+
+    fn names(&self) -> impl Iterator<Item = &'static str> {
+        [
+            ("a key", self.key.is_some()),
+            ("recipients", self.recipients.is_some()),
+            ("identities", self.identities.is_some()),
+            ("a passphrase", self.passphrase.is_some()),
+            ("a key provider", self.key_provider.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(name, is_passed)| is_passed.then_some(name))
+    }
+
+    fn check_one(&self) -> Result<()> {
+        let names: Vec<_> = self.names().collect();
+        if names.len() < 2 {
+            return Ok(());
+        }
+        Err(Error::invalid_argument(format!(
+            "{} were passed together: a snapshot has one kind of key",
+            names.join(" and ")
+        )))
+    }
+
+    /// What a new data key is to be wrapped with: the default identity, where nothing was passed.
+    pub(crate) fn wrapper(&self) -> Result<Wrapper<'_>> {
+        self.check_one()?;
+        Ok(match self {
+            Self { key: Some(key), .. } => Wrapper::Key(key),
+            Self { recipients: Some(recipients), .. } => Wrapper::Recipients(recipients),
+            Self { passphrase: Some(passphrase), .. } => Wrapper::Passphrase(passphrase),
+            Self { key_provider: Some(provider), .. } => Wrapper::Provider(provider),
+            Self { identities: Some(_), .. } => {
+                return Err(Error::invalid_argument(
+                    "identities open a snapshot; it is written for recipients, which recipients_of() tells of them",
+                ));
+            }
+            _ => Wrapper::DefaultIdentity,
+        })
+    }
+
+    /// What is to unwrap a data key: the default identity, where nothing was passed.
+    pub(crate) fn opener(&self) -> Result<Opener<'_>> {
+        self.check_one()?;
+        Ok(match self {
+            Self { key: Some(key), .. } => Opener::Key(key),
+            Self { identities: Some(identities), .. } => Opener::Identities(identities),
+            Self { passphrase: Some(passphrase), .. } => Opener::Passphrase(passphrase),
+            Self { key_provider: Some(provider), .. } => Opener::Provider(provider),
+            Self { recipients: Some(_), .. } => {
+                return Err(Error::invalid_argument(
+                    "recipients are what a snapshot is written for; identities open it",
+                ));
+            }
+            _ => Opener::DefaultIdentity,
+        })
+    }
+}
+
+impl Wrapper<'_> {
+    /// The contents of `enc_metadata` for a payload, and the file of an identity that had to be made for it.
+    pub(crate) fn wrap(
+        &self,
+        payload: &KeyPayload,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<(Vec<u8>, Option<PathBuf>)> {
+        let bytes = payload.bytes();
+        let wrapped = match self {
+            Self::Key(key) => raw::wrap(bytes, key)?,
+            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, poll)?,
+            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, poll)?,
+            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, poll)?,
+            Self::DefaultIdentity => {
+                let found = default_identity::find_or_make()?;
+                let wrapped = age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, poll)?;
+                return Ok((wrapped, found.made_at));
+            }
+        };
+        Ok((wrapped, None))
+    }
+}
+
+impl Opener<'_> {
+    /// The payload of the contents of `enc_metadata`.
+    pub(crate) fn unwrap(&self, wrapped: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<KeyPayload> {
+        let payload: Zeroizing<Vec<u8>> = match (super::wrapping(wrapped)?, self) {
+            (KeyWrapping::RawKey, Self::Key(key)) => raw::unwrap(wrapped, key)?,
+            (KeyWrapping::Age { .. }, Self::Identities(identities)) => {
+                age::unwrap(wrapped, age::load(identities)?, poll)?
+            }
+            (KeyWrapping::Age { .. }, Self::DefaultIdentity) => {
+                let found = default_identity::find()?;
+                let identities = age::parse_default(&found.content, &found.place)?;
+                age::unwrap(wrapped, identities, poll).map_err(|error| error.context(&found.place))?
+            }
+            (KeyWrapping::Passphrase, Self::Passphrase(passphrase)) => {
+                age::unwrap_with_passphrase(wrapped, || passphrase.reveal(), poll)?
+            }
+            (KeyWrapping::KeyProvider { .. }, Self::Provider(provider)) => provider::unwrap(wrapped, provider, poll)?,
+            (wrapping, _) => return Err(self.unfit(&wrapping)),
+        };
+        KeyPayload::decode(payload).map_err(|error| match self {
+            // The others authenticate what they give; of a service that is only asked for.
+            Self::Provider(provider) if error.is_corrupt() => Error::new(
+                Kind::Authentication,
+                format!("what the key service {:?} returned is no key of vmsnap's", provider.name()),
+            ),
+            _ => error,
+        })
+    }
+
+    fn unfit(&self, wrapping: &KeyWrapping) -> Error {
+        let (how, remedy) = match wrapping {
+            KeyWrapping::RawKey => ("with a 32-byte key".to_owned(), "pass the key it was written with"),
+            KeyWrapping::Age { .. } => ("for age recipients".to_owned(), "pass identities"),
+            KeyWrapping::Passphrase => ("with a passphrase".to_owned(), "pass it"),
+            KeyWrapping::KeyProvider { name } => {
+                (format!("by the key service {name:?}"), "pass a key provider of that name")
+            }
+        };
+        let passed = match self {
+            Self::Key(_) => ", and not with a key",
+            Self::Identities(_) => ", and not for identities",
+            Self::Passphrase(_) => ", and not with a passphrase",
+            Self::Provider(_) => ", and not by a key service",
+            Self::DefaultIdentity => "",
+        };
+        Error::new(Kind::KeyUnavailable, format!("the snapshot is encrypted {how}{passed}: {remedy}"))
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.names()).finish()
+    }
+}

@@ -1,0 +1,66 @@
+//! Passphrases, and other secrets that are text.
+
+use std::fmt;
+use std::sync::Arc;
+
+use zeroize::Zeroizing;
+
+use crate::error::{Error, Kind, Result};
+
+/// A text that is wiped when it is dropped.
+pub(crate) type SecretText = Zeroizing<String>;
+
+/// A passphrase, or what asks for one when it is needed. Never shown by `Debug`.
+///
+/// ```
+/// let options = vmsnap::SnapshotOptions::new().passphrase("correct horse battery staple".into());
+/// # let _ = options;
+/// ```
+#[derive(Clone)]
+pub struct Passphrase(Source);
+
+#[derive(Clone)]
+enum Source {
+    Text(Arc<SecretText>),
+    Ask(Arc<dyn Fn() -> Result<SecretText> + Send + Sync>),
+}
+
+impl Passphrase {
+    /// Calls `ask` whenever the passphrase is needed: not where the snapshot is wrapped otherwise.
+    pub fn ask(ask: impl Fn() -> std::io::Result<String> + Send + Sync + 'static) -> Self {
+        Self::ask_for(move || match ask() {
+            Ok(text) => Ok(Zeroizing::new(text)),
+            Err(error) => Err(Error::with_source(Kind::KeyUnavailable, "the passphrase could not be asked for", error)),
+        })
+    }
+
+    pub(crate) fn ask_for(ask: impl Fn() -> Result<SecretText> + Send + Sync + 'static) -> Self {
+        Self(Source::Ask(Arc::new(ask)))
+    }
+
+    pub(super) fn reveal(&self) -> Result<Arc<SecretText>> {
+        let text = match &self.0 {
+            Source::Text(text) => Arc::clone(text),
+            Source::Ask(ask) => Arc::new(ask()?),
+        };
+        if text.is_empty() { Err(Error::invalid_argument("a passphrase cannot be empty")) } else { Ok(text) }
+    }
+}
+
+impl From<String> for Passphrase {
+    fn from(text: String) -> Self {
+        Self(Source::Text(Arc::new(Zeroizing::new(text))))
+    }
+}
+
+impl From<&str> for Passphrase {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl fmt::Debug for Passphrase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Passphrase(…)")
+    }
+}

@@ -1,0 +1,200 @@
+//! `_vmsnap.Credentials`, `rekey` and identities.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyException, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyBytes, PyString};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::{buffer, interruptible};
+use crate::cipher::SecretKey;
+use crate::error::{Error, Kind};
+use crate::key_metadata;
+use crate::options::SnapshotOptions;
+use crate::{Identity, KeyProvider, Passphrase, ProviderError};
+
+/// What was passed to write or open a snapshot with.
+#[pyclass(frozen, module = "vmsnap._vmsnap")]
+pub(super) struct Credentials(pub(super) SnapshotOptions);
+
+/// A text or a path, whether it is a path, and a passphrase.
+type IdentityArguments<'py> = (Bound<'py, PyAny>, bool, Option<Bound<'py, PyAny>>);
+
+#[pymethods]
+impl Credentials {
+    #[new]
+    fn new(
+        encrypt: bool,
+        key: Option<&Bound<'_, PyAny>>,
+        recipients: Option<Vec<String>>,
+        identities: Option<Vec<IdentityArguments<'_>>>,
+        passphrase: Option<&Bound<'_, PyAny>>,
+        key_provider: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let mut options = SnapshotOptions::new().encrypt(encrypt);
+        if let Some(key) = key {
+            options = options.key(SecretKey::from_slice(buffer::Readable::get(key)?.as_slice())?);
+        }
+        if let Some(recipients) = recipients {
+            options = options.recipients(recipients);
+        }
+        if let Some(identities) = identities {
+            options = options.identities(identities.iter().map(identity).collect::<PyResult<Vec<_>>>()?);
+        }
+        if let Some(given) = passphrase {
+            options = options.passphrase(asked_or_given(given)?);
+        }
+        if let Some(provider) = key_provider {
+            options = options.key_provider(Arc::new(Provider::of(provider)?));
+        }
+        Ok(Self(options))
+    }
+}
+
+fn identity((source, is_path, given): &IdentityArguments<'_>) -> PyResult<Identity> {
+    let identity = if *is_path {
+        Identity::file(source.extract::<PathBuf>()?)
+    } else {
+        Identity::text(source.extract::<String>()?)
+    };
+    match given {
+        Some(given) => Ok(identity.with_passphrase(asked_or_given(given)?)),
+        None => Ok(identity),
+    }
+}
+
+/// A passphrase from what a caller gave: a text, bytes, a bytearray that is cleared, or something to call for one.
+fn asked_or_given(given: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
+    if !given.is_callable() {
+        return Ok(Passphrase::from(text_of(given)?));
+    }
+    let ask = given.clone().unbind();
+    Ok(Passphrase::ask_for(move || {
+        Python::attach(|py| text_of(ask.bind(py).call0()?.as_any())).map(Zeroizing::new).map_err(|error| {
+            Error::with_source(Kind::KeyUnavailable, "the passphrase could not be asked for", Raised(error))
+        })
+    }))
+}
+
+fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
+    if let Ok(text) = given.cast::<PyString>() {
+        return text.extract();
+    }
+    if !given.is_instance_of::<PyBytes>() && !given.is_instance_of::<PyByteArray>() {
+        let kind = given.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("a passphrase is str, bytes or bytearray, not {kind}")));
+    }
+    let bytes = buffer::Readable::get(given)?.as_slice().to_vec();
+    if given.is_instance_of::<PyByteArray>() {
+        buffer::Writable::get(given)?.as_mut_slice().fill(0);
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        error.into_bytes().zeroize();
+        Error::invalid_argument("a passphrase is UTF-8").into()
+    })
+}
+
+/// What the caller's own code raised, to be raised again as it is.
+#[derive(Debug)]
+pub(super) struct Raised(pub(super) PyErr);
+
+impl std::fmt::Display for Raised {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Raised {}
+
+/// A key service in Python.
+struct Provider {
+    object: Py<PyAny>,
+    name: String,
+    timeout: Duration,
+}
+
+impl Provider {
+    fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        for method in ["wrap", "unwrap"] {
+            if !object.getattr(method).is_ok_and(|method| method.is_callable()) {
+                return Err(PyTypeError::new_err(format!("a key provider has a method {method}")));
+            }
+        }
+        let name = object.getattr("name").and_then(|name| name.extract());
+        let name = name.map_err(|_| PyTypeError::new_err("a key provider has a name, which is a text"))?;
+        let timeout = object.getattr_opt("timeout_seconds")?.map(|seconds| seconds.extract::<f64>()).transpose()?;
+        let timeout = Duration::try_from_secs_f64(timeout.unwrap_or(60.0))
+            .map_err(|_| Error::invalid_argument("timeout_seconds of a key provider is no number of seconds"))?;
+        Ok(Self { object: object.clone().unbind(), name, timeout })
+    }
+
+    fn call(&self, method: &str, argument: &[u8]) -> std::result::Result<Vec<u8>, ProviderError> {
+        Python::attach(|py| {
+            let returned = self.object.bind(py).call_method1(method, (PyBytes::new(py, argument),))?;
+            if returned.is_instance_of::<PyString>() || buffer::Readable::get(&returned).is_err() {
+                let kind = returned.get_type().name()?;
+                return Err(PyTypeError::new_err(format!("{method} returned {kind}, and not bytes")));
+            }
+            Ok(buffer::Readable::get(&returned)?.as_slice().to_vec())
+        })
+        .map_err(|error: PyErr| Box::new(error) as ProviderError)
+    }
+}
+
+impl KeyProvider for Provider {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn wrap(&self, payload: &[u8]) -> std::result::Result<Vec<u8>, ProviderError> {
+        self.call("wrap", payload)
+    }
+
+    fn unwrap(&self, wrapped: &[u8]) -> std::result::Result<Vec<u8>, ProviderError> {
+        self.call("unwrap", wrapped)
+    }
+
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+}
+
+/// What the caller's own code raised, where an error comes of that: the exception itself, or one that is its cause.
+pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
+    let source = std::error::Error::source(error)?;
+    if let Some(Raised(raised)) = source.downcast_ref::<Raised>() {
+        return Some((raised.clone_ref(py), true));
+    }
+    let raised = source.downcast_ref::<PyErr>()?.clone_ref(py);
+    // Ctrl-C and its like are nobody's failure.
+    let passed_on = !raised.is_instance_of::<PyException>(py);
+    Some((raised, passed_on))
+}
+
+/// Wraps a snapshot's data key anew; returns what to tell the user of an identity that was made for it.
+#[pyfunction]
+pub(super) fn rekey(py: Python<'_>, root: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<Option<String>> {
+    let identity = interruptible(py, |poll| key_metadata::rekey_polled(&root, &old.0, &new.0, poll))?;
+    Ok(identity.map(|path| key_metadata::advice(&path)))
+}
+
+/// A new identity and its recipient.
+#[pyfunction]
+pub(super) fn generate_identity() -> PyResult<(String, String)> {
+    let (identity, recipient) = crate::generate_identity()?;
+    Ok((identity.as_str().to_owned(), recipient))
+}
+
+/// A file for these.
+#[pyfunction]
+pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
+    crate::identity_file(identity, recipient).as_str().to_owned()
+}
+
+#[pyfunction]
+pub(super) fn recipients_of(arguments: IdentityArguments<'_>) -> PyResult<Vec<String>> {
+    Ok(crate::recipients_of(&identity(&arguments)?)?)
+}
