@@ -1,5 +1,6 @@
 """The core of vmsnap, compiled from Rust; `vmsnap.snapshot` and `vmsnap.io` are the classes to use."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final, final
@@ -58,7 +59,7 @@ def check_serialized(data: bytes, format: str | None, place: str) -> str:
 def key_wrapping(root: str) -> tuple[str, list[str]] | None:
     """Return how the key of a snapshot is wrapped, and for whom as far as it tells; None of a plain one.
 
-    ``raw-key``; ``age`` with the kinds of its recipients; ``passphrase``; ``key-provider`` with the name of the service.
+    ``raw-key``; ``age`` with the kinds of its recipients; ``passphrase``; ``key-provider`` with the service's name.
     """
 
 def generate_identity() -> tuple[str, str]:
@@ -82,7 +83,7 @@ class Credentials:
         encrypt: bool,
         key: ReadableBuffer | None,
         recipients: list[str] | None,
-        identities: list[tuple[object, bool, object]] | None,
+        identities: Sequence[tuple[object, bool, object]] | None,
         passphrase: object,
         key_provider: object,
     ) -> Credentials: ...
@@ -96,9 +97,7 @@ def outline(root: str) -> tuple[list[str], list[tuple[str, int, datetime | None]
 
 @final
 class SnapshotWriter:
-    def __new__(
-        cls, root: str, credentials: Credentials, threads: int | None, format: str
-    ) -> SnapshotWriter: ...
+    def __new__(cls, root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     @staticmethod
     def open(root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     @property
@@ -121,9 +120,7 @@ class SnapshotWriter:
 
 @final
 class SnapshotReader:
-    def __new__(
-        cls, root: str, credentials: Credentials, threads: int | None
-    ) -> SnapshotReader: ...
+    def __new__(cls, root: str, credentials: Credentials, threads: int | None) -> SnapshotReader: ...
     def raw_fragment(self, name: str) -> FragmentReader: ...
     def read_value(self, name: str, format: str | None, max_size_bytes: int) -> tuple[bytes, str]: ...
     def place(self, name: str) -> str: ...

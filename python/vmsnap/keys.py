@@ -141,10 +141,9 @@ def reading(
     key_provider: KeyProvider | None = None,
 ) -> _vmsnap.Credentials:
     """Return what a snapshot is to be opened with."""
-    if identities is not None:
-        one = isinstance(identities, (str, os.PathLike, IdentityFile))
-        identities = [identities] if one else identities  # type: ignore[assignment,list-item]
-    listed = None if identities is None else [_identity(identity) for identity in identities]  # type: ignore[union-attr]
+    if isinstance(identities, (str, os.PathLike, IdentityFile)):
+        identities = [identities]
+    listed = None if identities is None else [_identity(identity) for identity in identities]
     return _vmsnap.Credentials(require_encrypted, key, None, listed, passphrase, key_provider)
 
 
@@ -160,7 +159,9 @@ def _identity(identity: Identity) -> "tuple[str | Path, bool, Passphrase | None]
     if isinstance(identity, str):
         if not identity.lstrip().startswith(("AGE-", "#", "-----BEGIN ")):
             # Not quoted: it may be a secret all the same.
-            text = "an identity is a text that begins with AGE-SECRET-KEY- or the like; a file is given as a pathlib.Path"
+            text = (
+                "an identity is a text that begins with AGE-SECRET-KEY- or the like; a file is given as a pathlib.Path"
+            )
             raise InvalidArgumentError(text)
         return identity, False, None
     return Path(os.fsdecode(identity)), True, None

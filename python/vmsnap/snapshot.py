@@ -171,9 +171,7 @@ class SnapshotWriter(_Handle):
         FileNotFoundError, KeyUnavailableError, NotEncryptedError, AuthenticationError
             As `SnapshotReader`.
         """
-        credentials = keys.reading(
-            key=key, identities=identities, passphrase=passphrase, key_provider=key_provider
-        )
+        credentials = keys.reading(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
         return cls._of(_vmsnap.SnapshotWriter.open(os.fsdecode(root), credentials, threads, format))
 
     def raw_fragment(self, name: str, *, chunk_size_bytes: int = _vmsnap.DEFAULT_CHUNK_SIZE_BYTES) -> Fragment:

@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 import click
 
-from vmsnap import SnapshotReader, SnapshotWriter
+from vmsnap import SnapshotWriter
 from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, new_snapshot
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keyfile import key_file_option, threads_option
+from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options, threads_option
 from vmsnap.cli.places import locate, pieces, write_all
 from vmsnap.cli.terminal import progress
 
@@ -80,9 +80,9 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
         raise
 
 
-def copy_out(root: str, path: str, target: str, *, key: bytes | None, threads: int | None, force: bool) -> None:
+def copy_out(root: str, path: str, target: str, keys: OpeningKeys, *, threads: int | None, force: bool) -> None:
     """Write a fragment to a file, or to standard output."""
-    namespace, name = locate(SnapshotReader(root, key=key, threads=threads), path)
+    namespace, name = locate(keys.open(root, threads=threads), path)
     if target != _STREAM and os.path.isdir(target):
         target = os.path.join(target, name)
     with (
@@ -97,7 +97,7 @@ def copy_out(root: str, path: str, target: str, *, key: bytes | None, threads: i
 
 
 def copy_in(
-    source: str, root: str, path: str, *, key: bytes | None, threads: int | None, create: bool, chunk_size: int
+    source: str, root: str, path: str, keys: OpeningKeys | WritingKeys, *, threads: int | None, chunk_size: int
 ) -> None:
     """Write a new fragment from a file, or from standard input."""
     if not path or path.endswith("/"):
@@ -111,9 +111,9 @@ def copy_in(
     ) as file:
         status = os.fstat(file.fileno())
         with (
-            new_snapshot(Path(root), encrypt=False, key=key, threads=threads)
-            if create
-            else contextlib.nullcontext(SnapshotWriter.open(root, key=key, threads=threads)) as writer,
+            new_snapshot(Path(root), keys, threads=threads)
+            if isinstance(keys, WritingKeys)
+            else contextlib.nullcontext(keys.append(root, threads=threads)) as writer,
             namespaces_for(writer, names) as namespace,
             namespace.raw_fragment(name, chunk_size_bytes=chunk_size) as fragment,
             progress("copy", status.st_size if stat.S_ISREG(status.st_mode) else None) as advance,
@@ -126,13 +126,21 @@ def copy_in(
 @click.command()
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@key_file_option
+@opening_options
+@recipient_options
 @click.option("--force", is_flag=True, help="Replace an existing plain file outside of the snapshot.")
-@click.option("--create", is_flag=True, help="Copy into a new snapshot.")
+@click.option("--create", is_flag=True, help="Copy into a new snapshot, which -r and -R encrypt.")
 @click.option("--chunk-size", type=int, default=CHUNK_BYTES, show_default=True, help="Bytes encrypted together.")
 @threads_option
 def cp(
-    source: str, target: str, key: bytes | None, force: bool, create: bool, chunk_size: int, threads: int | None
+    source: str,
+    target: str,
+    keys: OpeningKeys,
+    recipients: tuple[str, ...],
+    force: bool,
+    create: bool,
+    chunk_size: int,
+    threads: int | None,
 ) -> None:
     """Copy a fragment out of a snapshot into a file, or a file into a snapshot as a new fragment.
 
@@ -151,11 +159,14 @@ def cp(
     if outward and inward:
         raise click.UsageError("both are fragments: one has to be a file, or - for standard input and output")
     if outward:
-        copy_out(*outward, target, key=key, threads=threads, force=force)
+        copy_out(*outward, target, keys, threads=threads, force=force)
         return
     inward = inward or _new_fragment_in(target)
     if inward:
-        copy_in(source, *inward, key=key, threads=threads, create=create, chunk_size=chunk_size)
+        if recipients and not create:
+            raise click.UsageError("recipients are for a new snapshot: --create")
+        new = keys.for_new(recipients) if create else keys
+        copy_in(source, *inward, new, threads=threads, chunk_size=chunk_size)
         return
     if missing := _new_fragment_in(source):
         raise CommandError(f"{missing[0]}: there is no such snapshot")

@@ -21,7 +21,7 @@ import click
 import vmsnap
 from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, new_snapshot, store_process
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keyfile import threads_option
+from vmsnap.cli.keys import WritingKeys, threads_option
 from vmsnap.cli.process import Process
 from vmsnap.cli.terminal import human_size, print_table, printable, progress, to_terminal
 
@@ -190,7 +190,7 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
         stack.enter_context(process.stopped())
 
         began = perf_counter()
-        with new_snapshot(keep or folder / "snapshot", encrypt=True, key=key, threads=threads) as writer:
+        with new_snapshot(keep or folder / "snapshot", WritingKeys(key=key), threads=threads) as writer:
             summary = store_process(writer, process, CHUNK_BYTES)
             dump_seconds = perf_counter() - began
             if keep is not None:

@@ -13,7 +13,7 @@ import click
 
 from vmsnap import SnapshotWriter
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keyfile import key_file_option, threads_option
+from vmsnap.cli.keys import WritingKeys, threads_option, writing_options
 from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
 
@@ -38,9 +38,9 @@ class Summary:
 
 
 @contextmanager
-def new_snapshot(root: Path, *, encrypt: bool, key: bytes | None, threads: int | None) -> Iterator[SnapshotWriter]:
+def new_snapshot(root: Path, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
     """Make a snapshot that is removed again if the block fails. A folder that existed is refused and not touched."""
-    writer = SnapshotWriter(root, encrypt, key=key, threads=threads)
+    writer = keys.create(root, threads=threads)
     try:
         yield writer
     except BaseException:
@@ -137,13 +137,13 @@ def _pid_of(target: str) -> int | None:
 @click.command()
 @click.argument("target", metavar="PID|FILE")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--encrypt", is_flag=True, help="Encrypt the snapshot. A key file implies it.")
-@key_file_option
+@click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
+@writing_options()
 @click.option("--chunk-size", type=int, default=CHUNK_BYTES, show_default=True, help="Bytes encrypted together.")
 @threads_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 def dump(
-    target: str, directory: Path, encrypt: bool, key: bytes | None, chunk_size: int, threads: int | None, no_stop: bool
+    target: str, directory: Path, new_keys: WritingKeys, chunk_size: int, threads: int | None, no_stop: bool
 ) -> None:
     """Store a process' memory, or a raw RAM file, in a new folder DIR.
 
@@ -159,12 +159,12 @@ def dump(
     pid = _pid_of(target)
     started = time.perf_counter()
     if pid is None:
-        with new_snapshot(directory, encrypt=encrypt, key=key, threads=threads) as writer:
+        with new_snapshot(directory, new_keys, threads=threads) as writer:
             summary = store_file(writer, Path(target), chunk_size)
     else:
         with (
             Process(pid) as process,
-            new_snapshot(directory, encrypt=encrypt, key=key, threads=threads) as writer,
+            new_snapshot(directory, new_keys, threads=threads) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             summary = store_process(writer, process, chunk_size)

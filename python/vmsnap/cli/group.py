@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from io import TextIOWrapper
 from types import FrameType
 
@@ -10,12 +11,15 @@ import click
 
 import vmsnap
 from vmsnap.cli.completion import completion
+from vmsnap.cli.convert import decrypt, encrypt
 from vmsnap.cli.copy import cp
 from vmsnap.cli.demo import demo
 from vmsnap.cli.dump import dump
 from vmsnap.cli.failure import CommandError, describe, status_of
 from vmsnap.cli.info import info
+from vmsnap.cli.keys import show_warning
 from vmsnap.cli.look import cat, ls
+from vmsnap.cli.rewrap import keygen, rekey
 from vmsnap.cli.show import show
 from vmsnap.cli.tree import tree
 
@@ -57,15 +61,12 @@ class _Commands(click.Group):
 def group() -> None:
     """Store virtual machines' memory in encrypted snapshots that read at random.
 
-    A key is 32 random bytes. This makes a file with a new one:
-
-    \b
-    (umask 077; python -c "import sys, vmsnap;
-    sys.stdout.buffer.write(vmsnap.generate_key())" > vm.key)
-    """  # noqa: D301  the \\b is for click: it leaves the lines after it as they are
+    What is encrypted opens with your own identity (~/.config/vmsnap/identity.txt, made when it is first needed), unless
+    a command is told otherwise.
+    """
 
 
-for command in (info, tree, ls, show, cat, cp, dump, demo, completion):
+for command in (info, tree, ls, show, cat, cp, dump, encrypt, decrypt, keygen, rekey, demo, completion):
     group.add_command(command)
 
 
@@ -86,6 +87,7 @@ def run() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
+    warnings.showwarning = show_warning
     if isinstance(sys.stdout, TextIOWrapper):
         # A name that the locale's encoding has not is shown escaped.
         sys.stdout.reconfigure(errors="backslashreplace")

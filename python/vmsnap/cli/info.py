@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+import vmsnap
 from vmsnap import CorruptSnapshotError, FragmentReader, SnapshotReader
 from vmsnap._vmsnap import check_serialized, key_wrapping, outline
-from vmsnap.cli.keyfile import key_file_option
+from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.places import directory_argument, json_option, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
 
@@ -20,8 +21,9 @@ _CBOR_NUMBERS_BELOW = 0x40
 
 _WRAPPINGS = {
     "raw-key": "a 32-byte key",
-    "age": "age, which this version does not open",
-    "key-service": "a key service, which this version does not open",
+    "age": "age",
+    "passphrase": "age, with a passphrase",
+    "key-provider": "a key service",
 }
 _VALUES = {
     "cbor": "CBOR, as crosvm has written since March 2025",
@@ -38,6 +40,7 @@ class Info:
     root: str
     encrypted: bool
     key_wrapping: str | None
+    key_recipients: list[str]
     values: str | None
     namespaces: int
     fragments: int
@@ -59,7 +62,10 @@ class Info:
         overhead = size_of(self.overhead)
         if self.overhead is not None and self.size and not exact:
             overhead += f", {self.overhead / self.size:.2%}"
-        wrapped = [("key wrapped by", _WRAPPINGS[self.key_wrapping])] if self.key_wrapping else []
+        wrapped = []
+        if self.key_wrapping:
+            whom = f" ({', '.join(map(printable, self.key_recipients))})" if self.key_recipients else ""
+            wrapped = [("key wrapped by", _WRAPPINGS[self.key_wrapping] + whom)]
         return [
             ("snapshot", printable(self.root)),
             ("encrypted", "yes" if self.encrypted else "no"),
@@ -96,16 +102,24 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
     return (formats.pop() or "none" if len(formats) == 1 else "mixed" if formats else "none"), size
 
 
-def inspect(root: Path, key: bytes | None) -> Info:
+def inspect(root: Path, keys: OpeningKeys) -> Info:
     """Find out what a snapshot is; without its key, what shows of it."""
-    wrapping = key_wrapping(str(root))
-    values, size = (None, None) if wrapping and key is None else _look(SnapshotReader(root, key=key))
+    wrapping, recipients = key_wrapping(str(root)) or (None, [])
+    values, size = None, None
+    if wrapping in (None, "age") or keys.given:
+        try:
+            values, size = _look(keys.open(root))
+        except (vmsnap.KeyUnavailableError, vmsnap.AuthenticationError):
+            # The user's own identity need not be the one.
+            if keys.given:
+                raise
     namespaces, fragments = outline(str(root))
     stored_size = sum(stored for _, stored, _ in fragments)
     return Info(
         root=str(root),
         encrypted=wrapping is not None,
         key_wrapping=wrapping,
+        key_recipients=recipients,
         values=values,
         namespaces=len(namespaces),
         fragments=len(fragments),
@@ -118,9 +132,9 @@ def inspect(root: Path, key: bytes | None) -> Info:
 
 @click.command()
 @directory_argument
-@key_file_option
+@opening_options
 @json_option
-def info(directory: Path, key: bytes | None, as_json: bool) -> None:
+def info(directory: Path, keys: OpeningKeys, as_json: bool) -> None:
     """Tell what a snapshot is: encrypted or not, how large, how many fragments, which format its values have.
 
     Without the key of an encrypted snapshot it tells what shows all the same, and what needs the key; none of that is
@@ -128,7 +142,7 @@ def info(directory: Path, key: bytes | None, as_json: bool) -> None:
 
     The format is found by looking at fragments of up to 64 KiB, at most 16 MiB of them.
     """
-    found = inspect(directory, key)
+    found = inspect(directory, keys)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     elif to_terminal():

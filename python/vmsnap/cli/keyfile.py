@@ -5,8 +5,6 @@ import re
 import stat
 from pathlib import Path
 
-import click
-
 from vmsnap.cli.failure import CommandError
 
 KEY_BYTES = 32
@@ -40,18 +38,3 @@ def read_key_file(path: Path) -> bytes:
     if len(content) == KEY_BYTES:
         return content
     raise CommandError(f"{path}: a key file holds {KEY_BYTES} bytes, or {2 * KEY_BYTES} hex digits")
-
-
-def _load(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> bytes | None:
-    return None if path is None else read_key_file(path)
-
-
-key_file_option = click.option(
-    "--key-file",
-    "key",
-    type=click.Path(path_type=Path),
-    callback=_load,
-    metavar="FILE",
-    help="The key: 32 bytes or 64 hex digits, in a file that only you may read.",
-)
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all processors]")

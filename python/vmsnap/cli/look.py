@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vmsnap import SnapshotReader
-from vmsnap.cli.keyfile import key_file_option
+from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.places import (
     directory_argument,
     enter,
@@ -62,10 +62,10 @@ def entries(snapshot: SnapshotReader) -> list[Entry]:
 @click.command()
 @directory_argument
 @namespace_argument
-@key_file_option
+@opening_options
 @click.option("-l", "--long", is_flag=True, help="Show stored sizes, chunk sizes and times as well.")
 @json_option
-def ls(directory: Path, path: str, key: bytes | None, long: bool, as_json: bool) -> None:
+def ls(directory: Path, path: str, keys: OpeningKeys, long: bool, as_json: bool) -> None:
     r"""List the fragments of a snapshot, or of the namespace PATH in it, and their sizes in bytes.
 
     Where the output is no terminal, a line is the path and the size with a tab between; with -l also the stored size,
@@ -73,7 +73,7 @@ def ls(directory: Path, path: str, key: bytes | None, long: bool, as_json: bool)
     shown escaped, as in \x1b; --json gives the exact names, and everything that -l does.
     """
     # All before the first line is printed: a list that an error cuts off looks whole to the next command in a pipe.
-    found = entries(enter(SnapshotReader(directory, key=key), path))
+    found = entries(enter(keys.open(directory), path))
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in found], indent=2))
     elif not to_terminal():
@@ -88,15 +88,15 @@ def ls(directory: Path, path: str, key: bytes | None, long: bool, as_json: bool)
 @click.command()
 @directory_argument
 @fragment_argument
-@key_file_option
+@opening_options
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Begin at this byte.")
 @click.option("--size", type=click.IntRange(min=0), help="Bytes to write. [default: all to the end]")
-def cat(directory: Path, path: str, key: bytes | None, offset: int, size: int | None) -> None:
+def cat(directory: Path, path: str, keys: OpeningKeys, offset: int, size: int | None) -> None:
     """Write a fragment, or a part of it, to standard output.
 
     PATH is the fragment's, with the namespaces it is in: a/b/name.
     """
-    namespace, name = locate(SnapshotReader(directory, key=key), path)
+    namespace, name = locate(keys.open(directory), path)
     output = sys.stdout.buffer
     with namespace.raw_fragment(name) as fragment:
         end = fragment.size if size is None else min(fragment.size, offset + size)

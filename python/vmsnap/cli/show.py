@@ -6,9 +6,9 @@ from typing import Literal
 
 import click
 
-from vmsnap import CorruptSnapshotError, FragmentReader, SnapshotReader
+from vmsnap import CorruptSnapshotError, FragmentReader
 from vmsnap.cli.hexdump import hexdump
-from vmsnap.cli.keyfile import key_file_option
+from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.places import directory_argument, fragment_argument, json_option, locate, pieces
 from vmsnap.cli.terminal import print_lines
 from vmsnap.cli.values import json_value, value_lines
@@ -46,7 +46,7 @@ def _show_bytes(
 @click.command()
 @directory_argument
 @fragment_argument
-@key_file_option
+@opening_options
 @json_option
 @click.option("--hex", "as_hex", is_flag=True, help="Show the bytes, even of a value.")
 @click.option("--format", "format_", type=click.Choice(["cbor", "json"]), help="Read a value in this format.")
@@ -56,7 +56,7 @@ def _show_bytes(
 def show(
     directory: Path,
     path: str,
-    key: bytes | None,
+    keys: OpeningKeys,
     as_json: bool,
     as_hex: bool,
     format_: Literal["cbor", "json"] | None,
@@ -80,7 +80,7 @@ def show(
     raw = as_hex or offset is not None or size is not None
     if raw and format_:
         raise click.UsageError("--format is for a value: it goes with none of --hex, --offset and --size")
-    namespace, name = locate(SnapshotReader(directory, key=key), path)
+    namespace, name = locate(keys.open(directory), path)
     with namespace.raw_fragment(name) as fragment:
         if not raw and (format_ or fragment.size <= _VALUE_BYTES):
             try:

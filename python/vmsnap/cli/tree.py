@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vmsnap import SnapshotReader
-from vmsnap.cli.keyfile import key_file_option
+from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.look import Entry, entries
 from vmsnap.cli.places import directory_argument, enter, json_option, namespace_argument
 from vmsnap.cli.terminal import human_size, printable, to_terminal
@@ -97,14 +97,14 @@ def as_tree(root: Namespace, label: str, *, exact: bool) -> Tree:
 @click.command()
 @directory_argument
 @namespace_argument
-@key_file_option
+@opening_options
 @json_option
-def tree(directory: Path, path: str, key: bytes | None, as_json: bool) -> None:
+def tree(directory: Path, path: str, keys: OpeningKeys, as_json: bool) -> None:
     """Draw the namespaces and fragments of a snapshot, or of the namespace PATH in it, as a tree with sizes.
 
     Where the output is no terminal, sizes are in bytes. --json nests objects: name, path, fragments, namespaces.
     """
-    root, levels = read_tree(enter(SnapshotReader(directory, key=key), path))
+    root, levels = read_tree(enter(keys.open(directory), path))
     if as_json:
         click.echo(json.dumps(as_object(root), indent=2))
         return

@@ -1,0 +1,251 @@
+"""The options that say what a snapshot is written for and what opens it, and what they come to."""
+
+import getpass
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+import vmsnap
+from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter
+from vmsnap._vmsnap import key_wrapping
+from vmsnap.cli.failure import CommandError
+from vmsnap.cli.keyfile import read_key_file
+from vmsnap.keys import Passphrase
+
+# Of a passphrase and its newline: the rest of a longer file is no passphrase.
+_MAX_PASSPHRASE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class OpeningKeys:
+    """What opens a snapshot: at most one is given."""
+
+    key: bytes | None = None
+    identities: tuple[Path, ...] = ()
+    passphrase: Passphrase | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any is."""
+        return bool(self.key or self.identities or self.passphrase)
+
+    def arguments(self, root: str | Path) -> dict[str, Any]:
+        """Return the keyword arguments for the snapshot at `root`."""
+        if self.key is not None:
+            return {"key": self.key}
+        if self.identities:
+            return {"identities": [identity_of(path) for path in self.identities]}
+        passphrase = self.passphrase
+        if passphrase is None and _is_passphrase(root):
+            passphrase = _asker(f"Passphrase of {root}: ")
+        return {} if passphrase is None else {"passphrase": passphrase}
+
+    def for_new(self, recipients: tuple[str, ...]) -> "WritingKeys":
+        """Return the same, or recipients, as what a new snapshot is written for."""
+        if self.identities or (recipients and self.given):
+            raise click.UsageError("a new snapshot is for recipients, with a key or with a passphrase: one of them")
+        return WritingKeys(False, self.key, recipients, self.passphrase)
+
+    def open(self, root: str | Path, *, threads: int | None = None) -> SnapshotReader:
+        """Open a snapshot to be read."""
+        return SnapshotReader(root, **self.arguments(root), threads=threads)
+
+    def append(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
+        """Open a snapshot to add to it."""
+        return SnapshotWriter.open(root, **self.arguments(root), threads=threads)
+
+
+@dataclass(frozen=True)
+class WritingKeys:
+    """What a snapshot is written for: at most one is given; the default identity where none is, and `encrypt`."""
+
+    encrypt: bool = False
+    key: bytes | None = None
+    recipients: tuple[str, ...] = ()
+    passphrase: Passphrase | None = None
+
+    def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
+        """Make a snapshot."""
+        return SnapshotWriter(
+            root,
+            self.encrypt,
+            key=self.key,
+            recipients=self.recipients or None,
+            passphrase=self.passphrase,
+            threads=threads,
+        )
+
+
+def identity_of(path: Path) -> IdentityFile:
+    """Return the identities in a file; its passphrase is asked for if it turns out to be encrypted."""
+    return IdentityFile(path, _asker(f"Passphrase of {path}: "))
+
+
+def _is_passphrase(root: str | Path) -> bool:
+    try:
+        wrapping = key_wrapping(str(root))
+    except (vmsnap.VmsnapError, OSError):
+        return False  # said with more to it when it is opened
+    return wrapping is not None and wrapping[0] == "passphrase"
+
+
+def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
+    """Return what asks for a passphrase on the terminal, without echo."""
+
+    def ask() -> str:
+        # Otherwise getpass reads standard input, with echo.
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        except OSError:
+            raise CommandError(
+                "a passphrase is needed, and there is no terminal to ask on: give --passphrase-file or --passphrase-fd"
+            ) from None
+        passphrase = getpass.getpass(prompt)
+        if twice and getpass.getpass("The same again: ") != passphrase:
+            raise CommandError("the two passphrases differ")
+        return passphrase
+
+    return ask
+
+
+def _read_passphrase(source: str | int) -> bytearray:
+    """Return the first line of a file, or of what a descriptor is open for."""
+    with open(source, "rb", buffering=0, closefd=not isinstance(source, int)) as file:
+        content = bytearray()
+        while len(content) <= _MAX_PASSPHRASE_BYTES and (piece := file.read(_MAX_PASSPHRASE_BYTES + 1)):
+            content += piece
+    line = content.split(b"\n", 1)[0].removesuffix(b"\r")
+    if not line or len(line) > _MAX_PASSPHRASE_BYTES:
+        raise CommandError(f"{_named(source)}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes, in the first line")
+    return line
+
+
+def _named(source: str | int) -> str:
+    return f"file descriptor {source}" if isinstance(source, int) else source
+
+
+def read_recipients(path: Path) -> list[str]:
+    """Return the recipients in a file: a line each, but for empty ones and comments."""
+    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _passphrase(options: dict[str, Any], prefix: str, prompt: str, *, twice: bool) -> Passphrase | None:
+    asked = options.pop(f"{prefix}passphrase")
+    file, descriptor = options.pop(f"{prefix}passphrase_file"), options.pop(f"{prefix}passphrase_fd")
+    if asked + (file is not None) + (descriptor is not None) > 1:
+        raise click.UsageError("a passphrase is asked for, or comes from a file or a descriptor: one of them")
+    if asked:
+        return _asker(prompt, twice=twice)
+    source = file if file is not None else descriptor
+    return None if source is None else _read_passphrase(source)
+
+
+def _key(path: Path | None) -> bytes | None:
+    return None if path is None else read_key_file(path)
+
+
+_FILE = click.Path(path_type=Path)
+
+_Command = Callable[..., Any]
+
+
+def _passphrase_options(prefix: str, what: str) -> list[Callable[[_Command], _Command]]:
+    return [
+        click.option(f"--{prefix}passphrase", is_flag=True, help=f"Ask for {what}, without echo."),
+        click.option(f"--{prefix}passphrase-file", metavar="FILE", help="Take it from the first line of a file."),
+        click.option(f"--{prefix}passphrase-fd", type=int, metavar="N", help="Take it from an open file descriptor."),
+    ]
+
+
+def _key_file_option(prefix: str) -> Callable[[_Command], _Command]:
+    text = "The key: 32 bytes or 64 hex digits, in a file that only you may read."
+    return click.option(f"--{prefix}key-file", type=_FILE, metavar="FILE", help=text)
+
+
+_IDENTITY_OPTION = click.option(
+    "-i", "--identity", type=_FILE, multiple=True, metavar="FILE", help="A file of age identities, or an SSH key."
+)
+_RECIPIENT_OPTIONS = [
+    click.option("-r", "--recipient", multiple=True, help="An age recipient (age1...) or SSH public key."),
+    click.option("-R", "--recipients-file", type=_FILE, multiple=True, metavar="FILE", help="Recipients, a line each."),
+]
+
+
+def _with(options: Sequence[Callable[[_Command], _Command]], command: _Command) -> _Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def opening_options(command: _Command) -> _Command:
+    """Give a command options for what opens a snapshot: it gets `keys`."""
+
+    @wraps(command)
+    def wrapped(**options: Any) -> Any:
+        return command(keys=_opening(options), **options)
+
+    return _with([_key_file_option(""), _IDENTITY_OPTION, *_passphrase_options("", "the passphrase")], wrapped)
+
+
+def _opening(options: dict[str, Any]) -> OpeningKeys:
+    key_file, identities = options.pop("key_file"), options.pop("identity")
+    passphrase = _passphrase(options, "", "Passphrase: ", twice=False)
+    if bool(key_file) + bool(identities) + (passphrase is not None) > 1:
+        raise click.UsageError("--key-file, --identity and a passphrase exclude each other: a snapshot has one kind")
+    return OpeningKeys(_key(key_file), identities, passphrase)
+
+
+def recipient_options(command: _Command) -> _Command:
+    """Give a command options for recipients: it gets `recipients`."""
+
+    @wraps(command)
+    def wrapped(**options: Any) -> Any:
+        return command(recipients=_recipients(options), **options)
+
+    return _with(_RECIPIENT_OPTIONS, wrapped)
+
+
+def _recipients(options: dict[str, Any]) -> tuple[str, ...]:
+    recipients = [*options.pop("recipient")]
+    for path in options.pop("recipients_file"):
+        recipients += read_recipients(path)
+    return tuple(recipients)
+
+
+def writing_options(prefix: str = "") -> Callable[[_Command], _Command]:
+    """Give a command options for what a snapshot is written for: it gets `new_keys`."""
+
+    def decorate(command: _Command) -> _Command:
+        @wraps(command)
+        def wrapped(**options: Any) -> Any:
+            return command(new_keys=_writing(options, prefix), **options)
+
+        passphrase = _passphrase_options(prefix, "a new passphrase, twice")
+        return _with([_key_file_option(prefix), *_RECIPIENT_OPTIONS, *passphrase], wrapped)
+
+    return decorate
+
+
+def _writing(options: dict[str, Any], prefix: str) -> WritingKeys:
+    name = prefix.replace("-", "_")
+    key_file = options.pop(f"{name}key_file")
+    recipients = _recipients(options)
+    passphrase = _passphrase(options, name, "New passphrase: ", twice=True)
+    if bool(key_file) + bool(recipients) + (passphrase is not None) > 1:
+        raise click.UsageError("a key file, recipients and a passphrase exclude each other: a snapshot has one kind")
+    return WritingKeys(options.pop("encrypt", False), _key(key_file), recipients, passphrase)
+
+
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all processors]")
+
+
+def show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    """Report a warning as the command line does, and not with a line of code."""
+    print(f"vmsnap: {message}", file=sys.stderr)
