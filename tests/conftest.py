@@ -21,6 +21,17 @@ hypothesis.settings.register_profile("vmsnap", deadline=None)
 hypothesis.settings.load_profile("vmsnap")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_identity(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
+    """Return the folder for settings, in which no test finds the identity of whoever runs it, nor makes one."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE", "CREDENTIALS_DIRECTORY"):
+            patch.delenv(name, raising=False)
+        patch.setenv("XDG_CONFIG_HOME", str(home))
+        yield home
+
+
 @pytest.fixture
 def key() -> bytes:
     """A fresh 32-byte key."""

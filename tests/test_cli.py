@@ -247,11 +247,6 @@ def test_a_dump_of_what_is_no_file_leaves_nothing(tmp_path: Path, target: str) -
     assert not (tmp_path / "vm").exists()
 
 
-def test_encrypting_without_a_key_is_refused(tmp_path: Path, ram: Path) -> None:
-    assert "key" in error_of(run("dump", ram, tmp_path / "vm", "--encrypt", status=3))
-    assert not (tmp_path / "vm").exists()
-
-
 @pytest.mark.parametrize("form", ["{raw}", "{raw}\n", "{hex}", "{hex}\n", "{HEX}\r\n"])
 def test_a_key_file_is_raw_or_hex_with_or_without_a_newline(tmp_path: Path, ram: Path, form: str) -> None:
     key = b"0123456789abcdefghijklmnopqrstu\n"  # a raw key may end in the byte of a newline

@@ -338,13 +338,6 @@ def test_the_folder_it_lies_in_must_exist(place: Place, tmp_path: Path) -> None:
         vmsnap.SnapshotWriter(tmp_path / "absent/vm1", key=place.key)
 
 
-def test_encryption_needs_a_key(tmp_path: Path) -> None:
-    with refused("no-key-to-write", "vm1: pass a 32-byte key", tmp_path):
-        vmsnap.SnapshotWriter(tmp_path / "vm1", True)
-    with refused("no-key-to-write", "vm1: pass a 32-byte key", tmp_path):
-        vmsnap.SnapshotWriter(tmp_path / "vm1", encrypt=True, key=None)
-
-
 # Creating fragments --------------------------------------------------------------------------------------------------
 
 
@@ -901,23 +894,6 @@ def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> N
     os.truncate(file, 1 << 40)  # a hole: whoever reads it runs out of memory
     with pytest.raises(vmsnap.CorruptSnapshotError, match="too many"):
         encrypted_place.open()
-
-
-@pytest.mark.parametrize(
-    ("contents", "message"),
-    [
-        (b"age-encryption.org/v1\n-> X25519 abc\n", "wrapped by age"),
-        (b"\xd9\xd9\xf7\xa1", "wrapped by a key service"),
-    ],
-)
-def test_another_wrapping_is_told_to_need_a_newer_version(
-    encrypted_place: Place, contents: bytes, message: str
-) -> None:
-    encrypted_place.create()
-    encrypted_place.file("enc_metadata").write_bytes(contents)
-    for key in (encrypted_place.key, None):
-        with refused("other-wrapping", f"{message}, .*use a newer one", encrypted_place.root):
-            vmsnap.SnapshotReader(encrypted_place.root, key=key)
 
 
 def with_payload(place: Place, payload: object) -> Place:

@@ -159,9 +159,6 @@ def _identity(identity: Identity) -> "tuple[str | Path, bool, Passphrase | None]
     if isinstance(identity, str):
         if not identity.lstrip().startswith(("AGE-", "#", "-----BEGIN ")):
             # Not quoted: it may be a secret all the same.
-            text = (
-                "an identity is a text that begins with AGE-SECRET-KEY- or the like; a file is given as a pathlib.Path"
-            )
-            raise InvalidArgumentError(text)
+            raise InvalidArgumentError("an identity begins with AGE-SECRET-KEY- or the like; a file is given as a Path")
         return identity, False, None
     return Path(os.fsdecode(identity)), True, None

@@ -15,8 +15,8 @@ use crate::error::{Error, Kind, Result};
 
 /// scrypt's work factor as a power of two: that of the `age` command, about a second and 256 MiB.
 const WORK_FACTOR: u8 = 18;
-/// A reader's limit: some seconds, and 1 GiB.
-const MAX_WORK_FACTOR: u8 = 20;
+/// A reader's limit, that of the `age` command too: some ten seconds, and 4 GiB.
+const MAX_WORK_FACTOR: u8 = 22;
 
 /// A payload is some 130 bytes.
 const MAX_PAYLOAD_BYTES: u64 = 64 << 10;

@@ -93,7 +93,13 @@ fn place(path: &Path) -> String {
 fn read_if_there(path: &Path, forbidden: u32) -> Result<Option<Found>> {
     match read_file(path, forbidden) {
         Ok(content) => Ok(Some(Found::at(path, content))),
-        Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => Ok(None),
+        Err(error)
+            if [Errno::NOENT, Errno::NOTDIR]
+                .map(|errno| Some(errno.raw_os_error()))
+                .contains(&error.raw_os_error()) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(error.context(place(path))),
     }
 }

@@ -4,7 +4,7 @@
 Uses nothing beyond what ``docs/format.md`` says; section numbers in the comments are of that page. Needs Python 3.11
 and the package ``cryptography``. As a program::
 
-    vmsnap_reader.py SNAPSHOT_DIR [--key-file FILE | --key-hex-env VAR] list | cat PATH | check
+    vmsnap_reader.py SNAPSHOT_DIR [--key-file FILE | --key-hex-env VAR | --payload-file FILE] list | cat PATH | check
 
 As a module: `open_snapshot`, `Snapshot`, `floe_decrypt`, `FormatError`, `AuthenticationError`.
 """
@@ -488,7 +488,7 @@ class Snapshot:
                 yield _FloeFile(stream, self._data_key, aad, what, FRAGMENT_SEGMENT_LENGTHS)
 
 
-def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None) -> Snapshot:
+def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None, *, payload: bytes | None = None) -> Snapshot:
     """Open a snapshot directory.
 
     Parameters
@@ -497,6 +497,8 @@ def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None) -> Sna
         The root.
     key
         The 32-byte key under which the data key is wrapped. With a key, a plain snapshot is refused.
+    payload
+        Instead of a key: the unwrapped key metadata, as ``age -d -i identity.txt enc_metadata`` prints it.
 
     Returns
     -------
@@ -517,9 +519,11 @@ def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None) -> Sna
     with _opened(root, (), stat.S_IFDIR, f"snapshot {root!r}") as descriptor:
         encrypted = KEY_METADATA_NAME in os.listdir(descriptor)
     if not encrypted:
-        if key is not None:
+        if key is not None or payload is not None:
             raise FormatError(f"snapshot {root!r}: a key was given, but there is no {KEY_METADATA_NAME}: not encrypted")
         return Snapshot(root, None)
+    if payload is not None:
+        return Snapshot(root, _data_key(payload))
     if key is None:
         raise FormatError(f"snapshot {root!r}: encrypted, and no key was given")
     with (
@@ -554,6 +558,15 @@ def _key(arguments: argparse.Namespace) -> bytes | None:
             raise ValueError(f"the environment variable {arguments.key_hex_env} is not set")
         return _parse_key(os.fsencode(value), f"the environment variable {arguments.key_hex_env}")
     return None
+
+
+def _payload(arguments: argparse.Namespace) -> bytes | None:
+    if arguments.payload_file is None:
+        return None
+    if arguments.payload_file == "-":
+        return sys.stdin.buffer.read(MAX_KEY_FILE_BYTES)
+    with open(arguments.payload_file, "rb") as stream:
+        return stream.read(MAX_KEY_FILE_BYTES)
 
 
 def _list(snapshot: Snapshot) -> bool:
@@ -608,20 +621,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     key_options = parser.add_mutually_exclusive_group()
     key_options.add_argument("--key-file", metavar="FILE", help="the key: 32 bytes, or 64 hex digits")
     key_options.add_argument("--key-hex-env", metavar="VAR", help="an environment variable with the key, 64 hex digits")
+    key_options.add_argument("--payload-file", metavar="FILE", help="what age -d made of enc_metadata; - for the input")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="print size and path of every fragment")
     commands.add_parser("cat", help="write a fragment to the standard output").add_argument("path", metavar="PATH")
     commands.add_parser("check", help="open every segment of every fragment")
     arguments = parser.parse_args(argv)
     try:
-        key = _key(arguments)
+        key, payload = _key(arguments), _payload(arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        snapshot = open_snapshot(arguments.snapshot, key)
+        snapshot = open_snapshot(arguments.snapshot, key, payload=payload)
         if arguments.command == "list":
             good = _list(snapshot)
         elif arguments.command == "cat":
