@@ -7,6 +7,7 @@ mod errors;
 mod fragments;
 mod golden;
 mod handles;
+mod keys;
 
 use std::path::PathBuf;
 

@@ -11,7 +11,8 @@ use fast_floe::low_level::{
     start_decryption_inferred, start_encryption,
 };
 use fast_floe::{Header, Parameters, Provider};
-use serde::{Deserialize, Serialize};
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::error::{Error, Kind, Result};
@@ -78,9 +79,10 @@ fn provider() -> Result<Provider> {
 }
 
 /// A 32-byte secret: a snapshot's data key, or the caller's key that wraps it. Wiped when dropped, never shown.
-#[derive(Clone, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct SecretKey(#[serde(with = "serde_bytes")] [u8; KEY_BYTES]);
+///
+/// On the heap: what is on the stack leaves a copy behind wherever it is moved from.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct SecretKey(Box<[u8; KEY_BYTES]>);
 
 impl SecretKey {
     /// A new random key, from the operating system.
@@ -89,8 +91,8 @@ impl SecretKey {
     ///
     /// An error where the operating system has no randomness to give.
     pub fn generate() -> Result<Self> {
-        let mut key = Self([0; KEY_BYTES]);
-        fill_random(&mut key.0)?;
+        let mut key = Self(Box::new([0; KEY_BYTES]));
+        fill_random(&mut *key.0)?;
         Ok(key)
     }
 
@@ -100,7 +102,7 @@ impl SecretKey {
     ///
     /// [`Error::is_invalid_argument`] where it is not 32 bytes long.
     pub fn from_slice(bytes: &[u8]) -> Result<Self> {
-        let mut key = Self([0; KEY_BYTES]);
+        let mut key = Self(Box::new([0; KEY_BYTES]));
         if bytes.len() != KEY_BYTES {
             return Err(Error::invalid_argument(format!(
                 "a key has {KEY_BYTES} bytes, this one {}; generate_key() makes one",
@@ -118,14 +120,59 @@ impl SecretKey {
     }
 
     fn bound(&self, provider: Provider) -> fast_floe::Key {
-        fast_floe::Key::from_bytes_with_provider(self.0, provider)
+        fast_floe::Key::from_bytes_with_provider(*self.0, provider)
     }
 }
 
 impl From<[u8; KEY_BYTES]> for SecretKey {
-    fn from(bytes: [u8; KEY_BYTES]) -> Self {
-        Self(bytes)
+    fn from(mut bytes: [u8; KEY_BYTES]) -> Self {
+        let key = Self(Box::new(bytes));
+        bytes.zeroize();
+        key
     }
+}
+
+impl Serialize for SecretKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&*self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for SecretKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Bytes;
+
+        impl<'de> Visitor<'de> for Bytes {
+            type Value = SecretKey;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{KEY_BYTES} bytes")
+            }
+
+            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> std::result::Result<SecretKey, E> {
+                SecretKey::from_slice(bytes).map_err(|_| E::invalid_length(bytes.len(), &self))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<SecretKey, A::Error> {
+                let mut bytes = Zeroizing::new(Vec::with_capacity(KEY_BYTES));
+                while let Some(byte) = items.next_element()? {
+                    bytes.push(byte);
+                }
+                self.visit_bytes(&bytes)
+            }
+        }
+
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
+/// Overwrites the part of the stack that calls from here have used: code of others moves keys about in it. To be called
+/// after such calls, from where they were made.
+#[inline(never)]
+pub(crate) fn wipe_stack() {
+    // More than such calls need, in a build without optimisation too; it takes a microsecond.
+    let zeros = [0_u8; 64 << 10];
+    std::hint::black_box(&zeros);
 }
 
 impl fmt::Debug for SecretKey {
@@ -185,7 +232,9 @@ impl Sealing {
         chunk_size_bytes: usize,
     ) -> Result<(Self, [u8; HEADER_BYTES])> {
         let parameters = parameters(chunk_size_bytes)?;
-        let (state, header) = start_encryption(&key.bound(provider), aad, parameters).map_err(provider_failure)?;
+        let started = start_encryption(&key.bound(provider), aad, parameters);
+        wipe_stack();
+        let (state, header) = started.map_err(provider_failure)?;
         Ok((Self { context: state.into_shared(), chunk_size_bytes }, header.into()))
     }
 
@@ -256,7 +305,9 @@ impl Opening {
     ) -> Result<Self> {
         let header = Header::from(header);
         let parameters = header.unverified_parameters().map_err(|_| not_floe())?;
-        let state = start_decryption_inferred(&key.bound(provider), aad, &header).map_err(|_| not_authentic())?;
+        let started = start_decryption_inferred(&key.bound(provider), aad, &header);
+        wipe_stack();
+        let state = started.map_err(|_| not_authentic())?;
         // The header is authentic from here on, so a length that fits no message is a truncated one.
         let layout = parameters.ciphertext_layout(stored_size).map_err(|_| not_authentic())?;
         Ok(Self { context: state.into_shared(), layout })

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, fsync, renameat, unlinkat};
 
-use crate::cipher::{SecretKey, fill_random};
+use crate::cipher::{SecretKey, fill_random, wipe_stack};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::folder;
 use crate::key::{self, KeyWrapping};
@@ -44,6 +44,7 @@ pub(crate) fn unlock(
     match read(root)? {
         Some(wrapped) => {
             let payload = options.credentials.opener()?.unwrap(&wrapped, poll);
+            wipe_stack();
             Ok(Some(payload.map_err(|error| error.context(place(root)))?.data_key().clone()))
         }
         None if options.is_encrypted() => Err(plain(root)),
@@ -98,7 +99,9 @@ pub(crate) fn rekey_polled(
     let wrapped = read(root)?.ok_or_else(|| plain(root))?;
     let context = |error: Error| error.context(place(root));
     let payload = opener.unwrap(&wrapped, poll).map_err(context)?;
-    let (wrapped, identity) = wrapper.wrap(&payload, poll).map_err(context)?;
+    let wrapped = wrapper.wrap(&payload, poll);
+    wipe_stack();
+    let (wrapped, identity) = wrapped.map_err(context)?;
     poll()?;
     replace(root, &wrapped, &mut || ())?;
     Ok(identity)

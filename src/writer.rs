@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey};
+use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey, wipe_stack};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::{Fragment, Sealed, folder};
 use crate::key::KeyPayload;
@@ -182,8 +182,9 @@ impl SnapshotOptions {
         let mut identity = None;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate()?;
-            let (wrapped, made) = wrapper
-                .wrap(&payload, poll)
+            let wrapped = wrapper.wrap(&payload, poll);
+            wipe_stack();
+            let (wrapped, made) = wrapped
                 .map_err(|error| error.context(format!("cannot create the encrypted snapshot {}", root.display())))?;
             identity = made;
             Some((payload, wrapped))

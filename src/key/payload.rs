@@ -151,7 +151,21 @@ struct Body {
 }
 
 fn secret_byte_string<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<SecretKey, D::Error> {
-    byte_string(deserializer).map(SecretKey::from)
+    struct SecretByteString;
+
+    impl Visitor<'_> for SecretByteString {
+        type Value = SecretKey;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a byte string of 32 bytes")
+        }
+
+        fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> std::result::Result<SecretKey, E> {
+            SecretKey::from_slice(bytes).map_err(|_| E::invalid_length(bytes.len(), &self))
+        }
+    }
+
+    deserializer.deserialize_bytes(SecretByteString)
 }
 
 /// A byte string of exactly that length; serde's own arrays would take a list of numbers too.
