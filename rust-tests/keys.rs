@@ -129,36 +129,42 @@ fn no_key_is_left_in_memory() {
         assert!(done.status.success() && text.contains("looked through"), "{text}");
         return;
     }
-    let (_folder, root) = place();
-    let (masked, key) = use_a_snapshot(&root);
-    // One that is kept, so that the search is seen to find something.
-    assert!(places_of(&key) > 0, "the search finds nothing");
-    drop(key);
-    assert_eq!(places_of_masked(&masked), 0);
+    let kept = Box::new(std::array::from_fn(|index| u8::try_from(index * 7 + 3).unwrap()));
+    assert!(places_of(&kept) > 0, "the search finds nothing");
+    drop(kept);
+    let key = SnapshotOptions::new().key(SecretKey::generate().unwrap());
+    let masked = use_a_snapshot(&key, &key);
+    assert_eq!(places_of_masked(&masked), 0, "with a key");
+    #[cfg(feature = "age")]
+    {
+        let (identity, recipient) = vmsnap::generate_identity().unwrap();
+        let writing = SnapshotOptions::new().recipients([recipient]);
+        let reading = SnapshotOptions::new().identities([Identity::text(identity)]);
+        let masked = use_a_snapshot(&writing, &reading);
+        assert_eq!(places_of_masked(&masked), 0, "with age");
+    }
     println!("looked through");
 }
 
 const MASK: u8 = 0x5a;
 
-/// The data key, masked, and another key in the clear.
+/// The data key, masked, of a snapshot that was written, read and wrapped anew.
 #[inline(never)]
-fn use_a_snapshot(root: &std::path::Path) -> ([u8; 32], Box<[u8; 32]>) {
-    let wrapping = SecretKey::generate().unwrap();
-    let kept = Box::new(std::array::from_fn(|index| u8::try_from(index * 7 + 3).unwrap()));
-    let options = SnapshotOptions::new().key(wrapping);
-    let writer = options.create(root).unwrap();
+fn use_a_snapshot(writing: &SnapshotOptions, reading: &SnapshotOptions) -> [u8; 32] {
+    let (_folder, root) = place();
+    let writer = writing.create(&root).unwrap();
     let masked = data_key_of(&writer);
     for (name, bytes) in [("small", 100), ("large", 5 << 20)] {
         let mut fragment = writer.raw_fragment_with_chunk_size(name, 65536).unwrap();
         std::io::Write::write_all(&mut fragment, &vec![1; bytes]).unwrap();
         fragment.finish().unwrap();
     }
-    let reader = options.clone().open(root).unwrap();
+    let reader = reading.open(&root).unwrap();
     let mut content = Vec::new();
     reader.clone().raw_fragment("large").unwrap().read_to_end(&mut content).unwrap();
     assert_eq!(content.len(), 5 << 20);
-    vmsnap::rekey(root, &options, &SnapshotOptions::new().key(SecretKey::from([9; 32]))).unwrap();
-    (masked, kept)
+    vmsnap::rekey(&root, reading, &SnapshotOptions::new().key(SecretKey::from([9; 32]))).unwrap();
+    masked
 }
 
 /// Masked, and nothing else of it kept.

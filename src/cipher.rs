@@ -169,6 +169,7 @@ impl<'de> Deserialize<'de> for SecretKey {
 /// Overwrites the part of the stack that calls from here have used: code of others moves keys about in it. To be called
 /// after such calls, from where they were made.
 #[inline(never)]
+#[expect(clippy::large_stack_arrays, reason = "the stack is what it is for")]
 pub(crate) fn wipe_stack() {
     // More than such calls need, in a build without optimisation too; it takes a microsecond.
     let zeros = [0_u8; 64 << 10];

@@ -77,7 +77,7 @@ pub(crate) fn unlock(
 /// As [`SnapshotOptions::open`] with `old` and [`SnapshotOptions::create`] with `new`; [`Error::is_not_encrypted`] where the
 /// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
 pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
-    let identity = rekey_polled(root.as_ref(), old, new, &mut || Ok(()))?;
+    let identity = rekey_polled(root, old, new, &mut || Ok(()))?;
     if let Some(path) = identity {
         eprintln!("vmsnap: {}", advice(&path));
     }
@@ -86,7 +86,7 @@ pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOption
 
 /// The same; returns the file of an identity that was made for it.
 pub(crate) fn rekey_polled(
-    root: &Path,
+    root: impl AsRef<Path>,
     old: &SnapshotOptions,
     new: &SnapshotOptions,
     poll: &mut dyn FnMut() -> Result<()>,
@@ -94,7 +94,7 @@ pub(crate) fn rekey_polled(
     if !new.is_encrypted() {
         return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
     }
-    let root = &folder::absolute(root)?;
+    let root = &folder::absolute(root.as_ref())?;
     let (opener, wrapper) = (old.credentials.opener()?, new.credentials.wrapper()?);
     let wrapped = read(root)?.ok_or_else(|| plain(root))?;
     let context = |error: Error| error.context(place(root));
@@ -173,4 +173,52 @@ fn read(root: &Path) -> Result<Option<Vec<u8>>> {
 
 fn place(root: &Path) -> String {
     format!("{KEY_METADATA} of {}", root.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::replace;
+
+    /// Set in the child: the snapshot, and after how many steps it is to be killed.
+    const ROOT: &str = "VMSNAP_TEST_REPLACE_ROOT";
+    const STEPS: &str = "VMSNAP_TEST_REPLACE_STEPS";
+
+    #[test]
+    fn killed_between_any_two_steps_it_is_the_old_or_the_new() {
+        if let Some(root) = std::env::var_os(ROOT) {
+            let mut left: u32 = std::env::var(STEPS).unwrap().parse().unwrap();
+            replace(root.as_ref(), b"new", &mut || {
+                // As by SIGKILL: nothing is tidied up.
+                left = left.checked_sub(1).unwrap_or_else(|| std::process::abort());
+            })
+            .unwrap();
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("enc_metadata");
+        let mut contents = Vec::new();
+        for steps in 0.. {
+            std::fs::write(&path, b"old").unwrap();
+            let done = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "key_metadata::tests::killed_between_any_two_steps_it_is_the_old_or_the_new"])
+                .env(ROOT, folder.path())
+                .env(STEPS, steps.to_string())
+                .output()
+                .unwrap();
+            contents.push(String::from_utf8(std::fs::read(&path).unwrap()).unwrap());
+            for entry in std::fs::read_dir(folder.path()).unwrap() {
+                let name = entry.unwrap().file_name().into_string().unwrap();
+                assert!(name == "enc_metadata" || name.starts_with(".vmsnap-"), "{name}");
+            }
+            if done.status.success() {
+                break;
+            }
+        }
+        assert_eq!(contents, ["old", "old", "old", "new", "new"]);
+        // What was left behind disturbs nobody.
+        replace(folder.path(), b"newer", &mut || ()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"newer");
+    }
 }

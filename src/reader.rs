@@ -158,12 +158,16 @@ impl SnapshotOptions {
     /// As there; [`Error::is_authentication`] where the key is not the one, or `enc_metadata` is damaged;
     /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
     pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
-        self.open_polled(root.as_ref(), &mut || Ok(()))
+        self.open_polled(root, &mut || Ok(()))
     }
 
-    pub(crate) fn open_polled(&self, root: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<SnapshotReader> {
+    pub(crate) fn open_polled(
+        &self,
+        root: impl AsRef<Path>,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root)?;
+        let root = folder::absolute(root.as_ref())?;
         let data_key = key_metadata::unlock(&root, self, poll)?;
         Ok(SnapshotReader { root, namespace: SnapshotPath::default(), data_key, threads, format: self.format })
     }

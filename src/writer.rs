@@ -161,7 +161,7 @@ impl SnapshotOptions {
     ///
     /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
     pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        let (writer, identity) = self.create_polled(root.as_ref(), &mut || Ok(()))?;
+        let (writer, identity) = self.create_polled(root, &mut || Ok(()))?;
         if let Some(path) = identity {
             eprintln!("vmsnap: {}", key_metadata::advice(&path));
         }
@@ -171,11 +171,11 @@ impl SnapshotOptions {
     /// The same, with the file of an identity that was made for it.
     pub(crate) fn create_polled(
         &self,
-        root: &Path,
+        root: impl AsRef<Path>,
         poll: &mut dyn FnMut() -> Result<()>,
     ) -> Result<(SnapshotWriter, Option<PathBuf>)> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root)?;
+        let root = folder::absolute(root.as_ref())?;
         let wrapper = self.credentials.wrapper()?;
         // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
         folder::check_new(&root)?;
@@ -227,12 +227,16 @@ impl SnapshotOptions {
     /// As [`SnapshotOptions::open`], and [`Error::is_unsupported_format`] where the snapshot has a manifest: a sealed
     /// snapshot does not change any more.
     pub fn append(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        self.append_polled(root.as_ref(), &mut || Ok(()))
+        self.append_polled(root, &mut || Ok(()))
     }
 
-    pub(crate) fn append_polled(&self, root: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<SnapshotWriter> {
+    pub(crate) fn append_polled(
+        &self,
+        root: impl AsRef<Path>,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root)?;
+        let root = folder::absolute(root.as_ref())?;
         let data_key = key_metadata::unlock(&root, self, poll)?;
         if folder::exists(&folder::open(&root, "")?, MANIFEST) {
             return Err(Error::new(

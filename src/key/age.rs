@@ -28,6 +28,7 @@ type Identities = Vec<Box<dyn age::Identity + Send + Sync>>;
 pub(super) struct Parsed(Recipients);
 
 /// A new identity, and its recipient.
+#[expect(clippy::unnecessary_wraps, reason = "a build without the feature has none")]
 pub(super) fn generate() -> Result<(SecretText, String)> {
     let identity = x25519::Identity::generate();
     Ok((Zeroizing::new(identity.to_string().expose_secret().to_owned()), identity.to_public().to_string()))
@@ -61,7 +62,6 @@ pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
 }
 
 /// A recipient, or one of a plugin's.
-#[expect(clippy::type_complexity, reason = "two kinds of recipients")]
 fn parse_recipient(text: &str) -> Result<std::result::Result<Box<dyn age::Recipient + Send>, plugin::Recipient>> {
     if let Ok(recipient) = text.parse::<x25519::Recipient>() {
         return Ok(Ok(Box::new(recipient)));
@@ -201,7 +201,7 @@ pub(super) fn unwrap_with_passphrase(
     finished(in_background(None, poll, move || decrypt(&file, &mut std::iter::once(&identity as &dyn age::Identity)))?)
 }
 
-fn decrypt<'a>(file: &[u8], identities: &mut dyn Iterator<Item = &'a dyn age::Identity>) -> Result<Zeroizing<Vec<u8>>> {
+fn decrypt(file: &[u8], identities: &mut dyn Iterator<Item = &dyn age::Identity>) -> Result<Zeroizing<Vec<u8>>> {
     let reader = Decryptor::new_buffered(file)
         .and_then(|decryptor| decryptor.decrypt(identities))
         .map_err(|error| not_opened(&error))?;

@@ -1,5 +1,7 @@
 //! In the place of `age.rs`, in a build without the feature.
 
+#![expect(clippy::needless_pass_by_value, clippy::unnecessary_wraps, reason = "the functions are those of age.rs")]
+
 use std::sync::Arc;
 
 use zeroize::Zeroizing;

@@ -42,7 +42,7 @@ impl Credentials {
             options = options.recipients(recipients);
         }
         if let Some(identities) = identities {
-            options = options.identities(identities.iter().map(identity).collect::<PyResult<Vec<_>>>()?);
+            options = options.identities(identities.into_iter().map(identity).collect::<PyResult<Vec<_>>>()?);
         }
         if let Some(given) = passphrase {
             options = options.passphrase(asked_or_given(given)?);
@@ -54,14 +54,14 @@ impl Credentials {
     }
 }
 
-fn identity((source, is_path, given): &IdentityArguments<'_>) -> PyResult<Identity> {
-    let identity = if *is_path {
+fn identity((source, is_path, given): IdentityArguments<'_>) -> PyResult<Identity> {
+    let identity = if is_path {
         Identity::file(source.extract::<PathBuf>()?)
     } else {
         Identity::text(source.extract::<String>()?)
     };
     match given {
-        Some(given) => Ok(identity.with_passphrase(asked_or_given(given)?)),
+        Some(given) => Ok(identity.with_passphrase(asked_or_given(&given)?)),
         None => Ok(identity),
     }
 }
@@ -177,7 +177,7 @@ pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
 /// Wraps a snapshot's data key anew; returns what to tell the user of an identity that was made for it.
 #[pyfunction]
 pub(super) fn rekey(py: Python<'_>, root: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<Option<String>> {
-    let identity = interruptible(py, |poll| key_metadata::rekey_polled(&root, &old.0, &new.0, poll))?;
+    let identity = interruptible(py, |poll| key_metadata::rekey_polled(root, &old.0, &new.0, poll))?;
     Ok(identity.map(|path| key_metadata::advice(&path)))
 }
 
@@ -196,5 +196,5 @@ pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
 
 #[pyfunction]
 pub(super) fn recipients_of(arguments: IdentityArguments<'_>) -> PyResult<Vec<String>> {
-    Ok(crate::recipients_of(&identity(&arguments)?)?)
+    Ok(crate::recipients_of(&identity(arguments)?)?)
 }

@@ -24,7 +24,7 @@ impl SnapshotReader {
         threads: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?;
-        Ok(Self(interruptible(py, |poll| options.open_polled(&root, poll))?))
+        Ok(Self(interruptible(py, |poll| options.open_polled(root, poll))?))
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {

@@ -34,7 +34,7 @@ impl SnapshotWriter {
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        let (writer, identity) = interruptible(py, |poll| options.create_polled(&root, poll))?;
+        let (writer, identity) = interruptible(py, |poll| options.create_polled(root, poll))?;
         Ok(Self { writer, advice: identity.map(|path| key_metadata::advice(&path)) })
     }
 
@@ -47,7 +47,7 @@ impl SnapshotWriter {
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        Ok(interruptible(py, |poll| options.append_polled(&root, poll))?.into())
+        Ok(interruptible(py, |poll| options.append_polled(root, poll))?.into())
     }
 
     #[getter]
