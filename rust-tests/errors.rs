@@ -7,14 +7,6 @@ use vmsnap::{Error, SecretKey, SnapshotOptions, SnapshotReader, SnapshotWriter};
 use crate::{encrypted, pattern, place};
 
 #[test]
-fn encryption_without_a_key_creates_nothing() {
-    let (_folder, root) = place();
-    let error = SnapshotWriter::new(root.clone(), true).unwrap_err();
-    assert!(error.is_key_unavailable() && error.to_string().contains("32-byte key"), "{error}");
-    assert!(!root.exists());
-}
-
-#[test]
 fn what_exists_is_refused_and_kept() {
     let (_folder, root) = place();
     let writer = SnapshotWriter::new(root.clone(), false).unwrap();

@@ -9,7 +9,9 @@ versions go on reading it (`test_golden.py`), and have a folder of their own whe
 import hashlib
 import json
 import math
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, timezone
 from enum import Enum
@@ -56,6 +58,42 @@ SNAPSHOTS = {
     "encrypted": Golden(KEY, "cbor", RAW_LENGTHS),
     "encrypted-json": Golden(KEY, "json", {}),
 }
+
+# Other wrappings of the key of "encrypted" ---------------------------------------------------------------------------
+
+#: For tests, in clear.
+IDENTITY = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX"
+PASSPHRASE = "golden"
+
+
+class Mask:
+    """A key service that protects nothing."""
+
+    name = "golden-mask"
+
+    def wrap(self, payload: bytes) -> bytes:
+        return bytes(byte ^ 0xA5 for byte in payload)
+
+    unwrap = wrap
+
+
+#: What `rekey` is told, and what opens what it makes then.
+WRAPPINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "age": ({"recipients": vmsnap.recipients_of(IDENTITY)}, {"identities": IDENTITY}),
+    "passphrase": ({"new_passphrase": PASSPHRASE}, {"passphrase": PASSPHRASE}),
+    "key-provider": ({"new_key_provider": Mask()}, {"key_provider": Mask()}),
+}
+
+
+def make_wrappings(folder: Path, encrypted: Path) -> None:
+    """Write an ``enc_metadata`` of each kind for a snapshot that is encrypted with `KEY`."""
+    folder.mkdir()
+    for name, (new, _) in WRAPPINGS.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            shutil.copy(encrypted / "enc_metadata", temporary)
+            vmsnap.rekey(temporary, key=KEY, **new)
+            shutil.copy(Path(temporary, "enc_metadata"), folder / name)
+
 
 # The values ----------------------------------------------------------------------------------------------------------
 
@@ -275,6 +313,7 @@ def main() -> None:
         },
         "snapshots": {name: make(folder / name, golden) for name, golden in SNAPSHOTS.items()},
     }
+    make_wrappings(folder / "wrappings", folder / "encrypted")
     (folder / "expected.json").write_text(as_text(expected), encoding="utf-8")
     print(f"written: {folder}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import vmsnap
 from independent import all_fragments, check_independently
-from make_golden import GOLDEN, described, written_values
+from make_golden import GOLDEN, WRAPPINGS, described, written_values
 
 VERSIONS = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 
@@ -89,6 +89,20 @@ def test_an_encrypted_one_opens_with_its_key_alone(version: str, name: str) -> N
         vmsnap.SnapshotReader(root)
     with pytest.raises(vmsnap.AuthenticationError):
         vmsnap.SnapshotReader(root, key=key[::-1])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_a_golden_key_opens_however_it_is_wrapped(version: str, wrapping: str, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(GOLDEN / version / "encrypted", root)
+    (root / "enc_metadata").unlink()
+    shutil.copy(GOLDEN / version / "wrappings" / wrapping, root / "enc_metadata")
+    reader = vmsnap.SnapshotReader(root, **WRAPPINGS[wrapping][1])
+    holds = expected(version)["snapshots"]["encrypted"]["fragments"]
+    for path, found in all_fragments(reader).items():
+        with found.raw_fragment(path.rpartition("/")[2]) as opened:
+            assert hashlib.sha256(opened.read()).hexdigest() == holds[path]["sha256"]
 
 
 @pytest.mark.parametrize("format", ["cbor", "json"])

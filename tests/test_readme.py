@@ -1,12 +1,19 @@
-"""Every line of the README that a reader may copy is run as it stands; its Rust is run by `cargo test`."""
+"""Every line of the README, and of some pages, that a reader may copy is run as it stands; Rust by `cargo test`."""
 
+import base64
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import vmsnap
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,6 +26,7 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 def folder(tmp_path: Path) -> Path:
     for name in ["disk.img", "ram.img"]:
         (tmp_path / name).write_bytes(os.urandom(300_000))
+    (tmp_path / "team.txt").write_text("\n".join(vmsnap.recipients_of(vmsnap.generate_identity())))
     return tmp_path
 
 
@@ -31,6 +39,85 @@ def test_the_python_of_the_readme_runs(folder: Path) -> None:
 
 def test_the_python_of_the_guide_runs(tmp_path: Path) -> None:
     subprocess.check_output([sys.executable, "-c", "\n".join(blocks("python", "docs/guide.md"))], cwd=tmp_path)
+
+
+def test_the_python_of_the_page_on_keys_runs(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CONFIG_HOME": str(tmp_path / "settings")}
+    script = "\n".join(blocks("python", "docs/keys.md"))
+    subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.STDOUT)
+
+
+def key_services() -> dict[str, Any]:
+    """The classes of the page on keys."""
+    found: dict[str, Any] = {}
+    for block in blocks("python", "docs/keys.md"):
+        if "class " in block:
+            exec(block, found)
+    return found
+
+
+def test_the_example_for_kms_asks_as_its_client_is_asked(tmp_path: Path) -> None:
+    """With what boto3's client takes and returns; KMS itself cannot be had here."""
+
+    class Client:
+        def encrypt(self, *, KeyId: str, Plaintext: bytes) -> dict[str, bytes]:  # noqa: N803
+            assert KeyId == "alias/vms"
+            return {"CiphertextBlob": b"KMS:" + Plaintext[::-1]}
+
+        def decrypt(self, *, KeyId: str, CiphertextBlob: bytes) -> dict[str, bytes]:  # noqa: N803
+            assert (KeyId, CiphertextBlob[:4]) == ("alias/vms", b"KMS:")
+            return {"Plaintext": CiphertextBlob[:3:-1]}
+
+    provider = key_services()["AwsKms"](Client(), "alias/vms")
+    vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=provider).write_fragment("a", 1)
+    assert vmsnap.SnapshotReader(tmp_path / "vm1", key_provider=provider).read_fragment("a") == 1
+
+
+def test_the_example_for_vault_asks_as_its_documentation_says(tmp_path: Path) -> None:
+    """https://developer.hashicorp.com/vault/api-docs/secret/transit, from a server of our own."""
+    with Vault(("127.0.0.1", 0), Transit) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        make = key_services()["VaultTransit"]
+        provider = make(f"http://127.0.0.1:{server.server_port}", "the token", "vms")
+        vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=provider).write_fragment("a", 1)
+        assert vmsnap.SnapshotReader(tmp_path / "vm1", key_provider=provider).read_fragment("a") == 1
+        stranger = make(f"http://127.0.0.1:{server.server_port}", "another token", "vms")
+        with pytest.raises(vmsnap.KeyUnavailableError, match="403"):
+            vmsnap.SnapshotReader(tmp_path / "vm1", key_provider=stranger)
+        server.shutdown()
+
+
+class Vault(ThreadingHTTPServer):
+    """Keeps one key."""
+
+    cipher = AESGCM(AESGCM.generate_key(256))
+
+
+class Transit(BaseHTTPRequestHandler):
+    """Two calls of the transit engine."""
+
+    server: Vault
+
+    def do_POST(self) -> None:
+        if self.headers["X-Vault-Token"] != "the token":
+            self.send_error(403)
+            return
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/transit/encrypt/vms":
+            nonce = os.urandom(12)
+            sealed = nonce + self.server.cipher.encrypt(nonce, base64.b64decode(body["plaintext"]), None)
+            data = {"ciphertext": "vault:v1:" + base64.b64encode(sealed).decode()}
+        else:
+            assert self.path == "/v1/transit/decrypt/vms"
+            sealed = base64.b64decode(body["ciphertext"].removeprefix("vault:v1:"))
+            plaintext = self.server.cipher.decrypt(sealed[:12], sealed[12:], None)
+            data = {"plaintext": base64.b64encode(plaintext).decode()}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": data}).encode())
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
 
 
 def test_the_commands_of_the_readme_run(folder: Path) -> None:

@@ -122,10 +122,10 @@ fn make(path: &Path) -> Result<Found> {
     let failed = |error: std::io::Error| {
         Error::io(format!("cannot make {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)
     };
-    let folder = path.parent().unwrap_or(path);
-    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
     let (identity, recipient) = age::generate()?;
     let content = Zeroizing::new(age::identity_file(&identity, &recipient).into_bytes());
+    let folder = path.parent().unwrap_or(path);
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
 
     // Under a name of its own until it is whole, so that nobody reads a part of it.
     let mut number = [0; 8];

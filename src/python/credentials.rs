@@ -42,7 +42,7 @@ impl Credentials {
             options = options.recipients(recipients);
         }
         if let Some(identities) = identities {
-            options = options.identities(identities.into_iter().map(identity).collect::<PyResult<Vec<_>>>()?);
+            options = options.identities(identities.into_iter().map(parse_identity).collect::<PyResult<Vec<_>>>()?);
         }
         if let Some(given) = passphrase {
             options = options.passphrase(asked_or_given(given)?);
@@ -54,7 +54,7 @@ impl Credentials {
     }
 }
 
-fn identity((source, is_path, given): IdentityArguments<'_>) -> PyResult<Identity> {
+fn parse_identity((source, is_path, given): IdentityArguments<'_>) -> PyResult<Identity> {
     let identity = if is_path {
         Identity::file(source.extract::<PathBuf>()?)
     } else {
@@ -195,6 +195,6 @@ pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
 }
 
 #[pyfunction]
-pub(super) fn recipients_of(arguments: IdentityArguments<'_>) -> PyResult<Vec<String>> {
-    Ok(crate::recipients_of(&identity(arguments)?)?)
+pub(super) fn recipients_of(identity: IdentityArguments<'_>) -> PyResult<Vec<String>> {
+    Ok(crate::recipients_of(&parse_identity(identity)?)?)
 }

@@ -1,8 +1,8 @@
 """A key service for the tests: a process of its own that listens on a socket and keeps the only key.
 
 ``key_service.py SOCKET BEHAVIOUR``; BEHAVIOUR is "good", "wrong" (it answers with other bytes), "slow" (it answers
-after a minute) or "rude" (it hangs up). A request is "wrap" or "unwrap", a space and bytes, and ends with the sending side
-closed; so does the answer, which is "ok" or "no", a space and bytes.
+after a minute) or "rude" (it hangs up). A request is "wrap" or "unwrap", a space and bytes, and ends with the sending
+side closed; so does the answer, which is "ok" or "no", a space and bytes.
 """
 
 import os
