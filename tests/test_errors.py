@@ -448,6 +448,27 @@ def test_what_is_not_permitted_is_told(
     check_independently(open_folder / "folder/vm1", key or None, {"disks/sda": b"x", "mem": b"x"})
 
 
+def test_an_identity_that_cannot_be_read_or_made_is_told_and_nothing_is_written_plain(open_folder: Path) -> None:
+    is_root = os.geteuid() == 0
+    file = open_folder / "id.txt"
+    file.write_text(vmsnap.generate_identity())
+    file.chmod(0o600 if is_root else 0)
+    create = "os.environ['XDG_CONFIG_HOME'] = sys.argv[1]\n{}vmsnap.SnapshotWriter(sys.argv[1] + '/vm1', True)"
+    named = create.format("os.environ['VMSNAP_IDENTITY_FILE'] = sys.argv[1] + '/id.txt'\n")
+    missing = (
+        f"cannot make the identity file {open_folder}/vmsnap/identity.txt; set .VMSNAP_IDENTITY_FILE, or pass a key"
+    )
+    for call, mode, message in ((named, 0o777, f"{file}.*cannot be read"), (create.format(""), 0o555, missing)):
+        open_folder.chmod(mode)
+        if is_root:
+            refused_elsewhere("not-permitted", message, open_folder, AS_NOBODY + call, open_folder, "")
+        else:  # what is closed to us as well cannot be compared
+            result = run_python(AS_NOBODY + call, open_folder, "")
+            assert re.search(f"PermissionError: .*{message}", result.stderr), result.stderr
+            assert not (open_folder / "vm1").exists()
+    open_folder.chmod(0o777)
+
+
 # A full disk ---------------------------------------------------------------------------------------------------------
 
 

@@ -421,18 +421,17 @@ def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path:
 
 
 def test_in_an_emergency_age_and_a_script_are_enough(tmp_path: Path, go_age: Path, pair: Pair) -> None:
-    """The procedure of docs/keys.md, with no vmsnap: the interpreter sees no packages but the one that it needs."""
+    """The procedure of docs/keys.md, with no vmsnap."""
     write_some(tmp_path / "vm1", recipients=pair.recipient)
     shutil.copy(REPOSITORY / "examples/readers/python/vmsnap_reader.py", tmp_path)
+    # Beside the script it comes first, so that nothing of ours could be imported.
+    (tmp_path / "vmsnap.py").write_text("raise ImportError('there is no vmsnap')")
     pair.file(tmp_path / "id.txt")
     page = (REPOSITORY / "docs/keys.md").read_text()
     [command] = re.findall(r"```sh\n(.*)\n```", page.partition("## Without vmsnap")[2])
     path = f"{go_age}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(["sh", "-ec", command], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True)
     assert (tmp_path / "sda.img").read_bytes() == pattern(10_000), done.stderr
-    assert "vmsnap" not in re.findall(
-        r"^(?:import|from) (\w+)", (tmp_path / "vmsnap_reader.py").read_text(), re.MULTILINE
-    )
 
 
 # Rekey ----------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,12 @@ type Identities = Vec<Box<dyn age::Identity + Send + Sync>>;
 /// The recipients that a snapshot is to be encrypted to, parsed.
 pub(super) struct Parsed(Recipients);
 
+/// Whether this build has age; it has.
+#[expect(clippy::unnecessary_wraps, reason = "a build without the feature has not")]
+pub(super) fn check_present() -> Result<()> {
+    Ok(())
+}
+
 /// A new identity, and its recipient.
 #[expect(clippy::unnecessary_wraps, reason = "a build without the feature has none")]
 pub(super) fn generate() -> Result<(SecretText, String)> {

@@ -119,6 +119,7 @@ impl Wrapper<'_> {
             Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, poll)?,
             Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, poll)?,
             Self::DefaultIdentity => {
+                age::check_present()?;
                 let found = default_identity::find_or_make()?;
                 let wrapped = age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, poll)?;
                 return Ok((wrapped, found.made_at));
@@ -137,6 +138,7 @@ impl Opener<'_> {
                 age::unwrap(wrapped, age::load(identities)?, poll)?
             }
             (KeyWrapping::Age { .. }, Self::DefaultIdentity) => {
+                age::check_present()?;
                 let found = default_identity::find()?;
                 let identities = age::parse_default(&found.content, &found.place)?;
                 age::unwrap(wrapped, identities, poll).map_err(|error| error.context(&found.place))?
