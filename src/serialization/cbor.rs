@@ -1,7 +1,7 @@
 //! CBOR (RFC 8949) that every decoder understands alike and that harms none.
 
-use super::check::{MAX_DEPTH, Malformed};
 use super::hashes;
+use super::malformed::{MAX_DEPTH, Malformed};
 
 /// Keys that are arrays, tagged or sets can be made to have one hash value, so that each is compared with all others of its
 /// map, byte by byte: numbers cannot, of which 16 at most share one. This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.

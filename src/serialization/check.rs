@@ -4,37 +4,8 @@
 //! more: nesting that overflows the stack, declared lengths that exhaust the memory, tags that build things nobody asked
 //! for, keys that collide. So the bytes are looked at first, without making anything of them.
 
+use super::malformed::Malformed;
 use super::{Format, cbor, json};
-#[cfg(feature = "python")]
-use crate::error::Error;
-
-/// Levels of containers and tags: `serde_json` reads no more.
-pub(super) const MAX_DEPTH: usize = 127;
-
-/// Why bytes are not one value, and where that shows.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Malformed {
-    pub(crate) reason: String,
-    /// Bytes from the start of the value.
-    pub(crate) offset: usize,
-}
-
-impl Malformed {
-    pub(super) fn new(offset: usize, reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), offset }
-    }
-
-    /// As an error of what is at `place`.
-    #[cfg(feature = "python")]
-    pub(crate) fn at(self, place: &str) -> Error {
-        let Self { reason, offset } = self;
-        Error::corrupt(format!("{place} does not hold a serialized value: {reason}, at byte {offset}"))
-    }
-
-    pub(super) fn too_deep(offset: usize) -> Self {
-        Self::new(offset, format!("it is nested deeper than {MAX_DEPTH} levels"))
-    }
-}
 
 /// Checks that `bytes` are one value, and returns its format, which is found out where none is given.
 pub(crate) fn check(bytes: &[u8], format: Option<Format>) -> Result<Format, Malformed> {
@@ -48,7 +19,8 @@ pub(crate) fn check(bytes: &[u8], format: Option<Format>) -> Result<Format, Malf
 
 #[cfg(test)]
 mod tests {
-    use super::{Format, MAX_DEPTH, check};
+    use super::super::malformed::MAX_DEPTH;
+    use super::{Format, check};
 
     /// What is wrong with `bytes`, and at which byte.
     fn refused(format: Format, bytes: &[u8]) -> (String, usize) {

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::check::Malformed;
+use super::malformed::Malformed;
 
 /// Checks that `bytes` are one text that `serde_json` reads: its depth, its numbers within those of 64-bit floats, no lone
 /// surrogates.

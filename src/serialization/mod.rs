@@ -5,6 +5,7 @@
 //! floats.rs  JSON with floats as crosvm printed them
 //! check.rs   what bytes of a stranger's must be before another decoder than serde's sees them
 //! cbor.rs, json.rs    the same for each format
+//! malformed.rs  what is wrong with them
 //! hashes.rs  keys that make Python's dicts and sets slow
 //! ```
 
@@ -17,6 +18,8 @@ mod floats;
 mod hashes;
 #[cfg(any(feature = "python", test))]
 mod json;
+#[cfg(any(feature = "python", test))]
+mod malformed;
 
 #[cfg(feature = "python")]
 pub(crate) use {check::check, hashes::crowded};
