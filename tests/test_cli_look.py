@@ -128,7 +128,7 @@ def test_tree_draws_namespaces_and_fragments_with_exact_sizes_into_a_pipe(place:
     drawn = text_of("tree", place.root.name, "--key-file", key_file, cwd=place.root.parent, env={"COLUMNS": "20"})
     assert drawn == (
         "vm  3 fragments, 5001 bytes\n"
-        "├── clock  1 bytes\n"
+        "├── clock  1 byte\n"
         "├── disks/  1 fragment, 5000 bytes\n"
         "│   └── sda  5000 bytes\n"
         "└── pci/  1 fragment, 0 bytes\n"
@@ -419,7 +419,7 @@ def test_cp_reads_standard_input(plain: vmsnap.SnapshotWriter) -> None:
 def test_cp_never_writes_over_a_fragment(place: Place, image: Path, key_file: Path) -> None:
     before = tree(place.root)
     for target in ("clock", "disks", "disks/sda"):
-        error = error_of(run("cp", image, f"{place.root}:{target}", "--force", "--key-file", key_file, status=1))
+        error = error_of(run("cp", image, f"{place.root}:{target}", "--key-file", key_file, status=1))
         assert "exists" in error
     assert tree(place.root) == before
 
@@ -435,6 +435,37 @@ def test_cp_replaces_a_plain_file_only_where_it_is_forced(place: Place, image: P
     link.symlink_to(image)
     arguments[2] = link
     assert "is no plain file" in error_of(run(*arguments, "--force", status=1))
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_cp_writes_no_file_into_a_snapshot(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
+    run("cp", image, f"{place.root}:disks/sdb", "--key-file", key_file)
+    before = tree(place.root)
+    for target in ("", "/new", "/disks/new", "/disks", "/enc_metadata", f"/../{place.root.name}/disks/sdb"):
+        path = f"{place.root}{target}"
+        done = run("cp", f"{place.root}:disks/sdb", path, "--key-file", key_file, *force, status=1)
+        assert "is in the snapshot" in error_of(done)
+        assert tree(place.root) == before
+
+
+def test_options_that_do_not_apply_are_refused(place: Place, image: Path, tmp_path: Path, key_file: Path) -> None:
+    run("cp", image, f"{place.root}:disks/sdb", "--key-file", key_file)
+    for arguments in (
+        [f"{place.root}:disks/sdb", tmp_path / "out", "--create"],
+        [f"{place.root}:", tmp_path / "out"],
+        [image, f"{place.root}:new", "--force"],
+        [image, f"{place.root}:new", "--chunk-size", "5"],
+    ):
+        run("cp", *arguments, "--key-file", key_file, status=2)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["ls", "tree", "info"])
+def test_a_closed_standard_output_is_an_error(plain: vmsnap.SnapshotWriter, command: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m vmsnap {command} '{plain.root}' >&-"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "vmsnap: error: standard output is closed\n")
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])

@@ -119,6 +119,19 @@ class Colour(enum.Enum):
     PAIR = (1, 2)
 
 
+class Listed(enum.Enum):
+    LIST = [1, 2]  # noqa: RUF012
+    BYTES = b"ab"
+
+
+@dataclass
+class Base1:
+    """Knows one of the keys of `Segment`."""
+
+    base: int
+    other: int = 0
+
+
 class Access(enum.IntFlag):
     READ = 1
     WRITE = 2
@@ -264,6 +277,10 @@ BUILT: list[tuple[Any, Any, Any]] = [
     (1, Colour, Colour.ONE),
     (Colour.PAIR, Colour, Colour.PAIR),
     (3, Access, Access.READ | Access.WRITE),
+    ([1, 2], Listed, Listed.LIST),
+    (b"ab", Listed, Listed.BYTES),
+    (Segment(1, 2), Base1 | Segment, Segment(1, 2)),
+    ({"base": 1, "newer": 2}, Base1 | Segment, Base1(1)),
     ("READ", Access, Access.READ),
     # dataclasses
     (SEGMENT, Segment, Segment(1, 2)),
@@ -314,6 +331,7 @@ BUILT: list[tuple[Any, Any, Any]] = [
     (5, Leaf | str, Leaf(5)),
     ("a", int | str | None, "a"),
     (2**53 + 1, float | int, 2**53 + 1),
+    (2**53 + 2, float, float(2**53 + 2)),
     (0.5, float | int, 0.5),
     ([1], int | list[int], [1]),
     ({"Segment": SEGMENT}, Segment | Wrapper, Segment(1, 2)),
@@ -369,6 +387,7 @@ ARRAYS: list[tuple[Any, Any, str]] = [
     ([True], npt.NDArray[np.bool_], "bool"),
     ([1, 2], npt.NDArray[np.uint8], "uint8"),
     ([1, 2], npt.NDArray[np.float64], "float64"),
+    ([2**60, -(2**53)], npt.NDArray[np.float64], "float64"),
     ([0.1], npt.NDArray[np.float32], "float32"),
     ([], npt.NDArray[np.uint16], "uint16"),
     ([1, 2], npt.NDArray[Any], "int64"),
@@ -397,6 +416,10 @@ def test_arrays_are_built_of_typed_arrays_and_of_lists(value: Any, type: Any, dt
         ([1.5], npt.NDArray[np.int64]),
         ([1.0], npt.NDArray[np.int64]),
         ([1e300], npt.NDArray[np.float32]),
+        ([2**53 + 1], npt.NDArray[np.float64]),
+        (np.array([2**63 + 1], "u8"), npt.NDArray[np.float64]),
+        ([2**24 + 1], npt.NDArray[np.float32]),
+        (2**24 + 1, np.float32),
         ([1], npt.NDArray[np.floating]),
         (["12"], npt.NDArray[np.int64]),
         ([True], npt.NDArray[np.int64]),
@@ -477,6 +500,7 @@ MISMATCHES: list[tuple[Any, Any, str]] = [
     (1.0, int, "expected int, found float"),
     (1, bool, "expected bool, found int"),
     (True, float, "expected float, found bool"),
+    (2**53 + 1, float, "expected float, found int"),
     ("hunter2", float, "expected float, found str"),
     ("1", int, "expected int, found str"),
     (1, str, "expected str, found int"),

@@ -239,7 +239,8 @@ impl<'a> Scanner<'a> {
         match (tag, head.major) {
             (0 | 1004, 3) => self.text(&head),
             (0 | 1004, _) => wrong("a text"),
-            (1, 0 | 1 | 7) => self.rest_of(&head, depth + 1, role),
+            (1, 0 | 1) => Ok(()),
+            (1, 7) if self.at - head.start > 2 => self.rest_of(&head, depth + 1, role),
             (1, _) => wrong("a number"),
             (2 | 3, 2) => self.string(&head, |_| true).map(drop),
             (2 | 3, _) => wrong("a byte string"),

@@ -100,6 +100,8 @@ mod tests {
             (b"\xdb\xff\xff\xff\xff\xff\xff\xff\xff\x00", "tag 18446744073709551615 is none", 0),
             (b"\xc0\x01", "tag 0 is not on a text", 0),
             (b"\xc1\x61a", "tag 1 is not on a number", 0),
+            (b"\xc1\xf5", "tag 1 is not on a number", 0),
+            (b"\xc1\xf6", "tag 1 is not on a number", 0),
             (b"\xc2\x01", "tag 2 is not on a byte string", 0),
             (b"\xd8\x25\x41a", "tag 37 is not on 16 bytes", 0),
             (b"\xd8\x46\x43abc", "tag 70 is not on elements of 4 bytes", 0),

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import click
 
 from vmsnap import SnapshotWriter
-from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, new_snapshot
+from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option, new_snapshot
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options, threads_option
 from vmsnap.cli.places import locate, pieces, write_all
@@ -35,6 +35,14 @@ def _new_fragment_in(text: str) -> tuple[str, str] | None:
     """Return snapshot and path where `text` is SNAPSHOT:PATH, whether the snapshot is there or not."""
     root, colon, path = text.partition(":")
     return fragment_in(text) or ((root, path) if root and colon else None)
+
+
+def _refuse_inside(target: str, root: str) -> None:
+    """Refuse a file in a snapshot: in the one at `root`, or one that shows as such."""
+    folder, snapshot = Path(target).absolute().parent.resolve(), Path(root).resolve()
+    for parent in (folder, *folder.parents):
+        if parent == snapshot or any((parent / name).exists() for name in ("enc_metadata", "vmsnap_manifest")):
+            raise CommandError(f"{target}: is in the snapshot {parent}; what is copied into one is SNAPSHOT:PATH")
 
 
 @contextmanager
@@ -82,9 +90,13 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
 
 def copy_out(root: str, path: str, target: str, keys: OpeningKeys, *, threads: int | None, force: bool) -> None:
     """Write a fragment to a file, or to standard output."""
+    if not path:
+        raise click.UsageError(f"name the fragment: {root}:PATH")
     namespace, name = locate(keys.open(root, threads=threads), path)
     if target != _STREAM and os.path.isdir(target):
         target = os.path.join(target, name)
+    if target != _STREAM:
+        _refuse_inside(target, root)
     with (
         namespace.raw_fragment(name) as fragment,
         contextlib.nullcontext(sys.stdout.buffer) if target == _STREAM else new_file(target, force=force) as file,
@@ -130,7 +142,7 @@ def copy_in(
 @recipient_options
 @click.option("--force", is_flag=True, help="Replace an existing plain file outside of the snapshot.")
 @click.option("--create", is_flag=True, help="Copy into a new snapshot, which -r and -R encrypt.")
-@click.option("--chunk-size", type=int, default=CHUNK_BYTES, show_default=True, help="Bytes encrypted together.")
+@chunk_size_option
 @threads_option
 def cp(
     source: str,
@@ -158,11 +170,15 @@ def cp(
     outward, inward = fragment_in(source), fragment_in(target)
     if outward and inward:
         raise click.UsageError("both are fragments: one has to be a file, or - for standard input and output")
+    if outward and (create or recipients):
+        raise click.UsageError("--create, -r and -R are for a copy into a snapshot")
     if outward:
         copy_out(*outward, target, keys, threads=threads, force=force)
         return
     inward = inward or _new_fragment_in(target)
     if inward:
+        if force:
+            raise click.UsageError("--force is for a copy out: a fragment is never written over another")
         if recipients and not create:
             raise click.UsageError("recipients are for a new snapshot: --create")
         new = keys.for_new(recipients) if create else keys

@@ -23,6 +23,15 @@ PIECE_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 16
 
 
+chunk_size_option = click.option(
+    "--chunk-size",
+    type=click.IntRange(32, 64 << 20),
+    default=CHUNK_BYTES,
+    show_default=True,
+    help="Bytes encrypted together.",
+)
+
+
 @dataclass
 class Summary:
     """What a dump stored, and what it could not."""
@@ -139,7 +148,7 @@ def _pid_of(target: str) -> int | None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
 @writing_options()
-@click.option("--chunk-size", type=int, default=CHUNK_BYTES, show_default=True, help="Bytes encrypted together.")
+@chunk_size_option
 @threads_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 def dump(

@@ -88,6 +88,9 @@ def run() -> int:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
     warnings.showwarning = show_warning
+    if sys.stdout is None:
+        print("vmsnap: error: standard output is closed", file=sys.stderr)
+        return 1
     if isinstance(sys.stdout, TextIOWrapper):
         # A name that the locale's encoding has not is shown escaped.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -77,7 +77,7 @@ def as_tree(root: Namespace, label: str, *, exact: bool) -> Tree:
     """Return a namespace as it is drawn, with sizes for a program or for a person."""
 
     def size_of(size: int) -> str:
-        return f"{size} bytes" if exact else human_size(size)
+        return f"{size} byte{'' if size == 1 else 's'}" if exact else human_size(size)
 
     def title(name: str, namespace: Namespace) -> Text:
         count = f"{namespace.count} fragment{'' if namespace.count == 1 else 's'}, {size_of(namespace.size)}"

@@ -63,7 +63,7 @@ def encode(
     Returns
     -------
     bytes
-        One value, the same bytes for equal values in every process.
+        One value, the same bytes in every process: members of a set in an order of their own, keys of a map in theirs.
 
     Raises
     ------

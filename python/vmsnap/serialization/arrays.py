@@ -109,8 +109,18 @@ def as_array(value: Any, scalar: Any) -> Any:
         return None
     with numpy.errstate(over="ignore"):
         result = array.astype(dtype)
-    exact = numpy.isinf(result) == numpy.isinf(array) if dtype.kind == "f" else result == array
-    return result if exact.all() else None
+    if dtype.kind != "f":
+        return result if (result == array).all() else None
+    if array.dtype.kind == "f":
+        return result if (numpy.isinf(result) == numpy.isinf(array)).all() else None
+    # Beyond so many not every integer has a float.
+    limit = 2 ** (numpy.finfo(dtype).nmant + 1)
+    large = (array > limit) | (array < -limit)
+    exact = all(
+        numpy.isfinite(made) and int(made) == int(given)
+        for made, given in zip(result[large], array[large], strict=True)
+    )
+    return result if exact else None
 
 
 def as_scalar(value: Any, scalar: Any) -> Any:

@@ -1,6 +1,7 @@
 """Types whose values have no parts, or none that are built apart."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import date, datetime
 from enum import Enum
 from pathlib import PurePath
@@ -58,7 +59,8 @@ def _unit(value: Any) -> Any:
 
 
 def _float(value: Any) -> Any:
-    return float(value) if type(value) is int else _NOT
+    # Beyond 2^53 not every integer has a float.
+    return float(value) if type(value) is int and float(value) == value else _NOT
 
 
 def _bytes(value: Any) -> Any:
@@ -129,11 +131,11 @@ def enum(cls: type[Enum]) -> Leaf:
     """Return what finds a member by its value, or by its name: serde writes that of the variant."""
 
     def member(value: Any) -> Any:
-        try:
-            found = cls(_as_tuples(value))
-        except (ValueError, TypeError):
-            pass
-        else:
+        for form in _forms(value):
+            try:
+                found = cls(form)
+            except (ValueError, TypeError):
+                continue
             # True and 1.0 are equal to 1, and found in its place.
             if type(value) not in (bool, float) or type(found.value) is type(value):
                 return found
@@ -142,8 +144,16 @@ def enum(cls: type[Enum]) -> Leaf:
     return Leaf(cls, f"a value or name of {cls.__name__}", member)
 
 
+def _forms(value: Any) -> Iterator[Any]:
+    """Give what the value of an enum may have been, before it was written."""
+    yield value
+    if isinstance(value, list):
+        yield _as_tuples(value)
+        with suppress(ValueError, TypeError):
+            yield bytes(value)
+
+
 def _as_tuples(value: Any) -> Any:
-    """As what the values of enums were, before they were written."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 

@@ -100,6 +100,10 @@ class Record(Converter):
                     pending += part.parts()
         return only
 
+    def knows_all(self, value: Any) -> bool:
+        """Whether there is a field for each key."""
+        return not isinstance(value, Mapping) or {field.wire_name for field in self.fields}.issuperset(value)
+
     def _can_be(self, value: Sequence[Any]) -> bool:
         required = sum(field.required for field in self.fields)
         return required <= len(value) <= len(self.fields)
@@ -149,9 +153,10 @@ class Union(Converter):
         fitting = [member for member in self._members if member.fits(value)]
         if not fitting:
             raise expected("a value for one member of the union", value)
-        # What would have to be a newtype is rather what another member is.
-        direct = (member for member in fitting if not (isinstance(member, Record) and member.is_newtype(value)))
-        return next(direct, fitting[0])(value)
+        # What would have to be a newtype is rather what another member is; and the one that knows all keys is meant.
+        direct = [member for member in fitting if not (isinstance(member, Record) and member.is_newtype(value))]
+        knowing = (member for member in direct if not isinstance(member, Record) or member.knows_all(value))
+        return next(knowing, (direct or fitting)[0])(value)
 
     def fits(self, value: Any) -> bool:
         if value is None and self.optional:
