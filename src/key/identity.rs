@@ -23,10 +23,12 @@ pub(super) const OTHERS: u32 = 0o077;
 /// ```
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("vm1");
+/// # #[cfg(feature = "age")] {
 /// let (identity, recipient) = vmsnap::generate_identity()?;
 /// vmsnap::SnapshotOptions::new().recipients([recipient]).create(&path)?.write_fragment("clock", &12_u64)?;
 /// let options = vmsnap::SnapshotOptions::new().identities([vmsnap::Identity::text(identity)]);
 /// assert_eq!(options.open(&path)?.read_fragment::<u64>("clock")?, 12);
+/// # }
 /// # Ok::<(), vmsnap::Error>(())
 /// ```
 #[derive(Clone)]
