@@ -492,17 +492,22 @@ def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes,
 
 
 def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path, pair: Pair, plugin: None) -> None:
-    cases: list[tuple[str, str, str]] = [
-        ("unparsable-recipient", "", "is no recipient"),
-        ("unparsable-recipient", "age1", "it looks like age1"),
-        ("unparsable-recipient", pair.recipient[:-1] + "q", "it looks like age1"),
-        ("unparsable-recipient", "ssh-ed25519 AAAA", "it looks like"),
-        ("unparsable-recipient", pair.identity, r"an identity \(AGE-…\) was given as a recipient"),
-        ("plugin-missing", "age1nosuchplugin10q5t30u5", "age-plugin-nosuchplugin is not on the PATH: install it"),
-        ("plugin-missing", POST_QUANTUM_RECIPIENT, r"age-plugin-pq is not on the PATH \(age1pq… are post-quantum"),
+    cases: list[tuple[str, str]] = [
+        ("", "is no recipient"),
+        ("age1", "it looks like age1"),
+        (pair.recipient[:-1] + "q", "it looks like age1"),
+        ("ssh-ed25519 AAAA", "it looks like"),
+        (pair.identity, r"an identity \(AGE-…\) was given as a recipient"),
     ]
-    for row, recipient, message in cases:
-        with refused(row, f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
+    for recipient, message in cases:
+        with refused("unparsable-recipient", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
+            vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
+    missing = {
+        "age1nosuchplugin10q5t30u5": "age-plugin-nosuchplugin is not on the PATH: install it",
+        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(age1pq… are post-quantum",
+    }
+    for recipient, message in missing.items():
+        with refused("plugin-missing", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
     with refused("unparsable-recipient", "there are no recipients: nobody could open the snapshot", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[])
