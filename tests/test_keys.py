@@ -600,6 +600,14 @@ def test_an_empty_passphrase_is_refused(tmp_path: Path, given: Any) -> None:
         vmsnap.SnapshotWriter(tmp_path / "vm1", passphrase=given)
 
 
+@pytest.mark.parametrize("given", ["hunter2\ud800", b"hunter2\xff", lambda: b"hunter2\xff"])
+def test_a_passphrase_that_is_not_utf_8_is_refused_and_not_shown(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(vmsnap.InvalidArgumentError, match=r"a passphrase is UTF-8$") as caught:
+        vmsnap.SnapshotWriter(tmp_path / "vm1", passphrase=given)
+    assert "hunter2" not in f"{caught.value!r} {caught.value.__cause__!r} {vars(caught.value)}"
+    assert not (tmp_path / "vm1").exists()
+
+
 @pytest.mark.parametrize("given", [5, ["a"], lambda: None])
 def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> None:
     with pytest.raises(TypeError, match="a passphrase is str, bytes or bytearray, not"):

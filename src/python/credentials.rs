@@ -80,8 +80,10 @@ fn asked_or_given(given: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
 }
 
 fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
+    // Python's own error would carry the passphrase.
+    let not_utf8 = || PyErr::from(Error::invalid_argument("a passphrase is UTF-8"));
     if let Ok(text) = given.cast::<PyString>() {
-        return text.extract();
+        return text.extract().map_err(|_| not_utf8());
     }
     if !given.is_instance_of::<PyBytes>() && !given.is_instance_of::<PyByteArray>() {
         let kind = given.get_type().name()?;
@@ -93,7 +95,7 @@ fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
     }
     String::from_utf8(bytes).map_err(|error| {
         error.into_bytes().zeroize();
-        Error::invalid_argument("a passphrase is UTF-8").into()
+        not_utf8()
     })
 }
 
