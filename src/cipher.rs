@@ -214,6 +214,17 @@ pub(crate) fn segment_offset(index: u64, chunk_size_bytes: usize) -> u64 {
     HEADER_BYTES as u64 + index * segment_size(chunk_size_bytes) as u64
 }
 
+/// Whether a message of `size` bytes takes `stored_size`; one more empty segment at the end may be there.
+pub(crate) fn is_stored_size(stored_size: u64, size: u64, chunk_size_bytes: usize) -> bool {
+    let Some(overhead) = stored_size.checked_sub(size).and_then(|bytes| bytes.checked_sub(HEADER_BYTES as u64)) else {
+        return false;
+    };
+    let segments = size.div_ceil(chunk_size_bytes as u64).max(1);
+    let overhead_of = |segments: u64| segments.checked_mul(SEGMENT_OVERHEAD_BYTES as u64);
+    overhead_of(segments) == Some(overhead)
+        || (size > 0 && size % chunk_size_bytes as u64 == 0 && overhead_of(segments + 1) == Some(overhead))
+}
+
 /// A message being written: makes [`Sealer`]s, one a thread.
 pub(crate) struct Sealing {
     context: SharedEncryptionContext,

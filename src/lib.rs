@@ -35,6 +35,7 @@ mod error;
 mod fragment;
 mod key;
 mod key_metadata;
+mod manifest;
 mod name;
 mod options;
 mod outline;
@@ -43,6 +44,7 @@ mod process;
 mod python;
 mod reader;
 mod serialization;
+mod strict_cbor;
 mod threads;
 mod writer;
 

@@ -2,7 +2,6 @@
 //!
 //! ```text
 //! payload.rs           what enc_metadata holds once unwrapped: data key, snapshot id, what a reader must know
-//! strict.rs            the CBOR it may be made of
 //! raw.rs               wrapped with a 32-byte key of the caller's
 //! age.rs               wrapped by age, for recipients or with a passphrase
 //! provider.rs          wrapped by a key service of the caller's
@@ -29,7 +28,6 @@ mod payload;
 mod provider;
 mod raw;
 mod secret_text;
-mod strict;
 
 pub(crate) use credentials::Credentials;
 pub use identity::Identity;

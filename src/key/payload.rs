@@ -2,13 +2,13 @@
 
 use std::fmt;
 
-use serde::de::{DeserializeOwned, Deserializer, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::strict;
 use crate::cipher::{SecretKey, fill_random};
 use crate::error::{Error, Kind, Result};
+use crate::strict_cbor::{self, byte_string, text_list};
 
 const FORMAT: &str = "vmsnap-key";
 const VERSION: u64 = 1;
@@ -22,6 +22,8 @@ pub(crate) struct KeyPayload {
     /// As they are wrapped: with keys of a later version, where there are some.
     bytes: SecretBytes,
     data_key: SecretKey,
+    snapshot_id: [u8; 16],
+    sealed: bool,
 }
 
 /// What it is made of, in the order of the format.
@@ -46,24 +48,33 @@ impl fmt::Debug for SecretBytes {
 }
 
 impl KeyPayload {
-    /// A new random data key for a snapshot written in place.
-    pub(crate) fn generate() -> Result<Self> {
+    /// A new random data key, for a snapshot that is worth nothing without its manifest, or for one written in place.
+    pub(crate) fn generate(sealed: bool) -> Result<Self> {
         let mut snapshot_id = [0; 16];
         fill_random(&mut snapshot_id)?;
-        Self::of(SecretKey::generate()?, snapshot_id)
+        Self::of(SecretKey::generate()?, snapshot_id, sealed)
     }
 
-    fn of(data_key: SecretKey, snapshot_id: [u8; 16]) -> Result<Self> {
+    fn of(data_key: SecretKey, snapshot_id: [u8; 16], sealed: bool) -> Result<Self> {
         let fields =
-            Fields { format: FORMAT, version: VERSION, snapshot_id, data_key: &data_key, sealed: false, requires: [] };
+            Fields { format: FORMAT, version: VERSION, snapshot_id, data_key: &data_key, sealed, requires: [] };
         let mut bytes = Zeroizing::new(Vec::with_capacity(CAPACITY_BYTES));
         ciborium::into_writer(&fields, &mut *bytes)
             .map_err(|error| Error::with_source(Kind::Serialization, "the key metadata cannot be written", error))?;
-        Ok(Self { bytes: SecretBytes(bytes), data_key })
+        Ok(Self { bytes: SecretBytes(bytes), data_key, snapshot_id, sealed })
     }
 
     pub(crate) fn data_key(&self) -> &SecretKey {
         &self.data_key
+    }
+
+    pub(crate) fn snapshot_id(&self) -> [u8; 16] {
+        self.snapshot_id
+    }
+
+    /// Whether the snapshot must have a manifest.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.sealed
     }
 
     /// What is to be wrapped.
@@ -73,7 +84,7 @@ impl KeyPayload {
 
     /// Reads an authenticated payload.
     pub(super) fn decode(bytes: Zeroizing<Vec<u8>>) -> Result<Self> {
-        strict::check(&bytes).map_err(malformed)?;
+        strict_cbor::check(&bytes).map_err(malformed)?;
         // Version and requirements first: what follows may look different in a later version.
         let Head { format, version, requires } = parse(&bytes)?;
         if format != FORMAT {
@@ -85,12 +96,8 @@ impl KeyPayload {
         if let Some(requirement) = requires.first() {
             return Err(unsupported(&format!("the feature {requirement:?}")));
         }
-        let Body { snapshot_id: _, data_key, sealed } = parse(&bytes)?;
-        if sealed {
-            // Worth nothing without its manifest, which this version cannot check.
-            return Err(unsupported("a sealed snapshot"));
-        }
-        Ok(Self { bytes: SecretBytes(bytes), data_key })
+        let Body { snapshot_id, data_key, sealed } = parse(&bytes)?;
+        Ok(Self { bytes: SecretBytes(bytes), data_key, snapshot_id, sealed })
     }
 }
 
@@ -120,29 +127,9 @@ struct Head {
     requires: Vec<String>,
 }
 
-/// An array of texts; ciborium's own would take an empty byte string for an empty one.
-fn text_list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
-    struct TextList;
-
-    impl<'de> Visitor<'de> for TextList {
-        type Value = Vec<String>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("an array of texts")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<Vec<String>, A::Error> {
-            std::iter::from_fn(|| items.next_element().transpose()).collect()
-        }
-    }
-
-    deserializer.deserialize_any(TextList)
-}
-
 /// The keys of this version.
 #[derive(Deserialize)]
 struct Body {
-    #[expect(dead_code, reason = "only its form matters here")]
     #[serde(deserialize_with = "byte_string")]
     snapshot_id: [u8; 16],
     #[serde(deserialize_with = "secret_byte_string")]
@@ -166,25 +153,6 @@ fn secret_byte_string<'de, D: Deserializer<'de>>(deserializer: D) -> std::result
     }
 
     deserializer.deserialize_bytes(SecretByteString)
-}
-
-/// A byte string of exactly that length; serde's own arrays would take a list of numbers too.
-fn byte_string<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> std::result::Result<[u8; N], D::Error> {
-    struct ByteString<const N: usize>;
-
-    impl<const N: usize> Visitor<'_> for ByteString<N> {
-        type Value = [u8; N];
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "a byte string of {N} bytes")
-        }
-
-        fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> std::result::Result<[u8; N], E> {
-            bytes.try_into().map_err(|_| E::invalid_length(bytes.len(), &self))
-        }
-    }
-
-    deserializer.deserialize_bytes(ByteString)
 }
 
 #[cfg(test)]
@@ -220,7 +188,7 @@ mod tests {
     fn the_payload_has_its_keys_in_the_order_of_the_format() {
         let mut expected = Vec::new();
         ciborium::into_writer(&Value::Map(fields()), &mut expected).unwrap();
-        assert_eq!(KeyPayload::of([9; 32].into(), [7; 16]).unwrap().bytes(), expected);
+        assert_eq!(KeyPayload::of([9; 32].into(), [7; 16], false).unwrap().bytes(), expected);
     }
 
     #[test]
@@ -232,9 +200,7 @@ mod tests {
     #[test]
     fn what_a_later_version_needs_is_refused_by_name() {
         let requirement = Value::Array(vec!["zstd".into()]);
-        for (name, value, said) in
-            [("version", 2.into(), "version 2"), ("requires", requirement, "zstd"), ("sealed", true.into(), "sealed")]
-        {
+        for (name, value, said) in [("version", 2.into(), "version 2"), ("requires", requirement, "zstd")] {
             let error = with(name, value).unwrap_err();
             assert!(error.is_unsupported_format() && error.to_string().contains(said), "{error}");
         }

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::background::in_background;
-use super::strict;
 use crate::error::{Error, Kind, Result};
+use crate::strict_cbor;
 
 /// CBOR tag 55799, "self-described CBOR" (RFC 8949, 3.4.6).
 pub(super) const PREFIX: &[u8] = &[0xd9, 0xd9, 0xf7];
@@ -112,7 +112,7 @@ fn parse(file: &[u8]) -> Result<Envelope> {
     let malformed =
         |error: &dyn std::fmt::Display| Error::corrupt(format!("it is no wrapped key of vmsnap's: {error}"));
     let content = file.strip_prefix(PREFIX).unwrap_or_default();
-    strict::check(content).map_err(|error| malformed(&error))?;
+    strict_cbor::check(content).map_err(|error| malformed(&error))?;
     let envelope: Envelope = ciborium::from_reader(content).map_err(|error| malformed(&error))?;
     if envelope.format != FORMAT {
         return Err(malformed(&format_args!("its format is {:?}, not {FORMAT:?}", envelope.format)));

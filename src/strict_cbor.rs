@@ -2,12 +2,15 @@
 //! in all languages refuse the same. Decoders, serde's among them, are more lenient, each in its own way.
 
 use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::de::{Deserializer, SeqAccess, Visitor};
 
 /// The outermost item is the first level.
 const MAX_DEPTH: usize = 16;
 
 /// Checks that `bytes` are one item of definite lengths, shortest forms, no tags, and maps with text keys, none twice.
-pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
+pub(crate) fn check(bytes: &[u8]) -> Result<(), String> {
     let mut scanner = Scanner { rest: bytes };
     scanner.item(1)?;
     if scanner.rest.is_empty() { Ok(()) } else { Err("bytes follow its end".to_owned()) }
@@ -83,6 +86,44 @@ impl<'a> Scanner<'a> {
     fn text(&mut self, length: u64) -> Result<&'a str, String> {
         std::str::from_utf8(self.take(length)?).map_err(|_| "a text is not UTF-8".to_owned())
     }
+}
+
+/// An array of texts; ciborium's own would take an empty byte string for an empty one.
+pub(crate) fn text_list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
+    struct TextList;
+
+    impl<'de> Visitor<'de> for TextList {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an array of texts")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<Vec<String>, A::Error> {
+            std::iter::from_fn(|| items.next_element().transpose()).collect()
+        }
+    }
+
+    deserializer.deserialize_any(TextList)
+}
+
+/// A byte string of exactly that length; serde's own arrays would take a list of numbers too.
+pub(crate) fn byte_string<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> std::result::Result<[u8; N], D::Error> {
+    struct ByteString<const N: usize>;
+
+    impl<const N: usize> Visitor<'_> for ByteString<N> {
+        type Value = [u8; N];
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a byte string of {N} bytes")
+        }
+
+        fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> std::result::Result<[u8; N], E> {
+            bytes.try_into().map_err(|_| E::invalid_length(bytes.len(), &self))
+        }
+    }
+
+    deserializer.deserialize_bytes(ByteString)
 }
 
 #[cfg(test)]

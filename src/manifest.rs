@@ -1,0 +1,433 @@
+//! The manifest: the list of everything in a sealed snapshot, `docs/format.md` has its bytes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::SystemTime;
+
+use serde::de::{DeserializeOwned, Deserializer};
+use serde::{Deserialize, Serialize};
+use serde_bytes::Bytes;
+
+use crate::cipher::{self, SecretKey, check_chunk_size};
+use crate::error::{Error, Kind, Result};
+use crate::name::SnapshotPath;
+use crate::strict_cbor::{self, byte_string, text_list};
+
+const FORMAT: &str = "vmsnap-manifest";
+const VERSION: u64 = 1;
+
+/// A larger one is neither written nor read: some two million fragments.
+pub(crate) const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+
+/// In an encrypted snapshot the manifest is a FLOE message with chunks of this size.
+const CHUNK_SIZE_BYTES: usize = 64 << 10;
+const AAD: &[u8] = b"vmsnap/1/manifest";
+
+/// What a sealed snapshot holds.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Manifest {
+    pub(crate) snapshot_id: [u8; 16],
+    /// RFC 3339, UTC.
+    pub(crate) created: String,
+    pub(crate) generator: String,
+    pub(crate) encrypted: bool,
+    pub(crate) namespaces: BTreeSet<String>,
+    pub(crate) fragments: BTreeMap<String, Entry>,
+}
+
+/// A fragment in the manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Plaintext bytes.
+    pub(crate) size: u64,
+    /// Bytes of the file.
+    pub(crate) stored_size: u64,
+    pub(crate) proof: Proof,
+}
+
+/// What tells one content of a fragment from every other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// Of a plain fragment's file.
+    Blake3([u8; 32]),
+    /// Of an encrypted one: its random IV and its path are in the tag, and its segments hang on it.
+    HeaderTag { chunk_size_bytes: u64, tag: [u8; 32] },
+}
+
+impl Manifest {
+    /// The manifest of a snapshot sealed now.
+    pub(crate) fn new(
+        snapshot_id: [u8; 16],
+        encrypted: bool,
+        namespaces: BTreeSet<String>,
+        fragments: BTreeMap<String, Entry>,
+    ) -> Self {
+        Self {
+            snapshot_id,
+            created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            generator: concat!("vmsnap ", env!("CARGO_PKG_VERSION")).to_owned(),
+            encrypted,
+            namespaces,
+            fragments,
+        }
+    }
+
+    /// The contents of the file, and the seal digest.
+    pub(crate) fn encode(&self, data_key: Option<&SecretKey>) -> Result<(Vec<u8>, [u8; 32])> {
+        let fields = Fields {
+            format: FORMAT,
+            version: VERSION,
+            snapshot_id: self.snapshot_id,
+            created: &self.created,
+            generator: &self.generator,
+            encrypted: self.encrypted,
+            requires: [],
+            namespaces: &self.namespaces,
+            fragments: self.fragments.iter().map(|(path, entry)| (path.as_str(), FieldsOfEntry::of(entry))).collect(),
+        };
+        let mut bytes = Vec::new();
+        ciborium::into_writer(&fields, &mut bytes)
+            .map_err(|error| Error::with_source(Kind::Serialization, "the manifest cannot be written", error))?;
+        let digest = *blake3::hash(&bytes).as_bytes();
+        let stored = match data_key {
+            None => bytes,
+            Some(key) => cipher::seal_message(key, AAD, CHUNK_SIZE_BYTES, &bytes)?,
+        };
+        if stored.len() as u64 > MAX_MANIFEST_BYTES {
+            let text = format!("the manifest would have {} bytes, more than the format allows (2^28)", stored.len());
+            return Err(Error::invalid_argument(text + ": use fewer fragments, or shorter names"));
+        }
+        Ok((stored, digest))
+    }
+
+    /// Reads the contents of the file, and tells the seal digest.
+    pub(crate) fn decode(stored: &[u8], data_key: Option<&SecretKey>) -> Result<(Self, [u8; 32])> {
+        let opened;
+        let bytes = match data_key {
+            None => stored,
+            Some(key) => {
+                opened = cipher::open_message(key, AAD, CHUNK_SIZE_BYTES, stored)?;
+                &opened[..]
+            }
+        };
+        strict_cbor::check(bytes).map_err(malformed)?;
+        // Version and requirements first: what follows may look different in a later version.
+        let Head { format, version, requires } = parse(bytes)?;
+        if format != FORMAT {
+            return Err(malformed(format!("its format is {format:?}, not {FORMAT:?}")));
+        }
+        if version != VERSION {
+            return Err(unsupported(&format!("version {version} of the manifest")));
+        }
+        if let Some(requirement) = requires.first() {
+            return Err(unsupported(&format!("the feature {requirement:?}")));
+        }
+        let manifest = Self::check(parse(bytes)?)?;
+        if manifest.encrypted != data_key.is_some() {
+            return Err(malformed("it is that of another kind of snapshot: one is encrypted, the other is not"));
+        }
+        Ok((manifest, *blake3::hash(bytes).as_bytes()))
+    }
+
+    fn check(body: Body) -> Result<Self> {
+        let mut namespaces = BTreeSet::new();
+        for path in body.namespaces {
+            let path = checked_path(path)?;
+            if let Some(path) = namespaces.replace(path) {
+                return Err(malformed(format!("the namespace {path:?} comes twice")));
+            }
+        }
+        let mut fragments = BTreeMap::new();
+        for (path, entry) in body.fragments {
+            let path = checked_path(path)?;
+            let entry = entry.checked(body.encrypted).map_err(|reason| malformed(format!("of {path:?}, {reason}")))?;
+            fragments.insert(path, entry);
+        }
+        for path in namespaces.iter().chain(fragments.keys()) {
+            let parent = path.rsplit_once('/').map(|(parent, _)| parent);
+            if let Some(parent) = parent.filter(|parent| !namespaces.contains(*parent)) {
+                return Err(malformed(format!("it lists {path:?} but not the namespace {parent:?}")));
+            }
+        }
+        if let Some(path) = fragments.keys().find(|path| namespaces.contains(*path)) {
+            return Err(malformed(format!("{path:?} is both a fragment and a namespace")));
+        }
+        humantime::parse_rfc3339(&body.created).map_err(|_| malformed("'created' is no date of RFC 3339 in UTC"))?;
+        Ok(Self {
+            snapshot_id: body.snapshot_id,
+            created: body.created,
+            generator: body.generator,
+            encrypted: body.encrypted,
+            namespaces,
+            fragments,
+        })
+    }
+
+    /// Names of the fragments in a namespace, sorted.
+    pub(crate) fn fragments_in(&self, namespace: &SnapshotPath) -> Vec<String> {
+        names_in(namespace, |start| self.fragments.range(start..).map(|(path, _)| path.as_str()))
+    }
+
+    /// Names of the namespaces in a namespace, sorted.
+    pub(crate) fn namespaces_in(&self, namespace: &SnapshotPath) -> Vec<String> {
+        names_in(namespace, |start| self.namespaces.range(start..).map(String::as_str))
+    }
+}
+
+/// Names right below `namespace`, of paths that `from` gives in order beginning at a path.
+fn names_in<'a, I: Iterator<Item = &'a str>>(namespace: &SnapshotPath, from: impl FnOnce(String) -> I) -> Vec<String> {
+    let prefix = match namespace.as_str() {
+        "" => String::new(),
+        path => format!("{path}/"),
+    };
+    from(prefix.clone())
+        .map_while(|path| path.strip_prefix(&prefix))
+        .filter(|name| !name.contains('/'))
+        .map(str::to_owned)
+        .collect()
+}
+
+fn checked_path(path: String) -> Result<String> {
+    if path.is_empty() {
+        return Err(malformed("it lists an empty path"));
+    }
+    SnapshotPath::try_from(path).map(String::from).map_err(|error| malformed(error.to_string()))
+}
+
+fn malformed(reason: impl fmt::Display) -> Error {
+    Error::corrupt(format!("the manifest is malformed: {reason}"))
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one"),
+    )
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    ciborium::from_reader(bytes).map_err(malformed)
+}
+
+/// What is written, in the order of the format.
+#[derive(Serialize)]
+struct Fields<'a> {
+    format: &'static str,
+    version: u64,
+    #[serde(with = "serde_bytes")]
+    snapshot_id: [u8; 16],
+    created: &'a str,
+    generator: &'a str,
+    encrypted: bool,
+    requires: [&'static str; 0],
+    namespaces: &'a BTreeSet<String>,
+    fragments: BTreeMap<&'a str, FieldsOfEntry<'a>>,
+}
+
+#[derive(Serialize)]
+struct FieldsOfEntry<'a> {
+    size: u64,
+    stored_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chunk_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    blake3: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    floe_header_tag: Option<&'a Bytes>,
+}
+
+impl<'a> FieldsOfEntry<'a> {
+    fn of(entry: &'a Entry) -> Self {
+        let (chunk_size, blake3, floe_header_tag) = match &entry.proof {
+            Proof::Blake3(digest) => (None, Some(Bytes::new(digest)), None),
+            Proof::HeaderTag { chunk_size_bytes, tag } => (Some(*chunk_size_bytes), None, Some(Bytes::new(tag))),
+        };
+        Self { size: entry.size, stored_size: entry.stored_size, chunk_size, blake3, floe_header_tag }
+    }
+}
+
+/// The keys every version has.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+    version: u64,
+    #[serde(deserialize_with = "text_list")]
+    requires: Vec<String>,
+}
+
+/// The keys of this version.
+#[derive(Deserialize)]
+struct Body {
+    #[serde(deserialize_with = "byte_string")]
+    snapshot_id: [u8; 16],
+    created: String,
+    generator: String,
+    encrypted: bool,
+    #[serde(deserialize_with = "text_list")]
+    namespaces: Vec<String>,
+    fragments: BTreeMap<String, BodyOfEntry>,
+}
+
+#[derive(Deserialize)]
+struct BodyOfEntry {
+    size: u64,
+    stored_size: u64,
+    chunk_size: Option<u64>,
+    #[serde(default, deserialize_with = "some_byte_string")]
+    blake3: Option<[u8; 32]>,
+    #[serde(default, deserialize_with = "some_byte_string")]
+    floe_header_tag: Option<[u8; 32]>,
+}
+
+fn some_byte_string<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<[u8; 32]>, D::Error> {
+    byte_string(deserializer).map(Some)
+}
+
+impl BodyOfEntry {
+    fn checked(self, encrypted: bool) -> std::result::Result<Entry, &'static str> {
+        let Self { size, stored_size, chunk_size, blake3, floe_header_tag } = self;
+        let proof = match (encrypted, chunk_size, blake3, floe_header_tag) {
+            (false, None, Some(digest), None) => Proof::Blake3(digest),
+            (true, Some(chunk_size_bytes), None, Some(tag)) => Proof::HeaderTag { chunk_size_bytes, tag },
+            (false, ..) => return Err("a plain fragment has 'blake3', and neither 'chunk_size' nor 'floe_header_tag'"),
+            (true, ..) => return Err("an encrypted fragment has 'chunk_size' and 'floe_header_tag', and no 'blake3'"),
+        };
+        let fits = match proof {
+            Proof::Blake3(_) => stored_size == size,
+            Proof::HeaderTag { chunk_size_bytes, .. } => usize::try_from(chunk_size_bytes)
+                .ok()
+                .filter(|chunk| check_chunk_size(*chunk).is_ok())
+                .is_some_and(|chunk| cipher::is_stored_size(stored_size, size, chunk)),
+        };
+        if fits { Ok(Entry { size, stored_size, proof }) } else { Err("the sizes do not fit each other") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ciborium::Value;
+
+    fn manifest(encrypted: bool) -> Manifest {
+        let proof = if encrypted {
+            Proof::HeaderTag { chunk_size_bytes: 4096, tag: [5; 32] }
+        } else {
+            Proof::Blake3([5; 32])
+        };
+        let entry = Entry { size: 10, stored_size: if encrypted { 116 } else { 10 }, proof };
+        let fragments = ["a", "ns/b", "ns-c"].map(|path| (path.to_owned(), entry.clone())).into();
+        Manifest::new([7; 16], encrypted, ["ns".to_owned(), "ns/deep".to_owned()].into(), fragments)
+    }
+
+    fn value() -> Vec<(Value, Value)> {
+        let (bytes, _) = manifest(false).encode(None).unwrap();
+        ciborium::from_reader::<Value, _>(&bytes[..]).unwrap().into_map().unwrap()
+    }
+
+    fn decode(fields: Vec<(Value, Value)>) -> Result<Manifest> {
+        let mut bytes = Vec::new();
+        ciborium::into_writer(&Value::Map(fields), &mut bytes).unwrap();
+        Manifest::decode(&bytes, None).map(|(manifest, _)| manifest)
+    }
+
+    fn with(name: &str, value_: Value) -> Result<Manifest> {
+        let mut fields = value();
+        fields.retain(|(key, _)| key.as_text() != Some(name));
+        fields.push((name.into(), value_));
+        decode(fields)
+    }
+
+    #[test]
+    fn what_was_written_is_read_and_listed() {
+        let key = SecretKey::from([1; 32]);
+        for key in [None, Some(&key)] {
+            let written = manifest(key.is_some());
+            let (bytes, digest) = written.encode(key).unwrap();
+            assert_eq!(Manifest::decode(&bytes, key).unwrap(), (written, digest));
+        }
+        let manifest = manifest(false);
+        let root = SnapshotPath::default();
+        assert_eq!(manifest.fragments_in(&root), ["a", "ns-c"]);
+        assert_eq!(manifest.namespaces_in(&root), ["ns"]);
+        assert_eq!(manifest.fragments_in(&root.join("ns").unwrap()), ["b"]);
+        assert_eq!(manifest.namespaces_in(&root.join("ns").unwrap()), ["deep"]);
+    }
+
+    #[test]
+    fn one_of_the_other_kind_is_refused() {
+        let key = SecretKey::from([1; 32]);
+        let (plain, _) = manifest(false).encode(Some(&key)).unwrap();
+        assert!(Manifest::decode(&plain, Some(&key)).unwrap_err().is_corrupt());
+        let (encrypted, _) = manifest(true).encode(Some(&key)).unwrap();
+        assert!(Manifest::decode(&encrypted, None).unwrap_err().is_corrupt());
+        assert!(Manifest::decode(&encrypted, Some(&[2; 32].into())).unwrap_err().is_authentication());
+    }
+
+    #[test]
+    fn the_keys_are_in_the_order_of_the_format_and_unknown_ones_are_ignored() {
+        let fields = value();
+        let keys: Vec<_> = fields.iter().filter_map(|(key, _)| key.as_text()).collect();
+        assert_eq!(
+            keys,
+            [
+                "format",
+                "version",
+                "snapshot_id",
+                "created",
+                "generator",
+                "encrypted",
+                "requires",
+                "namespaces",
+                "fragments"
+            ]
+        );
+        with("hint", 1.into()).unwrap();
+    }
+
+    #[test]
+    fn what_a_later_version_needs_is_refused_by_name() {
+        for (name, value, said) in
+            [("version", 2.into(), "version 2"), ("requires", Value::Array(vec!["zstd".into()]), "zstd")]
+        {
+            let error = with(name, value).unwrap_err();
+            assert!(error.is_unsupported_format() && error.to_string().contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn one_that_lies_is_corrupt() {
+        let entry = |pairs: &[(&str, Value)]| {
+            let all = pairs.iter().map(|(key, value)| ((*key).into(), value.clone())).collect();
+            Value::Map(vec![("x".into(), Value::Map(all))])
+        };
+        let digest = Value::Bytes(vec![5; 32]);
+        let texts = |texts: &[&str]| Value::Array(texts.iter().map(|text| (*text).into()).collect());
+        for (name, value) in [
+            ("format", "vmsnap-key".into()),
+            ("snapshot_id", Value::Bytes(vec![7; 15])),
+            ("created", "yesterday".into()),
+            ("encrypted", true.into()),
+            ("namespaces", texts(&["ns", "ns"])),
+            ("namespaces", texts(&[])),
+            ("namespaces", texts(&["ns", "../up"])),
+            ("namespaces", texts(&["ns", ""])),
+            ("namespaces", texts(&["ns", "a"])),
+            ("namespaces", texts(&["ns", "other/below"])),
+            ("fragments", entry(&[("size", 1.into()), ("stored_size", 2.into()), ("blake3", digest.clone())])),
+            ("fragments", entry(&[("size", 1.into()), ("stored_size", 1.into())])),
+            ("fragments", entry(&[("size", 1.into()), ("stored_size", 1.into()), ("blake3", Value::Bytes(vec![5; 31]))])),
+            (
+                "fragments",
+                entry(&[
+                    ("size", 1.into()),
+                    ("stored_size", 1.into()),
+                    ("blake3", digest.clone()),
+                    ("floe_header_tag", digest),
+                ]),
+            ),
+        ] {
+            let error = with(name, value).unwrap_err();
+            assert!(error.is_corrupt(), "{name}: {error}");
+        }
+    }
+}
