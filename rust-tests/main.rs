@@ -8,6 +8,7 @@ mod fragments;
 mod golden;
 mod handles;
 mod keys;
+mod staging;
 
 use std::path::PathBuf;
 

@@ -28,6 +28,7 @@ pub const DEFAULT_CHUNK_SIZE_BYTES: usize = 4096;
 
 /// Parameters 10, IV 32, header tag 32.
 pub(crate) const HEADER_BYTES: usize = Header::LEN;
+pub(crate) const HEADER_TAG_BYTES: usize = 32;
 /// What sealing adds to a chunk: length word 4, nonce 12, tag 16.
 pub(crate) const SEGMENT_OVERHEAD_BYTES: usize = 32;
 
@@ -207,6 +208,13 @@ pub(crate) fn check_chunk_size(chunk_size_bytes: usize) -> Result<()> {
 /// Bytes a full segment takes in the file.
 pub(crate) fn segment_size(chunk_size_bytes: usize) -> usize {
     chunk_size_bytes + SEGMENT_OVERHEAD_BYTES
+}
+
+/// The tag at the header's end.
+pub(crate) fn header_tag(header: &[u8; HEADER_BYTES]) -> [u8; HEADER_TAG_BYTES] {
+    let mut tag = [0; HEADER_TAG_BYTES];
+    tag.copy_from_slice(&header[HEADER_BYTES - HEADER_TAG_BYTES..]);
+    tag
 }
 
 /// Where segment `index` begins in the file.

@@ -42,6 +42,8 @@ pub(crate) enum Kind {
     KeyUnavailable,
     /// Encryption was asked for, and the snapshot is plain.
     NotEncrypted,
+    /// A sealed snapshot was asked for, and this one has no manifest.
+    NotSealed,
     /// What is on disk is not a snapshot's.
     Corrupt,
     /// Newer than this version, or wrapped in a way it does not open.
@@ -127,6 +129,12 @@ impl Error {
         self.0.kind == Kind::NotEncrypted
     }
 
+    /// A sealed snapshot was required, and this one has no manifest.
+    #[must_use]
+    pub fn is_not_sealed(&self) -> bool {
+        self.0.kind == Kind::NotSealed
+    }
+
     /// What is on disk cannot be a snapshot's: a link, a special file, a header that is not one, a value that does not
     /// parse.
     #[must_use]
@@ -176,7 +184,7 @@ impl Error {
             Kind::Authentication | Kind::Corrupt | Kind::Unsupported | Kind::Serialization => {
                 io::ErrorKind::InvalidData
             }
-            Kind::KeyUnavailable | Kind::NotEncrypted => io::ErrorKind::PermissionDenied,
+            Kind::KeyUnavailable | Kind::NotEncrypted | Kind::NotSealed => io::ErrorKind::PermissionDenied,
             // Not io::ErrorKind::Interrupted: std's loops would try again, and a stop was asked for.
             Kind::State | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,
         }

@@ -1,15 +1,13 @@
 //! The file `enc_metadata` at the root of an encrypted snapshot: written with it, looked at, opened, and replaced.
 
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, fsync, renameat, unlinkat};
-
-use crate::cipher::{SecretKey, fill_random, wipe_stack};
+use crate::cipher::wipe_stack;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::folder;
-use crate::key::{self, KeyWrapping};
+use crate::fragment::lock::LockedRoot;
+use crate::key::{self, KeyPayload, KeyWrapping};
 use crate::name::KEY_METADATA;
 use crate::options::SnapshotOptions;
 
@@ -33,19 +31,19 @@ pub fn key_wrapping(root: impl AsRef<Path>) -> Result<Option<KeyWrapping>> {
     wrapped.map(|wrapped| key::wrapping(&wrapped).map_err(|error| error.context(place(&root)))).transpose()
 }
 
-/// The data key of the snapshot at `root`, none where it is plain and may be.
+/// What `enc_metadata` of the snapshot at `root` holds, none where it is plain and may be.
 pub(crate) fn unlock(
     root: &Path,
     options: &SnapshotOptions,
     poll: &mut dyn FnMut() -> Result<()>,
-) -> Result<Option<SecretKey>> {
+) -> Result<Option<KeyPayload>> {
     // Whatever the snapshot is, so that a mistake shows at once.
     options.credentials.opener()?;
     match read(root)? {
         Some(wrapped) => {
             let payload = options.credentials.opener()?.unwrap(&wrapped, poll);
             wipe_stack();
-            Ok(Some(payload.map_err(|error| error.context(place(root)))?.data_key().clone()))
+            payload.map(Some).map_err(|error| error.context(place(root)))
         }
         None if options.is_encrypted() => Err(plain(root)),
         None => Ok(None),
@@ -115,30 +113,11 @@ pub(crate) fn advice(identity: &Path) -> String {
     )
 }
 
-/// Puts new contents in the place of the old: at each moment, after a crash too, there is the one or the other. `between` is
-/// called between the steps.
+/// Puts new contents in the place of the old. `between` is called between the steps.
 fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()> {
-    let failed = |error: std::io::Error| Error::io(format!("cannot replace {}", place(root)), error);
-    let folder = folder::open(root, "")?;
-    let mut number = [0; 8];
-    fill_random(&mut number)?;
-    let new = format!(".vmsnap-{:016x}", u64::from_ne_bytes(number));
-    let file = folder::create_file(&folder, &new).map_err(|errno| failed(errno.into()))?;
-    let mut written = || -> std::io::Result<()> {
-        between();
-        file.write_all_at(wrapped, 0)?;
-        between();
-        file.sync_all()?;
-        between();
-        renameat(&folder, &new, &folder, KEY_METADATA)?;
-        Ok(())
-    };
-    written().map_err(|error| {
-        let _ = unlinkat(&folder, &new, AtFlags::empty());
-        failed(error)
-    })?;
-    between();
-    fsync(&folder).map_err(|errno| failed(errno.into()))
+    let locked = LockedRoot::shared_even_sealed(root)?;
+    folder::place_file(locked.folder(), KEY_METADATA, wrapped, true, true, between)
+        .map_err(|error| Error::io(format!("cannot replace {}", place(root)), error))
 }
 
 fn plain(root: &Path) -> Error {
@@ -155,20 +134,9 @@ pub(crate) fn write(root: &Path, wrapped: &[u8]) -> Result<()> {
 
 /// The contents of `enc_metadata`, or none where the snapshot is plain.
 fn read(root: &Path) -> Result<Option<Vec<u8>>> {
-    let root_folder = folder::open(root, "")?;
-    let place = place(root);
-    let (file, size) = match folder::open_file(&root_folder, KEY_METADATA) {
-        Ok(opened) => opened,
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOENT.raw_os_error()) => return Ok(None),
-        // Whatever else is there, the snapshot does not count as plain.
-        Err(error) => return Err(error.context(place)),
-    };
-    if size > key::MAX_KEY_METADATA_BYTES {
-        return Err(Error::corrupt(format!("{place}: {size} bytes are too many for a wrapped key")));
-    }
-    let mut wrapped = Vec::new();
-    file.take(size).read_to_end(&mut wrapped).map_err(|error| Error::io(format!("cannot read {place}"), error))?;
-    Ok(Some(wrapped))
+    // Whatever else than a file is there, the snapshot does not count as plain.
+    folder::read_small(&folder::open(root, "")?, KEY_METADATA, key::MAX_KEY_METADATA_BYTES)
+        .map_err(|error| error.context(place(root)))
 }
 
 fn place(root: &Path) -> String {

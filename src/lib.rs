@@ -43,7 +43,9 @@ mod process;
 #[cfg(feature = "python")]
 mod python;
 mod reader;
+mod seal;
 mod serialization;
+mod staging;
 mod strict_cbor;
 mod threads;
 mod writer;
@@ -67,4 +69,5 @@ pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;
 pub use serialization::Format;
+pub use staging::{Cleaned, SealId, StagedSnapshot, clean};
 pub use writer::SnapshotWriter;

@@ -309,11 +309,8 @@ mod tests {
     use ciborium::Value;
 
     fn manifest(encrypted: bool) -> Manifest {
-        let proof = if encrypted {
-            Proof::HeaderTag { chunk_size_bytes: 4096, tag: [5; 32] }
-        } else {
-            Proof::Blake3([5; 32])
-        };
+        let proof =
+            if encrypted { Proof::HeaderTag { chunk_size_bytes: 4096, tag: [5; 32] } } else { Proof::Blake3([5; 32]) };
         let entry = Entry { size: 10, stored_size: if encrypted { 116 } else { 10 }, proof };
         let fragments = ["a", "ns/b", "ns-c"].map(|path| (path.to_owned(), entry.clone())).into();
         Manifest::new([7; 16], encrypted, ["ns".to_owned(), "ns/deep".to_owned()].into(), fragments)
@@ -415,7 +412,10 @@ mod tests {
             ("namespaces", texts(&["ns", "other/below"])),
             ("fragments", entry(&[("size", 1.into()), ("stored_size", 2.into()), ("blake3", digest.clone())])),
             ("fragments", entry(&[("size", 1.into()), ("stored_size", 1.into())])),
-            ("fragments", entry(&[("size", 1.into()), ("stored_size", 1.into()), ("blake3", Value::Bytes(vec![5; 31]))])),
+            (
+                "fragments",
+                entry(&[("size", 1.into()), ("stored_size", 1.into()), ("blake3", Value::Bytes(vec![5; 31]))]),
+            ),
             (
                 "fragments",
                 entry(&[

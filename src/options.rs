@@ -17,12 +17,29 @@ use crate::serialization::Format;
 /// assert_eq!(options.open(&path)?.read_fragment::<u64>("clock")?, 12);
 /// # Ok::<(), vmsnap::Error>(())
 /// ```
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct SnapshotOptions {
     pub(crate) encrypt: bool,
     pub(crate) credentials: Credentials,
     pub(crate) threads: Option<usize>,
     pub(crate) format: Option<Format>,
+    pub(crate) durable: bool,
+    pub(crate) require_sealed: bool,
+    pub(crate) seal_digest: Option<[u8; 32]>,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        Self {
+            encrypt: false,
+            credentials: Credentials::default(),
+            threads: None,
+            format: None,
+            durable: true,
+            require_sealed: false,
+            seal_digest: None,
+        }
+    }
 }
 
 impl SnapshotOptions {
@@ -30,6 +47,29 @@ impl SnapshotOptions {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Whether a commit or a seal waits until everything is on the disk, so that it outlives a power failure; on by default.
+    /// Nothing else depends on it.
+    #[must_use]
+    pub fn durable(mut self, durable: bool) -> Self {
+        self.durable = durable;
+        self
+    }
+
+    /// Refuses to open a snapshot that has no manifest.
+    #[must_use]
+    pub fn require_sealed(mut self, require_sealed: bool) -> Self {
+        self.require_sealed = require_sealed;
+        self
+    }
+
+    /// Refuses to open any snapshot but the one with that seal digest, which was kept elsewhere: that catches what nothing
+    /// inside a snapshot can, an older state of it, another one in its place, and forging by those who once had its key.
+    #[must_use]
+    pub fn expect_seal_digest(mut self, seal_digest: [u8; 32]) -> Self {
+        self.seal_digest = Some(seal_digest);
+        self
     }
 
     /// Encrypts a new snapshot, and refuses to open a plain one. Where nothing says what the key is wrapped with, that is the

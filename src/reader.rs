@@ -8,13 +8,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cipher::SecretKey;
-#[cfg_attr(not(feature = "python"), expect(unused_imports, reason = "the documentation links to it"))]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fragment::{FragmentReader, folder};
 use crate::key_metadata;
+use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
 use crate::options::SnapshotOptions;
+use crate::seal::{self, Seal};
 use crate::serialization::{self, Format};
 use crate::threads;
 
@@ -46,6 +46,7 @@ pub struct SnapshotReader {
     data_key: Option<SecretKey>,
     threads: usize,
     format: Option<Format>,
+    seal: Option<Seal>,
 }
 
 impl SnapshotReader {
@@ -67,12 +68,22 @@ impl SnapshotReader {
     /// [`Error::is_corrupt`] where something else than a fragment is in its place, and in an encrypted snapshot
     /// [`Error::is_authentication`] where it is not the one that was written there.
     pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
-        FragmentReader::open(
-            &self.root,
-            &self.namespace.join(name)?,
-            self.data_key.as_ref(),
-            threads::clamp(self.threads),
-        )
+        let path = self.namespace.join(name)?;
+        let entry = match self.manifest()? {
+            None => None,
+            Some(manifest) => Some(manifest.fragments.get(path.as_str()).ok_or_else(|| self.not_listed(&path))?),
+        };
+        FragmentReader::open(&self.root, &path, self.data_key.as_ref(), threads::clamp(self.threads), entry)
+    }
+
+    /// The manifest, where the snapshot is sealed.
+    fn manifest(&self) -> Result<Option<&Manifest>> {
+        self.seal.as_ref().map(|seal| seal.manifest(&self.root, self.data_key.as_ref())).transpose()
+    }
+
+    fn not_listed(&self, path: &SnapshotPath) -> Error {
+        let text = format!("{path} of {} is not in its manifest", self.root.display());
+        Error::io(text, rustix::io::Errno::NOENT)
     }
 
     /// Reads a fragment that holds one serialized value.
@@ -108,7 +119,10 @@ impl SnapshotReader {
     ///
     /// [`Error::is_corrupt`] where the folder holds a link, a special file or a name that no snapshot can hold.
     pub fn list_fragments(&self) -> Result<Vec<String>> {
-        folder::list(&self.root, self.namespace.as_str()).map(|(fragments, _)| fragments)
+        match self.manifest()? {
+            Some(manifest) => Ok(manifest.fragments_in(&self.namespace)),
+            None => folder::list(&self.root, self.namespace.as_str()).map(|(fragments, _)| fragments),
+        }
     }
 
     /// Names of the namespaces at this level, sorted.
@@ -117,7 +131,10 @@ impl SnapshotReader {
     ///
     /// As [`SnapshotReader::list_fragments`].
     pub fn list_namespaces(&self) -> Result<Vec<String>> {
-        folder::list(&self.root, self.namespace.as_str()).map(|(_, namespaces)| namespaces)
+        match self.manifest()? {
+            Some(manifest) => Ok(manifest.namespaces_in(&self.namespace)),
+            None => folder::list(&self.root, self.namespace.as_str()).map(|(_, namespaces)| namespaces),
+        }
     }
 
     /// Opens a namespace.
@@ -127,7 +144,15 @@ impl SnapshotReader {
     /// [`Error::is_io`] where there is none of that name.
     pub fn namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
-        folder::open(&self.root, namespace.as_str())?;
+        match self.manifest()? {
+            Some(manifest) if manifest.namespaces.contains(namespace.as_str()) => {}
+            Some(_) => {
+                let text =
+                    format!("namespace {:?} of {} is not in its manifest", namespace.as_str(), self.root.display());
+                return Err(Error::io(text, rustix::io::Errno::NOENT));
+            }
+            None => drop(folder::open(&self.root, namespace.as_str())?),
+        }
         Ok(Self { namespace, ..self.clone() })
     }
 
@@ -141,6 +166,21 @@ impl SnapshotReader {
     #[must_use]
     pub fn namespace_path(&self) -> &str {
         self.namespace.as_str()
+    }
+
+    /// Random bytes that name the snapshot, from its manifest; none where it is not sealed.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the manifest, in a handle that came from another process.
+    pub fn snapshot_id(&self) -> Result<Option<[u8; 16]>> {
+        Ok(self.manifest()?.map(|manifest| manifest.snapshot_id))
+    }
+
+    /// What to pin a sealed snapshot by, see [`SnapshotOptions::expect_seal_digest`]; none where it is not sealed.
+    #[must_use]
+    pub fn seal_digest(&self) -> Option<[u8; 32]> {
+        self.seal.as_ref().map(|seal| *seal.digest())
     }
 
     /// Whether the snapshot is encrypted.
@@ -168,8 +208,21 @@ impl SnapshotOptions {
     ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let data_key = key_metadata::unlock(&root, self, poll)?;
-        Ok(SnapshotReader { root, namespace: SnapshotPath::default(), data_key, threads, format: self.format })
+        let payload = key_metadata::unlock(&root, self, poll)?;
+        let seal = Seal::read(&root, payload.as_ref())?;
+        match (&seal, &self.seal_digest) {
+            (None, expected) if self.require_sealed || expected.is_some() => return Err(seal::unsealed(&root)),
+            (Some(seal), Some(expected)) if seal.digest() != expected => return Err(seal::another(&root)),
+            _ => {}
+        }
+        Ok(SnapshotReader {
+            root,
+            namespace: SnapshotPath::default(),
+            data_key: payload.map(|payload| payload.data_key().clone()),
+            threads,
+            format: self.format,
+            seal,
+        })
     }
 }
 

@@ -108,7 +108,9 @@ pub(crate) fn text_list<'de, D: Deserializer<'de>>(deserializer: D) -> std::resu
 }
 
 /// A byte string of exactly that length; serde's own arrays would take a list of numbers too.
-pub(crate) fn byte_string<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> std::result::Result<[u8; N], D::Error> {
+pub(crate) fn byte_string<'de, D: Deserializer<'de>, const N: usize>(
+    deserializer: D,
+) -> std::result::Result<[u8; N], D::Error> {
     struct ByteString<const N: usize>;
 
     impl<const N: usize> Visitor<'_> for ByteString<N> {

@@ -2,16 +2,20 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey, wipe_stack};
 use crate::error::{Error, Kind, Result};
-use crate::fragment::{Fragment, Sealed, folder};
+use crate::fragment::ledger::Ledger;
+use crate::fragment::lock::{self, LockedRoot};
+use crate::fragment::{Fragment, Writing, folder};
 use crate::key::KeyPayload;
 use crate::key_metadata;
-use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
+use crate::name::{KEY_METADATA, SnapshotPath};
 use crate::options::SnapshotOptions;
+use crate::seal;
 use crate::serialization::{self, Format};
 use crate::threads;
 
@@ -39,6 +43,11 @@ pub struct SnapshotWriter {
     data_key: Option<SecretKey>,
     threads: usize,
     format: Format,
+    /// Whether the snapshot is staged, and so neither there nor complete until it is committed.
+    staged: bool,
+    /// What this process notes of it; another one that the handle travels to does not.
+    #[serde(skip)]
+    ledger: Option<Arc<Ledger>>,
 }
 
 impl SnapshotWriter {
@@ -80,9 +89,13 @@ impl SnapshotWriter {
     pub fn raw_fragment_with_chunk_size(&self, name: &str, chunk_size_bytes: usize) -> Result<Fragment> {
         let path = self.namespace.join(name)?;
         crate::cipher::check_chunk_size(chunk_size_bytes)?;
-        let sealed =
-            self.data_key.as_ref().map(|key| Sealed { key, chunk_size_bytes, threads: threads::clamp(self.threads) });
-        Fragment::create(&self.root, &path, sealed.as_ref())
+        let writing = Writing {
+            key: self.data_key.as_ref(),
+            chunk_size_bytes,
+            threads: threads::clamp(self.threads),
+            staged: self.staged.then(|| self.ledger.clone()),
+        };
+        Fragment::create(&self.root, &path, &writing)
     }
 
     /// Writes a fragment with the serialized `value`. It is serialized before any file exists.
@@ -114,7 +127,9 @@ impl SnapshotWriter {
     /// [`Error::is_invalid_argument`] for a name that is not allowed, [`Error::is_io`] where it exists.
     pub fn add_namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
-        folder::create(&self.root, &namespace)?;
+        let locked = LockedRoot::shared(&self.root)?;
+        let root_folder = locked.folder().try_clone().map_err(|error| Error::io("no descriptor", error))?;
+        folder::create(root_folder, &self.root, &namespace)?;
         Ok(Self { namespace, ..self.clone() })
     }
 
@@ -154,6 +169,54 @@ impl SnapshotWriter {
     }
 }
 
+/// A snapshot that can be created now.
+pub(crate) struct Prepared {
+    /// The key, and how it goes into `enc_metadata`.
+    pub(crate) payload: Option<(KeyPayload, Vec<u8>)>,
+    pub(crate) threads: usize,
+    format: Format,
+    staged: bool,
+    /// The file of an identity that was made for it.
+    pub(crate) identity: Option<PathBuf>,
+}
+
+impl Prepared {
+    pub(crate) fn create_at(&self, root: PathBuf) -> Result<SnapshotWriter> {
+        folder::create_root(&root)?;
+        if let Some((_, wrapped)) = &self.payload {
+            key_metadata::write(&root, wrapped).inspect_err(|_| {
+                // Ours and empty but for what was just being written; an error here would hide the cause.
+                let _ = std::fs::remove_file(root.join(KEY_METADATA));
+                let _ = std::fs::remove_dir(&root);
+            })?;
+        }
+        Ok(SnapshotWriter {
+            root,
+            namespace: SnapshotPath::default(),
+            data_key: self.payload.as_ref().map(|(payload, _)| payload.data_key().clone()),
+            threads: self.threads,
+            format: self.format,
+            staged: self.staged,
+            ledger: self.staged.then(Arc::default),
+        })
+    }
+}
+
+impl SnapshotWriter {
+    /// What this process noted of the fragments it wrote into the staged snapshot.
+    pub(crate) fn ledger(&self) -> Option<&Ledger> {
+        self.ledger.as_deref()
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        threads::clamp(self.threads)
+    }
+
+    pub(crate) fn data_key(&self) -> Option<&SecretKey> {
+        self.data_key.as_ref()
+    }
+}
+
 impl SnapshotOptions {
     /// Creates a snapshot at `root`, as [`SnapshotWriter::new`].
     ///
@@ -174,14 +237,20 @@ impl SnapshotOptions {
         root: impl AsRef<Path>,
         poll: &mut dyn FnMut() -> Result<()>,
     ) -> Result<(SnapshotWriter, Option<PathBuf>)> {
-        let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
+        let prepared = self.prepare(&root, false, poll)?;
+        Ok((prepared.create_at(root)?, prepared.identity))
+    }
+
+    /// Does all that comes before anything is created for a snapshot at `root`.
+    pub(crate) fn prepare(&self, root: &Path, staged: bool, poll: &mut dyn FnMut() -> Result<()>) -> Result<Prepared> {
+        let threads = threads::resolve(self.threads)?;
         let wrapper = self.credentials.wrapper()?;
         // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
-        folder::check_new(&root)?;
+        folder::check_new(root)?;
         let mut identity = None;
         let payload = if self.is_encrypted() {
-            let payload = KeyPayload::generate()?;
+            let payload = KeyPayload::generate(staged)?;
             let wrapped = wrapper.wrap(&payload, poll);
             wipe_stack();
             let (wrapped, made) = wrapped
@@ -191,22 +260,7 @@ impl SnapshotOptions {
         } else {
             None
         };
-        folder::create_root(&root)?;
-        if let Some((_, wrapped)) = &payload {
-            key_metadata::write(&root, wrapped).inspect_err(|_| {
-                // Ours and empty but for what was just being written; an error here would hide the cause.
-                let _ = std::fs::remove_file(root.join(KEY_METADATA));
-                let _ = std::fs::remove_dir(&root);
-            })?;
-        }
-        let writer = SnapshotWriter {
-            root,
-            namespace: SnapshotPath::default(),
-            data_key: payload.map(|(payload, _)| payload.data_key().clone()),
-            threads,
-            format: self.format.unwrap_or_default(),
-        };
-        Ok((writer, identity))
+        Ok(Prepared { payload, threads, format: self.format.unwrap_or_default(), staged, identity })
     }
 
     /// Opens the snapshot at `root` to add fragments and namespaces to it, with the key it was written with. A key implies
@@ -237,19 +291,19 @@ impl SnapshotOptions {
     ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let data_key = key_metadata::unlock(&root, self, poll)?;
-        if folder::exists(&folder::open(&root, "")?, MANIFEST) {
-            return Err(Error::new(
-                Kind::Unsupported,
-                format!("nothing can be added to the snapshot {}: it is sealed (it has a {MANIFEST})", root.display()),
-            ));
+        let payload = key_metadata::unlock(&root, self, poll)?;
+        lock::check_unsealed(&root, &folder::open(&root, "")?)?;
+        if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
+            return Err(seal::incomplete(&root));
         }
         Ok(SnapshotWriter {
             root,
             namespace: SnapshotPath::default(),
-            data_key,
+            data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
             format: self.format.unwrap_or_default(),
+            staged: false,
+            ledger: None,
         })
     }
 }

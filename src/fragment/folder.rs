@@ -2,19 +2,26 @@
 //! `O_NOFOLLOW`, and each name is resolved in the folder just opened.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::cipher::fill_random;
 use crate::error::{Error, Result};
 use crate::name::{self, SnapshotPath};
 
 /// Guest memory is its owner's alone.
 const FOLDER_MODE: Mode = Mode::RWXU;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+const FOLDER_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// Until a fragment of a staged snapshot is finished, its file cannot be read: so commit knows those of killed processes.
+const UNFINISHED_MODE: Mode = Mode::WUSR;
 
 /// Handles keep an absolute path: another process, or this one later, may be in another folder.
 pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
@@ -42,7 +49,7 @@ pub(crate) fn check_new(root: &Path) -> Result<()> {
     fs::statat(CWD, parent, AtFlags::empty()).map(drop).map_err(|errno| not_created(root, errno))
 }
 
-fn not_created(root: &Path, errno: Errno) -> Error {
+pub(crate) fn not_created(root: &Path, errno: Errno) -> Error {
     let reason = match errno {
         Errno::EXIST => "a snapshot needs a path at which nothing is yet",
         Errno::NOENT => "the folder it is to lie in does not exist",
@@ -53,12 +60,16 @@ fn not_created(root: &Path, errno: Errno) -> Error {
 
 /// The folder of a namespace, or of the root.
 pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     // The root's own path is the caller's, and may lead through links.
-    let mut folder = fs::openat(CWD, root, flags, Mode::empty())
+    let folder = fs::openat(CWD, root, FOLDER_FLAGS, Mode::empty())
         .map_err(|errno| Error::io(format!("cannot open the snapshot {}", root.display()), errno))?;
+    open_below(folder, root, namespace)
+}
+
+/// The folder of a namespace in an open root; `root` is for errors.
+pub(crate) fn open_below(mut folder: OwnedFd, root: &Path, namespace: &str) -> Result<OwnedFd> {
     for name in namespace.split('/').filter(|name| !name.is_empty()) {
-        folder = fs::openat(&folder, name, flags | OFlags::NOFOLLOW, Mode::empty()).map_err(|errno| {
+        folder = fs::openat(&folder, name, FOLDER_FLAGS | OFlags::NOFOLLOW, Mode::empty()).map_err(|errno| {
             let place = format!("namespace {namespace:?} of {}", root.display());
             match (errno, kind_of(&folder, name)) {
                 (Errno::NOTDIR | Errno::LOOP, Some(kind)) if kind != FileType::RegularFile => {
@@ -73,9 +84,9 @@ pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
 }
 
 /// Creates the folder of a namespace.
-pub(crate) fn create(root: &Path, namespace: &SnapshotPath) -> Result<()> {
+pub(crate) fn create(opened: OwnedFd, root: &Path, namespace: &SnapshotPath) -> Result<()> {
     let (parent, name) = namespace.split();
-    fs::mkdirat(open(root, parent)?, name, FOLDER_MODE).map_err(|errno| {
+    fs::mkdirat(open_below(opened, root, parent)?, name, FOLDER_MODE).map_err(|errno| {
         let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
         Error::io(format!("namespace {:?} of {} {reason}", namespace.as_str(), root.display()), errno)
     })
@@ -83,8 +94,121 @@ pub(crate) fn create(root: &Path, namespace: &SnapshotPath) -> Result<()> {
 
 /// Creates a file that must not exist.
 pub(crate) fn create_file(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
+    create_file_with(folder, name, FILE_MODE)
+}
+
+/// The same, of a fragment that is not there until [`mark_finished`].
+pub(crate) fn create_unfinished(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
+    create_file_with(folder, name, UNFINISHED_MODE)
+}
+
+fn create_file_with(folder: &OwnedFd, name: &str, mode: Mode) -> std::result::Result<File, Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    fs::openat(folder, name, flags, FILE_MODE).map(File::from)
+    fs::openat(folder, name, flags, mode).map(File::from)
+}
+
+pub(crate) fn mark_finished(file: &File) -> io::Result<()> {
+    match fs::fchmod(file, FILE_MODE) {
+        // A file system without modes does not know the mark either.
+        Err(_) if !is_unfinished(&fs::fstat(file)?) => Ok(()),
+        marked => Ok(marked?),
+    }
+}
+
+/// Whether the file was begun in a staged snapshot and never finished.
+pub(crate) fn is_unfinished(stat: &fs::Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        && Mode::from_raw_mode(stat.st_mode) & Mode::RUSR != Mode::RUSR
+}
+
+/// Of what is called so in a folder, if there is anything; links are not followed.
+pub(crate) fn stat(folder: &OwnedFd, name: &str) -> std::result::Result<fs::Stat, Errno> {
+    fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// The contents of a small file of vmsnap's own; none where there is none.
+pub(crate) fn read_small(folder: &OwnedFd, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>> {
+    let (file, size) = match open_file(folder, name) {
+        Ok(opened) => opened,
+        Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if size > max_bytes {
+        return Err(Error::corrupt(format!("{size} bytes are too many, it has at most {max_bytes}")));
+    }
+    let mut contents = Vec::new();
+    file.take(size).read_to_end(&mut contents).map_err(|error| Error::io("cannot be read", error))?;
+    Ok(Some(contents))
+}
+
+/// The name of a file or folder on its way to another name: nobody takes it for anything else.
+pub(crate) fn temporary_name() -> Result<String> {
+    let mut number = [0; 8];
+    fill_random(&mut number)?;
+    Ok(format!(".vmsnap-{:016x}", u64::from_ne_bytes(number)))
+}
+
+/// Whether a name is one of [`temporary_name`]'s.
+pub(crate) fn is_temporary(name: &str) -> bool {
+    let digits = name.strip_prefix(".vmsnap-").unwrap_or_default();
+    digits.len() == 16 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Puts a small file in its place, complete: at each moment, after a crash too, there is what was there before or the new one.
+/// `between` is called between the steps.
+pub(crate) fn place_file(
+    folder: &OwnedFd,
+    name: &str,
+    contents: &[u8],
+    replace: bool,
+    durable: bool,
+    between: &mut dyn FnMut(),
+) -> io::Result<()> {
+    let temporary = temporary_name()?;
+    let file = create_file(folder, &temporary)?;
+    let mut written = || -> io::Result<()> {
+        between();
+        file.write_all_at(contents, 0)?;
+        between();
+        if durable {
+            file.sync_all()?;
+        }
+        between();
+        if replace {
+            fs::renameat(folder, &temporary, folder, name)?;
+        } else {
+            rename_new(folder, &temporary, folder, name)?;
+        }
+        Ok(())
+    };
+    written().inspect_err(|_| {
+        // The cause says more than that this could not be removed either.
+        let _ = fs::unlinkat(folder, &temporary, AtFlags::empty());
+    })?;
+    between();
+    if durable {
+        fs::fsync(folder)?;
+    }
+    Ok(())
+}
+
+/// Renames to a name at which nothing is yet.
+pub(crate) fn rename_new(
+    from: &OwnedFd,
+    old: impl AsRef<Path>,
+    to: &OwnedFd,
+    new: impl AsRef<Path>,
+) -> std::result::Result<(), Errno> {
+    let (old, new) = (old.as_ref(), new.as_ref());
+    match fs::renameat_with(from, old, to, new, fs::RenameFlags::NOREPLACE) {
+        // The file system (or a kernel of old) cannot: what a plain rename could still replace is an empty folder.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => match fs::statat(to, new, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Err(Errno::EXIST),
+            Err(Errno::NOENT) => fs::renameat(from, old, to, new),
+            Err(errno) => Err(errno),
+        },
+        renamed => renamed,
+    }
 }
 
 /// Opens a file to be read, with its size in bytes; nothing but a regular file will do.

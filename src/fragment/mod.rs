@@ -6,10 +6,15 @@
 //! plain.rs     the bytes themselves
 //! sealed_sink.rs, sealing.rs    one FLOE message, sealed by all threads
 //! sealed_source.rs, pieces.rs   the same, opened by all threads
+//! digest.rs, ledger.rs          what the manifest is to say of a fragment
+//! lock.rs      who writes into a snapshot now
 //! folder.rs    files and folders below the root, no link ever followed
 //! ```
 
+pub(crate) mod digest;
 pub(crate) mod folder;
+pub(crate) mod ledger;
+pub(crate) mod lock;
 mod pieces;
 mod plain;
 mod reading;
@@ -23,7 +28,7 @@ use std::path::{Path, PathBuf};
 
 pub use reading::FragmentReader;
 pub use writing::Fragment;
-pub(crate) use writing::Sealed;
+pub(crate) use writing::Writing;
 
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
@@ -75,8 +80,17 @@ impl Home {
         Self(process::token())
     }
 
-    fn is_here(self) -> bool {
+    pub(crate) fn is_here(self) -> bool {
         self.0 == process::token()
+    }
+
+    /// The same of a staged snapshot.
+    pub(crate) fn check_snapshot(self) -> Result<()> {
+        if self.is_here() {
+            return Ok(());
+        }
+        let text = "the snapshot was begun in the process this one was forked from, which alone commits or discards it";
+        Err(Error::new(Kind::State, text))
     }
 
     pub(crate) fn check(self) -> Result<()> {

@@ -5,11 +5,14 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::plain::PlainSource;
 use super::sealed_source::SealedSource;
 use super::{Home, Place, folder};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
+use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::threads::Poll;
 
@@ -62,15 +65,37 @@ enum Source {
 }
 
 impl FragmentReader {
-    pub(crate) fn open(root: &Path, path: &SnapshotPath, key: Option<&SecretKey>, threads: usize) -> Result<Self> {
+    /// Opens a fragment; `expected` is what the manifest says of it.
+    pub(crate) fn open(
+        root: &Path,
+        path: &SnapshotPath,
+        key: Option<&SecretKey>,
+        threads: usize,
+        expected: Option<&Entry>,
+    ) -> Result<Self> {
         let place = Place::new(root, path);
         let (namespace, name) = path.split();
-        let folder = folder::open(root, namespace)?;
-        let (file, stored_size) = folder::open_file(&folder, name).map_err(|error| error.context(&place))?;
+        let opened = folder::open(root, namespace)
+            .and_then(|folder| folder::open_file(&folder, name).map_err(|error| error.context(&place)));
+        let (file, stored_size) = opened.map_err(|error| match expected {
+            Some(_) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {
+                Error::corrupt("is missing, and the manifest lists it").context(&place)
+            }
+            _ => error,
+        })?;
+        let tag = match expected {
+            Some(entry) if entry.stored_size != stored_size => {
+                let text = format!("has {stored_size} bytes, and {} in the manifest", entry.stored_size);
+                return Err(Error::corrupt(text).context(&place));
+            }
+            Some(Entry { proof: Proof::HeaderTag { tag, .. }, .. }) => Some(*tag),
+            _ => None,
+        };
         let source = match key {
             None => Source::Plain(PlainSource::new(file, stored_size)),
             Some(key) => {
-                let source = SealedSource::open(file, stored_size, key, path).map_err(|error| error.context(&place))?;
+                let source =
+                    SealedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
                 Source::Sealed(Box::new(source))
             }
         };
@@ -99,6 +124,21 @@ impl FragmentReader {
         match &self.file.source {
             Source::Plain(_) => None,
             Source::Sealed(source) => Some(source.chunk_size_bytes()),
+        }
+    }
+
+    /// What the manifest says of an encrypted fragment; a plain one would have to be read for it.
+    pub(crate) fn sealed_entry(&self) -> Option<Entry> {
+        match &self.file.source {
+            Source::Plain(_) => None,
+            Source::Sealed(source) => Some(Entry {
+                size: source.size(),
+                stored_size: self.file.stored_size,
+                proof: Proof::HeaderTag {
+                    chunk_size_bytes: source.chunk_size_bytes() as u64,
+                    tag: source.header_tag(),
+                },
+            }),
         }
     }
 

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use super::sealing::Sealers;
 use super::{Home, aad, strip_bytes};
-use crate::cipher::{Sealing, SecretKey};
+use crate::cipher::{HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, Sealing, SecretKey, header_tag, segment_offset};
 use crate::error::Result;
+use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::threads::Poll;
 
@@ -23,6 +24,7 @@ pub(super) struct SealedSink {
     /// follows, so at least one byte always stays behind here.
     gathered: Vec<u8>,
     next_index: u64,
+    header_tag: [u8; HEADER_TAG_BYTES],
     home: Home,
 }
 
@@ -37,7 +39,16 @@ impl SealedSink {
         let (sealing, header) = Sealing::start(key, &aad(path), chunk_size_bytes)?;
         file.write_all_at(&header, 0).map_err(super::not_written)?;
         let sealers = Arc::new(Sealers::new(sealing, threads));
-        Ok(Self { file, sealers, chunk_size_bytes, gathered: Vec::new(), next_index: 0, home: Home::here() })
+        let header_tag = header_tag(&header);
+        Ok(Self {
+            file,
+            sealers,
+            chunk_size_bytes,
+            gathered: Vec::new(),
+            next_index: 0,
+            header_tag,
+            home: Home::here(),
+        })
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -85,7 +96,20 @@ impl SealedSink {
         let first_index = self.advance(body.len());
         self.sealers.seal(&self.file, first_index, body, poll)?;
         self.sealers.drain(poll)?;
-        self.sealers.seal_last(&self.file, self.next_index, last)
+        self.sealers.seal_last(&self.file, self.next_index, last)?;
+        self.gathered = last.to_vec();
+        Ok(())
+    }
+
+    /// What the manifest says of the finished fragment.
+    pub(super) fn entry(&self) -> Entry {
+        let size = self.written();
+        Entry {
+            size,
+            stored_size: segment_offset(self.next_index, self.chunk_size_bytes)
+                + (self.gathered.len() + SEGMENT_OVERHEAD_BYTES) as u64,
+            proof: Proof::HeaderTag { chunk_size_bytes: self.chunk_size_bytes as u64, tag: self.header_tag },
+        }
     }
 
     /// Whole chunks, and what is left for the last: 1 byte to a whole chunk, nothing only of nothing.

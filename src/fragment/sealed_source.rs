@@ -10,8 +10,8 @@ use std::sync::Mutex;
 use super::pieces::Pieces;
 use super::{aad, strip_bytes};
 use crate::cipher::{
-    HEADER_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, SecretKey, check_declared_chunk_size, segment_offset,
-    segment_size,
+    HEADER_BYTES, HEADER_TAG_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, SecretKey, check_declared_chunk_size,
+    header_tag, segment_offset, segment_size,
 };
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
@@ -24,6 +24,7 @@ const MAX_IDLE_BYTES: usize = 2 << 20;
 pub(super) struct SealedSource {
     file: File,
     opening: Opening,
+    header_tag: [u8; HEADER_TAG_BYTES],
     chunk_size_bytes: usize,
     /// Workers that no call uses now: a cipher state and buffers each.
     idle: Mutex<Vec<OpenWorker>>,
@@ -37,7 +38,15 @@ struct OpenWorker {
 
 impl SealedSource {
     /// Verifies the header and the last segment, hence the length.
-    pub(super) fn open(file: File, stored_size: u64, key: &SecretKey, path: &SnapshotPath) -> Result<Self> {
+    ///
+    /// `expected` is the header's tag where the manifest says so.
+    pub(super) fn open(
+        file: File,
+        stored_size: u64,
+        key: &SecretKey,
+        path: &SnapshotPath,
+        expected: Option<[u8; HEADER_TAG_BYTES]>,
+    ) -> Result<Self> {
         let mut header = [0; HEADER_BYTES];
         if stored_size < (HEADER_BYTES + SEGMENT_OVERHEAD_BYTES) as u64 {
             return Err(Error::corrupt(format!(
@@ -47,9 +56,13 @@ impl SealedSource {
         }
         file.read_exact_at(&mut header, 0).map_err(not_read)?;
         check_declared_chunk_size(header)?;
+        let header_tag = header_tag(&header);
+        if expected.is_some_and(|expected| expected != header_tag) {
+            return Err(Error::corrupt("is not the one the manifest lists: it was changed or swapped"));
+        }
         let opening = Opening::start(key, &aad(path), header, stored_size)?;
         let chunk_size_bytes = opening.chunk_size_bytes();
-        let source = Self { file, opening, chunk_size_bytes, idle: Mutex::default() };
+        let source = Self { file, opening, header_tag, chunk_size_bytes, idle: Mutex::default() };
         let mut worker = source.worker();
         worker.load(&source, source.opening.last_index(), source.opening.last_index())?;
         worker.open_chunk(&source, source.opening.last_index(), 0)?;
@@ -59,6 +72,10 @@ impl SealedSource {
 
     pub(super) fn size(&self) -> u64 {
         self.opening.size()
+    }
+
+    pub(super) fn header_tag(&self) -> [u8; HEADER_TAG_BYTES] {
+        self.header_tag
     }
 
     pub(super) fn chunk_size_bytes(&self) -> usize {

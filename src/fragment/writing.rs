@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::ledger::Ledger;
+use super::lock::LockedRoot;
 use super::plain::PlainSink;
 use super::sealed_sink::SealedSink;
 use super::{Home, Place, folder};
@@ -29,6 +31,10 @@ pub struct Fragment {
     state: State,
     file: Arc<File>,
     folder: OwnedFd,
+    /// Where the snapshot is staged, none else: what it notes of its fragments, where it is this process's.
+    staged: Option<Option<Arc<Ledger>>>,
+    /// Held as long as something can be written.
+    lock: Option<LockedRoot>,
     place: Place,
     home: Home,
 }
@@ -44,35 +50,53 @@ enum Sink {
     Sealed(SealedSink),
 }
 
-/// How an encrypted fragment is to be sealed.
-pub(crate) struct Sealed<'a> {
-    pub(crate) key: &'a SecretKey,
+/// How a fragment is to be written.
+pub(crate) struct Writing<'a> {
+    pub(crate) key: Option<&'a SecretKey>,
     pub(crate) chunk_size_bytes: usize,
     pub(crate) threads: usize,
+    pub(crate) staged: Option<Option<Arc<Ledger>>>,
 }
 
 impl Fragment {
-    pub(crate) fn create(root: &Path, path: &SnapshotPath, sealed: Option<&Sealed<'_>>) -> Result<Self> {
+    pub(crate) fn create(root: &Path, path: &SnapshotPath, writing: &Writing<'_>) -> Result<Self> {
         let place = Place::new(root, path);
         let (namespace, name) = path.split();
-        let folder = folder::open(root, namespace)?;
-        let file = folder::create_file(&folder, name).map_err(|errno| {
+        let lock = LockedRoot::shared(root)?;
+        let folder = folder::open_below(
+            lock.folder().try_clone().map_err(|error| Error::io("no descriptor", error))?,
+            root,
+            namespace,
+        )?;
+        let created = match writing.staged {
+            None => folder::create_file(&folder, name),
+            Some(_) => folder::create_unfinished(&folder, name),
+        };
+        let file = created.map_err(|errno| {
             let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
             Error::io(format!("{place} {reason}"), errno)
         })?;
         // Failed until it has begun: should that fail, dropping the fragment removes the file.
-        let mut fragment = Self { state: State::Failed, file: Arc::new(file), folder, place, home: Home::here() };
-        fragment.state = State::Open(fragment.sink(sealed).map_err(|error| error.context(&fragment.place))?);
+        let mut fragment = Self {
+            state: State::Failed,
+            file: Arc::new(file),
+            folder,
+            staged: writing.staged.clone(),
+            lock: Some(lock),
+            place,
+            home: Home::here(),
+        };
+        fragment.state = State::Open(fragment.sink(writing).map_err(|error| error.context(&fragment.place))?);
         Ok(fragment)
     }
 
-    fn sink(&self, sealed: Option<&Sealed<'_>>) -> Result<Sink> {
+    fn sink(&self, writing: &Writing<'_>) -> Result<Sink> {
         let file = Arc::clone(&self.file);
-        Ok(match sealed {
-            None => Sink::Plain(PlainSink::new(file)),
-            Some(Sealed { key, chunk_size_bytes, threads }) => {
-                Sink::Sealed(SealedSink::new(file, key, &self.place.path, *chunk_size_bytes, *threads)?)
-            }
+        let Writing { key, chunk_size_bytes, threads, .. } = *writing;
+        Ok(match key {
+            // In another process than that of the staged snapshot nobody would ask for the digest.
+            None => Sink::Plain(PlainSink::new(file, matches!(writing.staged, Some(Some(_))), threads)),
+            Some(key) => Sink::Sealed(SealedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
         })
     }
 
@@ -134,11 +158,31 @@ impl Fragment {
 
     pub(crate) fn finish_polled(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let poll = &mut Poll::new(poll);
-        self.with_sink(|sink| match sink {
-            Sink::Plain(sink) => sink.flush(),
-            Sink::Sealed(sink) => sink.finish(poll),
+        let mut entry = None;
+        self.with_sink(|sink| {
+            match sink {
+                Sink::Plain(sink) => {
+                    sink.flush()?;
+                    entry = sink.entry();
+                }
+                Sink::Sealed(sink) => {
+                    sink.finish(poll)?;
+                    entry = Some(sink.entry());
+                }
+            }
+            Ok(())
         })?;
+        if let Some(ledger) = &self.staged {
+            // Failed until it is marked: what is not, no commit accepts.
+            self.state = State::Failed;
+            folder::mark_finished(&self.file)
+                .map_err(|error| Error::io("cannot be finished", error).context(&self.place))?;
+            if let (Some(ledger), Some(entry)) = (ledger, entry) {
+                ledger.enter(self.place.path.as_str(), entry);
+            }
+        }
         self.state = State::Closed;
+        self.lock = None;
         Ok(())
     }
 
@@ -156,8 +200,10 @@ impl Fragment {
         self.home.check().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
         let (_, name) = self.place.path.split();
-        folder::remove_file(&self.folder, name, &self.file)
-            .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error))
+        let removed = folder::remove_file(&self.folder, name, &self.file)
+            .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error));
+        self.lock = None;
+        removed
     }
 
     #[cfg(feature = "python")]
@@ -221,10 +267,17 @@ impl Drop for Fragment {
         // While a panic unwinds, what was written is only a part.
         let complete = match self.state {
             State::Closed => true,
+            // A staged snapshot is complete or absent, and nobody said that this is complete.
+            State::Open(_) if self.staged.is_some() => false,
             State::Open(_) => !std::thread::panicking() && self.finish_polled(&mut || Ok(())).is_ok(),
             State::Failed => false,
         };
-        if !complete {
+        if !complete && self.staged.is_some() {
+            // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
+            self.state = State::Failed;
+            let _ = self.file.set_len(0);
+            self.lock = None;
+        } else if !complete {
             // Nobody is there to be told; what cannot be removed does not open either.
             let _ = self.remove();
         }

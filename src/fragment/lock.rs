@@ -1,0 +1,102 @@
+//! Who uses a snapshot's folder now: `flock` on the root.
+//!
+//! Every fragment being written holds it shared, in whatever process; sealing, committing and cleaning take it alone. A lock
+//! goes with its process, however that ends.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::{Home, folder};
+use crate::error::{Error, Kind, Result};
+use crate::name::MANIFEST;
+
+/// The root of a snapshot, open and locked.
+pub(crate) struct LockedRoot {
+    folder: OwnedFd,
+    home: Home,
+}
+
+impl LockedRoot {
+    /// The root of a snapshot that is to be changed, along with others that do so.
+    pub(crate) fn shared(root: &Path) -> Result<Self> {
+        let locked = Self::shared_even_sealed(root)?;
+        check_unsealed(root, &locked.folder)?;
+        Ok(locked)
+    }
+
+    /// The same where only the key's wrapping changes, which a sealed snapshot allows.
+    pub(crate) fn shared_even_sealed(root: &Path) -> Result<Self> {
+        let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        match flock(&locked.folder, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => {
+                let text = format!("the snapshot {} is just being sealed or cleaned away", root.display());
+                Err(Error::new(Kind::State, text))
+            }
+            // Where the file system has no locks (some network ones) it is for the caller to see to it.
+            Ok(()) | Err(_) => Ok(locked),
+        }
+    }
+
+    /// The root of a snapshot that nobody else may be writing into.
+    pub(crate) fn exclusive(root: &Path) -> Result<Self> {
+        let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        locked.take_alone(root)?;
+        check_unsealed(root, &locked.folder)?;
+        Ok(locked)
+    }
+
+    /// Makes a shared lock the only one.
+    pub(crate) fn take_alone(&self, root: &Path) -> Result<()> {
+        match flock(&self.folder, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                // What was held is lost by the attempt.
+                let _ = flock(&self.folder, FlockOperation::NonBlockingLockShared);
+                let text = format!(
+                    "the snapshot {} is still being written: finish all its fragments first, in other processes too",
+                    root.display()
+                );
+                Err(Error::new(Kind::State, text))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// A folder that nobody uses; none where somebody does.
+    pub(crate) fn abandoned(root: &Path) -> Result<Option<Self>> {
+        let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        match flock(&locked.folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(locked)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => {
+                let text =
+                    format!("whether somebody uses {} cannot be known: no locks there ({errno})", root.display());
+                Err(Error::new(Kind::State, text))
+            }
+        }
+    }
+
+    pub(crate) fn folder(&self) -> &OwnedFd {
+        &self.folder
+    }
+}
+
+impl Drop for LockedRoot {
+    /// Said out loud: a forked child may have a copy of the descriptor, and closing ours would not unlock.
+    fn drop(&mut self) {
+        if self.home.is_here() {
+            let _ = flock(&self.folder, FlockOperation::Unlock);
+        }
+    }
+}
+
+/// A sealed snapshot does not change any more.
+pub(crate) fn check_unsealed(root: &Path, folder: &OwnedFd) -> Result<()> {
+    if !folder::exists(folder, MANIFEST) {
+        return Ok(());
+    }
+    let text = format!("nothing can be added to the snapshot {}: it is sealed (it has a {MANIFEST})", root.display());
+    Err(Error::new(Kind::Unsupported, text))
+}

@@ -1,0 +1,448 @@
+//! Complete or absent: snapshots that are staged in a hidden folder and then renamed into place, and the sealing of those
+//! written in place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use crate::cipher::{SecretKey, fill_random};
+use crate::error::{Error, Kind, Result};
+use crate::fragment::digest::Digest;
+use crate::fragment::ledger::Ledger;
+use crate::fragment::lock::LockedRoot;
+use crate::fragment::{FragmentReader, Home, folder};
+use crate::key_metadata;
+use crate::manifest::{Entry, Manifest, Proof};
+use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
+use crate::options::SnapshotOptions;
+use crate::seal;
+use crate::threads::{self, Poll, for_each};
+use crate::writer::SnapshotWriter;
+
+/// What is read back is read in pieces of so much.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What names a sealed snapshot for ever: kept elsewhere, it tells whether a snapshot is still the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SealId {
+    /// Random, of one snapshot.
+    pub snapshot_id: [u8; 16],
+    /// BLAKE3 of the manifest's plaintext.
+    pub seal_digest: [u8; 32],
+}
+
+/// A snapshot being created: nothing is at its path until [`StagedSnapshot::commit`], and then all of it.
+///
+/// It is written in a hidden folder beside its path, through [`StagedSnapshot::writer`] and what is made of that. Dropped
+/// without a commit, in the process that made it, it goes; a process that is killed leaves the folder behind, which no reader
+/// takes for a snapshot and which [`clean`] removes.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("vm1");
+/// let mut staged = vmsnap::SnapshotOptions::new().stage(&path)?;
+/// staged.writer().write_fragment("clock", &12_u64)?;
+/// assert!(!path.exists());
+/// let id = staged.commit()?;
+/// let reader = vmsnap::SnapshotOptions::new().expect_seal_digest(id.seal_digest).open(&path)?;
+/// assert_eq!(reader.read_fragment::<u64>("clock")?, 12);
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+pub struct StagedSnapshot {
+    writer: SnapshotWriter,
+    path: PathBuf,
+    parent: OwnedFd,
+    snapshot_id: [u8; 16],
+    durable: bool,
+    home: Home,
+    state: State,
+}
+
+enum State {
+    /// The staged folder is there, and `clean` leaves it alone as long as it is locked.
+    Staged(LockedRoot),
+    Committed,
+    Discarded,
+}
+
+impl SnapshotOptions {
+    /// Begins a snapshot that is to be at `path` when it is complete, and not before.
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotOptions::create`]. Nothing is left behind.
+    pub fn stage(&self, path: impl AsRef<Path>) -> Result<StagedSnapshot> {
+        let (staged, identity) = self.stage_polled(path, &mut || Ok(()))?;
+        if let Some(path) = identity {
+            eprintln!("vmsnap: {}", key_metadata::advice(&path));
+        }
+        Ok(staged)
+    }
+
+    /// The same, with the file of an identity that was made for it.
+    pub(crate) fn stage_polled(
+        &self,
+        path: impl AsRef<Path>,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<(StagedSnapshot, Option<PathBuf>)> {
+        let path = folder::absolute(path.as_ref())?;
+        let (Some(parent_path), Some(_)) = (path.parent(), path.file_name()) else {
+            return Err(Error::invalid_argument(format!("{} cannot be the path of a new snapshot", path.display())));
+        };
+        let prepared = self.prepare(&path, true, poll)?;
+        let snapshot_id = match &prepared.payload {
+            Some((payload, _)) => payload.snapshot_id(),
+            None => random_id()?,
+        };
+        let failed = |error: Error| error.context(format!("cannot create the snapshot {}", path.display()));
+        let parent = folder::open(parent_path, "").map_err(failed)?;
+        let root = parent_path.join(folder::temporary_name()?);
+        let writer = prepared.create_at(root.clone()).map_err(failed)?;
+        let locked = LockedRoot::shared(&root).inspect_err(|_| {
+            let _ = std::fs::remove_dir_all(&root);
+        })?;
+        let staged = StagedSnapshot {
+            writer,
+            path,
+            parent,
+            snapshot_id,
+            durable: self.durable,
+            home: Home::here(),
+            state: State::Staged(locked),
+        };
+        Ok((staged, prepared.identity))
+    }
+
+    /// Seals the snapshot at `root`, which was written in place: from then on it does not change any more, and what is
+    /// changed nevertheless is found. All of it is read back for that. Returns what to pin it by.
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotOptions::open`]; [`Error::is_unsupported_format`] where it is sealed already, [`Error::is_state`] where
+    /// a fragment is still being written. It is as it was then.
+    pub fn seal(&self, root: impl AsRef<Path>) -> Result<SealId> {
+        self.seal_polled(root, &mut || Ok(()))
+    }
+
+    pub(crate) fn seal_polled(&self, root: impl AsRef<Path>, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        let threads = threads::resolve(self.threads)?;
+        let root = folder::absolute(root.as_ref())?;
+        let payload = key_metadata::unlock(&root, self, poll)?;
+        let locked = LockedRoot::exclusive(&root)?;
+        if payload.as_ref().is_some_and(crate::key::KeyPayload::is_sealed) {
+            return Err(seal::incomplete(&root));
+        }
+        let snapshot_id = match &payload {
+            Some(payload) => payload.snapshot_id(),
+            None => random_id()?,
+        };
+        let data_key = payload.as_ref().map(crate::key::KeyPayload::data_key);
+        let scanned = Scanned::of(&root, data_key, None, threads, poll)?;
+        if self.durable {
+            scanned.sync(&root, threads, poll)?;
+        }
+        scanned.write_manifest(locked.folder(), &root, data_key, snapshot_id, self.durable)
+    }
+}
+
+fn random_id() -> Result<[u8; 16]> {
+    let mut id = [0; 16];
+    fill_random(&mut id)?;
+    Ok(id)
+}
+
+impl StagedSnapshot {
+    /// Writes into the snapshot, at its root. It can be cloned and can travel to other processes.
+    #[must_use]
+    pub fn writer(&self) -> &SnapshotWriter {
+        &self.writer
+    }
+
+    /// Where the snapshot will be.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Completes the snapshot: lists all its fragments in the manifest, syncs them unless
+    /// [`SnapshotOptions::durable`] says otherwise, and renames it into place. Returns what to pin it by.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_state`] where a fragment is still being written, in whatever process, or was begun and never finished;
+    /// [`Error::is_io`] where something is at the path by now, or the disk is full. The snapshot stays staged. Only where the
+    /// very last sync fails it is at its path, complete, and the text says so.
+    pub fn commit(&mut self) -> Result<SealId> {
+        self.commit_polled(&mut || Ok(()))
+    }
+
+    pub(crate) fn commit_polled(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.path.display()));
+        self.home.check_snapshot().map_err(context)?;
+        let locked = match &self.state {
+            State::Staged(locked) => locked,
+            State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
+            State::Discarded => return Err(context(Error::new(Kind::State, "it was discarded"))),
+        };
+        let id = self.complete(locked, poll).map_err(context)?;
+        // From here on it is there. The lock's descriptor is that of the same folder, under its new name.
+        self.state = State::Committed;
+        if self.durable {
+            rustix::fs::fsync(&self.parent).map_err(|errno| {
+                let text = format!(
+                    "the snapshot {} is complete and in place, but whether it outlives a power failure is not certain",
+                    self.path.display()
+                );
+                Error::io(text, errno)
+            })?;
+        }
+        Ok(id)
+    }
+
+    fn complete(&self, locked: &LockedRoot, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        let root = self.writer.root();
+        locked.take_alone(root)?;
+        let threads = self.writer.threads();
+        let data_key = self.writer.data_key();
+        // Of an attempt before.
+        match rustix::fs::unlinkat(locked.folder(), MANIFEST, rustix::fs::AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(errno) => return Err(Error::io("cannot remove the manifest of an earlier attempt", errno)),
+        }
+        let scanned = Scanned::of(root, data_key, self.writer.ledger(), threads, poll)?;
+        if self.durable {
+            scanned.sync(root, threads, poll)?;
+        }
+        let id = scanned.write_manifest(locked.folder(), root, data_key, self.snapshot_id, self.durable)?;
+        poll()?;
+        let name = self.path.file_name().unwrap_or_default();
+        folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, name)
+            .map_err(|errno| folder::not_created(&self.path, errno))?;
+        Ok(id)
+    }
+
+    /// Gives the snapshot up and removes all of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where something cannot be removed; [`Error::is_state`] in a forked process.
+    pub fn discard(mut self) -> Result<()> {
+        self.remove()
+    }
+
+    /// Removes what is staged, if it still is.
+    pub(crate) fn remove(&mut self) -> Result<()> {
+        self.home.check_snapshot()?;
+        if !matches!(self.state, State::Staged(_)) {
+            return Ok(());
+        }
+        self.state = State::Discarded;
+        let root = self.writer.root();
+        std::fs::remove_dir_all(root)
+            .map_err(|error| Error::io(format!("cannot remove what was staged in {}", root.display()), error))
+    }
+}
+
+impl Drop for StagedSnapshot {
+    fn drop(&mut self) {
+        if self.home.is_here() {
+            // Nobody is there to be told; `clean` removes what is left.
+            let _ = self.remove();
+        }
+    }
+}
+
+impl fmt::Debug for StagedSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Staged(_) => "staged",
+            State::Committed => "committed",
+            State::Discarded => "discarded",
+        };
+        f.debug_struct("StagedSnapshot").field("path", &self.path).field("state", &state).finish_non_exhaustive()
+    }
+}
+
+/// All that is in a snapshot.
+struct Scanned {
+    namespaces: BTreeSet<String>,
+    fragments: BTreeMap<String, Entry>,
+}
+
+impl Scanned {
+    /// Finds everything, and reads what `ledger` does not know.
+    fn of(
+        root: &Path,
+        data_key: Option<&SecretKey>,
+        ledger: Option<&Ledger>,
+        threads: usize,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Self> {
+        let (mut namespaces, mut fragments) = (BTreeSet::new(), BTreeMap::new());
+        let mut pending = vec![SnapshotPath::default()];
+        while let Some(namespace) = pending.pop() {
+            poll()?;
+            let (names, inner) = folder::list(root, namespace.as_str())?;
+            let opened = folder::open(root, namespace.as_str())?;
+            for name in names {
+                let path = namespace.join(&name)?;
+                let stat = folder::stat(&opened, &name)
+                    .map_err(|errno| Error::io(format!("{path} cannot be examined"), errno))?;
+                if folder::is_unfinished(&stat) {
+                    let text = format!("{path} was begun and never finished, so the snapshot would not be complete");
+                    return Err(Error::new(Kind::State, text));
+                }
+                let known = ledger.and_then(|ledger| ledger.get(path.as_str()));
+                let entry = match known {
+                    Some(entry) if u64::try_from(stat.st_size) == Ok(entry.stored_size) => entry,
+                    Some(_) => return Err(Error::corrupt(format!("{path} was changed after it was written"))),
+                    None => examine(root, &path, data_key, threads, poll)?,
+                };
+                fragments.insert(path.into(), entry);
+            }
+            for name in inner {
+                let path = namespace.join(&name)?;
+                namespaces.insert(path.as_str().to_owned());
+                pending.push(path);
+            }
+        }
+        if let Some(path) = ledger.and_then(|ledger| ledger.missing_in(&fragments)) {
+            return Err(Error::corrupt(format!("the fragment {path:?} was removed after it was written")));
+        }
+        Ok(Self { namespaces, fragments })
+    }
+
+    /// All that was found reaches the disk, as do the names of it.
+    fn sync(&self, root: &Path, threads: usize, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let failed = |what: &str, error: std::io::Error| Error::io(format!("cannot sync {what:?}"), error);
+        let paths: Vec<_> = self.fragments.keys().collect();
+        let mut workers = vec![(); threads.min(paths.len())];
+        for_each(&mut workers, paths.into_iter(), &mut Poll::new(poll), |(), path| {
+            let (namespace, name) = path.rsplit_once('/').unwrap_or(("", path));
+            let (file, _) = folder::open_file(&folder::open(root, namespace)?, name)?;
+            file.sync_all().map_err(|error| failed(path, error))
+        })?;
+        for namespace in self.namespaces.iter().rev() {
+            File::from(folder::open(root, namespace)?).sync_all().map_err(|error| failed(namespace, error))?;
+        }
+        let root_folder = folder::open(root, "")?;
+        if folder::exists(&root_folder, KEY_METADATA) {
+            let (file, _) = folder::open_file(&root_folder, KEY_METADATA)?;
+            file.sync_all().map_err(|error| failed(KEY_METADATA, error))?;
+        }
+        File::from(root_folder).sync_all().map_err(|error| failed("the root", error))
+    }
+
+    fn write_manifest(
+        self,
+        root_folder: &OwnedFd,
+        root: &Path,
+        data_key: Option<&SecretKey>,
+        snapshot_id: [u8; 16],
+        durable: bool,
+    ) -> Result<SealId> {
+        let manifest = Manifest::new(snapshot_id, data_key.is_some(), self.namespaces, self.fragments);
+        let (stored, seal_digest) = manifest.encode(data_key)?;
+        folder::place_file(root_folder, MANIFEST, &stored, false, durable, &mut || ())
+            .map_err(|error| Error::io(format!("cannot write {MANIFEST} of {}", root.display()), error))?;
+        Ok(SealId { snapshot_id, seal_digest })
+    }
+}
+
+/// What the manifest is to say of a fragment that this process did not write.
+fn examine(
+    root: &Path,
+    path: &SnapshotPath,
+    data_key: Option<&SecretKey>,
+    threads: usize,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Entry> {
+    let fragment = FragmentReader::open(root, path, data_key, threads, None)?;
+    match fragment.sealed_entry() {
+        Some(entry) => Ok(entry),
+        None => {
+            let digest = digest_of(&fragment, poll)?;
+            Ok(Entry { size: fragment.size(), stored_size: fragment.size(), proof: Proof::Blake3(digest) })
+        }
+    }
+}
+
+/// BLAKE3 of a plain fragment.
+pub(crate) fn digest_of(fragment: &FragmentReader, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
+    let mut digest = Digest::new();
+    let capacity = usize::try_from(fragment.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
+    let mut piece = vec![0; capacity];
+    let mut offset = 0;
+    while offset < fragment.size() {
+        let read = fragment.read_at_polled(offset, &mut piece, poll)?;
+        digest.update(&piece[..read]);
+        offset += read as u64;
+        poll()?;
+    }
+    Ok(digest.finish())
+}
+
+/// What [`clean`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cleaned {
+    /// What was removed.
+    pub removed: Vec<PathBuf>,
+    /// What is left because a living process holds it.
+    pub held: Vec<PathBuf>,
+}
+
+/// Removes what killed processes left behind in `parent`: the hidden folders of snapshots that were never committed, and, where
+/// `parent` is itself a snapshot, files that were to replace one of its own. What a living process holds stays.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// let staged = vmsnap::SnapshotOptions::new().stage(folder.path().join("vm1"))?;
+/// let cleaned = vmsnap::clean(folder.path())?;
+/// assert_eq!((cleaned.removed.len(), cleaned.held.len()), (0, 1));
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// [`Error::is_io`] where `parent` is no folder, or something in it cannot be removed; [`Error::is_state`] where the file system
+/// has no locks that would tell whether somebody holds it.
+pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
+    let parent = folder::absolute(parent.as_ref())?;
+    let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);
+    let mut cleaned = Cleaned::default();
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(&parent).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        if !name.to_str().is_some_and(folder::is_temporary) {
+            continue;
+        }
+        let kind = entry.file_type().map_err(failed)?;
+        if kind.is_dir() {
+            let Some(_locked) = LockedRoot::abandoned(&entry.path())? else {
+                cleaned.held.push(entry.path());
+                continue;
+            };
+            std::fs::remove_dir_all(entry.path()).map_err(failed)?;
+            cleaned.removed.push(entry.path());
+        } else if kind.is_file() {
+            files.push(entry.path());
+        }
+    }
+    if !files.is_empty() {
+        match LockedRoot::abandoned(&parent)? {
+            None => cleaned.held.append(&mut files),
+            Some(_locked) => {
+                for file in files {
+                    std::fs::remove_file(&file).map_err(failed)?;
+                    cleaned.removed.push(file);
+                }
+            }
+        }
+    }
+    cleaned.removed.sort_unstable();
+    cleaned.held.sort_unstable();
+    Ok(cleaned)
+}
