@@ -230,7 +230,7 @@ pub(crate) fn is_stored_size(stored_size: u64, size: u64, chunk_size_bytes: usiz
     let segments = size.div_ceil(chunk_size_bytes as u64).max(1);
     let overhead_of = |segments: u64| segments.checked_mul(SEGMENT_OVERHEAD_BYTES as u64);
     overhead_of(segments) == Some(overhead)
-        || (size > 0 && size % chunk_size_bytes as u64 == 0 && overhead_of(segments + 1) == Some(overhead))
+        || (size > 0 && size.is_multiple_of(chunk_size_bytes as u64) && overhead_of(segments + 1) == Some(overhead))
 }
 
 /// A message being written: makes [`Sealer`]s, one a thread.

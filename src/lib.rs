@@ -48,6 +48,7 @@ mod serialization;
 mod staging;
 mod strict_cbor;
 mod threads;
+mod verify;
 mod writer;
 
 /// The README's Rust runs as a test.
@@ -70,4 +71,5 @@ pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;
 pub use serialization::Format;
 pub use staging::{Cleaned, SealId, StagedSnapshot, clean};
+pub use verify::{Problem, ProblemKind, Verification};
 pub use writer::SnapshotWriter;

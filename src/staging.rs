@@ -22,7 +22,7 @@ use crate::threads::{self, Poll, for_each};
 use crate::writer::SnapshotWriter;
 
 /// What is read back is read in pieces of so much.
-const PIECE_BYTES: usize = 1 << 20;
+const PIECE_BYTES: usize = 8 << 20;
 
 /// What names a sealed snapshot for ever: kept elsewhere, it tells whether a snapshot is still the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -360,24 +360,22 @@ fn examine(
     poll: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Entry> {
     let fragment = FragmentReader::open(root, path, data_key, threads, None)?;
-    match fragment.sealed_entry() {
-        Some(entry) => Ok(entry),
-        None => {
-            let digest = digest_of(&fragment, poll)?;
-            Ok(Entry { size: fragment.size(), stored_size: fragment.size(), proof: Proof::Blake3(digest) })
-        }
+    if let Some(entry) = fragment.sealed_entry() {
+        return Ok(entry);
     }
+    let digest = digest_of(&fragment, threads, poll)?;
+    Ok(Entry { size: fragment.size(), stored_size: fragment.size(), proof: Proof::Blake3(digest) })
 }
 
 /// BLAKE3 of a plain fragment.
-pub(crate) fn digest_of(fragment: &FragmentReader, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
-    let mut digest = Digest::new();
+fn digest_of(fragment: &FragmentReader, threads: usize, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
+    let mut digest = Digest::default();
     let capacity = usize::try_from(fragment.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
     let mut piece = vec![0; capacity];
     let mut offset = 0;
     while offset < fragment.size() {
         let read = fragment.read_at_polled(offset, &mut piece, poll)?;
-        digest.update(&piece[..read]);
+        digest.update_with(&piece[..read], threads, &mut Poll::new(&mut || Ok(())), |_, _| Ok(()))?;
         offset += read as u64;
         poll()?;
     }

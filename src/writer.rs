@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey, wipe_stack};
 use crate::error::{Error, Kind, Result};
-use crate::fragment::ledger::Ledger;
+use crate::fragment::ledger::{Ledger, Staging};
 use crate::fragment::lock::{self, LockedRoot};
 use crate::fragment::{Fragment, Writing, folder};
 use crate::key::KeyPayload;
@@ -43,11 +43,7 @@ pub struct SnapshotWriter {
     data_key: Option<SecretKey>,
     threads: usize,
     format: Format,
-    /// Whether the snapshot is staged, and so neither there nor complete until it is committed.
-    staged: bool,
-    /// What this process notes of it; another one that the handle travels to does not.
-    #[serde(skip)]
-    ledger: Option<Arc<Ledger>>,
+    staging: Staging,
 }
 
 impl SnapshotWriter {
@@ -93,7 +89,7 @@ impl SnapshotWriter {
             key: self.data_key.as_ref(),
             chunk_size_bytes,
             threads: threads::clamp(self.threads),
-            staged: self.staged.then(|| self.ledger.clone()),
+            staging: self.staging.clone(),
         };
         Fragment::create(&self.root, &path, &writing)
     }
@@ -196,8 +192,7 @@ impl Prepared {
             data_key: self.payload.as_ref().map(|(payload, _)| payload.data_key().clone()),
             threads: self.threads,
             format: self.format,
-            staged: self.staged,
-            ledger: self.staged.then(Arc::default),
+            staging: if self.staged { Staging::Here(Arc::default()) } else { Staging::InPlace },
         })
     }
 }
@@ -205,7 +200,7 @@ impl Prepared {
 impl SnapshotWriter {
     /// What this process noted of the fragments it wrote into the staged snapshot.
     pub(crate) fn ledger(&self) -> Option<&Ledger> {
-        self.ledger.as_deref()
+        self.staging.ledger()
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -302,8 +297,7 @@ impl SnapshotOptions {
             data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
             format: self.format.unwrap_or_default(),
-            staged: false,
-            ledger: None,
+            staging: Staging::InPlace,
         })
     }
 }

@@ -24,16 +24,29 @@ from vmsnap.errors import (
     KeyUnavailableError,
     NewIdentityWarning,
     NotEncryptedError,
+    NotSealedError,
     SerializationError,
     UnsupportedFormatError,
     VmsnapError,
 )
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.keys import IdentityFile, KeyProvider, generate_identity, recipients_of, rekey
+from vmsnap.sealing import (
+    Cleaned,
+    Problem,
+    StagedSnapshot,
+    Verification,
+    clean,
+    create,
+    open,  # noqa: A004
+    seal,
+    verify,
+)
 from vmsnap.snapshot import SnapshotReader, SnapshotWriter
 
 __all__ = [
     "AuthenticationError",
+    "Cleaned",
     "CorruptSnapshotError",
     "Fragment",
     "FragmentReader",
@@ -44,15 +57,24 @@ __all__ = [
     "KeyUnavailableError",
     "NewIdentityWarning",
     "NotEncryptedError",
+    "NotSealedError",
+    "Problem",
     "SerializationError",
     "SnapshotReader",
     "SnapshotWriter",
+    "StagedSnapshot",
     "UnsupportedFormatError",
+    "Verification",
     "VmsnapError",
     "__version__",
     "aead_provider",
+    "clean",
+    "create",
     "generate_identity",
     "generate_key",
+    "open",
     "recipients_of",
     "rekey",
+    "seal",
+    "verify",
 ]

@@ -14,10 +14,12 @@ __all__ = [
     "FragmentReader",
     "SnapshotReader",
     "SnapshotWriter",
+    "StagedSnapshot",
     "__version__",
     "aead_provider",
     "are_crowded",
     "check_serialized",
+    "clean",
     "generate_identity",
     "generate_key",
     "identity_file",
@@ -25,6 +27,8 @@ __all__ = [
     "outline",
     "recipients_of",
     "rekey",
+    "seal",
+    "verify",
 ]
 
 __version__: Final[str]
@@ -120,7 +124,14 @@ class SnapshotWriter:
 
 @final
 class SnapshotReader:
-    def __new__(cls, root: str, credentials: Credentials, threads: int | None) -> SnapshotReader: ...
+    def __new__(
+        cls,
+        root: str,
+        credentials: Credentials,
+        threads: int | None,
+        require_sealed: bool,
+        expect_seal_digest: bytes | None,
+    ) -> SnapshotReader: ...
     def raw_fragment(self, name: str) -> FragmentReader: ...
     def read_value(self, name: str, format: str | None, max_size_bytes: int) -> tuple[bytes, str]: ...
     def place(self, name: str) -> str: ...
@@ -133,9 +144,40 @@ class SnapshotReader:
     def namespace_path(self) -> str: ...
     @property
     def encrypted(self) -> bool: ...
+    @property
+    def snapshot_id(self) -> bytes | None: ...
+    @property
+    def seal_digest(self) -> bytes | None: ...
     def to_state(self) -> bytes: ...
     @staticmethod
     def from_state(state: bytes) -> SnapshotReader: ...
+
+@final
+class StagedSnapshot:
+    def __new__(
+        cls, path: str, credentials: Credentials, threads: int | None, format: str, durable: bool
+    ) -> StagedSnapshot: ...
+    @property
+    def advice(self) -> str | None: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def writer(self) -> SnapshotWriter: ...
+    def commit(self) -> tuple[bytes, bytes]: ...
+    def discard(self) -> None: ...
+
+def seal(root: str, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
+    """Seal a snapshot in place; return its snapshot id and seal digest."""
+
+def clean(parent: str) -> tuple[list[Path], list[Path]]:
+    """Remove what killed processes left; return what was removed, and what is held."""
+
+def verify(
+    root: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
+) -> tuple[
+    list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None
+]:
+    """Return problems (path, kind, text), what was not checked, fragments with their kinds, bytes, id and digest."""
 
 @final
 class Fragment:

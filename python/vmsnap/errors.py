@@ -8,6 +8,7 @@ __all__ = [
     "KeyUnavailableError",
     "NewIdentityWarning",
     "NotEncryptedError",
+    "NotSealedError",
     "SerializationError",
     "UnsupportedFormatError",
     "VmsnapError",
@@ -38,6 +39,10 @@ class NotEncryptedError(VmsnapError):
     """An encrypted snapshot was required, or a key was given, and the snapshot is plain."""
 
 
+class NotSealedError(VmsnapError):
+    """A sealed snapshot was required, and this one has no manifest."""
+
+
 class CorruptSnapshotError(VmsnapError):
     """What is on disk cannot be a snapshot's: a link, a special file, a header that is none, a malformed value."""
 
@@ -59,4 +64,8 @@ class NewIdentityWarning(UserWarning):
 
 
 class FragmentStateError(VmsnapError):
-    """The fragment cannot be used: a write failed earlier, or this is a process forked from the one that opened it."""
+    """A fragment or a snapshot cannot be used so now.
+
+    A write failed earlier; a fragment is still being written, or was never finished; this is a process forked from the one
+    that opened it.
+    """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, overload
 
 from vmsnap import _vmsnap, keys, serialization
+from vmsnap.errors import InvalidArgumentError
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.serialization.build import converter
 
@@ -277,18 +278,27 @@ class SnapshotReader(_Handle):
         A key service of the name it was written with.
     threads
         The most threads that one call uses, as for `SnapshotWriter`.
+    require_sealed
+        Refuse a snapshot that has no manifest.
+    expect_seal_digest
+        The seal digest it must have, 32 bytes or 64 hexadecimal digits, kept elsewhere: that catches an older state of the
+        snapshot, another one in its place, and forging by those who once had the key.
 
     Raises
     ------
     FileNotFoundError
         There is no such folder.
+    NotSealedError
+        The snapshot has no manifest, and was required to.
     KeyUnavailableError
         The snapshot is encrypted, and there is no key, or another kind of key; a file of identities may be read by
         others; a plugin of age's or the key service failed.
     NotEncryptedError
         The snapshot is plain, and was required to be encrypted.
     AuthenticationError
-        The key is not the one, or ``enc_metadata`` is damaged.
+        The key is not the one, or ``enc_metadata`` is damaged; or the seal digest is not the one expected.
+    CorruptSnapshotError
+        The manifest is damaged, or lacks where the snapshot was to have one.
     UnsupportedFormatError
         The snapshot needs a newer version of vmsnap.
 
@@ -310,11 +320,24 @@ class SnapshotReader(_Handle):
         passphrase: "Passphrase | None" = None,
         key_provider: "KeyProvider | None" = None,
         threads: int | None = None,
+        require_sealed: bool = False,
+        expect_seal_digest: "ReadableBuffer | str | None" = None,
     ) -> None:
         credentials = keys.reading(
             require_encrypted, key=key, identities=identities, passphrase=passphrase, key_provider=key_provider
         )
-        self._raw = _vmsnap.SnapshotReader(os.fsdecode(root), credentials, threads)
+        digest = digest_bytes(expect_seal_digest)
+        self._raw = _vmsnap.SnapshotReader(os.fsdecode(root), credentials, threads, require_sealed, digest)
+
+    @property
+    def snapshot_id(self) -> bytes | None:
+        """16 random bytes that name a sealed snapshot; None where it is not sealed."""
+        return self._raw.snapshot_id
+
+    @property
+    def seal_digest(self) -> bytes | None:
+        """What to pin a sealed snapshot by, 32 bytes; None where it is not sealed."""
+        return self._raw.seal_digest
 
     def raw_fragment(self, name: str) -> FragmentReader:
         """Open a fragment.
@@ -407,3 +430,13 @@ class SnapshotReader(_Handle):
             There is none of that name.
         """
         return self._of(self._raw.namespace(name))
+
+
+def digest_bytes(digest: "ReadableBuffer | str | None") -> bytes | None:
+    """Return a seal digest that may be given in hexadecimal digits."""
+    if isinstance(digest, str):
+        try:
+            return bytes.fromhex(digest)
+        except ValueError:
+            raise InvalidArgumentError("a seal digest is 64 hexadecimal digits") from None
+    return None if digest is None else bytes(digest)

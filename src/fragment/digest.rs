@@ -7,11 +7,14 @@ use blake3::Hasher;
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 
 use super::STRIP_BYTES;
+use crate::error::Result;
+use crate::threads::{Poll, for_each};
 
 /// What one thread hashes at a time, from an offset that it divides.
-pub(crate) const PIECE_BYTES: usize = STRIP_BYTES;
+const PIECE_BYTES: usize = STRIP_BYTES;
 
 /// The digest of what has come so far, in order.
+#[derive(Default)]
 pub(crate) struct Digest {
     /// Subtrees of whole pieces, larger ones first, none merged that may be the root.
     subtrees: Vec<ChainingValue>,
@@ -22,17 +25,13 @@ pub(crate) struct Digest {
 }
 
 impl Digest {
-    pub(crate) fn new() -> Self {
-        Self { subtrees: Vec::new(), pieces: 0, current: Hasher::new() }
-    }
-
     /// Bytes that lack until a piece is whole; a whole piece where none has begun.
-    pub(crate) fn until_piece(&self) -> usize {
+    fn until_piece(&self) -> usize {
         PIECE_BYTES - self.bytes_in_piece()
     }
 
     /// The index of the next piece.
-    pub(crate) fn next_piece(&self) -> u64 {
+    fn next_piece(&self) -> u64 {
         self.pieces + u64::from(self.bytes_in_piece() == PIECE_BYTES)
     }
 
@@ -53,7 +52,7 @@ impl Digest {
     }
 
     /// Takes whole pieces that come next, hashed by [`subtree`]; more must follow, or [`Digest::update`] must have taken some.
-    pub(crate) fn push(&mut self, pieces: impl IntoIterator<Item = ChainingValue>) {
+    fn push(&mut self, pieces: impl IntoIterator<Item = ChainingValue>) {
         if self.until_piece() == 0 {
             self.end_piece();
         }
@@ -61,6 +60,37 @@ impl Digest {
             self.push_one(piece);
         }
         self.current = Self::hasher_at(self.pieces);
+    }
+
+    /// As [`Digest::update`], by several threads; `also` is called for every part of `data`, with its offset in it.
+    pub(crate) fn update_with(
+        &mut self,
+        data: &[u8],
+        threads: usize,
+        poll: &mut Poll<'_>,
+        also: impl Fn(usize, &[u8]) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let (head, rest) = data.split_at((self.until_piece() % PIECE_BYTES).min(data.len()));
+        // At least a byte is left for the end, which no subtree may be.
+        let (body, tail) = rest.split_at(rest.len().saturating_sub(1) / PIECE_BYTES * PIECE_BYTES);
+        self.update(head);
+        also(0, head)?;
+        let first = self.next_piece();
+        let pieces = body.chunks(PIECE_BYTES);
+        let mut workers: Vec<_> = (0..threads.min(pieces.len())).map(|_| Vec::new()).collect();
+        for_each(&mut workers, pieces.enumerate(), poll, |done: &mut Vec<_>, (number, piece)| {
+            also(head.len() + number * PIECE_BYTES, piece)?;
+            // Afterwards: it is in the cache now.
+            done.push((number, subtree(first + number as u64, piece)));
+            Ok(())
+        })?;
+        let mut subtrees: Vec<_> = workers.into_iter().flatten().collect();
+        subtrees.sort_unstable_by_key(|(number, _)| *number);
+        if !subtrees.is_empty() {
+            self.push(subtrees.into_iter().map(|(_, subtree)| subtree));
+        }
+        self.update(tail);
+        also(head.len() + body.len(), tail)
     }
 
     fn end_piece(&mut self) {
@@ -109,7 +139,7 @@ impl Digest {
 }
 
 /// One whole piece that is not all there is; `index` counts pieces from the start.
-pub(crate) fn subtree(index: u64, piece: &[u8]) -> ChainingValue {
+fn subtree(index: u64, piece: &[u8]) -> ChainingValue {
     Digest::hasher_at(index).update(piece).finalize_non_root()
 }
 
@@ -127,7 +157,7 @@ mod tests {
             for extra in [0, 1, 1023, 1024, 1025, PIECE_BYTES - 1] {
                 let data = data(pieces * PIECE_BYTES + extra);
                 for step in [1000, PIECE_BYTES, 3 * PIECE_BYTES + 5] {
-                    let mut digest = Digest::new();
+                    let mut digest = Digest::default();
                     data.chunks(step).for_each(|part| digest.update(part));
                     assert_eq!(digest.finish(), *blake3::hash(&data).as_bytes(), "{} by {step}", data.len());
                 }
@@ -141,7 +171,7 @@ mod tests {
             [(0, 1, 1), (0, 2, 5), (1, 1, 1), (1, 4, PIECE_BYTES), (2, 5, 0), (3, 8, 2 * PIECE_BYTES + 7), (0, 7, 1)]
         {
             let data = data((before + pieces) * PIECE_BYTES + after);
-            let mut digest = Digest::new();
+            let mut digest = Digest::default();
             digest.update(&data[..before * PIECE_BYTES]);
             let first = digest.next_piece();
             let body = &data[before * PIECE_BYTES..(before + pieces) * PIECE_BYTES];

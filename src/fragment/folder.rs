@@ -245,30 +245,38 @@ pub(crate) fn remove_file(folder: &OwnedFd, name: &str, file: &File) -> io::Resu
     Ok(())
 }
 
+/// Everything in a folder.
+pub(crate) fn entries(folder: &OwnedFd) -> std::result::Result<Vec<(Vec<u8>, FileType)>, Errno> {
+    let mut entries = Vec::new();
+    for entry in fs::Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        let kind = match entry.file_type() {
+            // Not every file system tells the kind along with the name.
+            FileType::Unknown => fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)
+                .map_or(FileType::Unknown, |stat| FileType::from_raw_mode(stat.st_mode)),
+            kind => kind,
+        };
+        entries.push((name.to_bytes().to_vec(), kind));
+    }
+    Ok(entries)
+}
+
 /// Names of the fragments and of the namespaces in a folder, sorted, without vmsnap's own files.
 pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<String>)> {
     let (mut fragments, mut namespaces) = (Vec::new(), Vec::new());
     let folder = open(root, namespace)?;
     let place = || format!("{} of {}", if namespace.is_empty() { "the root" } else { namespace }, root.display());
     let failed = |errno| Error::io(format!("cannot list {}", place()), errno);
-    for entry in fs::Dir::read_from(&folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let bytes = entry.file_name().to_bytes();
-        if bytes == b"." || bytes == b".." {
-            continue;
-        }
-        let name = entry
-            .file_name()
-            .to_str()
-            .map_err(|_| Error::corrupt(format!("{:?} is not UTF-8", entry.file_name())).context(place()))?;
+    for (bytes, kind) in entries(&folder).map_err(failed)? {
+        let name = std::str::from_utf8(&bytes)
+            .map_err(|_| Error::corrupt(format!("\"{}\" is not UTF-8", bytes.escape_ascii())).context(place()))?;
         if name::is_reserved(name) {
             continue;
         }
-        // Not every file system tells the kind along with the name.
-        let kind = match entry.file_type() {
-            FileType::Unknown => kind_of(&folder, name).unwrap_or(FileType::Unknown),
-            kind => kind,
-        };
         match kind {
             FileType::RegularFile | FileType::Directory if name::check(name).is_err() => {
                 return Err(Error::corrupt(format!("{name:?} is not a name that a snapshot can hold")).context(place()));

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::digest::{self, Digest};
+use super::digest::Digest;
 use super::pieces::Pieces;
 use super::{STRIP_BYTES, not_written};
 use crate::error::{Error, Result};
@@ -22,13 +22,13 @@ pub(super) struct PlainSink {
     offset: u64,
     gathered: Vec<u8>,
     /// Of what is written, where the manifest is to tell.
-    digest: Option<Digest>,
+    digest: Option<Box<Digest>>,
     threads: usize,
 }
 
 impl PlainSink {
     pub(super) fn new(file: Arc<File>, digested: bool, threads: usize) -> Self {
-        Self { file, offset: 0, gathered: Vec::new(), digest: digested.then(Digest::new), threads }
+        Self { file, offset: 0, gathered: Vec::new(), digest: digested.then(Box::default), threads }
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -53,45 +53,20 @@ impl PlainSink {
         if self.gather(data) {
             return Ok(());
         }
-        if self.digest.is_some() {
-            return self.write_digested(data, poll);
+        if let Some(digest) = &mut self.digest {
+            // While one thread writes, the others hash.
+            let (file, offset) = (&*self.file, self.offset);
+            digest.update_with(data, self.threads, poll, |at, piece| {
+                file.write_all_at(piece, offset + at as u64).map_err(not_written)
+            })?;
+            self.offset += data.len() as u64;
+            return Ok(());
         }
         for piece in data.chunks(PIECE_BYTES) {
             poll.tick()?;
             self.file.write_all_at(piece, self.offset).map_err(not_written)?;
             self.offset += piece.len() as u64;
         }
-        Ok(())
-    }
-
-    /// While one thread writes, the others hash.
-    fn write_digested(&mut self, data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
-        let Some(digest) = &mut self.digest else { return Ok(()) };
-        let (head, rest) = data.split_at((digest.until_piece() % digest::PIECE_BYTES).min(data.len()));
-        digest.update(head);
-        self.file.write_all_at(head, self.offset).map_err(not_written)?;
-        // At least a byte is left for the end, which no subtree may be.
-        let whole = rest.len().saturating_sub(1) / digest::PIECE_BYTES * digest::PIECE_BYTES;
-        let (body, tail) = rest.split_at(whole);
-        let first = digest.next_piece();
-        let offset = self.offset + head.len() as u64;
-        let pieces = body.chunks(digest::PIECE_BYTES);
-        let mut workers: Vec<_> = (0..self.threads.min(pieces.len())).map(|_| Vec::new()).collect();
-        let file = &*self.file;
-        for_each(&mut workers, pieces.enumerate(), poll, |done: &mut Vec<_>, (number, piece)| {
-            file.write_all_at(piece, offset + (number * digest::PIECE_BYTES) as u64).map_err(not_written)?;
-            // Afterwards: it is in the cache now.
-            done.push((number, digest::subtree(first + number as u64, piece)));
-            Ok(())
-        })?;
-        let mut subtrees: Vec<_> = workers.into_iter().flatten().collect();
-        subtrees.sort_unstable_by_key(|(number, _)| *number);
-        if !subtrees.is_empty() {
-            digest.push(subtrees.into_iter().map(|(_, subtree)| subtree));
-        }
-        digest.update(tail);
-        self.file.write_all_at(tail, offset + body.len() as u64).map_err(not_written)?;
-        self.offset += data.len() as u64;
         Ok(())
     }
 

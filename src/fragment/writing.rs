@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::ledger::Ledger;
+use super::ledger::Staging;
 use super::lock::LockedRoot;
 use super::plain::PlainSink;
 use super::sealed_sink::SealedSink;
@@ -26,13 +26,14 @@ use crate::threads::Poll;
 /// tell; dropped by a panic, its file is removed. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
 /// dropped.
 ///
+/// In a staged snapshot only `finish` ends it: dropped before, it makes the commit fail.
+///
 /// In a process forked from the one that opened it, every call fails and dropping does nothing.
 pub struct Fragment {
     state: State,
     file: Arc<File>,
     folder: OwnedFd,
-    /// Where the snapshot is staged, none else: what it notes of its fragments, where it is this process's.
-    staged: Option<Option<Arc<Ledger>>>,
+    staging: Staging,
     /// Held as long as something can be written.
     lock: Option<LockedRoot>,
     place: Place,
@@ -55,7 +56,7 @@ pub(crate) struct Writing<'a> {
     pub(crate) key: Option<&'a SecretKey>,
     pub(crate) chunk_size_bytes: usize,
     pub(crate) threads: usize,
-    pub(crate) staged: Option<Option<Arc<Ledger>>>,
+    pub(crate) staging: Staging,
 }
 
 impl Fragment {
@@ -68,9 +69,10 @@ impl Fragment {
             root,
             namespace,
         )?;
-        let created = match writing.staged {
-            None => folder::create_file(&folder, name),
-            Some(_) => folder::create_unfinished(&folder, name),
+        let created = if writing.staging.is_staged() {
+            folder::create_unfinished(&folder, name)
+        } else {
+            folder::create_file(&folder, name)
         };
         let file = created.map_err(|errno| {
             let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
@@ -81,7 +83,7 @@ impl Fragment {
             state: State::Failed,
             file: Arc::new(file),
             folder,
-            staged: writing.staged.clone(),
+            staging: writing.staging.clone(),
             lock: Some(lock),
             place,
             home: Home::here(),
@@ -95,7 +97,7 @@ impl Fragment {
         let Writing { key, chunk_size_bytes, threads, .. } = *writing;
         Ok(match key {
             // In another process than that of the staged snapshot nobody would ask for the digest.
-            None => Sink::Plain(PlainSink::new(file, matches!(writing.staged, Some(Some(_))), threads)),
+            None => Sink::Plain(PlainSink::new(file, writing.staging.ledger().is_some(), threads)),
             Some(key) => Sink::Sealed(SealedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
         })
     }
@@ -172,12 +174,12 @@ impl Fragment {
             }
             Ok(())
         })?;
-        if let Some(ledger) = &self.staged {
+        if self.staging.is_staged() {
             // Failed until it is marked: what is not, no commit accepts.
             self.state = State::Failed;
             folder::mark_finished(&self.file)
                 .map_err(|error| Error::io("cannot be finished", error).context(&self.place))?;
-            if let (Some(ledger), Some(entry)) = (ledger, entry) {
+            if let (Some(ledger), Some(entry)) = (self.staging.ledger(), entry) {
                 ledger.enter(self.place.path.as_str(), entry);
             }
         }
@@ -268,11 +270,11 @@ impl Drop for Fragment {
         let complete = match self.state {
             State::Closed => true,
             // A staged snapshot is complete or absent, and nobody said that this is complete.
-            State::Open(_) if self.staged.is_some() => false,
+            State::Open(_) if self.staging.is_staged() => false,
             State::Open(_) => !std::thread::panicking() && self.finish_polled(&mut || Ok(())).is_ok(),
             State::Failed => false,
         };
-        if !complete && self.staged.is_some() {
+        if !complete && self.staging.is_staged() {
             // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
             self.state = State::Failed;
             let _ = self.file.set_len(0);

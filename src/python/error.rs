@@ -13,6 +13,7 @@ mod exceptions {
     pyo3::import_exception!(vmsnap.errors, InvalidArgumentError);
     pyo3::import_exception!(vmsnap.errors, KeyUnavailableError);
     pyo3::import_exception!(vmsnap.errors, NotEncryptedError);
+    pyo3::import_exception!(vmsnap.errors, NotSealedError);
     pyo3::import_exception!(vmsnap.errors, UnsupportedFormatError);
     pyo3::import_exception!(vmsnap.errors, VmsnapError);
 }
@@ -21,7 +22,7 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         use exceptions::{
             AuthenticationError, CorruptSnapshotError, FragmentStateError, InvalidArgumentError, KeyUnavailableError,
-            NotEncryptedError, UnsupportedFormatError, VmsnapError,
+            NotEncryptedError, NotSealedError, UnsupportedFormatError, VmsnapError,
         };
         let raised = Python::attach(|py| raised(py, &error));
         let cause = match raised {
@@ -47,6 +48,8 @@ impl From<Error> for PyErr {
             unavailable
         } else if error.is_not_encrypted() {
             NotEncryptedError::new_err(text)
+        } else if error.is_not_sealed() {
+            NotSealedError::new_err(text)
         } else if error.is_corrupt() {
             CorruptSnapshotError::new_err(text)
         } else if error.is_unsupported_format() {

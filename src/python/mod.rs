@@ -9,6 +9,7 @@
 //! reader.rs           SnapshotReader
 //! fragment.rs         Fragment
 //! fragment_reader.rs  FragmentReader
+//! staging.rs          StagedSnapshot, seal, clean, verify
 //! outline.rs          key_wrapping, outline
 //! ```
 
@@ -20,6 +21,7 @@ mod fragment_reader;
 mod outline;
 mod reader;
 mod slot;
+mod staging;
 mod writer;
 
 use std::collections::HashSet;
@@ -46,6 +48,8 @@ mod _vmsnap {
     use super::outline::{key_wrapping, outline};
     #[pymodule_export]
     use super::reader::SnapshotReader;
+    #[pymodule_export]
+    use super::staging::{StagedSnapshot, clean, seal, verify};
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]
@@ -107,6 +111,24 @@ fn options(credentials: &Credentials, threads: Option<&Bound<'_, PyAny>>) -> PyR
         options = options.threads(number(threads, "threads")?);
     }
     Ok(options)
+}
+
+/// What a reader asks of the seal.
+fn sealed_options(
+    options: SnapshotOptions,
+    require_sealed: bool,
+    expect_seal_digest: Option<&[u8]>,
+) -> Result<SnapshotOptions> {
+    let options = options.require_sealed(require_sealed);
+    Ok(match expect_seal_digest {
+        None => options,
+        Some(digest) => {
+            let length = digest.len();
+            options.expect_seal_digest(digest.try_into().map_err(|_| {
+                Error::invalid_argument(format!("a seal digest has 32 bytes (64 hexadecimal digits), not {length}"))
+            })?)
+        }
+    })
 }
 
 /// A whole number that fits `T`; any other int is a bad argument, not an `OverflowError`.

@@ -7,7 +7,7 @@ use pyo3::types::PyBytes;
 
 use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
-use super::{from_state, interruptible, number, options, parse_format, to_state};
+use super::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use crate::error::Error;
 use crate::serialization;
 
@@ -22,8 +22,10 @@ impl SnapshotReader {
         root: PathBuf,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
+        require_sealed: bool,
+        expect_seal_digest: Option<&[u8]>,
     ) -> PyResult<Self> {
-        let options = options(credentials, threads)?;
+        let options = sealed_options(options(credentials, threads)?, require_sealed, expect_seal_digest)?;
         Ok(Self(interruptible(py, |poll| options.open_polled(root, poll))?))
     }
 
@@ -79,6 +81,16 @@ impl SnapshotReader {
     #[getter]
     fn namespace_path(&self) -> &str {
         self.0.namespace_path()
+    }
+
+    #[getter]
+    fn snapshot_id<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Ok(py.detach(|| self.0.snapshot_id())?.map(|id| PyBytes::new(py, &id)))
+    }
+
+    #[getter]
+    fn seal_digest<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        self.0.seal_digest().map(|digest| PyBytes::new(py, &digest))
     }
 
     #[getter]

@@ -20,6 +20,7 @@ from vmsnap.cli.info import info
 from vmsnap.cli.keys import show_warning
 from vmsnap.cli.look import cat, ls
 from vmsnap.cli.rewrap import keygen, rekey
+from vmsnap.cli.seals import clean, seal, verify
 from vmsnap.cli.show import show
 from vmsnap.cli.tree import tree
 
@@ -66,7 +67,7 @@ def group() -> None:
     """
 
 
-for command in (info, tree, ls, show, cat, cp, dump, encrypt, decrypt, keygen, rekey, demo, completion):
+for command in (info, tree, ls, show, cat, cp, dump, encrypt, decrypt, verify, seal, clean, keygen, rekey, demo, completion):
     group.add_command(command)
 
 

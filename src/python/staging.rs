@@ -1,0 +1,117 @@
+//! `_vmsnap.StagedSnapshot`, `seal`, `clean` and `verify`.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::credentials::Credentials;
+use super::slot::Slot;
+use super::writer::SnapshotWriter;
+use super::{interruptible, options, parse_format, sealed_options};
+use crate::key_metadata;
+use crate::{Problem, SealId, Verification};
+
+/// Snapshot id and seal digest.
+type Id<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+fn id(py: Python<'_>, seal: SealId) -> Id<'_> {
+    (PyBytes::new(py, &seal.snapshot_id), PyBytes::new(py, &seal.seal_digest))
+}
+
+#[pyclass(frozen, module = "vmsnap._vmsnap")]
+pub(super) struct StagedSnapshot {
+    slot: Slot<crate::StagedSnapshot>,
+    writer: crate::SnapshotWriter,
+    path: PathBuf,
+    advice: Option<String>,
+}
+
+#[pymethods]
+impl StagedSnapshot {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        credentials: &Credentials,
+        threads: Option<&Bound<'_, PyAny>>,
+        format: &str,
+        durable: bool,
+    ) -> PyResult<Self> {
+        let options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
+        let (staged, identity) = interruptible(py, |poll| options.stage_polled(path, poll))?;
+        Ok(Self {
+            writer: staged.writer().clone(),
+            path: staged.path().to_owned(),
+            advice: identity.map(|path| key_metadata::advice(&path)),
+            slot: Slot::new(staged),
+        })
+    }
+
+    #[getter]
+    fn advice(&self) -> Option<&str> {
+        self.advice.as_deref()
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.path.clone()
+    }
+
+    #[getter]
+    fn writer(&self) -> SnapshotWriter {
+        self.writer.clone().into()
+    }
+
+    fn commit<'py>(&self, py: Python<'py>) -> PyResult<Id<'py>> {
+        let seal = interruptible(py, |poll| self.slot.with(poll, |staged, poll| staged.commit_polled(poll)))?;
+        Ok(id(py, seal))
+    }
+
+    fn discard(&self, py: Python<'_>) -> PyResult<()> {
+        interruptible(py, |poll| self.slot.with(poll, |staged, _| staged.remove()))
+    }
+}
+
+#[pyfunction]
+pub(super) fn seal<'py>(
+    py: Python<'py>,
+    root: PathBuf,
+    credentials: &Credentials,
+    threads: Option<&Bound<'py, PyAny>>,
+    durable: bool,
+) -> PyResult<Id<'py>> {
+    let options = options(credentials, threads)?.durable(durable);
+    Ok(id(py, interruptible(py, |poll| options.seal_polled(root, poll))?))
+}
+
+/// What was removed, and what is held.
+#[pyfunction]
+pub(super) fn clean(py: Python<'_>, parent: PathBuf) -> PyResult<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let cleaned = py.detach(|| crate::clean(parent))?;
+    Ok((cleaned.removed, cleaned.held))
+}
+
+/// Problems (path, kind, text), what was not checked, kinds by fragment, bytes verified, and what to pin it by.
+type Report<'py> = (Vec<(String, String, String)>, Vec<String>, Vec<(String, Option<String>)>, u64, Option<Id<'py>>);
+
+#[pyfunction]
+pub(super) fn verify<'py>(
+    py: Python<'py>,
+    root: PathBuf,
+    credentials: &Credentials,
+    threads: Option<&Bound<'py, PyAny>>,
+    expect_seal_digest: Option<&[u8]>,
+) -> PyResult<Report<'py>> {
+    let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
+    let report = interruptible(py, |poll| options.verify_polled(root, poll))?;
+    let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
+    let row = |Problem { path, kind, text }| (path, kind.to_string(), text);
+    Ok((
+        problems.into_iter().map(row).collect(),
+        not_checked,
+        fragments.into_iter().map(|(path, kind)| (path, kind.map(|kind| kind.to_string()))).collect(),
+        verified_bytes,
+        seal.map(|seal| id(py, seal)),
+    ))
+}

@@ -1,0 +1,382 @@
+"""Complete or absent: creating, committing, sealing, verifying, cleaning."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmsnap
+
+KEY = bytes(range(32))
+BOTH = pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+
+
+def fill(writer: vmsnap.SnapshotWriter) -> None:
+    writer.write_fragment("clock", {"now": 12})
+    ram = writer.add_namespace("ram")
+    with ram.raw_fragment("one", chunk_size_bytes=64) as fragment:
+        fragment.write(bytes(200))
+    with ram.raw_fragment("two", chunk_size_bytes=64) as fragment:
+        fragment.write(bytes(range(200)))
+
+
+def create(path: Path, key: bytes | None) -> bytes:
+    staged = vmsnap.create(path, key=key, durable=False)
+    with staged as snap:
+        fill(snap)
+    assert staged.seal_digest is not None
+    return staged.seal_digest
+
+
+def kinds(path: Path, key: bytes | None, **options: Any) -> list[tuple[str, str]]:
+    report = vmsnap.verify(path, key=key, **options)
+    assert not report.ok
+    return [(problem.path, problem.kind) for problem in report.problems]
+
+
+@BOTH
+def test_nothing_is_there_until_the_end_and_then_all_of_it(tmp_path: Path, key: bytes | None) -> None:
+    path = tmp_path / "vm1"
+    staged = vmsnap.create(path, key=key)
+    with staged as snap:
+        fill(snap)
+        assert not path.exists()
+        assert staged.seal_digest is None
+    reader = vmsnap.open(path, require_sealed=True, expect_seal_digest=staged.seal_digest, key=key)
+    assert (reader.snapshot_id, reader.seal_digest) == (staged.snapshot_id, staged.seal_digest)
+    assert reader.read_fragment("clock") == {"now": 12}
+    assert os.listdir(tmp_path) == ["vm1"]
+    report = vmsnap.verify(path, key=key)
+    assert report.ok, report
+    assert report.fragments == {"clock": "ok", "ram/one": "ok", "ram/two": "ok"}
+    assert report.seal_digest == staged.seal_digest
+    assert pickle.loads(pickle.dumps(reader)).namespace("ram").list_fragments() == ["one", "two"]
+
+
+@BOTH
+def test_an_exception_leaves_nothing(tmp_path: Path, key: bytes | None) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), vmsnap.create(tmp_path / "vm1", key=key) as snap:
+        fill(snap)
+        raise RuntimeError("in the middle")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_commit_that_fails_at_the_end_of_the_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(vmsnap.FragmentStateError, match="never finished"), vmsnap.create(tmp_path / "vm1") as snap:
+        fragment = snap.raw_fragment("half")
+        fragment.write(b"half")
+        del fragment
+    assert os.listdir(tmp_path) == []
+
+
+def test_it_stays_in_its_process(tmp_path: Path) -> None:
+    staged = vmsnap.create(tmp_path / "vm1")
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="stays in the process"):
+            attempt(staged)
+    child = os.fork()
+    if child == 0:
+        try:
+            staged.commit()
+        except vmsnap.FragmentStateError:
+            del staged
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    fill(staged.writer)
+    staged.commit()
+    staged.discard()
+    assert vmsnap.verify(tmp_path / "vm1").ok
+
+
+def _write(writer: vmsnap.SnapshotWriter, number: int) -> None:
+    with writer.raw_fragment(f"worker{number}") as fragment:
+        fragment.write(bytes([number]) * 300_000)
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_many_processes_write_one_snapshot(tmp_path: Path, key: bytes | None, method: str) -> None:
+    with vmsnap.create(tmp_path / "vm1", key=key) as snap:
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            pool.starmap(_write, [(snap, number) for number in range(4)])
+        _write(snap, 4)
+    report = vmsnap.verify(tmp_path / "vm1", key=key)
+    assert report.ok and list(report.fragments) == [f"worker{number}" for number in range(5)], report
+
+
+_HALF = """
+import pickle, sys
+writer = pickle.loads(sys.stdin.buffer.read())
+fragment = writer.raw_fragment("half", chunk_size_bytes=4096)
+fragment.write(bytes(1 << 20))
+print("open", flush=True)
+__import__("signal").pause()
+"""
+
+
+@BOTH
+def test_commit_waits_for_nobody_and_knows_who_was_killed(tmp_path: Path, key: bytes | None) -> None:
+    staged = vmsnap.create(tmp_path / "vm1", key=key)
+    child = subprocess.Popen([sys.executable, "-c", _HALF], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(pickle.dumps(staged.writer))
+    child.stdin.close()
+    assert child.stdout.readline() == b"open\n"
+    with pytest.raises(vmsnap.FragmentStateError, match="still being written"):
+        staged.commit()
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    with pytest.raises(vmsnap.FragmentStateError, match="never finished"):
+        staged.commit()
+    staged.discard()
+    assert os.listdir(tmp_path) == []
+
+
+def _damage(name: str) -> Callable[[Path], None]:
+    def swap(path: Path) -> None:
+        (path / "ram/one").rename(path / "x")
+        (path / "ram/two").rename(path / "ram/one")
+        (path / "x").rename(path / "ram/two")
+
+    def link(path: Path) -> None:
+        (path / "clock").rename(path.parent / "elsewhere")
+        (path / "clock").symlink_to(path.parent / "elsewhere")
+
+    def fifo(path: Path) -> None:
+        (path / "clock").unlink()
+        os.mkfifo(path / "clock")
+
+    def append(path: Path) -> None:
+        with open(path / "clock", "ab") as file:
+            file.write(b"x")
+
+    def giant(path: Path) -> None:
+        os.truncate(path / "clock", 1 << 45)
+
+    actions: dict[str, Callable[[Path], None]] = {
+        "delete": lambda path: (path / "clock").unlink(),
+        "add": lambda path: (path / "more").write_bytes(b""),
+        "add a folder": lambda path: (path / "more").mkdir(),
+        "rename": lambda path: (path / "clock").rename(path / "ram/clock") and None,
+        "delete a folder": lambda path: shutil.rmtree(path / "ram"),
+        "truncate": lambda path: os.truncate(path / "ram/one", 150),
+        "append": append,
+        "giant": giant,
+        "swap": swap,
+        "link": link,
+        "fifo": fifo,
+        "not UTF-8": lambda path: open(os.fsencode(path) + b"/\xff", "wb").close(),
+        "reserved": lambda path: (path / ".vmsnap-0123456789abcdef").write_bytes(b""),
+        "no manifest": lambda path: (path / "vmsnap_manifest").unlink(),
+        "bad manifest": lambda path: (path / "vmsnap_manifest").write_bytes(b"\xa0"),
+    }
+    return actions[name]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("delete", [("clock", "missing")]),
+        ("add", [("more", "extra")]),
+        ("add a folder", [("more", "extra")]),
+        ("rename", [("clock", "missing"), ("ram/clock", "extra")]),
+        ("delete a folder", [("ram", "missing"), ("ram/one", "missing"), ("ram/two", "missing")]),
+        ("truncate", [("ram/one", "truncated")]),
+        ("append", [("clock", "wrong size")]),
+        ("giant", [("clock", "wrong size")]),
+        ("swap", [("ram/one", "swapped"), ("ram/two", "swapped")]),
+        ("link", [("clock", "link")]),
+        ("fifo", [("clock", "special file")]),
+        ("not UTF-8", [("\ufffd", "not UTF-8")]),
+        ("reserved", [(".vmsnap-0123456789abcdef", "extra")]),
+    ],
+)
+def test_verify_names_what_is_wrong(
+    tmp_path: Path, key: bytes | None, name: str, expected: list[tuple[str, str]]
+) -> None:
+    path = tmp_path / "vm1"
+    create(path, key)
+    _damage(name)(path)
+    assert kinds(path, key) == expected
+
+
+def test_verify_tells_everything_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "vm1"
+    create(path, None)
+    for name in ("delete", "swap", "add", "not UTF-8"):
+        _damage(name)(path)
+    found = kinds(path, None)
+    assert found == [
+        ("clock", "missing"),
+        ("more", "extra"),
+        ("ram/one", "swapped"),
+        ("ram/two", "swapped"),
+        ("\ufffd", "not UTF-8"),
+    ]
+
+
+def test_a_bad_or_missing_manifest(tmp_path: Path) -> None:
+    for number, (name, key, kind) in enumerate(
+        [
+            ("no manifest", None, "not sealed"),
+            ("no manifest", KEY, "missing"),
+            ("bad manifest", None, "bad manifest"),
+            ("bad manifest", KEY, "not authentic"),
+        ]
+    ):
+        path = tmp_path / str(number)
+        create(path, key)
+        _damage(name)(path)
+        assert kinds(path, key) == [("vmsnap_manifest", kind)]
+        error = {"not sealed": vmsnap.NotSealedError, "not authentic": vmsnap.AuthenticationError}.get(
+            kind, vmsnap.CorruptSnapshotError
+        )
+        with pytest.raises(error):
+            vmsnap.open(path, key=key, require_sealed=True)
+
+
+def test_without_the_key_it_says_what_it_could_not_check(tmp_path: Path) -> None:
+    path = tmp_path / "vm1"
+    create(path, KEY)
+    report = vmsnap.verify(path)
+    assert not report.ok and not report.problems and "without the key" in report.not_checked[0]
+    (path / "clock").write_bytes(b"plain")
+    (path / "link").symlink_to("clock")
+    assert kinds(path, None) == [("clock", "truncated"), ("link", "link")]
+    assert ("enc_metadata", "not authentic") in kinds(path, bytes(32))
+
+
+@BOTH
+def test_every_changed_byte_and_every_truncation_is_found(tmp_path: Path, key: bytes | None) -> None:
+    path = tmp_path / "vm1"
+    create(path, key)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    tried = 0
+    for file in files:
+        whole = file.read_bytes()
+        # The manifest's own text may say another time or generator, and only a pinned digest tells; the size stays small.
+        digest = vmsnap.open(path, key=key).seal_digest
+        for offset in range(len(whole)):
+            for content in (
+                whole[:offset] + bytes([whole[offset] ^ 1 << offset % 8]) + whole[offset + 1 :],
+                whole[:offset],
+            ):
+                file.write_bytes(content)
+                report = vmsnap.verify(path, key=key, expect_seal_digest=digest)
+                assert not report.ok, (file, offset, len(content))
+                assert {problem.path for problem in report.problems} & {
+                    file.relative_to(path).as_posix(),
+                    "vmsnap_manifest",
+                }
+                tried += 1
+        file.write_bytes(whole)
+    assert tried > 1000 and vmsnap.verify(path, key=key).ok
+
+
+@BOTH
+def test_a_part_of_another_snapshot_is_found(tmp_path: Path, key: bytes | None) -> None:
+    create(tmp_path / "vm1", key)
+    staged = vmsnap.create(tmp_path / "vm2", key=key)
+    with staged as snap:
+        fill(snap)
+        snap.write_fragment("more", 1)
+    for name in ("vmsnap_manifest", "clock", "enc_metadata"):
+        if name == "enc_metadata" and key is None:
+            continue
+        if name == "clock" and key is None:
+            continue  # the same bytes
+        path = tmp_path / "mixed"
+        shutil.copytree(tmp_path / "vm1", path)
+        shutil.copy(tmp_path / "vm2" / name, path / name)
+        assert not vmsnap.verify(path, key=key).ok, name
+        shutil.rmtree(path)
+    with pytest.raises(vmsnap.AuthenticationError, match="not the one expected"):
+        vmsnap.open(tmp_path / "vm1", key=key, expect_seal_digest=staged.seal_digest)
+    assert staged.seal_digest is not None
+    vmsnap.open(tmp_path / "vm2", key=key, expect_seal_digest=staged.seal_digest.hex())
+
+
+def test_an_older_fragment_of_the_same_name_is_changed(tmp_path: Path) -> None:
+    path = tmp_path / "vm1"
+    writer = vmsnap.SnapshotWriter(path, key=KEY)
+    writer.write_fragment("clock", 1)
+    shutil.copy(path / "clock", tmp_path / "old")
+    (path / "clock").unlink()
+    writer.write_fragment("clock", 2)
+    vmsnap.seal(path, key=KEY)
+    shutil.copy(tmp_path / "old", path / "clock")
+    assert kinds(path, KEY) == [("clock", "changed")]
+    with pytest.raises(vmsnap.CorruptSnapshotError, match="changed or swapped"):
+        vmsnap.open(path, key=KEY).read_fragment("clock")
+
+
+def test_cleaning_leaves_what_a_living_process_holds(tmp_path: Path) -> None:
+    code = "import signal, sys, vmsnap\nstaged = vmsnap.create(sys.argv[1])\nprint('ready', flush=True)\nsignal.pause()"
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path / "vm1"], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    assert [len(vmsnap.clean(tmp_path).held), len(os.listdir(tmp_path))] == [1, 1]
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    cleaned = vmsnap.clean(tmp_path)
+    assert (len(cleaned.removed), cleaned.held, os.listdir(tmp_path)) == (1, [], [])
+
+
+def test_a_hundred_levels_and_ten_thousand_fragments(tmp_path: Path) -> None:
+    with vmsnap.create(tmp_path / "vm1", durable=False) as snap:
+        for number in range(10_000):
+            with snap.raw_fragment(f"f{number}"):
+                pass
+        for level in range(200):
+            snap = snap.add_namespace(f"level{level}")  # noqa: PLW2901
+        snap.write_fragment("deep", 1)
+    report = vmsnap.verify(tmp_path / "vm1")
+    assert report.ok and len(report.fragments) == 10_001
+
+
+def test_a_giant_manifest_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "vm1"
+    create(path, None)
+    os.truncate(path / "vmsnap_manifest", 1 << 30)
+    with pytest.raises(vmsnap.CorruptSnapshotError, match="too many"):
+        vmsnap.open(path)
+
+
+def test_the_digest_of_a_plain_fragment_is_that_of_b3sum(tmp_path: Path) -> None:
+    """The known answer of BLAKE3's own vectors for no input, and the manifest that any CBOR reader reads."""
+    import cbor2
+
+    with vmsnap.create(tmp_path / "vm1") as snap, snap.raw_fragment("empty"):
+        pass
+    manifest = cbor2.loads((tmp_path / "vm1/vmsnap_manifest").read_bytes())
+    assert manifest["fragments"] == {
+        "empty": {
+            "size": 0,
+            "stored_size": 0,
+            "blake3": bytes.fromhex("af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"),
+        }
+    }
+    assert list(manifest) == [
+        "format",
+        "version",
+        "snapshot_id",
+        "created",
+        "generator",
+        "encrypted",
+        "requires",
+        "namespaces",
+        "fragments",
+    ]
