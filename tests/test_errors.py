@@ -943,7 +943,6 @@ def test_unknown_keys_of_the_payload_are_ignored_and_the_order_means_nothing(enc
         ({"version": 2, "data_key": "elsewhere"}, "version 2"),
         ({"requires": ["zstd"]}, '"zstd"'),
         ({"requires": ["zstd", "lz4"], "data_key": 0}, '"zstd"'),
-        ({"sealed": True}, "sealed"),
     ],
 )
 def test_what_a_newer_version_wrote_is_told(encrypted_place: Place, changes: dict[str, object], message: str) -> None:

@@ -1,6 +1,7 @@
 """Complete or absent: creating, committing, sealing, verifying, cleaning."""
 
 import copy
+import json
 import multiprocessing
 import os
 import pickle
@@ -12,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import floe
 import pytest
-
 import vmsnap
+from click.testing import CliRunner
+from independent import vmsnap_reader
+from refusals import refused
+from vmsnap.cli.group import group
 
 KEY = bytes(range(32))
 BOTH = pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
@@ -162,7 +167,7 @@ def _damage(name: str) -> Callable[[Path], None]:
             file.write(b"x")
 
     def giant(path: Path) -> None:
-        os.truncate(path / "clock", 1 << 45)
+        os.truncate(path / "clock", 1 << 42)
 
     actions: dict[str, Callable[[Path], None]] = {
         "delete": lambda path: (path / "clock").unlink(),
@@ -380,3 +385,143 @@ def test_the_digest_of_a_plain_fragment_is_that_of_b3sum(tmp_path: Path) -> None
         "namespaces",
         "fragments",
     ]
+
+
+@BOTH
+def test_the_independent_reader_holds_a_sealed_snapshot_against_its_manifest(tmp_path: Path, key: bytes | None) -> None:
+    path = tmp_path / "vm1"
+    create(path, key)
+    reader = vmsnap_reader.open_snapshot(path, key)
+    assert reader.sealed and reader.fragments() == ["clock", "ram/one", "ram/two"]
+    assert reader.read("ram/two") == bytes(range(200))
+    (path / "more").write_bytes(b"")
+    for name, damage in (("more", None), ("ram/one", "truncate"), ("ram/two", "swap")):
+        if damage is not None:
+            _damage(damage)(path)
+        with pytest.raises(vmsnap_reader.FormatError):
+            reader.read(name)
+    if key is not None:
+        (path / "vmsnap_manifest").unlink()
+        with pytest.raises(vmsnap_reader.FormatError, match="not complete"):
+            vmsnap_reader.open_snapshot(path, key)
+
+
+@BOTH
+def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
+    path = tmp_path / "vm1"
+    staged = vmsnap.create(path, key=key)
+    fill(staged.writer)
+    fragment = staged.writer.raw_fragment("open")
+    with refused("still-being-written", "still being written", tmp_path):
+        staged.commit()
+    fragment.discard()
+    path.mkdir()
+    with pytest.raises(FileExistsError, match="vm1"):
+        staged.commit()
+    with refused("appeared", "vm1", path):
+        staged.commit()
+    path.rmdir()
+    staged.commit()
+    with refused("not-staged-here", "it was committed", tmp_path):
+        staged.commit()
+    with refused("other-seal", "not the one expected", tmp_path):
+        vmsnap.open(path, key=key, expect_seal_digest=bytes(32))
+    for digest in (b"short", "0g", "00"):
+        with refused("seal-digest", "seal digest", tmp_path):
+            vmsnap.open(path, key=key, expect_seal_digest=digest)
+    reader = vmsnap.open(path, key=key)
+    (path / "more").write_bytes(b"")
+    with refused("not-listed", "not in its manifest", tmp_path):
+        reader.raw_fragment("more")
+    with refused("not-listed", "not in its manifest", tmp_path):
+        reader.namespace("rooms")
+    _damage("append")(path)
+    with refused("not-as-listed", "in the manifest", tmp_path):
+        reader.raw_fragment("clock")
+    _damage("delete")(path)
+    with refused("not-as-listed", "is missing", tmp_path):
+        reader.raw_fragment("clock")
+    _damage("bad manifest")(path)
+    if key is None:
+        with refused("manifest-malformed", "vmsnap_manifest of .*vm1", tmp_path):
+            vmsnap.open(path)
+    else:
+        (path / "vmsnap_manifest").write_bytes(bytes(200))
+        with refused("manifest-damaged", "vmsnap_manifest of .*vm1", tmp_path):
+            vmsnap.open(path, key=key)
+        _damage("no manifest")(path)
+        with refused("incomplete", "not complete", tmp_path):
+            vmsnap.open(path, key=key)
+    vmsnap.SnapshotWriter(tmp_path / "in place", key=key)
+    with refused("not-sealed", "not sealed", tmp_path):
+        vmsnap.open(tmp_path / "in place", key=key, require_sealed=True)
+
+
+@pytest.mark.parametrize("name", ["version", "requires"])
+def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> None:
+    import cbor2
+
+    path = tmp_path / "vm1"
+    create(path, None)
+    fields = cbor2.loads((path / "vmsnap_manifest").read_bytes())
+    fields[name] = {"version": 2, "requires": ["zstd"]}[name]
+    (path / "vmsnap_manifest").write_bytes(cbor2.dumps(fields))
+    with refused("newer-format", "use a newer one", path):
+        vmsnap.open(path)
+
+
+def test_an_unfinished_fragment_by_its_row(tmp_path: Path) -> None:
+    staged = vmsnap.create(tmp_path / "vm1")
+    staged.writer.raw_fragment("half").write(b"half")
+    with refused("never-finished", '"half" was begun and never finished', tmp_path):
+        staged.commit()
+
+
+def test_a_hand_made_encrypted_manifest_is_read(tmp_path: Path) -> None:
+    """The format's page and vmsnap agree: a manifest that cbor2 and the tests' own FLOE wrote opens."""
+    import cbor2
+
+    path = tmp_path / "vm1"
+    writer = vmsnap.SnapshotWriter(path, key=KEY)
+    writer.write_fragment("clock", 12)
+    payload = vmsnap_reader._payload_fields(floe.open_message(KEY, b"vmsnap/1/key", (path / "enc_metadata").read_bytes()))
+    stored = (path / "clock").read_bytes()
+    entry = {"size": 1, "stored_size": len(stored), "chunk_size": 4096, "floe_header_tag": stored[42:74]}
+    manifest = {
+        "format": "vmsnap-manifest",
+        "version": 1,
+        "snapshot_id": payload["snapshot_id"],
+        "created": "2026-11-24T08:00:00Z",
+        "generator": "by hand",
+        "encrypted": True,
+        "requires": [],
+        "namespaces": [],
+        "fragments": {"clock": entry},
+    }
+    sealed = floe.seal(payload["data_key"], b"vmsnap/1/manifest", cbor2.dumps(manifest), 1 << 16)
+    (path / "vmsnap_manifest").write_bytes(sealed)
+    assert vmsnap.open(path, key=KEY, require_sealed=True).read_fragment("clock") == 12
+    assert vmsnap.verify(path, key=KEY).ok
+
+
+def test_the_command_line_verifies_seals_and_cleans(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(group, arguments)
+        return result.exit_code, result.output
+
+    path = tmp_path / "vm1"
+    fill(vmsnap.SnapshotWriter(path))
+    status, output = run("verify", str(path))
+    assert status == 1 and "not sealed" in output
+    status, digest = run("seal", str(path))
+    assert status == 0 and len(digest.strip()) == 64
+    status, output = run("verify", str(path), "--expect-seal-digest", digest.strip())
+    assert status == 0 and "ok: 3 fragments" in output and digest.strip() in output
+    assert run("verify", str(path), "--expect-seal-digest", "00" * 32)[0] == 1
+    _damage("swap")(path)
+    status, output = run("verify", str(path), "--json")
+    assert status == 1 and json.loads(output)["fragments"]["ram/one"] == "swapped"
+    left = tmp_path / ".vmsnap-0123456789abcdef"
+    left.mkdir()
+    assert run("clean", str(tmp_path)) == (0, f"removed {left}\n")
+    assert not left.exists()

@@ -5,6 +5,8 @@ import io
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
+from vmsnap.errors import FragmentStateError
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -24,7 +26,7 @@ class Fragment(io.RawIOBase):
     free for others; small ones are gathered. In a ``with`` statement the fragment is finished on success, and its file
     removed on an exception, even where something in the block had closed it, such as a `BufferedWriter` around it. (A
     ``with`` statement of such a wrapper alone only closes.) A fragment that is dropped without either is finished too,
-    as in crosvm.
+    as in crosvm; in a snapshot of `create` it makes the commit fail.
 
     A write that fails or is interrupted poisons the fragment: every later call raises `FragmentStateError`, and its
     file is removed when it is closed.
@@ -103,6 +105,14 @@ class Fragment(io.RawIOBase):
         self._let_go()
         if raw is not None:
             raw.discard()
+
+    def __del__(self) -> None:
+        # The base class would close, and so finish, a fragment of a staged snapshot that nobody said is complete.
+        raw = getattr(self, "_raw", None)
+        if raw is not None:
+            with contextlib.suppress(FragmentStateError):
+                raw.drop_unclosed()
+            self._let_go()
 
     def _let_go(self) -> None:
         self._raw = None

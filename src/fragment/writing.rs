@@ -208,6 +208,25 @@ impl Fragment {
         removed
     }
 
+    /// Ends a fragment that nobody finished and nobody gave up: it must not be taken for a whole one.
+    pub(crate) fn abandon(&mut self) {
+        if !self.staging.is_staged() {
+            // Nobody is there to be told; what cannot be removed does not open either.
+            let _ = self.remove();
+        } else if self.home.is_here() {
+            // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
+            self.state = State::Closed;
+            let _ = self.file.set_len(0);
+            self.lock = None;
+        }
+    }
+
+    /// Whether it is one of a staged snapshot.
+    #[cfg(feature = "python")]
+    pub(crate) fn is_staged(&self) -> bool {
+        self.staging.is_staged()
+    }
+
     #[cfg(feature = "python")]
     pub(crate) fn is_closed(&self) -> bool {
         matches!(self.state, State::Closed)
@@ -274,14 +293,8 @@ impl Drop for Fragment {
             State::Open(_) => !std::thread::panicking() && self.finish_polled(&mut || Ok(())).is_ok(),
             State::Failed => false,
         };
-        if !complete && self.staging.is_staged() {
-            // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
-            self.state = State::Failed;
-            let _ = self.file.set_len(0);
-            self.lock = None;
-        } else if !complete {
-            // Nobody is there to be told; what cannot be removed does not open either.
-            let _ = self.remove();
+        if !complete {
+            self.abandon();
         }
     }
 }

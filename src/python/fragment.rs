@@ -74,8 +74,24 @@ impl Fragment {
                 }
                 fragment.finish_polled(poll).inspect_err(|_| {
                     // The error to be told is that of finishing.
-                    let _ = fragment.remove();
+                    fragment.abandon();
                 })
+            })
+        })
+    }
+
+    /// Of a fragment that nobody closed: one of a staged snapshot makes the commit fail, any other is finished.
+    fn drop_unclosed(&self, py: Python<'_>) -> PyResult<()> {
+        interruptible(py, |poll| {
+            self.slot.with(poll, |fragment, poll| {
+                if fragment.is_closed() {
+                    Ok(())
+                } else if fragment.is_staged() {
+                    fragment.abandon();
+                    Ok(())
+                } else {
+                    fragment.finish_polled(poll).inspect_err(|_| fragment.abandon())
+                }
             })
         })
     }

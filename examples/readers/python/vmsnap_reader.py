@@ -21,7 +21,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -54,7 +54,12 @@ UNSUPPORTED_KEY_FILES = {b"age-encryption.org/v1": "age", b"\xd9\xd9\xf7": "a ke
 MAX_KEY_FILE_BYTES = 1 << 20
 MAX_CBOR_DEPTH = 16
 
+MANIFEST_AAD = b"vmsnap/1/manifest"
+MANIFEST_SEGMENT_LENGTH = (1 << 16) + SEGMENT_OVERHEAD_BYTES
+MAX_MANIFEST_BYTES = 1 << 28
+
 KEY_METADATA_NAME = "enc_metadata"
+MANIFEST_NAME = "vmsnap_manifest"
 RESERVED_NAMES = (b"enc_metadata", b"vmsnap_manifest")
 RESERVED_PREFIX = b".vmsnap"
 MAX_NAME_BYTES = 255
@@ -272,8 +277,8 @@ class _CborReader:
 # The key payload (section 4) -----------------------------------------------------------------------------------------
 
 
-def _data_key(payload: bytes) -> bytes:
-    """Check the payload of the key metadata and return the data key in it."""
+def _payload_fields(payload: bytes) -> dict[str, Any]:
+    """Check the payload of the key metadata and return what is in it."""
     fields = _CborReader(payload).whole()
     if not isinstance(fields, dict) or fields.get("format") != "vmsnap-key":
         raise FormatError("the payload is not a vmsnap key")
@@ -292,13 +297,10 @@ def _data_key(payload: bytes) -> bytes:
             raise FormatError(f"{name!r} is missing or malformed")
     if not isinstance(fields.get("sealed"), bool):
         raise FormatError("'sealed' is missing or malformed")
-    if fields["sealed"]:
-        raise FormatError("not supported: a sealed snapshot, which needs its manifest")
-    data_key: bytes = fields["data_key"]
-    return data_key
+    return fields
 
 
-def _unwrap_key_file(data: bytes, key: bytes) -> bytes:
+def _unwrap_key_file(data: bytes, key: bytes) -> dict[str, Any]:
     """Open the contents of ``enc_metadata`` and return the data key."""
     for prefix, wrapping in UNSUPPORTED_KEY_FILES.items():
         if data.startswith(prefix):
@@ -308,9 +310,66 @@ def _unwrap_key_file(data: bytes, key: bytes) -> bytes:
     only = range(KEY_SEGMENT_LENGTH, KEY_SEGMENT_LENGTH + 1)
     payload = b"".join(_FloeFile(io.BytesIO(data), key, KEY_AAD, KEY_METADATA_NAME, only).pieces())
     try:
-        return _data_key(payload)
+        return _payload_fields(payload)
     except FormatError as error:
         raise FormatError(f"{KEY_METADATA_NAME}: {error}") from None
+
+
+# The manifest (section 5) --------------------------------------------------------------------------------------------
+
+
+def _read_manifest(root: str, payload: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the manifest says, checked; None where there is none and none is needed."""
+    with _opened(root, (), stat.S_IFDIR, f"snapshot {root!r}") as descriptor:
+        if MANIFEST_NAME not in os.listdir(descriptor):
+            if payload is not None and payload["sealed"]:
+                raise FormatError(f"snapshot {root!r}: not complete, it has no {MANIFEST_NAME}")
+            return None
+    with (
+        _opened(root, (MANIFEST_NAME,), stat.S_IFREG, MANIFEST_NAME) as descriptor,
+        open(descriptor, "rb", closefd=False) as stream,
+    ):
+        data = stream.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise FormatError(f"{MANIFEST_NAME}: longer than {MAX_MANIFEST_BYTES} bytes")
+    if payload is not None:
+        only = range(MANIFEST_SEGMENT_LENGTH, MANIFEST_SEGMENT_LENGTH + 1)
+        file = _FloeFile(io.BytesIO(data), payload["data_key"], MANIFEST_AAD, MANIFEST_NAME, only)
+        data = b"".join(file.pieces())
+    try:
+        fields = _manifest_fields(data, encrypted=payload is not None)
+    except FormatError as error:
+        raise FormatError(f"{MANIFEST_NAME}: {error}") from None
+    if payload is not None and fields["snapshot_id"] != payload["snapshot_id"]:
+        raise FormatError(f"{MANIFEST_NAME}: another snapshot's")
+    return fields
+
+
+def _manifest_fields(data: bytes, *, encrypted: bool) -> dict[str, Any]:
+    fields = _CborReader(data).whole()
+    if not isinstance(fields, dict) or fields.get("format") != "vmsnap-manifest":
+        raise FormatError("not a manifest")
+    if type(fields.get("version")) is not int or fields["version"] != 1:
+        raise FormatError(f"not supported: version {fields.get('version')}")
+    if fields.get("requires") != []:
+        raise FormatError(f"not supported: the snapshot requires {fields.get('requires')!r}")
+    if fields.get("encrypted") is not encrypted or not isinstance(fields.get("snapshot_id"), bytes):
+        raise FormatError("of another kind of snapshot, or malformed")
+    namespaces, fragments = fields.get("namespaces"), fields.get("fragments")
+    if not isinstance(namespaces, list) or not isinstance(fragments, dict):
+        raise FormatError("'namespaces' or 'fragments' is missing or malformed")
+    for path in (*namespaces, *fragments):
+        for name in path.split("/"):
+            _check_name(name, f"path {path!r}")
+        if "/" in path and path.rpartition("/")[0] not in namespaces:
+            raise FormatError(f"the namespace of {path!r} is not listed")
+    proof = "floe_header_tag" if encrypted else "blake3"
+    for path, entry in fragments.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(proof), bytes) or len(entry[proof]) != 32:
+            raise FormatError(f"the entry of {path!r} is malformed")
+        if any(type(entry.get(name)) is not int or entry[name] < 0 for name in ("size", "stored_size")):
+            raise FormatError(f"the sizes of {path!r} are malformed")
+    return fields
 
 
 # Names and files (section 1) -----------------------------------------------------------------------------------------
@@ -392,9 +451,15 @@ class _PlainFile:
 class Snapshot:
     """A snapshot opened for reading; made by `open_snapshot`."""
 
-    def __init__(self, root: str, data_key: bytes | None) -> None:
+    def __init__(self, root: str, payload: dict[str, Any] | None) -> None:
         self._root = root
-        self._data_key = data_key
+        self._data_key: bytes | None = None if payload is None else payload["data_key"]
+        self._manifest = _read_manifest(root, payload)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether a manifest lists the fragments."""
+        return self._manifest is not None
 
     @property
     def encrypted(self) -> bool:
@@ -414,6 +479,8 @@ class Snapshot:
         FormatError
             An entry is a link or special file, or its name is not allowed.
         """
+        if self._manifest is not None:
+            return sorted(self._manifest["fragments"])
         paths: list[str] = []
         namespaces: list[tuple[str, ...]] = [()]
         while namespaces:
@@ -470,6 +537,20 @@ class Snapshot:
         with self._fragment(path) as fragment:
             return fragment.chunk_size
 
+    def _check_listed(self, path: str, stream: BinaryIO) -> None:
+        """Hold a file against what the manifest says of it; the BLAKE3 of a plain one is for `b3sum` to check."""
+        if self._manifest is None:
+            return
+        entry = self._manifest["fragments"].get(path)
+        if entry is None:
+            raise FormatError(f"fragment {path!r}: not in the manifest")
+        if os.fstat(stream.fileno()).st_size != entry["stored_size"]:
+            raise FormatError(f"fragment {path!r}: has another size than in the manifest")
+        if self._data_key is not None:
+            if stream.read(74)[42:] != entry["floe_header_tag"]:
+                raise FormatError(f"fragment {path!r}: is not the one in the manifest")
+            stream.seek(0)
+
     @contextmanager
     def _fragment(self, path: str) -> Iterator[_FloeFile | _PlainFile]:
         what = f"fragment {path!r}"
@@ -481,6 +562,7 @@ class Snapshot:
             _opened(self._root, names, stat.S_IFREG, what) as descriptor,
             open(descriptor, "rb", closefd=False) as stream,
         ):
+            self._check_listed(path, stream)
             if self._data_key is None:
                 yield _PlainFile(stream)
             else:
@@ -523,7 +605,7 @@ def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None, *, pay
             raise FormatError(f"snapshot {root!r}: a key was given, but there is no {KEY_METADATA_NAME}: not encrypted")
         return Snapshot(root, None)
     if payload is not None:
-        return Snapshot(root, _data_key(payload))
+        return Snapshot(root, _payload_fields(payload))
     if key is None:
         raise FormatError(f"snapshot {root!r}: encrypted, and no key was given")
     with (
