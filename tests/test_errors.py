@@ -72,6 +72,7 @@ def test_the_table_names_exceptions_and_predicates_that_belong_together() -> Non
         "InvalidArgumentError": "is_invalid_argument",
         "KeyUnavailableError": "is_key_unavailable",
         "NotEncryptedError": "is_not_encrypted",
+        "NotSealedError": "is_not_sealed",
         "SerializationError": "is_serialization",
         "UnsupportedFormatError": "is_unsupported_format",
         "KeyboardInterrupt": "is_interrupted",

@@ -92,7 +92,10 @@ def test_any_name_is_either_refused_or_kept_as_it_is(contents: dict[str, bytes])
                 write(writer, name, data)
                 kept[name] = data
             except vmsnap.InvalidArgumentError:
-                assert not name or set(name) & set("/\\\0") or name in (".", "..") or len(name.encode()) > 255
+                reserved = name.startswith(".vmsnap") or name.lower() in ("enc_metadata", "vmsnap_manifest")
+                assert (
+                    not name or reserved or set(name) & set("/\\\0") or name in (".", "..") or len(name.encode()) > 255
+                )
         check_independently(place.root, place.key, kept)
 
 
@@ -103,10 +106,10 @@ def test_lists_leave_out_what_vmsnap_keeps_for_itself(place: Place) -> None:
     for folder in (place.root, place.root / "disks"):
         (folder / ".vmsnap-0123456789abcdef").mkdir()
         (folder / ".vmsnap.tmp").symlink_to("nowhere")
-        (folder / "vmsnap_manifest").write_bytes(b"not for this version")
         (folder / "Vmsnap_Manifest").mkdir()
         (folder / "ENC_METADATA").write_bytes(b"")
     (place.root / "disks" / "enc_metadata").write_bytes(b"")
+    (place.root / "disks" / "vmsnap_manifest").write_bytes(b"")
     reader = place.open()
     assert (reader.list_fragments(), reader.list_namespaces()) == (["mem"], ["disks"])
     reader = reader.namespace(inner.namespace_path)

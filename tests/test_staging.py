@@ -484,7 +484,7 @@ def test_a_hand_made_encrypted_manifest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "vm1"
     writer = vmsnap.SnapshotWriter(path, key=KEY)
     writer.write_fragment("clock", 12)
-    payload = vmsnap_reader._payload_fields(floe.open_message(KEY, b"vmsnap/1/key", (path / "enc_metadata").read_bytes()))
+    payload = vmsnap_reader._unwrap_key_file((path / "enc_metadata").read_bytes(), KEY)
     stored = (path / "clock").read_bytes()
     entry = {"size": 1, "stored_size": len(stored), "chunk_size": 4096, "floe_header_tag": stored[42:74]}
     manifest = {
