@@ -328,7 +328,7 @@ impl Scanned {
             File::from(folder::open(root, namespace)?).sync_all().map_err(|error| failed(namespace, error))?;
         }
         let root_folder = folder::open(root, "")?;
-        if folder::exists(&root_folder, KEY_METADATA) {
+        if folder::exists(&root_folder, KEY_METADATA)? {
             let (file, _) = folder::open_file(&root_folder, KEY_METADATA)?;
             file.sync_all().map_err(|error| failed(KEY_METADATA, error))?;
         }

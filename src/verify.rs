@@ -210,9 +210,14 @@ impl Verifier {
         }
     }
 
+    fn has_no_manifest(&self) -> bool {
+        let exists = folder::open(&self.root, "").and_then(|opened| folder::exists(&opened, MANIFEST));
+        matches!(exists, Ok(false))
+    }
+
     fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Option<Seal> {
         if matches!(key, Key::Lacking) {
-            if !folder::open(&self.root, "").is_ok_and(|opened| folder::exists(&opened, MANIFEST)) {
+            if self.has_no_manifest() {
                 self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
             }
             return None;
@@ -224,7 +229,7 @@ impl Verifier {
                 return None;
             }
             Err(error) => {
-                let absent = folder::open(&self.root, "").is_ok_and(|opened| !folder::exists(&opened, MANIFEST));
+                let absent = self.has_no_manifest();
                 let kind = match absent {
                     true => ProblemKind::Missing,
                     false if error.is_authentication() => ProblemKind::NotAuthentic,

@@ -38,7 +38,7 @@ from vmsnap.sealing import (
     Verification,
     clean,
     create,
-    open,  # noqa: A004
+    open,
     seal,
     verify,
 )

@@ -174,9 +174,7 @@ def clean(parent: str) -> tuple[list[Path], list[Path]]:
 
 def verify(
     root: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
-) -> tuple[
-    list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None
-]:
+) -> tuple[list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None]:
     """Return problems (path, kind, text), what was not checked, fragments with their kinds, bytes, id and digest."""
 
 @final

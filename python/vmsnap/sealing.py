@@ -34,7 +34,7 @@ class StagedSnapshot:
     @property
     def writer(self) -> SnapshotWriter:
         """Writes into the snapshot, at its root."""
-        return SnapshotWriter._of(self._raw.writer)  # noqa: SLF001
+        return SnapshotWriter._of(self._raw.writer)
 
     @property
     def path(self) -> Path:

@@ -292,8 +292,12 @@ pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<Str
 }
 
 /// Whether there is anything of that name, whatever it is.
-pub(crate) fn exists(folder: &OwnedFd, name: &str) -> bool {
-    kind_of(folder, name).is_some()
+pub(crate) fn exists(folder: &OwnedFd, name: &str) -> Result<bool> {
+    match stat(folder, name) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(Error::io(format!("{name:?} cannot be examined"), errno)),
+    }
 }
 
 fn kind_of(folder: impl AsFd, name: &str) -> Option<FileType> {

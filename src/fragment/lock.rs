@@ -94,7 +94,7 @@ impl Drop for LockedRoot {
 
 /// A sealed snapshot does not change any more.
 pub(crate) fn check_unsealed(root: &Path, folder: &OwnedFd) -> Result<()> {
-    if !folder::exists(folder, MANIFEST) {
+    if !folder::exists(folder, MANIFEST)? {
         return Ok(());
     }
     let text = format!("nothing can be added to the snapshot {}: it is sealed (it has a {MANIFEST})", root.display());

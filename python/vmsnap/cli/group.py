@@ -67,7 +67,24 @@ def group() -> None:
     """
 
 
-for command in (info, tree, ls, show, cat, cp, dump, encrypt, decrypt, verify, seal, clean, keygen, rekey, demo, completion):
+for command in (
+    info,
+    tree,
+    ls,
+    show,
+    cat,
+    cp,
+    dump,
+    encrypt,
+    decrypt,
+    verify,
+    seal,
+    clean,
+    keygen,
+    rekey,
+    demo,
+    completion,
+):
     group.add_command(command)
 
 
