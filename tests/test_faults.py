@@ -57,7 +57,7 @@ def strace(folder: Path, key: bytes | None, *options: str) -> subprocess.Complet
 
 
 def recorded(folder: Path, key: bytes | None) -> list[tuple[str, int, str]]:
-    """Every system call of the run between its marks: name, how many of that name came before in the process, and line."""
+    """Every system call of the run between its marks: name, its number among those of that name, and line."""
     log = folder / "log"
     done = strace(folder, key, "-y", "-o", str(log))
     if "ptrace" in done.stderr:
@@ -84,7 +84,8 @@ def outcome(folder: Path, key: bytes | None) -> str:
     found = "absent"
     if path.exists():
         report = vmsnap.verify(path, key=key)
-        assert report.ok and list(report.fragments) == ["clock", "ram/one"], report
+        assert report.ok
+        assert list(report.fragments) == ["clock", "ram/one"], report
         found = "complete"
     cleaned = vmsnap.clean(folder)
     assert not cleaned.held
@@ -136,7 +137,8 @@ def test_refused_at_any_system_call_it_says_so_and_is_absent_or_complete(
         if status == 0:
             assert found == "complete", (name, count)
         else:
-            assert status == 1 and re.search(r"^(\w*Error|vmsnap\.errors\.\w+): .*", text, re.M), (name, count, text)
+            assert status == 1
+            assert re.search(r"^(\w*Error|vmsnap\.errors\.\w+): .*", text, re.M), (name, count, text)
     print(f"{error} at {len(points)} system calls: {dict(Counter(found for _, _, found in results))}")
 
 
@@ -187,5 +189,6 @@ with vmsnap.create(path, key=key, threads=1) as snap:
             text=True,
             check=False,
         )
-        assert done.returncode == 1 and "OSError: [Errno 27]" in done.stderr, (limit, done.stderr)
+        assert done.returncode == 1
+        assert "OSError: [Errno 27]" in done.stderr, (limit, done.stderr)
         assert os.listdir(tmp_path) == []

@@ -66,6 +66,6 @@ class NewIdentityWarning(UserWarning):
 class FragmentStateError(VmsnapError):
     """A fragment or a snapshot cannot be used so now.
 
-    A write failed earlier; a fragment is still being written, or was never finished; this is a process forked from the one
-    that opened it.
+    A write failed earlier; a fragment is still being written, or was never finished; this is a process forked from
+    the one that opened it.
     """

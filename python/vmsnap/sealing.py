@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrOrBytesPath
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
-    from vmsnap.snapshot import _Format
+    from vmsnap.serialization import _Format
 
 __all__ = ["Cleaned", "Problem", "StagedSnapshot", "Verification", "clean", "create", "open", "seal", "verify"]
 
@@ -22,9 +22,9 @@ __all__ = ["Cleaned", "Problem", "StagedSnapshot", "Verification", "clean", "cre
 class StagedSnapshot:
     """A snapshot being created, by `create`: nothing is at its path until `commit`, and then all of it.
 
-    As a context manager it gives the `SnapshotWriter` of the root, commits at the end, and leaves nothing behind where the
-    block raises. It alone commits or discards, in the process that made it; it cannot be copied or pickled. The writers
-    can.
+    As a context manager it gives the `SnapshotWriter` of the root, commits at the end, and leaves nothing behind where
+    the block raises. It alone commits or discards, in the process that made it; it cannot be copied or pickled. The
+    writers can.
     """
 
     def __init__(self, raw: _vmsnap.StagedSnapshot) -> None:
@@ -109,8 +109,8 @@ def create(
 ) -> StagedSnapshot:
     """Begin a snapshot that is complete or absent: ``with vmsnap.create(path) as snap:``.
 
-    It is written in a hidden folder beside `path` and renamed there at the end. An exception removes it. A process that is
-    killed leaves at most the hidden folder, which no reader takes for a snapshot and which `clean` removes.
+    It is written in a hidden folder beside `path` and renamed there at the end. An exception removes it. A process that
+    is killed leaves at most the hidden folder, which no reader takes for a snapshot and which `clean` removes.
 
     Parameters
     ----------
@@ -173,8 +173,8 @@ def seal(
 ) -> bytes:
     """Seal a snapshot that was written in place, and return its seal digest, to pin it by.
 
-    All of a plain one is read for that; of an encrypted one, the header and the last segment of each fragment. From then
-    on it does not change any more, and what is changed nevertheless is found.
+    All of a plain one is read for that; of an encrypted one, the header and the last segment of each fragment. From
+    then on it does not change any more, and what is changed nevertheless is found.
 
     Raises
     ------
@@ -200,8 +200,8 @@ class Cleaned:
 def clean(parent: "StrOrBytesPath") -> Cleaned:
     """Remove what killed processes left behind in a folder; what a living one holds stays.
 
-    Those are the hidden folders of snapshots that were never committed and, where the folder is itself a snapshot, files
-    that were to replace one of its own.
+    Those are the hidden folders of snapshots that were never committed and, where the folder is itself a snapshot,
+    files that were to replace one of its own.
 
     Raises
     ------
@@ -223,7 +223,8 @@ class Problem:
         From the snapshot's root.
     kind
         ``missing``, ``extra``, ``changed``, ``truncated``, ``swapped``, ``not authentic``, ``wrong size``,
-        ``bad manifest``, ``bad key metadata``, ``not sealed``, ``link``, ``special file``, ``not UTF-8``, ``unreadable``.
+        ``bad manifest``, ``bad key metadata``, ``not sealed``, ``link``, ``special file``, ``not UTF-8``,
+        ``unreadable``.
     text
         The same in words.
     """

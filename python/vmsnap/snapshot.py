@@ -281,8 +281,8 @@ class SnapshotReader(_Handle):
     require_sealed
         Refuse a snapshot that has no manifest.
     expect_seal_digest
-        The seal digest it must have, 32 bytes or 64 hexadecimal digits, kept elsewhere: that catches an older state of the
-        snapshot, another one in its place, and forging by those who once had the key.
+        The seal digest it must have, 32 bytes or 64 hexadecimal digits, kept elsewhere: that catches an older state of
+        the snapshot, another one in its place, and forging by those who once had the key.
 
     Raises
     ------

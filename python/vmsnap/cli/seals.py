@@ -26,8 +26,8 @@ def verify(
 ) -> None:
     """Read all of a snapshot, and tell everything that is not as it was sealed.
 
-    Exits 0 if all was checked and is well, else 1. Without the key of an encrypted snapshot it checks what can be checked,
-    says what it could not, and exits 1.
+    Exits 0 if all was checked and is well, else 1. Without the key of an encrypted snapshot it checks what can be
+    checked, says what it could not, and exits 1.
     """
     report = vmsnap.verify(directory, expect_seal_digest=expect_seal_digest, **keys.arguments(directory))
     if as_json:
