@@ -166,7 +166,15 @@ fn encrypt(encryptor: std::result::Result<Encryptor, EncryptError>, payload: &[u
     let mut writer = encryptor.map_err(|error| not_wrapped(&error))?.wrap_output(&mut file)?;
     writer.write_all(payload)?;
     writer.finish()?;
+    wipe_freed();
     Ok(file)
+}
+
+/// Overwrites what the crate has just freed: it keeps the plaintext in a buffer of 64 KiB that it does not wipe. An allocation of
+/// that size by the same thread gets the same place; the allocator does not promise it.
+fn wipe_freed() {
+    const CHUNK_BYTES: usize = 64 << 10;
+    std::hint::black_box(vec![0xff_u8; CHUNK_BYTES]);
 }
 
 /// Opens with identities, the first that fits.
