@@ -186,7 +186,13 @@ impl StagedSnapshot {
             State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
             State::Discarded => return Err(context(Error::new(Kind::State, "it was discarded"))),
         };
-        let id = self.complete(locked, poll).map_err(context)?;
+        locked.take_alone(self.writer.root()).map_err(context)?;
+        let id = self.complete(locked, poll).map_err(|error| {
+            // As it was: not sealed, and open to its writers. The cause says more than what goes wrong here.
+            let _ = rustix::fs::unlinkat(locked.folder(), MANIFEST, rustix::fs::AtFlags::empty());
+            locked.share();
+            context(error)
+        })?;
         // From here on it is there. The lock's descriptor is that of the same folder, under its new name.
         self.state = State::Committed;
         if self.durable {
@@ -203,14 +209,8 @@ impl StagedSnapshot {
 
     fn complete(&self, locked: &LockedRoot, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
         let root = self.writer.root();
-        locked.take_alone(root)?;
         let threads = self.writer.threads();
         let data_key = self.writer.data_key();
-        // Of an attempt before.
-        match rustix::fs::unlinkat(locked.folder(), MANIFEST, rustix::fs::AtFlags::empty()) {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-            Err(errno) => return Err(Error::io("cannot remove the manifest of an earlier attempt", errno)),
-        }
         let scanned = Scanned::of(root, data_key, self.writer.ledger(), threads, poll)?;
         if self.durable {
             scanned.sync(root, threads, poll)?;

@@ -309,6 +309,7 @@ impl Verifier {
     fn compare(&mut self, seal: &Seal, namespaces: &BTreeSet<String>) {
         let Ok(manifest) = seal.manifest(&self.root, None) else { return };
         self.report.seal = Some(SealId { snapshot_id: manifest.snapshot_id, seal_digest: *seal.digest() });
+        let said: BTreeSet<_> = self.report.problems.iter().map(|problem| problem.path.clone()).collect();
         let mut problems = Vec::new();
         for path in manifest.fragments.keys().filter(|path| !self.found.contains_key(*path)) {
             problems.push((path.clone(), ProblemKind::Missing, "the manifest lists it, and it is not there"));
@@ -328,7 +329,7 @@ impl Verifier {
         }
         for (path, kind, text) in problems {
             // Something that is no file may be in its place, which was said already.
-            if !self.report.problems.iter().any(|problem| problem.path == path) {
+            if !said.contains(&path) {
                 self.problem(&path, kind, text);
             }
             if manifest.fragments.contains_key(&path) || self.found.contains_key(&path) {

@@ -426,10 +426,9 @@ def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
         staged.commit()
     fragment.discard()
     path.mkdir()
-    with pytest.raises(FileExistsError, match="vm1"):
+    with refused("appeared", "vm1", tmp_path):
         staged.commit()
-    with refused("appeared", "vm1", path):
-        staged.commit()
+    staged.writer.write_fragment("later", 1)  # as if the attempt had not been made
     path.rmdir()
     staged.commit()
     with refused("not-staged-here", "it was committed", tmp_path):
@@ -540,3 +539,27 @@ def test_the_command_line_verifies_seals_and_cleans(tmp_path: Path) -> None:
     left.mkdir()
     assert run("clean", str(tmp_path)) == (0, f"removed {left}\n")
     assert not left.exists()
+
+
+@BOTH
+def test_a_fragment_given_up_after_it_was_closed_is_not_missed(tmp_path: Path, key: bytes | None) -> None:
+    with vmsnap.create(tmp_path / "vm1", key=key) as snap:
+        with contextlib.suppress(RuntimeError), snap.raw_fragment("half") as fragment:
+            fragment.close()
+            raise RuntimeError
+        snap.write_fragment("whole", 1)
+    assert vmsnap.open(tmp_path / "vm1", key=key).list_fragments() == ["whole"]
+
+
+@BOTH
+def test_paths_of_thousands_of_bytes_are_sealed_and_read(tmp_path: Path, key: bytes | None) -> None:
+    name = "n" * 255
+    with vmsnap.create(tmp_path / "vm1", key=key, durable=False) as snap:
+        for _ in range(40):
+            snap = snap.add_namespace(name)
+        snap.write_fragment("deep", 1)
+    reader = vmsnap.open(tmp_path / "vm1", key=key, require_sealed=True)
+    assert vmsnap.verify(tmp_path / "vm1", key=key).ok
+    for _ in range(40):
+        reader = reader.namespace(name)
+    assert reader.read_fragment("deep") == 1

@@ -101,9 +101,8 @@ impl Digest {
 
     fn push_one(&mut self, piece: ChainingValue) {
         // As many merges as the number of pieces so far has zeros at its end; the last merge is left for the root.
-        for _ in 0..self.pieces.checked_ilog2().map_or(0, |_| self.pieces.trailing_zeros()) {
-            self.merge();
-        }
+        let merges = if self.pieces == 0 { 0 } else { self.pieces.trailing_zeros() };
+        (0..merges).for_each(|_| self.merge());
         self.subtrees.push(piece);
         self.pieces += 1;
     }

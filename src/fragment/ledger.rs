@@ -53,6 +53,10 @@ impl Ledger {
         lock(&self.0).insert(path.to_owned(), entry);
     }
 
+    pub(crate) fn strike_out(&self, path: &str) {
+        lock(&self.0).remove(path);
+    }
+
     /// A fragment that was written and is not among these.
     pub(crate) fn missing_in(&self, found: &BTreeMap<String, Entry>) -> Option<String> {
         lock(&self.0).keys().find(|path| !found.contains_key(*path)).cloned()

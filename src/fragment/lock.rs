@@ -53,7 +53,7 @@ impl LockedRoot {
         match flock(&self.folder, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => {
                 // What was held is lost by the attempt.
-                let _ = flock(&self.folder, FlockOperation::NonBlockingLockShared);
+                self.share();
                 let text = format!(
                     "the snapshot {} is still being written: finish all its fragments first, in other processes too",
                     root.display()
@@ -62,6 +62,11 @@ impl LockedRoot {
             }
             Ok(()) | Err(_) => Ok(()),
         }
+    }
+
+    /// Lets others write again.
+    pub(crate) fn share(&self) {
+        let _ = flock(&self.folder, FlockOperation::NonBlockingLockShared);
     }
 
     /// A folder that nobody uses; none where somebody does.

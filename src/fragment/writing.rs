@@ -201,6 +201,9 @@ impl Fragment {
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.home.check().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
+        if let Some(ledger) = self.staging.ledger() {
+            ledger.strike_out(self.place.path.as_str());
+        }
         let (_, name) = self.place.path.split();
         let removed = folder::remove_file(&self.folder, name, &self.file)
             .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error));
