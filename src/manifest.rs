@@ -1,20 +1,19 @@
 //! The manifest: the list of everything in a sealed snapshot, `docs/format.md` has its bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::time::SystemTime;
 
-use serde::de::{DeserializeOwned, Deserializer};
+use serde::de::Deserializer;
 use serde::{Deserialize, Serialize};
 use serde_bytes::Bytes;
 
 use crate::cipher::{self, SecretKey, check_chunk_size};
 use crate::error::{Error, Kind, Result};
-use crate::name::SnapshotPath;
-use crate::strict_cbor::{self, byte_string, text_list};
+use crate::name::{self, SnapshotPath, shown};
+use crate::strict_cbor::{Schema, byte_string, text_set};
 
-const FORMAT: &str = "vmsnap-manifest";
-const VERSION: u64 = 1;
+const SCHEMA: Schema =
+    Schema { name: "manifest", format: "vmsnap-manifest", version: 1, malformed: "the manifest is malformed" };
 
 /// A larger one is neither written nor read: some two million fragments.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 256 << 20;
@@ -31,7 +30,7 @@ pub(crate) struct Manifest {
     pub(crate) created: String,
     pub(crate) generator: String,
     pub(crate) encrypted: bool,
-    pub(crate) namespaces: BTreeSet<String>,
+    pub(crate) namespaces: BTreeSet<Box<str>>,
     pub(crate) fragments: BTreeMap<String, Entry>,
 }
 
@@ -59,7 +58,7 @@ impl Manifest {
     pub(crate) fn new(
         snapshot_id: [u8; 16],
         encrypted: bool,
-        namespaces: BTreeSet<String>,
+        namespaces: BTreeSet<Box<str>>,
         fragments: BTreeMap<String, Entry>,
     ) -> Self {
         Self {
@@ -75,8 +74,8 @@ impl Manifest {
     /// The contents of the file, and the seal digest.
     pub(crate) fn encode(&self, data_key: Option<&SecretKey>) -> Result<(Vec<u8>, [u8; 32])> {
         let fields = Fields {
-            format: FORMAT,
-            version: VERSION,
+            format: SCHEMA.format,
+            version: SCHEMA.version,
             snapshot_id: self.snapshot_id,
             created: &self.created,
             generator: &self.generator,
@@ -110,49 +109,36 @@ impl Manifest {
                 &opened[..]
             }
         };
-        strict_cbor::check(bytes).map_err(malformed)?;
-        // Version and requirements first: what follows may look different in a later version.
-        let Head { format, version, requires } = parse(bytes)?;
-        if format != FORMAT {
-            return Err(malformed(format!("its format is {format:?}, not {FORMAT:?}")));
-        }
-        if version != VERSION {
-            return Err(unsupported(&format!("version {version} of the manifest")));
-        }
-        if let Some(requirement) = requires.first() {
-            return Err(unsupported(&format!("the feature {requirement:?}")));
-        }
-        let manifest = Self::check(parse(bytes)?)?;
+        let manifest = Self::check(SCHEMA.decode(bytes)?)?;
         if manifest.encrypted != data_key.is_some() {
-            return Err(malformed("it is that of another kind of snapshot: one is encrypted, the other is not"));
+            return Err(SCHEMA.malformed("it is that of another kind of snapshot: one is encrypted, the other is not"));
         }
         Ok((manifest, *blake3::hash(bytes).as_bytes()))
     }
 
     fn check(body: Body) -> Result<Self> {
-        let mut namespaces = BTreeSet::new();
-        for path in body.namespaces {
-            let path = checked_path(path)?;
-            if let Some(path) = namespaces.replace(path) {
-                return Err(malformed(format!("the namespace {path:?} comes twice")));
-            }
-        }
+        let namespaces = body.namespaces;
+        namespaces.iter().try_for_each(|path| check_path(path))?;
         let mut fragments = BTreeMap::new();
         for (path, entry) in body.fragments {
-            let path = checked_path(path)?;
-            let entry = entry.checked(body.encrypted).map_err(|reason| malformed(format!("of {path:?}, {reason}")))?;
+            check_path(&path)?;
+            let entry = entry
+                .checked(body.encrypted)
+                .map_err(|reason| SCHEMA.malformed(format!("of {}, {reason}", shown(&path))))?;
             fragments.insert(path, entry);
         }
-        for path in namespaces.iter().chain(fragments.keys()) {
+        for path in namespaces.iter().map(|path| &**path).chain(fragments.keys().map(String::as_str)) {
             let parent = path.rsplit_once('/').map(|(parent, _)| parent);
             if let Some(parent) = parent.filter(|parent| !namespaces.contains(*parent)) {
-                return Err(malformed(format!("it lists {path:?} but not the namespace {parent:?}")));
+                let text = format!("it lists {} but not the namespace {}", shown(path), shown(parent));
+                return Err(SCHEMA.malformed(text));
             }
         }
-        if let Some(path) = fragments.keys().find(|path| namespaces.contains(*path)) {
-            return Err(malformed(format!("{path:?} is both a fragment and a namespace")));
+        if let Some(path) = fragments.keys().find(|path| namespaces.contains(path.as_str())) {
+            return Err(SCHEMA.malformed(format!("{} is both a fragment and a namespace", shown(path))));
         }
-        humantime::parse_rfc3339(&body.created).map_err(|_| malformed("'created' is no date of RFC 3339 in UTC"))?;
+        humantime::parse_rfc3339(&body.created)
+            .map_err(|_| SCHEMA.malformed("'created' is no date of RFC 3339 in UTC"))?;
         Ok(Self {
             snapshot_id: body.snapshot_id,
             created: body.created,
@@ -170,7 +156,7 @@ impl Manifest {
 
     /// Names of the namespaces in a namespace, sorted.
     pub(crate) fn namespaces_in(&self, namespace: &SnapshotPath) -> Vec<String> {
-        names_in(namespace, |start| self.namespaces.range(start..).map(String::as_str))
+        names_in(namespace, |start| self.namespaces.range(start.into_boxed_str()..).map(|path| &**path))
     }
 }
 
@@ -187,26 +173,11 @@ fn names_in<'a, I: Iterator<Item = &'a str>>(namespace: &SnapshotPath, from: imp
         .collect()
 }
 
-fn checked_path(path: String) -> Result<String> {
+fn check_path(path: &str) -> Result<()> {
     if path.is_empty() {
-        return Err(malformed("it lists an empty path"));
+        return Err(SCHEMA.malformed("it lists an empty path"));
     }
-    SnapshotPath::try_from(path).map(String::from).map_err(|error| malformed(error.to_string()))
-}
-
-fn malformed(reason: impl fmt::Display) -> Error {
-    Error::corrupt(format!("the manifest is malformed: {reason}"))
-}
-
-fn unsupported(what: &str) -> Error {
-    Error::new(
-        Kind::Unsupported,
-        format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one"),
-    )
-}
-
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
-    ciborium::from_reader(bytes).map_err(malformed)
+    path.split('/').try_for_each(name::check).map_err(|error| SCHEMA.malformed(error))
 }
 
 /// What is written, in the order of the format.
@@ -220,7 +191,7 @@ struct Fields<'a> {
     generator: &'a str,
     encrypted: bool,
     requires: [&'static str; 0],
-    namespaces: &'a BTreeSet<String>,
+    namespaces: &'a BTreeSet<Box<str>>,
     fragments: BTreeMap<&'a str, FieldsOfEntry<'a>>,
 }
 
@@ -246,15 +217,6 @@ impl<'a> FieldsOfEntry<'a> {
     }
 }
 
-/// The keys every version has.
-#[derive(Deserialize)]
-struct Head {
-    format: String,
-    version: u64,
-    #[serde(deserialize_with = "text_list")]
-    requires: Vec<String>,
-}
-
 /// The keys of this version.
 #[derive(Deserialize)]
 struct Body {
@@ -263,8 +225,8 @@ struct Body {
     created: String,
     generator: String,
     encrypted: bool,
-    #[serde(deserialize_with = "text_list")]
-    namespaces: Vec<String>,
+    #[serde(deserialize_with = "text_set")]
+    namespaces: BTreeSet<Box<str>>,
     fragments: BTreeMap<String, BodyOfEntry>,
 }
 
@@ -313,7 +275,7 @@ mod tests {
             if encrypted { Proof::HeaderTag { chunk_size_bytes: 4096, tag: [5; 32] } } else { Proof::Blake3([5; 32]) };
         let entry = Entry { size: 10, stored_size: if encrypted { 116 } else { 10 }, proof };
         let fragments = ["a", "ns/b", "ns-c"].map(|path| (path.to_owned(), entry.clone())).into();
-        Manifest::new([7; 16], encrypted, ["ns".to_owned(), "ns/deep".to_owned()].into(), fragments)
+        Manifest::new([7; 16], encrypted, ["ns".into(), "ns/deep".into()].into(), fragments)
     }
 
     fn value() -> Vec<(Value, Value)> {

@@ -43,7 +43,16 @@ pub(crate) fn check(name: &str) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::invalid_argument(format!("{name:?} cannot be the name of a fragment or a namespace: {reason}")))
+    let text = format!("{} cannot be the name of a fragment or a namespace: {reason}", shown(name));
+    Err(Error::invalid_argument(text))
+}
+
+/// A text in quotes, for errors: of one longer than any name its beginning, since it may be somebody's gigabyte.
+pub(crate) fn shown(text: &str) -> String {
+    match text.char_indices().nth(NAME_MAX_BYTES) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+    }
 }
 
 /// A namespace or a fragment by its path from the root: checked names joined with `/`, empty for the root itself.

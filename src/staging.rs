@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use crate::cipher::{SecretKey, fill_random};
 use crate::error::{Error, Kind, Result};
-use crate::fragment::digest::Digest;
 use crate::fragment::ledger::Ledger;
 use crate::fragment::lock::LockedRoot;
 use crate::fragment::{FragmentReader, Home, folder};
@@ -20,9 +19,6 @@ use crate::options::SnapshotOptions;
 use crate::seal;
 use crate::threads::{self, Poll, for_each};
 use crate::writer::SnapshotWriter;
-
-/// What is read back is read in pieces of so much.
-const PIECE_BYTES: usize = 8 << 20;
 
 /// What names a sealed snapshot for ever: kept elsewhere, it tells whether a snapshot is still the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,7 +263,7 @@ impl fmt::Debug for StagedSnapshot {
 
 /// All that is in a snapshot.
 struct Scanned {
-    namespaces: BTreeSet<String>,
+    namespaces: BTreeSet<Box<str>>,
     fragments: BTreeMap<String, Entry>,
 }
 
@@ -304,7 +300,7 @@ impl Scanned {
             }
             for name in inner {
                 let path = namespace.join(&name)?;
-                namespaces.insert(path.as_str().to_owned());
+                namespaces.insert(path.as_str().into());
                 pending.push(path);
             }
         }
@@ -363,23 +359,8 @@ fn examine(
     if let Some(entry) = fragment.sealed_entry() {
         return Ok(entry);
     }
-    let digest = digest_of(&fragment, threads, poll)?;
+    let digest = fragment.blake3(&mut Vec::new(), poll)?;
     Ok(Entry { size: fragment.size(), stored_size: fragment.size(), proof: Proof::Blake3(digest) })
-}
-
-/// BLAKE3 of a plain fragment.
-fn digest_of(fragment: &FragmentReader, threads: usize, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
-    let mut digest = Digest::default();
-    let capacity = usize::try_from(fragment.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
-    let mut piece = vec![0; capacity];
-    let mut offset = 0;
-    while offset < fragment.size() {
-        let read = fragment.read_at_polled(offset, &mut piece, poll)?;
-        digest.update_with(&piece[..read], threads, &mut Poll::new(&mut || Ok(())), |_, _| Ok(()))?;
-        offset += read as u64;
-        poll()?;
-    }
-    Ok(digest.finish())
 }
 
 /// What [`clean`] did.

@@ -4,24 +4,91 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, SeqAccess, Visitor};
+use zeroize::Zeroizing;
+
+use crate::error::{Error, Kind, Result};
+use crate::name::shown;
 
 /// The outermost item is the first level.
 const MAX_DEPTH: usize = 16;
 
+/// What ciborium copies texts and bytes through.
+const SCRATCH_BYTES: usize = 4096;
+
+/// A map of vmsnap's own metadata, by what each version of it begins with.
+pub(crate) struct Schema {
+    /// As errors call it.
+    pub(crate) name: &'static str,
+    pub(crate) format: &'static str,
+    pub(crate) version: u64,
+    /// What errors call one that is not as the format says.
+    pub(crate) malformed: &'static str,
+}
+
+/// The keys every version has.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+    version: u64,
+    requires: FirstText,
+}
+
+impl Schema {
+    /// Reads what has to be such a map. Keys that `T` does not know are ignored.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_corrupt`] and [`Error::is_unsupported_format`].
+    pub(crate) fn decode<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
+        check(bytes).map_err(|reason| self.malformed(reason))?;
+        // Version and requirements first: what follows may look different in a later version.
+        let Head { format, version, requires } = self.parse(bytes)?;
+        if format != self.format {
+            return Err(self.malformed(format!("its format is {}, not {:?}", shown(&format), self.format)));
+        }
+        if version != self.version {
+            return Err(unsupported(&format!("version {version} of the {}", self.name)));
+        }
+        if let FirstText(Some(requirement)) = requires {
+            return Err(unsupported(&format!("the feature {}", shown(&requirement))));
+        }
+        self.parse(bytes)
+    }
+
+    fn parse<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
+        // Of our own, to be wiped: ciborium's default is a buffer on the stack, and a key may go through it.
+        let mut scratch = Zeroizing::new(vec![0; SCRATCH_BYTES]);
+        ciborium::de::from_reader_with_buffer(bytes, &mut scratch).map_err(|error| self.malformed(error))
+    }
+
+    pub(crate) fn malformed(&self, reason: impl fmt::Display) -> Error {
+        Error::corrupt(format!("{}: {reason}", self.malformed))
+    }
+}
+
+fn unsupported(what: &str) -> Error {
+    let text = format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one");
+    Error::new(Kind::Unsupported, text)
+}
+
 /// Checks that `bytes` are one item of definite lengths, shortest forms, no tags, and maps with text keys, none twice.
-pub(crate) fn check(bytes: &[u8]) -> Result<(), String> {
+pub(crate) fn check(bytes: &[u8]) -> Scan<()> {
     let mut scanner = Scanner { rest: bytes };
     scanner.item(1)?;
     if scanner.rest.is_empty() { Ok(()) } else { Err("bytes follow its end".to_owned()) }
 }
+
+/// What was scanned, or what is wrong with it.
+type Scan<T> = std::result::Result<T, String>;
 
 struct Scanner<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Scanner<'a> {
-    fn take(&mut self, count: u64) -> Result<&'a [u8], String> {
+    fn take(&mut self, count: u64) -> Scan<&'a [u8]> {
         let split = usize::try_from(count).ok().and_then(|count| self.rest.split_at_checked(count));
         let (taken, rest) = split.ok_or("it is cut off")?;
         self.rest = rest;
@@ -29,7 +96,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Major type and argument (RFC 8949, 3).
-    fn head(&mut self) -> Result<(u8, u64), String> {
+    fn head(&mut self) -> Scan<(u8, u64)> {
         let [first] = self.take(1)? else { return Err("it is cut off".to_owned()) };
         let (major, info) = (first >> 5, first & 0x1f);
         let argument = match info {
@@ -51,7 +118,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    fn item(&mut self, depth: usize) -> Result<(), String> {
+    fn item(&mut self, depth: usize) -> Scan<()> {
         if depth > MAX_DEPTH {
             return Err(format!("it is nested deeper than {MAX_DEPTH} levels"));
         }
@@ -71,7 +138,7 @@ impl<'a> Scanner<'a> {
                     }
                     let key = self.text(length)?;
                     if !keys.insert(key) {
-                        return Err(format!("the key {key:?} comes twice"));
+                        return Err(format!("the key {} comes twice", shown(key)));
                     }
                     self.item(depth + 1)
                 })
@@ -83,28 +150,60 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    fn text(&mut self, length: u64) -> Result<&'a str, String> {
+    fn text(&mut self, length: u64) -> Scan<&'a str> {
         std::str::from_utf8(self.take(length)?).map_err(|_| "a text is not UTF-8".to_owned())
     }
 }
 
-/// An array of texts; ciborium's own would take an empty byte string for an empty one.
-pub(crate) fn text_list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
-    struct TextList;
+/// The first of an array of texts. The others are not kept: there may be as many as the file has bytes.
+struct FirstText(Option<String>);
 
-    impl<'de> Visitor<'de> for TextList {
-        type Value = Vec<String>;
+impl<'de> Deserialize<'de> for FirstText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let mut first = None;
+        each_text(deserializer, |text| {
+            first.get_or_insert(text);
+            Ok(())
+        })?;
+        Ok(Self(first))
+    }
+}
+
+/// The texts of an array, none twice; nothing is kept of one that is.
+pub(crate) fn text_set<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<BTreeSet<Box<str>>, D::Error> {
+    let mut texts = BTreeSet::<Box<str>>::new();
+    each_text(deserializer, |text| match texts.replace(text.into_boxed_str()) {
+        Some(text) => Err(format!("{} comes twice", shown(&text))),
+        None => Ok(()),
+    })?;
+    Ok(texts)
+}
+
+/// An array of texts; ciborium's own would take an empty byte string for an empty one.
+fn each_text<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    take: impl FnMut(String) -> Scan<()>,
+) -> std::result::Result<(), D::Error> {
+    struct Texts<F>(F);
+
+    impl<'de, F: FnMut(String) -> Scan<()>> Visitor<'de> for Texts<F> {
+        type Value = ();
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("an array of texts")
         }
 
-        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<Vec<String>, A::Error> {
-            std::iter::from_fn(|| items.next_element().transpose()).collect()
+        fn visit_seq<A: SeqAccess<'de>>(mut self, mut items: A) -> std::result::Result<(), A::Error> {
+            while let Some(text) = items.next_element()? {
+                (self.0)(text).map_err(serde::de::Error::custom)?;
+            }
+            Ok(())
         }
     }
 
-    deserializer.deserialize_any(TextList)
+    deserializer.deserialize_any(Texts(take))
 }
 
 /// A byte string of exactly that length; serde's own arrays would take a list of numbers too.

@@ -869,6 +869,8 @@ def test_snapshots_are_dumped_for_others_rekeyed_and_converted(tmp_path: Path, r
     assert "there is no terminal to ask on" in error_of(run_without_terminal("ls", vm[0]))
     run("decrypt", vm[0], vm[1], "--passphrase-file", passphrase)
     assert (vm[1] / "ram").read_bytes() == ram.read_bytes()
+    assert told(run("verify", vm[1]))
+    (vm[1] / "vmsnap_manifest").unlink()
     write(vmsnap.SnapshotWriter.open(vm[1]).add_namespace("a").add_namespace("b"), "small", b"x" * 100)
     run("encrypt", vm[1], vm[2], "-r", pair.recipient)
     listed = run("ls", "-l", vm[2], "-i", identity).stdout.decode().splitlines()
@@ -876,9 +878,10 @@ def test_snapshots_are_dumped_for_others_rekeyed_and_converted(tmp_path: Path, r
         ["ram", "300000", "65536"],
         ["a/b/small", "100", "4096"],
     ]
-    write(vmsnap.SnapshotWriter.open(vm[2], identities=identity), "odd", b"y" * 1000, 77)
+    write(odd := vmsnap.SnapshotWriter(vm[5], recipients=pair.recipient), "odd", b"y" * 1000, 77)
+    write(odd, "ram", ram.read_bytes())
     key_file = write_private(tmp_path / "vm.key", vmsnap.generate_key())
-    run("encrypt", vm[2], vm[3], "-i", identity, "--new-key-file", key_file)
+    run("encrypt", vm[5], vm[3], "-i", identity, "--new-key-file", key_file)
     assert "odd\t1000\t" in (listing := run("ls", "-l", vm[3], "--key-file", key_file).stdout.decode())
     assert "\t77\t" in listing
     # The copy has a data key of its own.

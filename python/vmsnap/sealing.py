@@ -135,30 +135,8 @@ def create(
     return StagedSnapshot(raw)
 
 
-def open(
-    path: "StrOrBytesPath",
-    require_encrypted: bool = False,
-    *,
-    require_sealed: bool = False,
-    expect_seal_digest: "ReadableBuffer | str | None" = None,
-    key: "ReadableBuffer | None" = None,
-    identities: "Identity | Iterable[Identity] | None" = None,
-    passphrase: "Passphrase | None" = None,
-    key_provider: "KeyProvider | None" = None,
-    threads: int | None = None,
-) -> SnapshotReader:
-    """Open a snapshot to read it: `SnapshotReader` by another name, with the same parameters and errors."""
-    return SnapshotReader(
-        path,
-        require_encrypted,
-        require_sealed=require_sealed,
-        expect_seal_digest=expect_seal_digest,
-        key=key,
-        identities=identities,
-        passphrase=passphrase,
-        key_provider=key_provider,
-        threads=threads,
-    )
+# Opens a snapshot to read it; the class by the name that goes with `create`.
+open = SnapshotReader
 
 
 def seal(

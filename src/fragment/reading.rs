@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::digest::Digest;
 use super::plain::PlainSource;
 use super::sealed_source::SealedSource;
 use super::{Home, Place, folder};
@@ -15,6 +16,9 @@ use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::threads::Poll;
+
+/// What is read of a whole fragment at a time.
+const PIECE_BYTES: usize = 8 << 20;
 
 /// A fragment being read: anywhere by [`FragmentReader::read_at`], or in order by [`Read`] and [`Seek`].
 ///
@@ -175,6 +179,38 @@ impl FragmentReader {
                 Err(error.context(&file.place))
             }
         }
+    }
+
+    /// Reads all of it in order, by way of `buffer`, which is made as large as it has to be.
+    pub(crate) fn read_through(
+        &self,
+        buffer: &mut Vec<u8>,
+        poll: &mut dyn FnMut() -> Result<()>,
+        mut take: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let wanted = usize::try_from(self.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
+        // Whole chunks: a part of one would be decrypted twice.
+        let wanted = self.chunk_size_bytes().map_or(wanted, |chunk| wanted.next_multiple_of(chunk));
+        if buffer.len() < wanted {
+            buffer.resize(wanted, 0);
+        }
+        let mut offset = 0;
+        while offset < self.size() {
+            let read = self.read_at_polled(offset, &mut buffer[..wanted], poll)?;
+            take(&buffer[..read])?;
+            offset += read as u64;
+            poll()?;
+        }
+        Ok(())
+    }
+
+    /// BLAKE3 of all of it.
+    pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
+        let mut digest = Digest::default();
+        self.read_through(buffer, poll, |piece| {
+            digest.update_with(piece, self.file.threads, &mut Poll::new(&mut || Ok(())), |_, _| Ok(()))
+        })?;
+        Ok(digest.finish())
     }
 
     /// Reads on from the position, as [`Read::read`] but until `buf` is full or the fragment ends.

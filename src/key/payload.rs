@@ -2,16 +2,20 @@
 
 use std::fmt;
 
-use serde::de::{DeserializeOwned, Deserializer, Visitor};
+use serde::de::{Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::cipher::{SecretKey, fill_random};
 use crate::error::{Error, Kind, Result};
-use crate::strict_cbor::{self, byte_string, text_list};
+use crate::strict_cbor::{Schema, byte_string};
 
-const FORMAT: &str = "vmsnap-key";
-const VERSION: u64 = 1;
+const SCHEMA: Schema = Schema {
+    name: "key metadata",
+    format: "vmsnap-key",
+    version: 1,
+    malformed: "the key metadata is authentic but malformed",
+};
 
 /// A payload is some 130 bytes; growing the vector would leave copies of the key behind.
 const CAPACITY_BYTES: usize = 4096;
@@ -56,8 +60,14 @@ impl KeyPayload {
     }
 
     fn of(data_key: SecretKey, snapshot_id: [u8; 16], sealed: bool) -> Result<Self> {
-        let fields =
-            Fields { format: FORMAT, version: VERSION, snapshot_id, data_key: &data_key, sealed, requires: [] };
+        let fields = Fields {
+            format: SCHEMA.format,
+            version: SCHEMA.version,
+            snapshot_id,
+            data_key: &data_key,
+            sealed,
+            requires: [],
+        };
         let mut bytes = Zeroizing::new(Vec::with_capacity(CAPACITY_BYTES));
         ciborium::into_writer(&fields, &mut *bytes)
             .map_err(|error| Error::with_source(Kind::Serialization, "the key metadata cannot be written", error))?;
@@ -84,47 +94,9 @@ impl KeyPayload {
 
     /// Reads an authenticated payload.
     pub(super) fn decode(bytes: Zeroizing<Vec<u8>>) -> Result<Self> {
-        strict_cbor::check(&bytes).map_err(malformed)?;
-        // Version and requirements first: what follows may look different in a later version.
-        let Head { format, version, requires } = parse(&bytes)?;
-        if format != FORMAT {
-            return Err(malformed(format!("its format is {format:?}, not {FORMAT:?}")));
-        }
-        if version != VERSION {
-            return Err(unsupported(&format!("version {version} of the key metadata")));
-        }
-        if let Some(requirement) = requires.first() {
-            return Err(unsupported(&format!("the feature {requirement:?}")));
-        }
-        let Body { snapshot_id, data_key, sealed } = parse(&bytes)?;
+        let Body { snapshot_id, data_key, sealed } = SCHEMA.decode(&bytes)?;
         Ok(Self { bytes: SecretBytes(bytes), data_key, snapshot_id, sealed })
     }
-}
-
-fn malformed(error: impl fmt::Display) -> Error {
-    Error::corrupt(format!("the key metadata is authentic but malformed: {error}"))
-}
-
-fn unsupported(what: &str) -> Error {
-    Error::new(
-        Kind::Unsupported,
-        format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one"),
-    )
-}
-
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
-    // Of our own, to be wiped: ciborium's default is a buffer on the stack.
-    let mut scratch = Zeroizing::new(vec![0; CAPACITY_BYTES]);
-    ciborium::de::from_reader_with_buffer(bytes, &mut scratch).map_err(malformed)
-}
-
-/// The keys every version has.
-#[derive(Deserialize)]
-struct Head {
-    format: String,
-    version: u64,
-    #[serde(deserialize_with = "text_list")]
-    requires: Vec<String>,
 }
 
 /// The keys of this version.
@@ -162,7 +134,7 @@ mod tests {
 
     fn fields() -> Vec<(Value, Value)> {
         vec![
-            ("format".into(), FORMAT.into()),
+            ("format".into(), SCHEMA.format.into()),
             ("version".into(), 1.into()),
             ("snapshot_id".into(), Value::Bytes(vec![7; 16])),
             ("data_key".into(), Value::Bytes(vec![9; 32])),

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vmsnap import SnapshotReader, SnapshotWriter
-from vmsnap.cli.dump import CHUNK_BYTES, new_snapshot
+from vmsnap.cli.dump import CHUNK_BYTES
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
 from vmsnap.cli.places import pieces, walk
 from vmsnap.cli.terminal import human_size, progress
@@ -37,7 +37,7 @@ def copy_snapshot(source: SnapshotReader, target: SnapshotWriter) -> tuple[int, 
 
 def _convert(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys, threads: int | None) -> None:
     reader = keys.open(source, threads=threads)
-    with new_snapshot(target, new_keys, threads=threads) as writer:
+    with new_keys.stage(target, threads=threads) as writer:
         count, size = copy_snapshot(reader, writer)
     click.echo(f"vmsnap: copied {human_size(size)}, fragments: {count}", err=True)
 
@@ -59,7 +59,7 @@ def encrypt(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys
     encrypted too, and is opened as by other commands: the copy has a data key of its own, so that who could open SRC
     cannot open it. Chunk sizes are kept.
 
-    A copy that fails leaves nothing behind.
+    DST appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
     given = WritingKeys(True, new_keys.key, new_keys.recipients, new_keys.passphrase)
     _convert(source, target, keys, given, threads)
@@ -73,6 +73,6 @@ def encrypt(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys
 def decrypt(source: Path, target: Path, keys: OpeningKeys, threads: int | None) -> None:
     """Copy an encrypted snapshot into a new one DST that is plain: readable by all who may read its files.
 
-    A copy that fails leaves nothing behind.
+    DST appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
     _convert(source, target, keys, WritingKeys(), threads)

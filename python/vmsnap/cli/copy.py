@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -13,11 +14,11 @@ from typing import BinaryIO
 import click
 
 from vmsnap import SnapshotWriter
-from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option, new_snapshot
+from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options, threads_option
 from vmsnap.cli.places import locate, pieces, write_all
-from vmsnap.cli.terminal import progress
+from vmsnap.cli.terminal import printable, progress
 
 _STREAM = "-"
 
@@ -66,6 +67,19 @@ def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
+        raise
+
+
+@contextmanager
+def new_snapshot(root: Path, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
+    """Make a snapshot in place, so that more can be copied into it; removed again if the block fails."""
+    writer = keys.create(root, threads=threads)
+    try:
+        yield writer
+    except BaseException:
+        shutil.rmtree(writer.root, ignore_errors=True)
+        if writer.root.exists():
+            click.echo(f"vmsnap: half-written, and cannot be removed: {printable(str(root))}", err=True)
         raise
 
 

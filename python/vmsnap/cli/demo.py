@@ -19,7 +19,7 @@ from time import perf_counter
 import click
 
 import vmsnap
-from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, new_snapshot, store_process
+from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, store_process
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import WritingKeys, threads_option
 from vmsnap.cli.process import Process
@@ -190,15 +190,16 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
         stack.enter_context(process.stopped())
 
         began = perf_counter()
-        with new_snapshot(keep or folder / "snapshot", WritingKeys(key=key), threads=threads) as writer:
+        root = keep or folder / "snapshot"
+        with WritingKeys(key=key).stage(root, threads=threads) as writer:
             summary = store_process(writer, process, CHUNK_BYTES)
             dump_seconds = perf_counter() - began
             if keep is not None:
                 with open(f"{keep}.key", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(key.hex() + "\n")
-        files_size = sum(file.stat().st_size for file in writer.root.rglob("*") if file.is_file())
+        files_size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
 
-        memory = vmsnap.SnapshotReader(writer.root, True, key=key, threads=threads).namespace("mem")
+        memory = vmsnap.open(root, True, require_sealed=True, key=key, threads=threads).namespace("mem")
         read_size, read_seconds = compare_all(memory, process)
         # The kernel may have joined the child's memory and a neighbour to one mapping.
         name = next(n for n in memory.list_fragments() if addresses_of(n)[0] <= address < addresses_of(n)[1])
@@ -208,11 +209,11 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
             page_seconds = read_at_random(fragment, base, process)
             fragment.readinto_at(address - base, data)
         check(hashlib.sha256(data).hexdigest() == sha256, "SHA-256 as the child computed it of its own memory")
-        flip_a_bit(writer.root, folder / "copy", name, key)
+        flip_a_bit(root, folder / "copy", name, key)
         rows = [
             ("logical size", human_size(summary.size), f"{summary.fragments} fragments: all that the child maps"),
             ("stored size", human_size(files_size), "all files of the snapshot"),
-            speed("dump", summary.size, dump_seconds, "from the stopped child, encrypted"),
+            speed("dump", summary.size, dump_seconds, "from the stopped child, encrypted, not yet synced"),
             speed("read back", read_size, read_seconds, "everything, decrypted"),
             ("random read", f"{page_seconds * 1e6:.1f} us", "4 KiB out of chunks of 64 KiB, mean"),
             *race_plain_write(folder, data, key, threads),

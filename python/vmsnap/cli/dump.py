@@ -1,11 +1,10 @@
 """``vmsnap dump``: a process' memory, or a file, into a new snapshot."""
 
 import os
-import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,19 +43,6 @@ class Summary:
         """Name on standard error what could not be read."""
         for text in self.left_out:
             click.echo(f"vmsnap: left out: {printable(text)}", err=True)
-
-
-@contextmanager
-def new_snapshot(root: Path, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
-    """Make a snapshot that is removed again if the block fails. A folder that existed is refused and not touched."""
-    writer = keys.create(root, threads=threads)
-    try:
-        yield writer
-    except BaseException:
-        shutil.rmtree(writer.root, ignore_errors=True)
-        if writer.root.exists():
-            click.echo(f"vmsnap: half-written, and cannot be removed: {printable(str(root))}", err=True)
-        raise
 
 
 def store_file(writer: SnapshotWriter, path: Path, chunk_size_bytes: int) -> Summary:
@@ -163,17 +149,17 @@ def dump(
     addresses, and "maps" holds the text of /proc/PID/maps. Pages that cannot be read are left out and named. The
     process is stopped meanwhile, and goes on afterwards if it was running before.
 
-    A dump that fails leaves nothing behind.
+    DIR appears when the dump is complete, and is sealed. A dump that fails leaves nothing behind.
     """
     pid = _pid_of(target)
     started = time.perf_counter()
     if pid is None:
-        with new_snapshot(directory, new_keys, threads=threads) as writer:
+        with new_keys.stage(directory, threads=threads) as writer:
             summary = store_file(writer, Path(target), chunk_size)
     else:
         with (
             Process(pid) as process,
-            new_snapshot(directory, new_keys, threads=threads) as writer,
+            new_keys.stage(directory, threads=threads) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             summary = store_process(writer, process, chunk_size)

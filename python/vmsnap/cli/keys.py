@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import vmsnap
-from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter
+from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
 from vmsnap._vmsnap import key_wrapping
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keyfile import read_key_file
@@ -70,16 +70,22 @@ class WritingKeys:
     recipients: tuple[str, ...] = ()
     passphrase: Passphrase | None = None
 
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "encrypt": self.encrypt,
+            "key": self.key,
+            "recipients": self.recipients or None,
+            "passphrase": self.passphrase,
+        }
+
+    def stage(self, path: str | Path, *, threads: int | None = None) -> StagedSnapshot:
+        """Begin a snapshot that is sealed when it is complete, and not there before."""
+        return vmsnap.create(path, **self._arguments, threads=threads)
+
     def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
-        """Make a snapshot."""
-        return SnapshotWriter(
-            root,
-            self.encrypt,
-            key=self.key,
-            recipients=self.recipients or None,
-            passphrase=self.passphrase,
-            threads=threads,
-        )
+        """Make a snapshot in place, to which more can be added."""
+        return SnapshotWriter(root, **self._arguments, threads=threads)
 
 
 def identity_of(path: Path) -> IdentityFile:

@@ -1,0 +1,244 @@
+//! Reading everything, to find out whether a snapshot is what was sealed.
+
+mod contents;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::error::Result;
+use crate::fragment::folder;
+use crate::key::KeyPayload;
+use crate::key_metadata;
+use crate::name::{KEY_METADATA, MANIFEST};
+use crate::options::SnapshotOptions;
+use crate::seal::{self, Seal};
+use crate::staging::SealId;
+use crate::threads;
+
+/// What [`SnapshotOptions::verify`] found.
+#[derive(Clone, Debug, Default)]
+pub struct Verification {
+    /// Everything that is not as it should be, sorted by path.
+    pub problems: Vec<Problem>,
+    /// What could not be looked at, and why: without the key, say.
+    pub not_checked: Vec<String>,
+    /// All fragments there are or should be, by path, with what is wrong with each.
+    pub fragments: BTreeMap<String, Option<ProblemKind>>,
+    /// Plaintext bytes that were read and verified.
+    pub verified_bytes: u64,
+    /// What to pin the snapshot by, where its manifest could be read.
+    pub seal: Option<SealId>,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// From the root; what is not UTF-8 in it is shown as U+FFFD.
+    pub path: String,
+    /// What is wrong.
+    pub kind: ProblemKind,
+    /// The same in words.
+    pub text: String,
+}
+
+/// What can be wrong with a part of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum ProblemKind {
+    /// The manifest lists it, and it is not there.
+    Missing,
+    /// It is there, and the manifest does not list it.
+    Extra,
+    /// Its content is another one.
+    Changed,
+    /// It is shorter than it was.
+    Truncated,
+    /// It is another fragment of the same snapshot.
+    Swapped,
+    /// A tag does not verify.
+    NotAuthentic,
+    /// It is longer than it was.
+    WrongSize,
+    /// The manifest cannot be read, or is not the one expected.
+    BadManifest,
+    /// There is no manifest.
+    NotSealed,
+    /// `enc_metadata` cannot be read.
+    BadKeyMetadata,
+    /// A symbolic link.
+    Link,
+    /// A FIFO, a socket, a device.
+    SpecialFile,
+    /// A name that is not UTF-8.
+    NotUtf8,
+    /// The operating system does not let it be read.
+    Unreadable,
+}
+
+impl fmt::Display for ProblemKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "missing",
+            Self::Extra => "extra",
+            Self::Changed => "changed",
+            Self::Truncated => "truncated",
+            Self::Swapped => "swapped",
+            Self::NotAuthentic => "not authentic",
+            Self::WrongSize => "wrong size",
+            Self::BadManifest => "bad manifest",
+            Self::NotSealed => "not sealed",
+            Self::BadKeyMetadata => "bad key metadata",
+            Self::Link => "link",
+            Self::SpecialFile => "special file",
+            Self::NotUtf8 => "not UTF-8",
+            Self::Unreadable => "unreadable",
+        })
+    }
+}
+
+impl Verification {
+    /// Whether everything was checked, and is as it was sealed.
+    #[must_use]
+    pub fn is_ok(&self) -> bool {
+        self.problems.is_empty() && self.not_checked.is_empty()
+    }
+}
+
+impl SnapshotOptions {
+    /// Reads all of the snapshot at `root`, by all threads, and tells everything that is not as it was sealed. Without the key
+    /// of an encrypted one, it checks what can be checked and says what it could not.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("vm1");
+    /// let options = vmsnap::SnapshotOptions::new();
+    /// let mut staged = options.stage(&path)?;
+    /// staged.writer().write_fragment("clock", &12_u64)?;
+    /// staged.commit()?;
+    /// assert!(options.verify(&path)?.is_ok());
+    /// std::fs::write(path.join("clock"), "x")?;
+    /// let report = options.verify(&path)?;
+    /// assert_eq!(report.problems[0].kind, vmsnap::ProblemKind::Changed);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where there is no such folder; [`Error::is_invalid_argument`] and [`Error::is_not_encrypted`] as
+    /// [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
+    pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
+        self.verify_polled(root, &mut || Ok(()))
+    }
+
+    pub(crate) fn verify_polled(
+        &self,
+        root: impl AsRef<Path>,
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Verification> {
+        let threads = threads::resolve(self.threads)?;
+        let root = folder::absolute(root.as_ref())?;
+        drop(folder::open(&root, "")?);
+        let mut verifier = Verifier { root, report: Verification::default(), found: BTreeMap::new() };
+        let key = verifier.key(self, poll)?;
+        let manifest = verifier.manifest(self, &key);
+        let namespaces = verifier.walk(poll)?;
+        if let Some(seal) = &manifest {
+            verifier.compare(seal, &namespaces);
+        }
+        verifier.read_all(&key, manifest.as_ref(), threads, poll)?;
+        Ok(verifier.finish())
+    }
+}
+
+/// What is known of the key.
+enum Key {
+    Plain,
+    Held(KeyPayload),
+    Lacking,
+}
+
+impl Key {
+    fn payload(&self) -> Option<&KeyPayload> {
+        match self {
+            Self::Held(payload) => Some(payload),
+            Self::Plain | Self::Lacking => None,
+        }
+    }
+}
+
+struct Verifier {
+    root: PathBuf,
+    report: Verification,
+    /// Fragments on the disk, and the bytes of their files.
+    found: BTreeMap<String, u64>,
+}
+
+impl Verifier {
+    fn problem(&mut self, path: &str, kind: ProblemKind, text: impl Into<String>) {
+        self.report.problems.push(Problem { path: path.to_owned(), kind, text: text.into() });
+    }
+
+    fn key(&mut self, options: &SnapshotOptions, poll: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
+        match key_metadata::unlock(&self.root, options, poll) {
+            Ok(None) => Ok(Key::Plain),
+            Ok(Some(payload)) => Ok(Key::Held(payload)),
+            Err(error) if error.is_key_unavailable() => {
+                self.report
+                    .not_checked
+                    .push(format!("the list of fragments and their contents, without the key: {error}"));
+                Ok(Key::Lacking)
+            }
+            Err(error) if error.is_authentication() || error.is_corrupt() || error.is_unsupported_format() => {
+                let kind =
+                    if error.is_authentication() { ProblemKind::NotAuthentic } else { ProblemKind::BadKeyMetadata };
+                self.problem(KEY_METADATA, kind, error.to_string());
+                self.report.not_checked.push("the list of fragments and their contents, without the key".to_owned());
+                Ok(Key::Lacking)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn has_no_manifest(&self) -> bool {
+        let exists = folder::open(&self.root, "").and_then(|opened| folder::exists(&opened, MANIFEST));
+        matches!(exists, Ok(false))
+    }
+
+    fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Option<Seal> {
+        if matches!(key, Key::Lacking) {
+            if self.has_no_manifest() {
+                self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
+            }
+            return None;
+        }
+        let seal = match Seal::read(&self.root, key.payload()) {
+            Ok(Some(seal)) => seal,
+            Ok(None) => {
+                self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
+                return None;
+            }
+            Err(error) => {
+                let absent = self.has_no_manifest();
+                let kind = match absent {
+                    true => ProblemKind::Missing,
+                    false if error.is_authentication() => ProblemKind::NotAuthentic,
+                    false if error.is_io() => ProblemKind::Unreadable,
+                    false => ProblemKind::BadManifest,
+                };
+                self.problem(MANIFEST, kind, error.to_string());
+                return None;
+            }
+        };
+        if options.seal_digest.is_some_and(|expected| expected != *seal.digest()) {
+            self.problem(MANIFEST, ProblemKind::BadManifest, seal::another(&self.root).to_string());
+        }
+        Some(seal)
+    }
+
+    fn finish(mut self) -> Verification {
+        self.report.problems.sort_by(|one, other| (&one.path, one.kind).cmp(&(&other.path, other.kind)));
+        self.report
+    }
+}

@@ -1,0 +1,103 @@
+//! What there is, and whether it is what the manifest lists; no contents yet.
+
+use std::collections::BTreeSet;
+
+use rustix::fs::FileType;
+
+use super::{ProblemKind, Verifier};
+use crate::error::{Error, Result};
+use crate::fragment::folder;
+use crate::name::{self, KEY_METADATA, MANIFEST, SnapshotPath};
+use crate::seal::Seal;
+use crate::staging::SealId;
+
+impl Verifier {
+    /// Finds all there is; returns the namespaces.
+    pub(super) fn walk(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<BTreeSet<Box<str>>> {
+        let mut namespaces = BTreeSet::new();
+        let mut pending = vec![SnapshotPath::default()];
+        while let Some(namespace) = pending.pop() {
+            poll()?;
+            let listed = folder::open(&self.root, namespace.as_str()).and_then(|opened| {
+                Ok((folder::entries(&opened).map_err(|errno| Error::io("cannot be listed", errno))?, opened))
+            });
+            let (entries, opened) = match listed {
+                Ok(listed) => listed,
+                Err(error) => {
+                    self.problem(namespace.as_str(), ProblemKind::Unreadable, error.to_string());
+                    continue;
+                }
+            };
+            for (bytes, kind) in entries {
+                let lossy = String::from_utf8_lossy(&bytes).into_owned();
+                let shown =
+                    if namespace.as_str().is_empty() { lossy } else { format!("{}/{lossy}", namespace.as_str()) };
+                let Ok(name) = String::from_utf8(bytes) else {
+                    self.problem(&shown, ProblemKind::NotUtf8, "its name is not UTF-8");
+                    continue;
+                };
+                match kind {
+                    FileType::Symlink => {
+                        self.problem(&shown, ProblemKind::Link, "a symbolic link, which vmsnap never follows");
+                        continue;
+                    }
+                    FileType::RegularFile | FileType::Directory => {}
+                    _ => {
+                        self.problem(&shown, ProblemKind::SpecialFile, "neither a file nor a folder");
+                        continue;
+                    }
+                }
+                if namespace.as_str().is_empty() && (name == KEY_METADATA || name == MANIFEST) {
+                    continue;
+                }
+                let Ok(path) = namespace.join(&name) else {
+                    let text = if name::is_reserved(&name) {
+                        "a name that vmsnap keeps for itself; clean() removes what a killed process left"
+                    } else {
+                        "not a name that a snapshot can hold"
+                    };
+                    self.problem(&shown, ProblemKind::Extra, text);
+                    continue;
+                };
+                if kind == FileType::Directory {
+                    namespaces.insert(path.as_str().into());
+                    pending.push(path);
+                } else {
+                    let size = folder::stat(&opened, &name).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
+                    self.found.insert(path.into(), size.unwrap_or(0));
+                }
+            }
+        }
+        Ok(namespaces)
+    }
+
+    /// What is listed and what is found.
+    pub(super) fn compare(&mut self, seal: &Seal, namespaces: &BTreeSet<Box<str>>) {
+        let Ok(manifest) = seal.manifest(&self.root, None) else { return };
+        self.report.seal = Some(SealId { snapshot_id: manifest.snapshot_id, seal_digest: *seal.digest() });
+        let said: BTreeSet<_> = self.report.problems.iter().map(|problem| problem.path.clone()).collect();
+        let mut problems = Vec::new();
+        for path in manifest.fragments.keys().filter(|path| !self.found.contains_key(*path)) {
+            problems.push((path.clone(), ProblemKind::Missing, "the manifest lists it, and it is not there"));
+        }
+        for path in self.found.keys().filter(|path| !manifest.fragments.contains_key(*path)) {
+            problems.push((path.clone(), ProblemKind::Extra, "it is there, and the manifest does not list it"));
+        }
+        for path in manifest.namespaces.difference(namespaces) {
+            let text = "the manifest lists the namespace, and it is not there";
+            problems.push((path.to_string(), ProblemKind::Missing, text));
+        }
+        for path in namespaces.difference(&manifest.namespaces) {
+            problems.push((path.to_string(), ProblemKind::Extra, "the manifest lists no such namespace"));
+        }
+        for (path, kind, text) in problems {
+            // Something that is no file may be in its place, which was said already.
+            if !said.contains(&path) {
+                self.problem(&path, kind, text);
+            }
+            if manifest.fragments.contains_key(&path) || self.found.contains_key(&path) {
+                self.report.fragments.insert(path, Some(kind));
+            }
+        }
+    }
+}
