@@ -14,6 +14,10 @@ unexport PYTHONPATH PYTHONHOME
 venv := .venv
 python := $(venv)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
+# What libFuzzer needs of rustc, as cargo-fuzz sets it; without its sanitizers, which take a nightly one.
+fuzz_flags := --cfg fuzzing -Cdebug-assertions -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
 step = printf '\n==> %s\n' '$(1)'
 
 # Folders are listed too: a deleted file changes its folder's time.
@@ -88,9 +92,16 @@ torture: build $(venv)/dev ## the long forms of the tests
 lint-tools:
 	@scripts/check-tools.sh '$(PYTHON)' lint
 
-# One process; what it finds is kept in target/fuzz, where the next run goes on.
+# What is found is kept in target/fuzz, where the next run goes on. A target named to cargo keeps the flags from build scripts.
 .PHONY: fuzz
-fuzz: build $(venv)/dev ## hostile values, for FUZZ_SECONDS (60)
+fuzz: build $(venv)/dev ## hostile values and metadata, for FUZZ_SECONDS (60) each
+	@$(call step,fuzz/parsers)
+	host=$$(rustc -vV | sed -n 's/^host: //p') && \
+	RUSTFLAGS='$(fuzz_flags)' cargo build --release --locked --manifest-path fuzz/parsers/Cargo.toml \
+		--target-dir target/fuzz-parsers --target "$$host" && \
+	mkdir -p target/fuzz/parsers && \
+	"target/fuzz-parsers/$$host/release/vmsnap-fuzz-parsers" target/fuzz/parsers fuzz/seeds/* -artifact_prefix=target/fuzz/ \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -rss_limit_mb=2048 $(FUZZ_ARGS)
 	@$(call step,fuzz/values.py)
 	if $(pip) install --quiet --only-binary atheris --group fuzz; then \
 		$(python) fuzz/values.py target/fuzz/values -artifact_prefix=target/fuzz/ -max_total_time=$(FUZZ_SECONDS) \

@@ -33,6 +33,9 @@ mod any_snapshot;
 mod cipher;
 mod error;
 mod fragment;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod key;
 mod key_metadata;
 mod manifest;

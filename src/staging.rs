@@ -7,6 +7,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::cipher::{SecretKey, fill_random};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::ledger::Ledger;
@@ -117,7 +119,8 @@ impl SnapshotOptions {
     /// # Errors
     ///
     /// As [`SnapshotOptions::open`]; [`Error::is_unsupported_format`] where it is sealed already, [`Error::is_state`] where
-    /// a fragment is still being written. It is as it was then.
+    /// a fragment is still being written. It is as it was then, and only where the very last sync fails it is sealed, and the
+    /// text says so.
     pub fn seal(&self, root: impl AsRef<Path>) -> Result<SealId> {
         self.seal_polled(root, &mut || Ok(()))
     }
@@ -139,8 +142,24 @@ impl SnapshotOptions {
         if self.durable {
             scanned.sync(&root, threads, poll)?;
         }
-        scanned.write_manifest(locked.folder(), &root, data_key, snapshot_id, self.durable)
+        let id = scanned.write_manifest(locked.folder(), &root, data_key, snapshot_id, self.durable)?;
+        if self.durable {
+            // The name of the snapshot itself.
+            folder::parent_of(locked.folder())
+                .and_then(rustix::fs::fsync)
+                .map_err(|errno| not_durable(&root, errno))?;
+        }
+        Ok(id)
     }
+}
+
+/// It is there, all of it, and only the last sync failed.
+fn not_durable(path: &Path, errno: Errno) -> Error {
+    let text = format!(
+        "the snapshot {} is complete and in place, but whether it outlives a power failure is not certain",
+        path.display()
+    );
+    Error::io(text, errno)
 }
 
 fn random_id() -> Result<[u8; 16]> {
@@ -192,13 +211,7 @@ impl StagedSnapshot {
         // From here on it is there. The lock's descriptor is that of the same folder, under its new name.
         self.state = State::Committed;
         if self.durable {
-            rustix::fs::fsync(&self.parent).map_err(|errno| {
-                let text = format!(
-                    "the snapshot {} is complete and in place, but whether it outlives a power failure is not certain",
-                    self.path.display()
-                );
-                Error::io(text, errno)
-            })?;
+            rustix::fs::fsync(&self.parent).map_err(|errno| not_durable(&self.path, errno))?;
         }
         Ok(id)
     }

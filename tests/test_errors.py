@@ -654,6 +654,43 @@ def test_a_full_disk_has_no_room_for_a_snapshot(small_disk: Path, key: bytes) ->
         vmsnap.SnapshotWriter(small_disk / "vm1", key=key)
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_disk_that_is_full_at_the_commit_leaves_nothing(small_disk: Path, key: bytes, encrypted: bool) -> None:
+    staged = vmsnap.create(small_disk / "vm1", key=key if encrypted else None)
+    staged.writer.write_fragment("clock", 1)
+    use_all_inodes(small_disk)
+    with refused("disk-full", "cannot commit the snapshot .*vm1: .*No space", small_disk):
+        staged.commit()
+    (small_disk / "empty 0").unlink()
+    staged.commit()
+    assert vmsnap.verify(small_disk / "vm1", key=key if encrypted else None).ok
+
+
+def test_what_cannot_be_staged_on_a_full_disk_leaves_nothing(small_disk: Path, key: bytes) -> None:
+    fill(small_disk)
+    for each in (None, key):
+        names = set(os.listdir(small_disk))
+        with pytest.raises(OSError, match="No space"), vmsnap.create(small_disk / "vm1", key=each) as snap:
+            snap.write_fragment("mem", bytes(5000))
+        assert set(os.listdir(small_disk)) == names
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_read_only_disk_is_read_and_nothing_else(small_disk: Path, key: bytes, encrypted: bool) -> None:
+    given = key if encrypted else None
+    vmsnap.SnapshotWriter(small_disk / "unsealed", key=given).write_fragment("clock", 1)
+    with vmsnap.create(small_disk / "vm1", key=given) as snap:
+        snap.write_fragment("clock", 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert vmsnap.verify(small_disk / "vm1", key=given).ok
+    assert vmsnap.open(small_disk / "vm1", key=given, require_sealed=True).read_fragment("clock") == 1
+    assert vmsnap.clean(small_disk) == vmsnap.Cleaned([], [])
+    with pytest.raises(OSError, match=r"cannot create the snapshot .*vm2: .*Read-only"):
+        vmsnap.create(small_disk / "vm2", key=given)
+    with pytest.raises(OSError, match="Read-only"):
+        vmsnap.seal(small_disk / "unsealed", key=given)
+
+
 # Use at the wrong time -----------------------------------------------------------------------------------------------
 
 

@@ -61,16 +61,15 @@ pub(crate) fn not_created(root: &Path, errno: Errno) -> Error {
 /// The folder of a namespace, or of the root.
 pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
     // The root's own path is the caller's, and may lead through links.
-    let folder = fs::openat(CWD, root, FOLDER_FLAGS, Mode::empty())
-        .map_err(|errno| {
-            let staged = root.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
-            let text = if staged && errno == Errno::NOENT {
-                format!("the snapshot that was staged in {} was committed or discarded", root.display())
-            } else {
-                format!("cannot open the snapshot {}", root.display())
-            };
-            Error::io(text, errno)
-        })?;
+    let folder = fs::openat(CWD, root, FOLDER_FLAGS, Mode::empty()).map_err(|errno| {
+        let staged = root.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
+        let text = if staged && errno == Errno::NOENT {
+            format!("the snapshot that was staged in {} was committed or discarded", root.display())
+        } else {
+            format!("cannot open the snapshot {}", root.display())
+        };
+        Error::io(text, errno)
+    })?;
     open_below(folder, root, namespace)
 }
 
@@ -89,6 +88,11 @@ pub(crate) fn open_below(mut folder: OwnedFd, root: &Path, namespace: &str) -> R
         })?;
     }
     Ok(folder)
+}
+
+/// The folder that a folder lies in.
+pub(crate) fn parent_of(folder: &OwnedFd) -> std::result::Result<OwnedFd, Errno> {
+    fs::openat(folder, "..", FOLDER_FLAGS, Mode::empty())
 }
 
 /// Creates the folder of a namespace.

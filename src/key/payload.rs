@@ -93,7 +93,7 @@ impl KeyPayload {
     }
 
     /// Reads an authenticated payload.
-    pub(super) fn decode(bytes: Zeroizing<Vec<u8>>) -> Result<Self> {
+    pub(crate) fn decode(bytes: Zeroizing<Vec<u8>>) -> Result<Self> {
         let Body { snapshot_id, data_key, sealed } = SCHEMA.decode(&bytes)?;
         Ok(Self { bytes: SecretBytes(bytes), data_key, snapshot_id, sealed })
     }

@@ -1,0 +1,227 @@
+//! Every parser of bytes that somebody else may have made, for fuzzers: `make fuzz`, and in short in the tests.
+
+#![allow(missing_docs, unsafe_code, reason = "not part of the crate, but for its tests and fuzzers")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use zeroize::Zeroizing;
+
+use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, open_message};
+use crate::key::{self, KeyPayload};
+use crate::manifest::Manifest;
+
+/// A parser may allocate so many times the bytes it is given,
+const MOST_TIMES: usize = 10;
+/// and so much whatever they are: for messages, and the buffers of libraries.
+const MOST_ANYHOW_BYTES: usize = 64 << 10;
+
+/// What is parsed, as the folders in `fuzz/seeds` are called.
+pub const PARSERS: [(&str, fn(&[u8])); 4] = [
+    ("manifest", |bytes| drop(Manifest::decode(bytes, None))),
+    ("payload", |bytes| drop(KeyPayload::decode(Zeroizing::new(bytes.to_vec())))),
+    ("enc_metadata", |bytes| drop(key::wrapping(bytes))),
+    ("floe", |bytes| {
+        if let Some(header) = bytes.first_chunk::<HEADER_BYTES>() {
+            drop(check_declared_chunk_size(*header));
+        }
+        drop(open_message(&SecretKey::from([7; 32]), b"fuzz", 64, bytes));
+    }),
+];
+
+/// Lets every parser read `bytes`.
+///
+/// # Panics
+///
+/// Where one does, and where it allocates too much at once; [`Counting`] has to be the allocator.
+pub fn parse_all(bytes: &[u8]) {
+    for (name, parse) in PARSERS {
+        let most = peak_of(|| parse(bytes));
+        let allowed = MOST_TIMES * bytes.len() + MOST_ANYHOW_BYTES;
+        assert!(most <= allowed, "{name}: {most} bytes were allocated at once for {} bytes", bytes.len());
+    }
+}
+
+fn peak_of(work: impl FnOnce()) -> usize {
+    HELD.set(0);
+    PEAK.set(0);
+    work();
+    usize::try_from(PEAK.get()).unwrap_or(0)
+}
+
+/// The system's allocator, which counts what this thread holds.
+pub struct Counting;
+
+thread_local! {
+    static HELD: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(more: usize, less: usize) {
+    // Neither fails but in a thread that is ending.
+    let _ = HELD.try_with(|held| {
+        held.set(held.get().wrapping_add_unsigned(more).wrapping_sub_unsigned(less));
+        PEAK.try_with(|peak| peak.set(peak.get().max(held.get())))
+    });
+}
+
+// SAFETY: all of it is the system's allocator, and counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size(), 0);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        count(0, layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(place, layout) }
+    }
+
+    unsafe fn realloc(&self, place: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count(new_size, layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.realloc(place, layout, new_size) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::strict_cbor;
+    use ciborium::Value;
+
+    #[global_allocator]
+    static COUNTING: Counting = Counting;
+
+    fn seeds() -> Vec<Vec<u8>> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds");
+        PARSERS
+            .iter()
+            .flat_map(|(name, _)| std::fs::read_dir(format!("{folder}/{name}")).unwrap())
+            .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
+            .collect()
+    }
+
+    /// Not for secrets: the same numbers in every run (xorshift64, Marsaglia 2003).
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn below(&mut self, end: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            usize::try_from(self.0 >> 1).unwrap() % end.max(1)
+        }
+
+        /// Some bytes of it, changed as damage and malice change them.
+        fn mutated(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
+            /// Heads of CBOR with the largest lengths, and a few that end things.
+            const HEADS: [&[u8]; 8] = [
+                b"\x9b\xff\xff\xff\xff\xff\xff\xff\xff",
+                b"\xbb\x00\x00\x00\x01\x00\x00\x00\x00",
+                b"\x7b\x7f\xff\xff\xff\xff\xff\xff\xff",
+                b"\x5a\xff\xff\xff\xff",
+                b"\x9f",
+                b"\xff",
+                b"\xd9\xd9\xf7",
+                b"\x80",
+            ];
+            let mut bytes = seeds[self.below(seeds.len())].clone();
+            for _ in 0..=self.below(4) {
+                let at = self.below(bytes.len() + 1);
+                let end = (at + 1 + self.below(16)).min(bytes.len());
+                match self.below(7) {
+                    0 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
+                    1 if at < bytes.len() => bytes[at] = [0, 0x7f, 0x80, 0xff][self.below(4)],
+                    2 => drop(bytes.drain(at..end)),
+                    3 => bytes.truncate(at),
+                    4 => drop(bytes.splice(at..end, HEADS[self.below(HEADS.len())].iter().copied())),
+                    5 => {
+                        let other = &seeds[self.below(seeds.len())];
+                        bytes.truncate(at);
+                        bytes.extend_from_slice(&other[self.below(other.len())..]);
+                    }
+                    _ => {
+                        let part = bytes[at..end].repeat(self.below(200));
+                        bytes.splice(at..at, part);
+                    }
+                }
+            }
+            bytes
+        }
+    }
+
+    fn parse_mutated(times: usize) {
+        let seeds = seeds();
+        assert!(seeds.len() >= 10);
+        seeds.iter().for_each(|seed| parse_all(seed));
+        let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+        for _ in 0..times {
+            parse_all(&numbers.mutated(&seeds));
+        }
+    }
+
+    #[test]
+    fn no_parser_panics_or_allocates_much() {
+        parse_mutated(20_000);
+    }
+
+    #[test]
+    #[ignore = "the long form, for make torture"]
+    fn no_parser_panics_or_allocates_much_for_long() {
+        parse_mutated(5_000_000);
+    }
+
+    #[test]
+    fn seeds_are_what_they_are_called() {
+        let read = |path: &str| std::fs::read(format!("{}/fuzz/seeds/{path}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        Manifest::decode(&read("manifest/plain"), None).unwrap();
+        Manifest::decode(&read("manifest/encrypted"), None).unwrap_err();
+        strict_cbor::check(&read("manifest/encrypted")).unwrap();
+        KeyPayload::decode(Zeroizing::new(read("payload/staged"))).unwrap();
+        for wrapped in ["raw", "age", "passphrase", "provider"] {
+            let _ = key::wrapping(&read(&format!("enc_metadata/{wrapped}"))).unwrap();
+        }
+        open_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
+    }
+
+    /// What costs most for its size, in each of its places.
+    #[test]
+    fn little_is_kept_of_lists_without_end() {
+        const COUNT: usize = 200_000;
+        let texts: fn(usize) -> Vec<Value> =
+            |length| (0..COUNT).map(|number| format!("{number:0length$}").into()).collect();
+        let empty = || Value::Array(vec!["".into(); COUNT]);
+        let pairs = |value: &Value| Value::Map((0..COUNT).map(|n| (format!("{n:x}").into(), value.clone())).collect());
+        let names = (0..COUNT)
+            .map(|number| {
+                let name: String = (0..3).map(|place| char::from(b'0' + (number >> (6 * place) & 63) as u8)).collect();
+                Value::from(name.replace(['/', '\\'], "~"))
+            })
+            .collect();
+        for (key, value) in [
+            ("requires", empty()),
+            ("namespaces", empty()),
+            ("namespaces", Value::Array(texts(6))),
+            ("namespaces", Value::Array(names)),
+            ("fragments", pairs(&Value::Map(vec![]))),
+            ("fragments", pairs(&0.into())),
+            ("hint", pairs(&0.into())),
+            ("hint", empty()),
+            ("created", "\u{1}".repeat(COUNT).into()),
+            ("namespaces", Value::Array(vec!["\u{1}".repeat(COUNT).into()])),
+            ("format", "\u{1}".repeat(COUNT).into()),
+        ] {
+            let seed = seeds().into_iter().find(|seed| Manifest::decode(seed, None).is_ok()).unwrap();
+            let mut fields = ciborium::from_reader::<Value, _>(&seed[..]).unwrap().into_map().unwrap();
+            fields.retain(|(field, _)| field.as_text() != Some(key));
+            fields.push((key.into(), value));
+            let mut bytes = Vec::new();
+            ciborium::into_writer(&Value::Map(fields), &mut bytes).unwrap();
+            let peak = peak_of(|| drop(Manifest::decode(&bytes, None)));
+            assert!(peak <= MOST_TIMES * bytes.len(), "{key}: {peak} bytes for {}", bytes.len());
+        }
+    }
+}
