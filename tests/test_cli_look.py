@@ -186,6 +186,7 @@ def test_info_tells_all_with_the_key_and_what_shows_without(place: Place, key_fi
     assert told == {
         "root": str(place.root),
         "encrypted": True,
+        "sealed": False,
         "key_wrapping": "raw-key",
         "key_recipients": [],
         "values": "none",
@@ -199,7 +200,7 @@ def test_info_tells_all_with_the_key_and_what_shows_without(place: Place, key_fi
     assert TIME.fullmatch(without.pop("modified"))
     assert without == told | {"values": None, "size": None, "overhead": None}
     text = text_of("info", place.root)
-    assert "encrypted\tyes\nkey wrapped by\ta 32-byte key\nvalues\tneeds the key\n" in text
+    assert "encrypted\tyes\nkey wrapped by\ta 32-byte key\nsealed\tno\nvalues\tneeds the key\n" in text
     assert "stored size\t5447\noverhead\tneeds the key\n" in text
 
 

@@ -608,6 +608,7 @@ def test_the_command_line_verifies_seals_and_cleans(tmp_path: Path) -> None:
     assert json.loads(output)["fragments"]["ram/one"] == "swapped"
     left = tmp_path / ".vmsnap-0123456789abcdef"
     left.mkdir()
+    assert "sealed\tyes\n" in run("info", str(tmp_path / "vm1"))[1]
     assert run("clean", str(tmp_path)) == (0, f"removed {left}\n")
     assert not left.exists()
 

@@ -127,8 +127,7 @@ impl SnapshotOptions {
     /// # Errors
     ///
     /// [`crate::Error::is_io`] where there is no such folder; [`crate::Error::is_invalid_argument`] and
-    /// [`crate::Error::is_not_encrypted`] as
-    /// [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
+    /// [`crate::Error::is_not_encrypted`] as [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
     pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
         self.verify_polled(root, &mut || Ok(()))
     }

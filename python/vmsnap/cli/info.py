@@ -1,6 +1,7 @@
 """``vmsnap info``: what a snapshot is, as much of it as can be said."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _LOOKED_AT_BYTES = 64 << 10
 _LOOKED_AT_BYTES_IN_ALL = 16 << 20
 # In CBOR whatever begins below is a number; a JSON digit is one too, so that they tell nothing.
 _CBOR_NUMBERS_BELOW = 0x40
+
+_MANIFEST = "vmsnap_manifest"
 
 _WRAPPINGS = {
     "raw-key": "a 32-byte key",
@@ -41,6 +44,7 @@ class Info:
     encrypted: bool
     key_wrapping: str | None
     key_recipients: list[str]
+    sealed: bool
     values: str | None
     namespaces: int
     fragments: int
@@ -70,6 +74,7 @@ class Info:
             ("snapshot", printable(self.root)),
             ("encrypted", "yes" if self.encrypted else "no"),
             *wrapped,
+            ("sealed", "yes" if self.sealed else "no"),
             ("values", "needs the key" if self.values is None else _VALUES[self.values]),
             ("namespaces", str(self.namespaces)),
             ("fragments", str(self.fragments)),
@@ -120,6 +125,7 @@ def inspect(root: Path, keys: OpeningKeys) -> Info:
         encrypted=wrapping is not None,
         key_wrapping=wrapping,
         key_recipients=recipients,
+        sealed=os.path.lexists(root / _MANIFEST),
         values=values,
         namespaces=len(namespaces),
         fragments=len(fragments),
@@ -138,7 +144,8 @@ def info(directory: Path, keys: OpeningKeys, as_json: bool) -> None:
     """Tell what a snapshot is: encrypted or not, how large, how many fragments, which format its values have.
 
     Without the key of an encrypted snapshot it tells what shows all the same, and what needs the key; none of that is
-    authenticated. The sizes are those of the fragments. With --json, what needs the key is null.
+    authenticated. Sealed means that it has a manifest, which `vmsnap verify` reads. The sizes are those of the
+    fragments. With --json, what needs the key is null.
 
     The format is found by looking at fragments of up to 64 KiB, at most 16 MiB of them.
     """
