@@ -172,6 +172,10 @@ impl Error {
         self.0.source.as_ref()?.downcast_ref::<io::Error>()?.raw_os_error()
     }
 
+    pub(crate) fn is_not_found(&self) -> bool {
+        self.io_kind() == io::ErrorKind::NotFound
+    }
+
     fn io_kind(&self) -> io::ErrorKind {
         match self.0.kind {
             Kind::Io => self

@@ -133,7 +133,7 @@ pub(crate) fn write(root: &Path, wrapped: &[u8]) -> Result<()> {
 }
 
 /// The contents of `enc_metadata`, or none where the snapshot is plain.
-fn read(root: &Path) -> Result<Option<Vec<u8>>> {
+pub(crate) fn read(root: &Path) -> Result<Option<Vec<u8>>> {
     // Whatever else than a file is there, the snapshot does not count as plain.
     folder::read_small(&folder::open(root, "")?, KEY_METADATA, key::MAX_KEY_METADATA_BYTES)
         .map_err(|error| error.context(place(root)))

@@ -31,6 +31,7 @@
 
 mod any_snapshot;
 mod cipher;
+mod clean;
 mod error;
 mod fragment;
 #[cfg(any(test, fuzzing))]
@@ -63,6 +64,7 @@ pub use any_snapshot::AnySnapshot;
 pub use cipher::{
     DEFAULT_CHUNK_SIZE_BYTES, KEY_BYTES, MAX_CHUNK_SIZE_BYTES, MIN_CHUNK_SIZE_BYTES, SecretKey, aead_provider,
 };
+pub use clean::{Cleaned, clean};
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
 pub use key::{
@@ -73,6 +75,6 @@ pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;
 pub use serialization::Format;
-pub use staging::{Cleaned, SealId, StagedSnapshot, clean};
+pub use staging::{SealId, StagedSnapshot};
 pub use verify::{Problem, ProblemKind, Verification};
 pub use writer::SnapshotWriter;

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -35,7 +36,7 @@ pub struct SealId {
 ///
 /// It is written in a hidden folder beside its path, through [`StagedSnapshot::writer`] and what is made of that. Dropped
 /// without a commit, in the process that made it, it goes; a process that is killed leaves the folder behind, which no reader
-/// takes for a snapshot and which [`clean`] removes.
+/// takes for a snapshot and which [`crate::clean`] removes.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -89,6 +90,11 @@ impl SnapshotOptions {
         let (Some(parent_path), Some(_)) = (path.parent(), path.file_name()) else {
             return Err(Error::invalid_argument(format!("{} cannot be the path of a new snapshot", path.display())));
         };
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(folder::is_temporary) {
+            let text =
+                format!("{} cannot be the path of a snapshot: clean() removes what is called so", path.display());
+            return Err(Error::invalid_argument(text));
+        }
         let prepared = self.prepare(&path, true, poll)?;
         let snapshot_id = match &prepared.payload {
             Some((payload, _)) => payload.snapshot_id(),
@@ -96,11 +102,8 @@ impl SnapshotOptions {
         };
         let failed = |error: Error| error.context(format!("cannot create the snapshot {}", path.display()));
         let parent = folder::open(parent_path, "").map_err(failed)?;
-        let root = parent_path.join(folder::temporary_name()?);
-        let writer = prepared.create_at(root.clone()).map_err(failed)?;
-        let locked = LockedRoot::shared(&root).inspect_err(|_| {
-            let _ = std::fs::remove_dir_all(&root);
-        })?;
+        let (root, locked) = new_staged_root(parent_path).map_err(failed)?;
+        let writer = prepared.write_at(root).map_err(failed)?;
         let staged = StagedSnapshot {
             writer,
             path,
@@ -160,6 +163,32 @@ fn not_durable(path: &Path, errno: Errno) -> Error {
         path.display()
     );
     Error::io(text, errno)
+}
+
+/// Removes a folder that nobody finds any more, though a writer that had it open may still make a file in it.
+fn remove_all(folder: &Path) -> std::io::Result<()> {
+    let mut attempts = 0..100;
+    loop {
+        match std::fs::remove_dir_all(folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempts.next().is_some() => {}
+            removed => return removed,
+        }
+    }
+}
+
+/// A hidden folder below `parent`, locked before anything is in it.
+fn new_staged_root(parent: &Path) -> Result<(PathBuf, LockedRoot)> {
+    loop {
+        let root = parent.join(folder::temporary_name()?);
+        folder::create_root(&root)?;
+        let locked = LockedRoot::of_new(&root).inspect_err(|_| {
+            let _ = std::fs::remove_dir(&root);
+        })?;
+        if let Some(locked) = locked {
+            return Ok((root, locked));
+        }
+    }
 }
 
 fn random_id() -> Result<[u8; 16]> {
@@ -247,10 +276,14 @@ impl StagedSnapshot {
         if !matches!(self.state, State::Staged(_)) {
             return Ok(());
         }
-        self.state = State::Discarded;
-        let root = self.writer.root();
-        std::fs::remove_dir_all(root)
-            .map_err(|error| Error::io(format!("cannot remove what was staged in {}", root.display()), error))
+        // Under another name first, where no writer in another process adds to it; still locked while it goes.
+        let (root, parent) = (self.writer.root(), self.path.parent().unwrap_or(Path::new("/")));
+        let failed = |error| Error::io(format!("cannot remove what was staged in {}", root.display()), error);
+        let name = folder::temporary_name()?;
+        folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, &name)
+            .map_err(|errno| failed(errno.into()))?;
+        let _locked = std::mem::replace(&mut self.state, State::Discarded);
+        remove_all(&parent.join(name)).map_err(failed)
     }
 }
 
@@ -374,67 +407,4 @@ fn examine(
     }
     let digest = fragment.blake3(&mut Vec::new(), poll)?;
     Ok(Entry { size: fragment.size(), stored_size: fragment.size(), proof: Proof::Blake3(digest) })
-}
-
-/// What [`clean`] did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cleaned {
-    /// What was removed.
-    pub removed: Vec<PathBuf>,
-    /// What is left because a living process holds it.
-    pub held: Vec<PathBuf>,
-}
-
-/// Removes what killed processes left behind in `parent`: the hidden folders of snapshots that were never committed, and, where
-/// `parent` is itself a snapshot, files that were to replace one of its own. What a living process holds stays.
-///
-/// ```
-/// # let folder = tempfile::tempdir()?;
-/// let staged = vmsnap::SnapshotOptions::new().stage(folder.path().join("vm1"))?;
-/// let cleaned = vmsnap::clean(folder.path())?;
-/// assert_eq!((cleaned.removed.len(), cleaned.held.len()), (0, 1));
-/// # Ok::<(), vmsnap::Error>(())
-/// ```
-///
-/// # Errors
-///
-/// [`Error::is_io`] where `parent` is no folder, or something in it cannot be removed; [`Error::is_state`] where the file system
-/// has no locks that would tell whether somebody holds it.
-pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
-    let parent = folder::absolute(parent.as_ref())?;
-    let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);
-    let mut cleaned = Cleaned::default();
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(&parent).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let name = entry.file_name();
-        if !name.to_str().is_some_and(folder::is_temporary) {
-            continue;
-        }
-        let kind = entry.file_type().map_err(failed)?;
-        if kind.is_dir() {
-            let Some(_locked) = LockedRoot::abandoned(&entry.path())? else {
-                cleaned.held.push(entry.path());
-                continue;
-            };
-            std::fs::remove_dir_all(entry.path()).map_err(failed)?;
-            cleaned.removed.push(entry.path());
-        } else if kind.is_file() {
-            files.push(entry.path());
-        }
-    }
-    if !files.is_empty() {
-        match LockedRoot::abandoned(&parent)? {
-            None => cleaned.held.append(&mut files),
-            Some(_locked) => {
-                for file in files {
-                    std::fs::remove_file(&file).map_err(failed)?;
-                    cleaned.removed.push(file);
-                }
-            }
-        }
-    }
-    cleaned.removed.sort_unstable();
-    cleaned.held.sort_unstable();
-    Ok(cleaned)
 }

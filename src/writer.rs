@@ -179,6 +179,11 @@ pub(crate) struct Prepared {
 impl Prepared {
     pub(crate) fn create_at(&self, root: PathBuf) -> Result<SnapshotWriter> {
         folder::create_root(&root)?;
+        self.write_at(root)
+    }
+
+    /// The same in an empty folder of ours, which goes where this fails.
+    pub(crate) fn write_at(&self, root: PathBuf) -> Result<SnapshotWriter> {
         if let Some((_, wrapped)) = &self.payload {
             key_metadata::write(&root, wrapped).inspect_err(|_| {
                 // Ours and empty but for what was just being written; an error here would hide the cause.

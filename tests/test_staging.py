@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -348,6 +349,83 @@ def test_cleaning_leaves_what_a_living_process_holds(tmp_path: Path) -> None:
     child.stdout.close()
     cleaned = vmsnap.clean(tmp_path)
     assert (len(cleaned.removed), cleaned.held, os.listdir(tmp_path)) == (1, [], [])
+
+
+def test_cleaning_at_the_same_time_disturbs_nobody(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def clean() -> int:
+        removed = 0
+        while not ended.is_set():
+            removed += len(vmsnap.clean(tmp_path).removed)
+        return removed
+
+    with ThreadPoolExecutor(3) as pool:
+        cleaning = [pool.submit(clean) for _ in range(3)]
+        try:
+            for number in range(150):
+                with vmsnap.create(tmp_path / f"vm{number}", durable=False) as snap:
+                    snap.write_fragment("clock", 1)
+        finally:
+            ended.set()
+        assert [each.result() for each in cleaning] == [0, 0, 0]
+
+
+def test_key_metadata_that_is_a_folder_is_a_problem(tmp_path: Path) -> None:
+    create(tmp_path / "vm1", None)
+    (tmp_path / "vm1/enc_metadata").mkdir()
+    report = vmsnap.verify(tmp_path / "vm1")
+    assert ("enc_metadata", "unreadable") in [(each.path, each.kind) for each in report.problems]
+
+
+def test_cleaning_goes_on_after_what_cannot_be_removed(tmp_path: Path) -> None:
+    deep, other = tmp_path / ".vmsnap-0000000000000000", tmp_path / ".vmsnap-0000000000000001"
+    os.makedirs(deep.joinpath(*["a"] * 100))
+    other.mkdir()
+    program = f"""
+import resource, vmsnap
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+vmsnap.clean({str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "OSError" in done.stderr
+    assert deep.name in done.stderr
+    assert os.listdir(tmp_path) == [deep.name]
+    assert vmsnap.clean(tmp_path).removed == [deep]
+
+
+def write_until(writer: vmsnap.SnapshotWriter, end: float) -> None:
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        with contextlib.suppress(vmsnap.VmsnapError, OSError):
+            writer.write_fragment(f"{os.getpid()}-{number}", 1)
+
+
+def test_giving_up_while_others_write_leaves_nothing(tmp_path: Path) -> None:
+    forked = multiprocessing.get_context("fork")
+    for number in range(10):
+        with pytest.raises(KeyError), vmsnap.create(tmp_path / f"vm{number}", durable=False) as snap:  # noqa: PT012
+            writing = [forked.Process(target=write_until, args=(snap, time.monotonic() + 0.1)) for _ in range(2)]
+            for each in writing:
+                each.start()
+            time.sleep(0.05)
+            raise KeyError("mine")
+        for each in writing:
+            each.join()
+        assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_removed_does_not_hide_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(KeyError) as raised, vmsnap.create(tmp_path / "vm1") as snap:  # noqa: PT012
+        os.rename(snap.root, tmp_path / "elsewhere")
+        raise KeyError("mine")
+    assert "cannot remove what was staged" in raised.value.__notes__[0]
+
+
+def test_a_name_that_cleaning_removes_is_no_name_of_a_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(vmsnap.InvalidArgumentError, match="clean"):
+        vmsnap.create(tmp_path / ".vmsnap-0123456789abcdef")
 
 
 def test_two_hundred_levels_and_a_hundred_thousand_fragments(tmp_path: Path) -> None:

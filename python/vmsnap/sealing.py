@@ -79,14 +79,21 @@ class StagedSnapshot:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.discard()
+        if error is not None:
+            self._give_up(error)
             return
         try:
             self.commit()
-        except BaseException:
-            self.discard()
+        except BaseException as refused:
+            self._give_up(refused)
             raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Discard because of an error, which nothing that goes wrong here shall hide."""
+        try:
+            self.discard()
+        except OSError as left:
+            error.add_note(f"{left}; vmsnap.clean removes it")
 
     def __reduce__(self) -> str:
         raise TypeError("a StagedSnapshot stays in the process that made it; its writers can be copied and pickled")

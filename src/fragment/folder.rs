@@ -90,6 +90,14 @@ pub(crate) fn open_below(mut folder: OwnedFd, root: &Path, namespace: &str) -> R
     Ok(folder)
 }
 
+/// Whether an open folder is what is at a path.
+pub(crate) fn is_at(folder: &OwnedFd, path: &Path) -> bool {
+    match (fs::fstat(folder), fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)) {
+        (Ok(own), Ok(there)) => (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino),
+        _ => false,
+    }
+}
+
 /// The folder that a folder lies in.
 pub(crate) fn parent_of(folder: &OwnedFd) -> std::result::Result<OwnedFd, Errno> {
     fs::openat(folder, "..", FOLDER_FLAGS, Mode::empty())
@@ -142,7 +150,7 @@ pub(crate) fn stat(folder: &OwnedFd, name: &str) -> std::result::Result<fs::Stat
 pub(crate) fn read_small(folder: &OwnedFd, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>> {
     let (file, size) = match open_file(folder, name) {
         Ok(opened) => opened,
-        Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => return Ok(None),
+        Err(error) if error.is_not_found() => return Ok(None),
         Err(error) => return Err(error),
     };
     if size > max_bytes {

@@ -5,6 +5,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -12,6 +13,9 @@ use rustix::io::Errno;
 use super::{Home, folder};
 use crate::error::{Error, Kind, Result};
 use crate::name::MANIFEST;
+
+/// How long a living process may be without its lock; in fact some microseconds.
+const SETTLING: Duration = Duration::from_millis(20);
 
 /// The root of a snapshot, open and locked.
 pub(crate) struct LockedRoot {
@@ -69,10 +73,31 @@ impl LockedRoot {
         let _ = flock(&self.folder, FlockOperation::NonBlockingLockShared);
     }
 
+    /// The root that was just made to be staged in; none where `clean` was faster than the lock.
+    pub(crate) fn of_new(root: &Path) -> Result<Option<Self>> {
+        let folder = match folder::open(root, "") {
+            Ok(folder) => folder,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // Waits: whoever looks whether it is abandoned holds it for a moment only.
+        let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockShared));
+        let locked = Self { folder, home: Home::here() };
+        Ok(folder::is_at(&locked.folder, root).then_some(locked))
+    }
+
     /// A folder that nobody uses; none where somebody does.
     pub(crate) fn abandoned(root: &Path) -> Result<Option<Self>> {
         let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
-        match flock(&locked.folder, FlockOperation::NonBlockingLockExclusive) {
+        let lock = || flock(&locked.folder, FlockOperation::NonBlockingLockExclusive);
+        // Twice, a while apart: a living process is without its lock for an instant when it has just made the folder, and
+        // when a commit was refused.
+        let held = lock().and_then(|()| {
+            let _ = flock(&locked.folder, FlockOperation::Unlock);
+            std::thread::sleep(SETTLING);
+            lock()
+        });
+        match held {
             Ok(()) => Ok(Some(locked)),
             Err(Errno::WOULDBLOCK) => Ok(None),
             Err(errno) => {

@@ -5,7 +5,6 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::io::Errno;
 
 use super::digest::Digest;
 use super::plain::PlainSource;
@@ -82,9 +81,7 @@ impl FragmentReader {
         let opened = folder::open(root, namespace)
             .and_then(|folder| folder::open_file(&folder, name).map_err(|error| error.context(&place)));
         let (file, stored_size) = opened.map_err(|error| match expected {
-            Some(_) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {
-                Error::corrupt("is missing, and the manifest lists it").context(&place)
-            }
+            Some(_) if error.is_not_found() => Error::corrupt("is missing, and the manifest lists it").context(&place),
             _ => error,
         })?;
         let tag = match expected {

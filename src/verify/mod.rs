@@ -152,6 +152,8 @@ impl SnapshotOptions {
     }
 }
 
+const WITHOUT_KEY: &str = "the list of fragments and their contents, without the key";
+
 /// What is known of the key.
 enum Key {
     Plain,
@@ -185,16 +187,20 @@ impl Verifier {
             Ok(None) => Ok(Key::Plain),
             Ok(Some(payload)) => Ok(Key::Held(payload)),
             Err(error) if error.is_key_unavailable() => {
-                self.report
-                    .not_checked
-                    .push(format!("the list of fragments and their contents, without the key: {error}"));
+                self.report.not_checked.push(format!("{WITHOUT_KEY}: {error}"));
                 Ok(Key::Lacking)
             }
             Err(error) if error.is_authentication() || error.is_corrupt() || error.is_unsupported_format() => {
                 let kind =
                     if error.is_authentication() { ProblemKind::NotAuthentic } else { ProblemKind::BadKeyMetadata };
                 self.problem(KEY_METADATA, kind, error.to_string());
-                self.report.not_checked.push("the list of fragments and their contents, without the key".to_owned());
+                self.report.not_checked.push(WITHOUT_KEY.to_owned());
+                Ok(Key::Lacking)
+            }
+            // Not where it is a file of an identity that cannot be read.
+            Err(error) if error.is_io() && key_metadata::read(&self.root).is_err() => {
+                self.problem(KEY_METADATA, ProblemKind::Unreadable, error.to_string());
+                self.report.not_checked.push(WITHOUT_KEY.to_owned());
                 Ok(Key::Lacking)
             }
             Err(error) => Err(error),
