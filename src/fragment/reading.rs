@@ -5,7 +5,6 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
-
 use super::digest::Digest;
 use super::plain::PlainSource;
 use super::sealed_source::SealedSource;
