@@ -40,6 +40,7 @@ pub mod fuzzing;
 mod key;
 mod key_metadata;
 mod manifest;
+mod memory;
 mod name;
 mod options;
 mod outline;
@@ -71,6 +72,7 @@ pub use key::{
     Identity, KeyProvider, KeyWrapping, Passphrase, ProviderError, generate_identity, identity_file, recipients_of,
 };
 pub use key_metadata::{key_wrapping, rekey};
+pub use memory::{FileMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;

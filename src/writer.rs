@@ -101,12 +101,16 @@ impl SnapshotWriter {
     /// [`Error::is_serialization`] where the format cannot hold the value, and as
     /// [`SnapshotWriter::raw_fragment_with_chunk_size`].
     pub fn write_fragment<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<()> {
+        self.write_whole(name, &self.encode(name, value)?, &mut || Ok(()))
+    }
+
+    /// The bytes that [`SnapshotWriter::write_fragment`] writes.
+    pub(crate) fn encode<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<Vec<u8>> {
         let path = self.namespace.join(name)?;
-        let bytes = serialization::encode(value, self.format).map_err(|error| {
+        serialization::encode(value, self.format).map_err(|error| {
             let place = format!("{path} of {}", self.root.display());
             Error::with_source(Kind::Serialization, format!("{place} cannot be serialized"), error)
-        })?;
-        self.write_whole(name, &bytes, &mut || Ok(()))
+        })
     }
 
     /// Writes a fragment that is all at hand.

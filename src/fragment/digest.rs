@@ -10,8 +10,11 @@ use super::STRIP_BYTES;
 use crate::error::Result;
 use crate::threads::{Poll, for_each};
 
-/// What one thread hashes at a time, from an offset that it divides.
-const PIECE_BYTES: usize = STRIP_BYTES;
+/// What is hashed at a time, from an offset that it divides: as fast as larger pieces are.
+pub(super) const PIECE_BYTES: usize = 64 << 10;
+
+/// The digest of a piece.
+pub(super) type Subtree = ChainingValue;
 
 /// The digest of what has come so far, in order.
 #[derive(Default)]
@@ -31,7 +34,7 @@ impl Digest {
     }
 
     /// The index of the next piece.
-    fn next_piece(&self) -> u64 {
+    pub(super) fn next_piece(&self) -> u64 {
         self.pieces + u64::from(self.bytes_in_piece() == PIECE_BYTES)
     }
 
@@ -52,7 +55,7 @@ impl Digest {
     }
 
     /// Takes whole pieces that come next, hashed by [`subtree`]; more must follow, or [`Digest::update`] must have taken some.
-    fn push(&mut self, pieces: impl IntoIterator<Item = ChainingValue>) {
+    pub(super) fn push(&mut self, pieces: impl IntoIterator<Item = ChainingValue>) {
         if self.until_piece() == 0 {
             self.end_piece();
         }
@@ -76,16 +79,17 @@ impl Digest {
         self.update(head);
         also(0, head)?;
         let first = self.next_piece();
-        let pieces = body.chunks(PIECE_BYTES);
-        let mut workers: Vec<_> = (0..threads.min(pieces.len())).map(|_| Vec::new()).collect();
-        for_each(&mut workers, pieces.enumerate(), poll, |done: &mut Vec<_>, (number, piece)| {
-            also(head.len() + number * PIECE_BYTES, piece)?;
+        let strips = body.chunks(STRIP_BYTES);
+        let mut workers: Vec<_> = (0..threads.min(strips.len())).map(|_| Vec::new()).collect();
+        for_each(&mut workers, strips.enumerate(), poll, |done: &mut Vec<_>, (number, strip)| {
+            also(head.len() + number * STRIP_BYTES, strip)?;
             // Afterwards: it is in the cache now.
-            done.push((number, subtree(first + number as u64, piece)));
+            let pieces = strip.chunks(PIECE_BYTES).zip(first + (number * (STRIP_BYTES / PIECE_BYTES)) as u64..);
+            done.extend(pieces.map(|(piece, index)| (index, subtree(index, piece))));
             Ok(())
         })?;
         let mut subtrees: Vec<_> = workers.into_iter().flatten().collect();
-        subtrees.sort_unstable_by_key(|(number, _)| *number);
+        subtrees.sort_unstable_by_key(|(index, _)| *index);
         if !subtrees.is_empty() {
             self.push(subtrees.into_iter().map(|(_, subtree)| subtree));
         }
@@ -138,7 +142,7 @@ impl Digest {
 }
 
 /// One whole piece that is not all there is; `index` counts pieces from the start.
-fn subtree(index: u64, piece: &[u8]) -> ChainingValue {
+pub(super) fn subtree(index: u64, piece: &[u8]) -> ChainingValue {
     Digest::hasher_at(index).update(piece).finalize_non_root()
 }
 

@@ -4,6 +4,7 @@
 //! writing.rs   Fragment (Write): open, failed or finished
 //! reading.rs   FragmentReader (Read, Seek, read_at)
 //! plain.rs     the bytes themselves
+//! parts.rs     a fragment written in parts, by several threads
 //! sealed_sink.rs, sealing.rs    one FLOE message, sealed by all threads
 //! sealed_source.rs, pieces.rs   the same, opened by all threads
 //! digest.rs, ledger.rs          what the manifest is to say of a fragment
@@ -15,6 +16,7 @@ pub(crate) mod digest;
 pub(crate) mod folder;
 pub(crate) mod ledger;
 pub(crate) mod lock;
+pub(crate) mod parts;
 mod pieces;
 mod plain;
 mod reading;

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::digest::Digest;
+use super::parts::{Kind, Parts};
 use super::pieces::Pieces;
 use super::{STRIP_BYTES, not_written};
 use crate::error::{Error, Result};
@@ -68,6 +69,20 @@ impl PlainSink {
             self.offset += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Parts from the start; `None` where something was written already.
+    pub(super) fn parts(&self) -> Option<Parts> {
+        let kind = Kind::Plain(self.digest.as_ref().map(|_| Mutex::default()));
+        (self.written() == 0).then(|| Parts { file: Arc::clone(&self.file), kind })
+    }
+
+    /// Goes on after parts that end at `end`.
+    pub(super) fn continue_at(&mut self, parts: Parts, end: u64) {
+        self.offset = end;
+        if let Kind::Plain(Some(collected)) = parts.kind {
+            self.digest = Some(collected.into_inner().unwrap_or_else(PoisonError::into_inner).digest);
+        }
     }
 
     /// What the manifest says of the finished fragment; none where nothing was hashed.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::parts::{Kind, Parts};
 use super::sealing::Sealers;
 use super::{Home, aad, strip_bytes};
 use crate::cipher::{HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, Sealing, SecretKey, header_tag, segment_offset};
@@ -88,6 +89,17 @@ impl SealedSink {
             }
         }
         Ok(())
+    }
+
+    /// Parts from the start; `None` where something was written already.
+    pub(super) fn parts(&self) -> Option<Parts> {
+        let kind = Kind::Sealed { sealers: Arc::clone(&self.sealers), chunk_size_bytes: self.chunk_size_bytes };
+        (self.written() == 0).then(|| Parts { file: Arc::clone(&self.file), kind })
+    }
+
+    /// Goes on after parts that end at `end`.
+    pub(super) fn continue_at(&mut self, end: u64) {
+        self.next_index = end / self.chunk_size_bytes as u64;
     }
 
     pub(super) fn finish(&mut self, poll: &mut Poll<'_>) -> Result<()> {

@@ -57,7 +57,7 @@ struct Strip {
     plaintext: Vec<u8>,
 }
 
-struct Worker {
+pub(super) struct Worker {
     sealer: Sealer,
     segments: Vec<u8>,
 }
@@ -191,7 +191,8 @@ impl Sealers {
         self.done.notify_all();
     }
 
-    fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
+    /// Seals whole chunks, none of them the last, and writes them.
+    pub(super) fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
         let Worker { sealer, segments } = worker;
         let stored = strip.len() / self.chunk_size_bytes * segment_size(self.chunk_size_bytes);
         if segments.len() < stored {
@@ -204,7 +205,7 @@ impl Sealers {
         file.write_all_at(&segments[..stored], segment_offset(first_index, self.chunk_size_bytes)).map_err(not_written)
     }
 
-    fn worker(&self) -> Worker {
+    pub(super) fn worker(&self) -> Worker {
         let idle = lock(&self.queue).idle_workers.pop();
         idle.unwrap_or_else(|| Worker { sealer: self.sealing.sealer(), segments: Vec::new() })
     }

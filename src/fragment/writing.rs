@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::ledger::Staging;
 use super::lock::LockedRoot;
+use super::parts::Parts;
 use super::plain::PlainSink;
 use super::sealed_sink::SealedSink;
 use super::{Home, Place, folder};
@@ -146,6 +147,30 @@ impl Fragment {
         self.with_sink(|sink| match sink {
             Sink::Plain(sink) => sink.write(data, poll),
             Sink::Sealed(sink) => sink.write(data, poll),
+        })
+    }
+
+    /// Bytes of its file.
+    pub(crate) fn stored_size(&self) -> Result<u64> {
+        let metadata = self.file.metadata().map_err(|error| Error::io("cannot be examined", error).context(&self.place))?;
+        Ok(metadata.len())
+    }
+
+    /// Lets `work` write in parts, before anything else is written; it returns where they end. At least a byte has to be
+    /// written after that, if there were any.
+    pub(crate) fn write_in_parts(&mut self, work: impl FnOnce(&Parts) -> Result<u64>) -> Result<()> {
+        self.with_sink(|sink| {
+            let parts = match sink {
+                Sink::Plain(sink) => sink.parts(),
+                Sink::Sealed(sink) => sink.parts(),
+            };
+            let parts = parts.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
+            let end = work(&parts)?;
+            match sink {
+                Sink::Plain(sink) => sink.continue_at(parts, end),
+                Sink::Sealed(sink) => sink.continue_at(end),
+            }
+            Ok(())
         })
     }
 

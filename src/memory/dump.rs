@@ -1,0 +1,529 @@
+//! Guest memory into the fragments `mem` and `mem_metadata`, by all threads.
+//!
+//! Memory is cut into slices. A thread reads the data of a slice into a buffer of its own, drops what is zero, and puts the
+//! rest into the stream when it is its turn; it compresses, seals and writes its part of the stream while the others do the
+//! same with theirs.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::layout::{self, BlockIndex, METADATA, MEMORY, Metadata, RegionMetadata};
+use super::lz4::{self, Packer};
+use super::source::GuestMemorySource;
+use super::turns::{Item, Rest, Turns};
+use super::zeros::{PAGE_BYTES, is_zero};
+use crate::error::{Error, Result};
+use crate::fragment::parts::{PartWorker, Parts};
+use crate::threads::{Poll, for_each, lock};
+use crate::writer::SnapshotWriter;
+
+/// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
+const SLICE_BYTES: usize = 1 << 20;
+
+/// Bytes that are decrypted together, and decompressed together: larger is no faster, and a random read has to do all of it.
+pub(super) const CHUNK_SIZE_BYTES: usize = 64 << 10;
+
+/// So that the list of ranges of a large and scattered guest stays some tens of MiB, the shortest gap doubles each so many.
+const RANGES_A_DOUBLING: usize = 1 << 17;
+
+/// A guest region to be stored.
+pub struct GuestRegion<'a> {
+    guest_base: u64,
+    source: Box<dyn GuestMemorySource + 'a>,
+}
+
+impl<'a> GuestRegion<'a> {
+    /// All of `source`, at the guest-physical address `guest_base`.
+    pub fn new(guest_base: u64, source: impl GuestMemorySource + 'a) -> Self {
+        Self { guest_base, source: Box::new(source) }
+    }
+}
+
+impl std::fmt::Debug for GuestRegion<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GuestRegion")
+            .field("guest_base", &self.guest_base)
+            .field("size", &self.source.size())
+            .finish_non_exhaustive()
+    }
+}
+
+/// How guest memory is stored.
+#[derive(Clone, Debug)]
+pub struct MemoryOptions {
+    compress: bool,
+    block_size_bytes: usize,
+    chunk_size_bytes: usize,
+    detect_zeros: bool,
+    min_gap_bytes: u64,
+    zero_unreadable: bool,
+}
+
+impl Default for MemoryOptions {
+    fn default() -> Self {
+        Self {
+            compress: false,
+            block_size_bytes: CHUNK_SIZE_BYTES,
+            chunk_size_bytes: CHUNK_SIZE_BYTES,
+            detect_zeros: true,
+            min_gap_bytes: PAGE_BYTES as u64,
+            zero_unreadable: false,
+        }
+    }
+}
+
+impl MemoryOptions {
+    /// Not compressed, in chunks of 64 KiB, without what is zero.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether it is compressed with LZ4.
+    #[must_use]
+    pub fn compress(mut self, compress: bool) -> Self {
+        self.compress = compress;
+        self
+    }
+
+    /// Bytes that are compressed together: 64 KiB (by default), 256 KiB, 1 MiB or 4 MiB.
+    #[must_use]
+    pub fn block_size_bytes(mut self, block_size_bytes: usize) -> Self {
+        self.block_size_bytes = block_size_bytes;
+        self
+    }
+
+    /// Bytes that are encrypted together, as for [`SnapshotWriter::raw_fragment_with_chunk_size`]; 64 KiB by default.
+    #[must_use]
+    pub fn chunk_size_bytes(mut self, chunk_size_bytes: usize) -> Self {
+        self.chunk_size_bytes = chunk_size_bytes;
+        self
+    }
+
+    /// Whether pages that were touched and are zero are left out, as holes are; they are by default.
+    #[must_use]
+    pub fn detect_zeros(mut self, detect_zeros: bool) -> Self {
+        self.detect_zeros = detect_zeros;
+        self
+    }
+
+    /// Shorter gaps between data are stored as zeros; 4096 bytes by default.
+    #[must_use]
+    pub fn min_gap_bytes(mut self, min_gap_bytes: u64) -> Self {
+        self.min_gap_bytes = min_gap_bytes;
+        self
+    }
+
+    /// Whether pages that cannot be read are taken for zeros, and told in the report, instead of being an error.
+    #[must_use]
+    pub fn zero_unreadable(mut self, zero_unreadable: bool) -> Self {
+        self.zero_unreadable = zero_unreadable;
+        self
+    }
+}
+
+/// How a dump went.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct MemoryReport {
+    /// Bytes of all regions.
+    pub logical_bytes: u64,
+    /// Bytes of all data ranges.
+    pub data_bytes: u64,
+    /// Bytes of the two fragments' files.
+    pub stored_bytes: u64,
+    /// Data ranges.
+    pub ranges: usize,
+    /// Guest-physical addresses of what could not be read and was taken for zeros.
+    pub unreadable: Vec<Range<u64>>,
+    /// How long it took.
+    pub duration: Duration,
+}
+
+/// How far a dump or a restore is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryProgress {
+    /// Bytes of guest memory that are done.
+    pub done_bytes: u64,
+    /// Bytes there are.
+    pub total_bytes: u64,
+}
+
+impl SnapshotWriter {
+    /// Writes guest memory: the fragments `mem` and `mem_metadata`, as crosvm reads them.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+    /// use vmsnap::{GuestRegion, MemoryOptions};
+    ///
+    /// let low = vec![7; 65536];
+    /// let regions = [GuestRegion::new(0, &low), GuestRegion::new(1 << 32, vec![0; 4096])];
+    /// let report = writer.write_memory(&regions, &MemoryOptions::new().compress(true))?;
+    /// assert_eq!((report.logical_bytes, report.data_bytes, report.ranges), (69632, 65536, 1));
+    /// # Ok::<(), vmsnap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] for regions that overlap and sizes that are not allowed; [`Error::is_io`] where there is a
+    /// fragment of that name, where memory cannot be read, with its address, or the disk is full. No fragment stays then.
+    pub fn write_memory(&self, regions: &[GuestRegion<'_>], options: &MemoryOptions) -> Result<MemoryReport> {
+        self.write_memory_polled(regions, options, &mut |_| Ok(()))
+    }
+
+    /// The same, and asks `progress` from time to time (not more often than every 50 ms) whether to go on.
+    ///
+    /// # Errors
+    ///
+    /// As there, and what `progress` returns.
+    pub fn write_memory_polled(
+        &self,
+        regions: &[GuestRegion<'_>],
+        options: &MemoryOptions,
+        progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
+    ) -> Result<MemoryReport> {
+        let began = Instant::now();
+        layout::check_apart(regions.iter().map(|region| (region.guest_base, region.source.size())))
+            .map_err(Error::invalid_argument)?;
+        if lz4::header(options.block_size_bytes).is_none() {
+            let text = format!("LZ4 blocks have 64 KiB, 256 KiB, 1 MiB or 4 MiB, not {} bytes", options.block_size_bytes);
+            return Err(Error::invalid_argument(text));
+        }
+        let mut memory = self.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?;
+        let mut metadata = self.raw_fragment(METADATA).inspect_err(|_| {
+            // The cause says more than what goes wrong here.
+            let _ = memory.remove();
+        })?;
+        let written = (|| {
+            let dump = Dump::new(regions, options);
+            let total_bytes = dump.logical_bytes;
+            let poll = &mut || progress(MemoryProgress { done_bytes: dump.done.load(Ordering::Relaxed), total_bytes });
+            let mut rest = Vec::new();
+            let mut lengths = None;
+            memory.write_in_parts(|parts| {
+                let stored = dump.run(parts, self.threads(), &mut Poll::new(poll))?;
+                (rest, lengths) = (stored.rest.carry, stored.block_lengths);
+                Ok(stored.rest.offset)
+            })?;
+            memory.write_all_polled(&rest, poll)?;
+            let found = dump.found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let document = found.metadata(regions, options, lengths);
+            let mut report = found.report(&document);
+            metadata.write_all_polled(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
+            // First what is short: where one of the two fails, it is not the other's failure that is told.
+            metadata.finish_polled(&mut || Ok(()))?;
+            memory.finish_polled(&mut || Ok(()))?;
+            report.stored_bytes = memory.stored_size()? + metadata.stored_size()?;
+            report.logical_bytes = total_bytes;
+            report.duration = began.elapsed();
+            Ok(report)
+        })();
+        if written.is_err() {
+            let _ = memory.remove();
+            let _ = metadata.remove();
+        }
+        written
+    }
+}
+
+/// What was written but for the end.
+struct Stored {
+    rest: Rest,
+    block_lengths: Option<Vec<u8>>,
+}
+
+struct Dump<'a> {
+    regions: &'a [GuestRegion<'a>],
+    options: &'a MemoryOptions,
+    /// For each region, the number of its first slice; and the number of all slices.
+    first_slices: Vec<usize>,
+    logical_bytes: u64,
+    done: AtomicU64,
+    ranges: AtomicUsize,
+    found: Mutex<Found>,
+    failure: Mutex<Option<Error>>,
+}
+
+#[derive(Default)]
+struct Found {
+    /// Of each region.
+    ranges: Vec<Vec<Range<u64>>>,
+    unreadable: Vec<Range<u64>>,
+}
+
+struct Worker {
+    slice: Item,
+    ranges: Vec<Range<u64>>,
+    unreadable: Vec<Range<u64>>,
+    packing: Option<(Packer, Item, Vec<u8>)>,
+    part: PartWorker,
+}
+
+/// The turns that the bytes of a slice take.
+struct Stages {
+    data: Turns,
+    /// Where blocks are compressed: the frame.
+    frame: Option<(Turns, Mutex<Vec<u8>>)>,
+}
+
+impl<'a> Dump<'a> {
+    fn new(regions: &'a [GuestRegion<'a>], options: &'a MemoryOptions) -> Self {
+        let (mut first_slices, mut slices, mut logical_bytes) = (Vec::new(), 0, 0);
+        for region in regions {
+            first_slices.push(slices);
+            slices += usize::try_from(region.source.size().div_ceil(SLICE_BYTES as u64)).unwrap_or(usize::MAX);
+            logical_bytes += region.source.size();
+        }
+        first_slices.push(slices);
+        Self {
+            regions,
+            options,
+            first_slices,
+            logical_bytes,
+            done: AtomicU64::new(0),
+            ranges: AtomicUsize::new(0),
+            found: Mutex::new(Found { ranges: vec![Vec::new(); regions.len()], unreadable: Vec::new() }),
+            failure: Mutex::default(),
+        }
+    }
+
+    fn run(&self, parts: &Parts, threads: usize, poll: &mut Poll<'_>) -> Result<Stored> {
+        let block_size = self.options.block_size_bytes;
+        let header = lz4::header(block_size).filter(|_| self.options.compress);
+        let stages = match header {
+            None => Stages { data: Turns::new(parts.unit_bytes(), &[]), frame: None },
+            Some(header) => Stages {
+                data: Turns::new(block_size, &[]),
+                frame: Some((Turns::new(parts.unit_bytes(), &header), Mutex::default())),
+            },
+        };
+        let slices = self.first_slices.last().copied().unwrap_or(0);
+        let mut workers: Vec<_> = (0..threads.min(slices)).map(|_| self.worker(&stages, parts)).collect();
+        let result = for_each(&mut workers, 0..slices, poll, |worker, number| {
+            self.slice(&stages, parts, worker, number).map_err(|error| {
+                // Before the others are woken, which would tell only that they were.
+                lock(&self.failure).get_or_insert(error);
+                stages.fail();
+                Error::interrupted()
+            })
+        });
+        if let Some(failure) = lock(&self.failure).take() {
+            return Err(failure);
+        }
+        result?;
+        stages.finish(self.options)
+    }
+
+    fn worker(&self, stages: &Stages, parts: &Parts) -> Worker {
+        let packing = stages.frame.as_ref().map(|(turns, _)| {
+            let block_size = self.options.block_size_bytes;
+            let blocks = (SLICE_BYTES + block_size).div_ceil(block_size);
+            (Packer::new(), Item::new(turns, blocks * lz4::most_stored(block_size)), Vec::new())
+        });
+        Worker {
+            slice: Item::new(&stages.data, SLICE_BYTES),
+            ranges: Vec::new(),
+            unreadable: Vec::new(),
+            packing,
+            part: parts.worker(),
+        }
+    }
+
+    fn slice(&self, stages: &Stages, parts: &Parts, worker: &mut Worker, number: usize) -> Result<()> {
+        let region = self.first_slices.partition_point(|first| *first <= number) - 1;
+        let start = (number - self.first_slices[region]) as u64 * SLICE_BYTES as u64;
+        let end = self.regions[region].source.size().min(start + SLICE_BYTES as u64);
+        worker.slice.clear();
+        worker.ranges.clear();
+        self.gather(region, start..end, worker)
+            .map_err(|error| error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base)))?;
+        let Worker { slice, ranges, unreadable, packing, part } = worker;
+        self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
+        let (offset, units) = stages.data.take(number, slice, || lock(&self.found).add(region, ranges, unreadable))?;
+        match (packing, &stages.frame) {
+            (Some((packer, packed, lengths)), Some((turns, index))) => {
+                packed.clear();
+                lengths.clear();
+                for block in units.chunks(self.options.block_size_bytes) {
+                    let length = packer.pack(block, packed.spare())?;
+                    packed.grow(lz4::SIZE_WORD_BYTES + length);
+                    lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
+                }
+                let (offset, units) = turns.take(number, packed, || lock(index).extend_from_slice(lengths))?;
+                parts.write(part, offset, units)?;
+            }
+            _ => parts.write(part, offset, units)?,
+        }
+        self.done.fetch_add(end - start, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Reads the data of a slice into the worker's buffer, without zeros.
+    fn gather(&self, region: usize, slice: Range<u64>, worker: &mut Worker) -> Result<()> {
+        let source = &*self.regions[region].source;
+        let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_A_DOUBLING;
+        let min_gap = self.options.min_gap_bytes << doublings.min(20);
+        let mut at = slice.start;
+        while at < slice.end {
+            let looked = source.next_data(at);
+            let Some(data) = looked.map_err(|error| Error::io("cannot be looked at for holes", error))? else { break };
+            let (start, end) = (data.start.max(at), data.end.min(slice.end));
+            if start >= end {
+                break;
+            }
+            if let Some(last) = worker.ranges.last_mut()
+                && start - last.end < min_gap
+            {
+                // A hole too short to be told; the zeros after it may yet be.
+                let gap = usize::try_from(start - last.end).unwrap_or(0);
+                worker.slice.spare()[..gap].fill(0);
+                worker.slice.grow(gap);
+                last.end = start;
+            }
+            let length = usize::try_from(end - start).unwrap_or(0);
+            self.read(region, start, &mut worker.slice.spare()[..length], &mut worker.unreadable)?;
+            let kept = if self.options.detect_zeros {
+                drop_zeros(&mut worker.slice.spare()[..length], start, min_gap, &mut worker.ranges)
+            } else {
+                append(&mut worker.ranges, start..end);
+                length
+            };
+            worker.slice.grow(kept);
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf`; pages that cannot be read are zeros, where that is wanted.
+    fn read(&self, region: usize, start: u64, buf: &mut [u8], unreadable: &mut Vec<Range<u64>>) -> Result<()> {
+        let GuestRegion { guest_base, source } = &self.regions[region];
+        let mut done = 0;
+        while done < buf.len() {
+            let at = start + done as u64;
+            let error = match source.read_at(at, &mut buf[done..]) {
+                Ok(0) => io::Error::from(io::ErrorKind::UnexpectedEof),
+                Ok(count) => {
+                    done += count.min(buf.len() - done);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            let page = page_end(at).min(start + buf.len() as u64);
+            if !self.options.zero_unreadable {
+                let text = format!("guest-physical address {:#x} cannot be read", guest_base + at);
+                return Err(Error::io(text, error));
+            }
+            let rest = usize::try_from(page - at).unwrap_or(0);
+            buf[done..done + rest].fill(0);
+            done += rest;
+            append(unreadable, guest_base + at..guest_base + page);
+        }
+        Ok(())
+    }
+}
+
+fn page_end(offset: u64) -> u64 {
+    (offset / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64
+}
+
+/// Adds a range after the others, to the last of them where they touch.
+fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}
+
+/// Moves what is not zero to the beginning of `data`, which is at `start` of its region, and adds its ranges; returns how much
+/// that is. Zeros between two ranges of less than `min_gap` stay.
+fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) -> usize {
+    let (mut kept, mut from) = (0, 0);
+    while from < data.len() {
+        let at = start + from as u64;
+        let end = page_end(at).min(start + data.len() as u64);
+        let to = usize::try_from(end - start).unwrap_or(0);
+        if !is_zero(&data[from..to]) {
+            match ranges.last_mut() {
+                Some(last) if at - last.end < min_gap => {
+                    let gap = usize::try_from(at - last.end).unwrap_or(0);
+                    data[kept..kept + gap].fill(0);
+                    kept += gap;
+                    last.end = end;
+                }
+                _ => append(ranges, at..end),
+            }
+            if kept != from {
+                data.copy_within(from..to, kept);
+            }
+            kept += to - from;
+        }
+        from = to;
+    }
+    kept
+}
+
+impl Stages {
+    fn fail(&self) {
+        self.data.fail();
+        if let Some((turns, _)) = &self.frame {
+            turns.fail();
+        }
+    }
+
+    /// What is left when all slices were taken: the last block, and the end mark.
+    fn finish(self, options: &MemoryOptions) -> Result<Stored> {
+        let data = self.data.rest();
+        let Some((turns, lengths)) = self.frame else {
+            return Ok(Stored { rest: data, block_lengths: None });
+        };
+        let mut rest = turns.rest();
+        let mut lengths = lengths.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !data.carry.is_empty() {
+            let mut packed = vec![0; lz4::most_stored(options.block_size_bytes)];
+            let length = Packer::new().pack(&data.carry, &mut packed)?;
+            rest.carry.extend_from_slice(&packed[..lz4::SIZE_WORD_BYTES + length]);
+            lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
+        }
+        rest.carry.extend_from_slice(&lz4::END_MARK);
+        Ok(Stored { rest, block_lengths: Some(lengths) })
+    }
+}
+
+impl Found {
+    /// Adds what is in a slice, in the order of the slices.
+    fn add(&mut self, region: usize, ranges: &[Range<u64>], unreadable: &mut Vec<Range<u64>>) {
+        for range in ranges {
+            append(&mut self.ranges[region], range.clone());
+        }
+        for range in unreadable.drain(..) {
+            append(&mut self.unreadable, range);
+        }
+    }
+
+    fn metadata(&self, regions: &[GuestRegion<'_>], options: &MemoryOptions, lengths: Option<Vec<u8>>) -> Metadata {
+        let regions = regions.iter().zip(&self.ranges).map(|(region, ranges)| RegionMetadata {
+            guest_base: region.guest_base,
+            size: region.source.size(),
+            data_ranges: ranges.clone(),
+        });
+        Metadata {
+            regions: regions.collect(),
+            compressed: options.compress,
+            lz4: lengths.map(|block_lengths| BlockIndex { block_size: options.block_size_bytes as u64, block_lengths }),
+        }
+    }
+
+    fn report(self, metadata: &Metadata) -> MemoryReport {
+        let ranges = || metadata.regions.iter().flat_map(|region| &region.data_ranges);
+        MemoryReport {
+            data_bytes: ranges().map(|range| range.end - range.start).sum(),
+            ranges: ranges().count(),
+            unreadable: self.unreadable,
+            ..MemoryReport::default()
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Where in `mem` the memory of the guest is: the fragment `mem_metadata`, crosvm's, and what follows from it.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::lz4;
+use crate::error::{Error, Result};
+
+/// crosvm's names, and the names of its fields.
+pub(super) const MEMORY: &str = "mem";
+pub(super) const METADATA: &str = "mem_metadata";
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Metadata {
+    pub(super) regions: Vec<RegionMetadata>,
+    pub(super) compressed: bool,
+    /// Not crosvm's, whose reader ignores it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) lz4: Option<BlockIndex>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct RegionMetadata {
+    pub(super) guest_base: u64,
+    pub(super) size: u64,
+    pub(super) data_ranges: Vec<Range<u64>>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct BlockIndex {
+    pub(super) block_size: u64,
+    /// A u32, little endian, for each block: its stored length without the size word.
+    #[serde(with = "serde_bytes")]
+    pub(super) block_lengths: Vec<u8>,
+}
+
+/// A guest region as it is stored.
+#[derive(Debug)]
+pub(super) struct Region {
+    pub(super) guest_base: u64,
+    pub(super) size: u64,
+    /// Where in all data the region's begins.
+    pub(super) data_start: u64,
+    pub(super) ranges: Vec<StoredRange>,
+}
+
+/// A data range, in bytes from the start of its region.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StoredRange {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// Where in all data it begins.
+    pub(super) data: u64,
+}
+
+/// What was checked of the metadata.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) regions: Vec<Region>,
+    /// Sum of all data ranges.
+    pub(super) data_bytes: u64,
+}
+
+impl Region {
+    /// The first guest-physical address after it.
+    pub(super) fn end(&self) -> u64 {
+        self.guest_base + self.size
+    }
+}
+
+/// Checks that regions, as base and size, lie in 64 bits of addresses and apart from each other.
+pub(super) fn check_apart(regions: impl Iterator<Item = (u64, u64)>) -> std::result::Result<(), String> {
+    let mut ends = Vec::new();
+    for (base, size) in regions {
+        let end = base.checked_add(size).ok_or_else(|| format!("the region at {base:#x} goes beyond 64 bits"))?;
+        ends.push((base, end));
+    }
+    ends.sort_unstable();
+    match ends.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+        Some(pair) => Err(format!("the regions at {:#x} and {:#x} overlap", pair[0].0, pair[1].0)),
+        None => Ok(()),
+    }
+}
+
+impl Metadata {
+    /// Checks everything that can be without the data.
+    pub(super) fn check(&self) -> Result<Layout> {
+        check_apart(self.regions.iter().map(|region| (region.guest_base, region.size))).map_err(Error::corrupt)?;
+        let mut data_bytes = 0_u64;
+        let mut regions = Vec::with_capacity(self.regions.len());
+        for region in &self.regions {
+            let data_start = data_bytes;
+            let mut ranges = Vec::with_capacity(region.data_ranges.len());
+            let mut last = 0;
+            for &Range { start, end } in &region.data_ranges {
+                if start < last || start >= end || end > region.size {
+                    return Err(Error::corrupt(format!(
+                        "data range {start:#x} to {end:#x} of the region at {:#x} does not ascend within its {:#x} bytes",
+                        region.guest_base, region.size
+                    )));
+                }
+                ranges.push(StoredRange { start, end, data: data_bytes });
+                data_bytes = data_bytes
+                    .checked_add(end - start)
+                    .ok_or_else(|| Error::corrupt("the data ranges go beyond 64 bits"))?;
+                last = end;
+            }
+            regions.push(Region { guest_base: region.guest_base, size: region.size, data_start, ranges });
+        }
+        if let Some(index) = &self.lz4 {
+            index.check(data_bytes)?;
+        }
+        Ok(Layout { regions, data_bytes })
+    }
+}
+
+impl BlockIndex {
+    fn check(&self, data_bytes: u64) -> Result<()> {
+        let blocks = self.block_lengths.len() / 4;
+        let known = lz4::BLOCK_SIZES.iter().any(|size| *size as u64 == self.block_size);
+        if known && self.block_lengths.len() % 4 == 0 && data_bytes.div_ceil(self.block_size) == blocks as u64 {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!(
+            "an index of {blocks} blocks of {} bytes does not fit {data_bytes} bytes of data",
+            self.block_size
+        )))
+    }
+
+    /// Stored lengths, without size words.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
+        self.block_lengths.as_chunks().0.iter().map(|length| u32::from_le_bytes(*length))
+    }
+}

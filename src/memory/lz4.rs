@@ -1,0 +1,134 @@
+//! One LZ4 frame of independent blocks, made and read block by block.
+//!
+//! The format is LZ4's own, `lz4_Frame_format.md` version 1.6.4 in its repository: a header, blocks with their stored length
+//! before them, an end mark. What crosvm's decoder needs: no block is empty but the end mark, and there is one frame.
+
+use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+
+use crate::error::{Error, Result};
+
+/// Bytes of plaintext in a block; a frame knows these four.
+pub(super) const BLOCK_SIZES: [usize; 4] = [64 << 10, 256 << 10, 1 << 20, 4 << 20];
+
+/// Magic number, flags and the checksum of the flags.
+pub(super) const HEADER_BYTES: usize = 7;
+
+/// Before each block.
+pub(super) const SIZE_WORD_BYTES: usize = 4;
+
+pub(super) const END_MARK: [u8; SIZE_WORD_BYTES] = [0; SIZE_WORD_BYTES];
+
+const MAGIC: [u8; 4] = [0x04, 0x22, 0x4d, 0x18];
+
+/// Version 1, independent blocks, no checksums, no size, no dictionary.
+const FLAGS: u8 = 0b0110_0000;
+
+/// In a size word: the block is stored as it is.
+const RAW: u32 = 1 << 31;
+
+/// The header of a frame whose blocks hold so many bytes; none for a size that a frame has not.
+pub(super) fn header(block_size: usize) -> Option<[u8; HEADER_BYTES]> {
+    // The last byte is the second of the XXH32 of the two before it.
+    let (sizes, checksum) = match BLOCK_SIZES.iter().position(|size| *size == block_size)? {
+        0 => (0x40, 0x82),
+        1 => (0x50, 0xfb),
+        2 => (0x60, 0x51),
+        _ => (0x70, 0x73),
+    };
+    let mut header = [0; HEADER_BYTES];
+    header[..4].copy_from_slice(&MAGIC);
+    header[4..].copy_from_slice(&[FLAGS, sizes, checksum]);
+    Some(header)
+}
+
+/// The block size that a frame's header tells.
+pub(super) fn block_size_of(header: [u8; HEADER_BYTES]) -> Result<usize> {
+    // Compared as a whole: a frame with checksums, sizes, linked blocks or a dictionary is none that crosvm or vmsnap writes.
+    BLOCK_SIZES
+        .into_iter()
+        .find(|size| self::header(*size) == Some(header))
+        .ok_or_else(|| Error::corrupt("is no LZ4 frame of independent blocks without checksums"))
+}
+
+/// Bytes a block of so many may take, its size word included.
+pub(super) fn most_stored(block_size: usize) -> usize {
+    SIZE_WORD_BYTES + get_maximum_output_size(block_size)
+}
+
+pub(super) struct Packer(CompressTable);
+
+impl Packer {
+    pub(super) fn new() -> Self {
+        Self(CompressTable::large())
+    }
+
+    /// Writes the size word and the block into `out`, which has [`most_stored`] bytes; returns the length of the block alone.
+    pub(super) fn pack(&mut self, block: &[u8], out: &mut [u8]) -> Result<usize> {
+        let (word, body) = out.split_at_mut(SIZE_WORD_BYTES);
+        let packed = compress_into_with_table(block, body, &mut self.0)
+            .map_err(|error| Error::corrupt(format!("cannot be compressed: {error}")))?;
+        let (length, flag) = if packed < block.len() {
+            (packed, 0)
+        } else {
+            body[..block.len()].copy_from_slice(block);
+            (block.len(), RAW)
+        };
+        let length_word = u32::try_from(length).unwrap_or(0);
+        word.copy_from_slice(&(length_word | flag).to_le_bytes());
+        Ok(length)
+    }
+}
+
+/// What a size word says: the stored length, and whether the block is stored as it is. None for the end mark.
+pub(super) fn stored_length(word: [u8; SIZE_WORD_BYTES]) -> Option<(usize, bool)> {
+    let word = u32::from_le_bytes(word);
+    let length = usize::try_from(word & !RAW).unwrap_or(usize::MAX);
+    (word != 0).then_some((length, word & RAW != 0))
+}
+
+/// Writes what a stored block holds into `out`, which must be as long as that.
+pub(super) fn unpack(block: &[u8], raw: bool, out: &mut [u8]) -> Result<()> {
+    if raw {
+        if block.len() != out.len() {
+            return Err(Error::corrupt(format!("a block of {} bytes was to have {}", block.len(), out.len())));
+        }
+        out.copy_from_slice(block);
+        return Ok(());
+    }
+    match decompress_into(block, out) {
+        Ok(length) if length == out.len() => Ok(()),
+        Ok(length) => Err(Error::corrupt(format!("a block holds {length} bytes, and was to hold {}", out.len()))),
+        Err(error) => Err(Error::corrupt(format!("a block does not decompress: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_come_back_also_where_they_do_not_shrink() {
+        let noise: Vec<u8> = (0..70_000_u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+        let mut packer = Packer::new();
+        for block in [&[7; 65_536][..], &noise[..65_536], &noise[..1], &[0; 5]] {
+            let mut out = vec![0; most_stored(block.len())];
+            let length = packer.pack(block, &mut out).unwrap();
+            let (stored, raw) = stored_length(out[..4].try_into().unwrap()).unwrap();
+            assert_eq!(stored, length);
+            let mut back = vec![0; block.len()];
+            unpack(&out[4..4 + length], raw, &mut back).unwrap();
+            assert_eq!(back, block);
+            let mut other = vec![0; block.len() + 1];
+            assert!(unpack(&out[4..4 + length], raw, &mut other).unwrap_err().is_corrupt());
+        }
+    }
+
+    #[test]
+    fn headers_are_told_apart() {
+        for size in BLOCK_SIZES {
+            assert_eq!(block_size_of(header(size).unwrap()).unwrap(), size);
+        }
+        assert!(block_size_of([0; 7]).unwrap_err().is_corrupt());
+        assert_eq!(header(65_535), None);
+    }
+}
