@@ -8,6 +8,7 @@ mod fragments;
 mod golden;
 mod handles;
 mod keys;
+mod memory;
 mod staging;
 
 use std::path::PathBuf;

@@ -72,7 +72,10 @@ pub use key::{
     Identity, KeyProvider, KeyWrapping, Passphrase, ProviderError, generate_identity, identity_file, recipients_of,
 };
 pub use key_metadata::{key_wrapping, rekey};
-pub use memory::{FileMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
+pub use memory::{
+    FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
+    MemoryReport,
+};
 pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;

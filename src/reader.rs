@@ -73,7 +73,7 @@ impl SnapshotReader {
             None => None,
             Some(manifest) => Some(manifest.fragments.get(path.as_str()).ok_or_else(|| self.not_listed(&path))?),
         };
-        FragmentReader::open(&self.root, &path, self.data_key.as_ref(), threads::clamp(self.threads), entry)
+        FragmentReader::open(&self.root, &path, self.data_key.as_ref(), self.threads(), entry)
     }
 
     /// The manifest, where the snapshot is sealed.
@@ -95,6 +95,10 @@ impl SnapshotReader {
         // In pieces: how much memory a value takes is for the value to say, not for the file's size.
         let fragment = BufReader::with_capacity(PIECE_BYTES, self.raw_fragment(name)?);
         serialization::decode(fragment, self.format, &self.place(name)?)
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        threads::clamp(self.threads)
     }
 
     /// A fragment as errors name it.

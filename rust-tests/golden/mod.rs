@@ -97,14 +97,19 @@ impl Golden {
     }
 }
 
-/// All the snapshots; none where they are not at hand.
-fn snapshots() -> Option<Vec<Golden>> {
+/// The folder of all the snapshots; none where they are not at hand.
+pub(crate) fn folder() -> Option<PathBuf> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/golden");
     if !folder.is_dir() {
         assert!(std::env::var_os("VMSNAP_REQUIRE_ALL").is_none(), "no golden snapshots at {}", folder.display());
         eprintln!("skipped: no golden snapshots at {}", folder.display());
         return None;
     }
+    Some(folder)
+}
+
+fn snapshots() -> Option<Vec<Golden>> {
+    let folder = folder()?;
     let snapshot = |(name, format)| {
         let folder = folder.join(name);
         let expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();

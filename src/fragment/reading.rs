@@ -159,13 +159,28 @@ impl FragmentReader {
     ///
     /// As for `read_at`, and what `poll` returns.
     pub fn read_at_polled(&self, offset: u64, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        self.read_at_by(self.file.threads, offset, buf, poll)
+    }
+
+    /// As [`FragmentReader::read_at`], on the calling thread, which may be one of several that share the work.
+    pub(crate) fn read_at_alone(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        self.read_at_by(1, offset, buf, &mut || Ok(()))
+    }
+
+    fn read_at_by(
+        &self,
+        threads: usize,
+        offset: u64,
+        buf: &mut [u8],
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<usize> {
         let file = &*self.file;
         let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let wanted = &mut buf[..length];
         let poll = &mut Poll::new(poll);
         let result = file.home.check().and_then(|()| match &file.source {
-            Source::Plain(source) => source.read(offset, wanted, file.threads, poll),
-            Source::Sealed(source) => source.read(offset, wanted, file.threads, poll),
+            Source::Plain(source) => source.read(offset, wanted, threads, poll),
+            Source::Sealed(source) => source.read(offset, wanted, threads, poll),
         });
         match result {
             Ok(()) => Ok(length),

@@ -152,7 +152,8 @@ impl Fragment {
 
     /// Bytes of its file.
     pub(crate) fn stored_size(&self) -> Result<u64> {
-        let metadata = self.file.metadata().map_err(|error| Error::io("cannot be examined", error).context(&self.place))?;
+        let metadata =
+            self.file.metadata().map_err(|error| Error::io("cannot be examined", error).context(&self.place))?;
         Ok(metadata.len())
     }
 

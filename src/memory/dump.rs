@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::layout::{self, BlockIndex, METADATA, MEMORY, Metadata, RegionMetadata};
+use super::layout::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::lz4::{self, Packer};
 use super::source::GuestMemorySource;
 use super::turns::{Item, Rest, Turns};
@@ -190,7 +190,8 @@ impl SnapshotWriter {
         layout::check_apart(regions.iter().map(|region| (region.guest_base, region.source.size())))
             .map_err(Error::invalid_argument)?;
         if lz4::header(options.block_size_bytes).is_none() {
-            let text = format!("LZ4 blocks have 64 KiB, 256 KiB, 1 MiB or 4 MiB, not {} bytes", options.block_size_bytes);
+            let text =
+                format!("LZ4 blocks have 64 KiB, 256 KiB, 1 MiB or 4 MiB, not {} bytes", options.block_size_bytes);
             return Err(Error::invalid_argument(text));
         }
         let mut memory = self.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?;
@@ -304,6 +305,7 @@ impl<'a> Dump<'a> {
         let slices = self.first_slices.last().copied().unwrap_or(0);
         let mut workers: Vec<_> = (0..threads.min(slices)).map(|_| self.worker(&stages, parts)).collect();
         let result = for_each(&mut workers, 0..slices, poll, |worker, number| {
+            let _guards = (stages.data.guard(), stages.frame.as_ref().map(|(turns, _)| turns.guard()));
             self.slice(&stages, parts, worker, number).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
@@ -339,8 +341,9 @@ impl<'a> Dump<'a> {
         let end = self.regions[region].source.size().min(start + SLICE_BYTES as u64);
         worker.slice.clear();
         worker.ranges.clear();
-        self.gather(region, start..end, worker)
-            .map_err(|error| error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base)))?;
+        self.gather(region, start..end, worker).map_err(|error| {
+            error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
+        })?;
         let Worker { slice, ranges, unreadable, packing, part } = worker;
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
         let (offset, units) = stages.data.take(number, slice, || lock(&self.found).add(region, ranges, unreadable))?;

@@ -40,8 +40,6 @@ pub(super) struct BlockIndex {
 pub(super) struct Region {
     pub(super) guest_base: u64,
     pub(super) size: u64,
-    /// Where in all data the region's begins.
-    pub(super) data_start: u64,
     pub(super) ranges: Vec<StoredRange>,
 }
 
@@ -90,7 +88,6 @@ impl Metadata {
         let mut data_bytes = 0_u64;
         let mut regions = Vec::with_capacity(self.regions.len());
         for region in &self.regions {
-            let data_start = data_bytes;
             let mut ranges = Vec::with_capacity(region.data_ranges.len());
             let mut last = 0;
             for &Range { start, end } in &region.data_ranges {
@@ -106,7 +103,7 @@ impl Metadata {
                     .ok_or_else(|| Error::corrupt("the data ranges go beyond 64 bits"))?;
                 last = end;
             }
-            regions.push(Region { guest_base: region.guest_base, size: region.size, data_start, ranges });
+            regions.push(Region { guest_base: region.guest_base, size: region.size, ranges });
         }
         if let Some(index) = &self.lz4 {
             index.check(data_bytes)?;

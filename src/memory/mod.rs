@@ -7,14 +7,21 @@
 //! lz4.rs       one LZ4 frame, made and read block by block
 //! layout.rs    the metadata: which memory is where
 //! dump.rs      SnapshotWriter::write_memory
+//! data.rs      the data in `mem`, whatever form that has
+//! pages.rs     pages of this process
+//! restore.rs   GuestMemory: all of it at once, or some of it at random
 //! ```
 
+mod data;
 mod dump;
 mod layout;
 mod lz4;
+mod pages;
+mod restore;
 mod source;
 mod turns;
 mod zeros;
 
 pub use dump::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
+pub use restore::{GuestDestination, GuestMemory};
 pub use source::{FileMemory, GuestMemorySource};

@@ -88,7 +88,9 @@ impl FileMemory {
         let stat = fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
         let length = match fs::FileType::from_raw_mode(stat.st_mode) {
             fs::FileType::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
-            fs::FileType::BlockDevice if own => fs::seek(&file, SeekFrom::End(0)).map_err(|errno| failed(errno.into()))?,
+            fs::FileType::BlockDevice if own => {
+                fs::seek(&file, SeekFrom::End(0)).map_err(|errno| failed(errno.into()))?
+            }
             _ => return Err(Error::invalid_argument("guest memory comes from a file, a memfd or a block device")),
         };
         let rest = length.checked_sub(offset);
@@ -112,7 +114,8 @@ impl FileMemory {
     /// As there.
     pub fn open(path: impl AsRef<Path>, offset: u64, size: Option<u64>) -> Result<Self> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|error| Error::io(format!("{} cannot be opened", path.display()), error))?;
+        let file =
+            File::open(path).map_err(|error| Error::io(format!("{} cannot be opened", path.display()), error))?;
         Self::new(file, offset, size).map_err(|error| error.context(path.display()))
     }
 }

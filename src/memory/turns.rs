@@ -12,6 +12,8 @@ use crate::threads::lock;
 
 pub(super) struct Turns {
     unit: usize,
+    /// The most that is ever carried over.
+    room: usize,
     turn: Mutex<Turn>,
     changed: Condvar,
 }
@@ -35,15 +37,11 @@ pub(super) struct Item {
 
 impl Item {
     pub(super) fn new(turns: &Turns, capacity: usize) -> Self {
-        Self { room: turns.unit, bytes: vec![0; turns.unit + capacity], length: 0 }
+        Self { room: turns.room, bytes: vec![0; turns.room + capacity], length: 0 }
     }
 
     pub(super) fn clear(&mut self) {
         self.length = 0;
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.length
     }
 
     /// What is not filled yet.
@@ -56,7 +54,8 @@ impl Item {
         self.length += count;
     }
 
-    pub(super) fn push(&mut self, bytes: &[u8]) {
+    #[cfg(test)]
+    fn push(&mut self, bytes: &[u8]) {
         self.spare()[..bytes.len()].copy_from_slice(bytes);
         self.grow(bytes.len());
     }
@@ -75,7 +74,7 @@ pub(super) struct Rest {
 impl Turns {
     pub(super) fn new(unit: usize, start: &[u8]) -> Self {
         let turn = Turn { carry: start.to_vec(), ..Turn::default() };
-        Self { unit, turn: Mutex::new(turn), changed: Condvar::new() }
+        Self { unit, room: unit.max(start.len()), turn: Mutex::new(turn), changed: Condvar::new() }
     }
 
     /// Puts the item into the stream when it is its turn, and does `also` in that turn. Returns the units that are whole now,
@@ -104,6 +103,11 @@ impl Turns {
         Ok((offset, item.get(&(start..start + whole))))
     }
 
+    /// Lets nobody wait for a turn that never comes, where this thread panics.
+    pub(super) fn guard(&self) -> impl Drop {
+        PanicGuard(self)
+    }
+
     /// Lets nobody wait for a turn that never comes.
     pub(super) fn fail(&self) {
         lock(&self.turn).failed = true;
@@ -113,6 +117,16 @@ impl Turns {
     pub(super) fn rest(self) -> Rest {
         let Turn { offset, carry, .. } = self.turn.into_inner().unwrap_or_else(PoisonError::into_inner);
         Rest { offset, carry }
+    }
+}
+
+struct PanicGuard<'a>(&'a Turns);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail();
+        }
     }
 }
 
@@ -129,6 +143,7 @@ mod tests {
             std::thread::scope(|scope| {
                 for _ in 0..4 {
                     scope.spawn(|| {
+                        let _guard = turns.guard();
                         let mut item = Item::new(&turns, 100);
                         while let Some(number) = { lock(&next).next() } {
                             item.clear();
@@ -147,7 +162,8 @@ mod tests {
             assert_eq!(offset, stream.len() as u64);
             assert!((1..=unit.max(5)).contains(&carry.len()));
             stream.extend(carry);
-            let items = (0..200_usize).flat_map(|number| (0..number % 50).map(move |at| u8::try_from(number ^ at).unwrap()));
+            let items =
+                (0..200_usize).flat_map(|number| (0..number % 50).map(move |at| u8::try_from(number ^ at).unwrap()));
             assert_eq!(stream, b"start".iter().copied().chain(items).collect::<Vec<_>>());
         }
     }

@@ -1,0 +1,270 @@
+//! The data of all ranges one after the other, out of `mem`, whatever form that has.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::layout::{BlockIndex, Layout};
+use super::lz4;
+use crate::error::{Error, Result};
+use crate::fragment::FragmentReader;
+use crate::threads::lock;
+
+/// What is read at a time at least, where the data is read in order.
+const STRIP_BYTES: usize = 512 << 10;
+
+/// Pieces that are decrypted and decompressed for a small read are kept, as the next read is mostly near.
+const CACHED_PIECES: usize = 16;
+
+/// Larger pieces are not worth keeping.
+const MAX_CACHED_BYTES: usize = 1 << 20;
+
+type Piece = (u64, Arc<Vec<u8>>);
+
+pub(super) struct Data {
+    fragment: FragmentReader,
+    size: u64,
+    frame: Option<Frame>,
+    /// The last used at the end.
+    cache: Mutex<Vec<Piece>>,
+}
+
+/// A compressed `mem`.
+struct Frame {
+    block_size: u64,
+    /// Where each block's size word begins, and where the end mark does. Found out when it is first needed, if the snapshot
+    /// does not tell.
+    offsets: OnceLock<Vec<u64>>,
+}
+
+/// What one thread needs to read data.
+#[derive(Default)]
+pub(super) struct Strip {
+    stored: Vec<u8>,
+    data: Vec<u8>,
+}
+
+impl Data {
+    pub(super) fn open(
+        fragment: FragmentReader,
+        layout: &Layout,
+        compressed: bool,
+        index: Option<BlockIndex>,
+    ) -> Result<Self> {
+        let size = layout.data_bytes;
+        let frame = if compressed { Some(Frame::open(&fragment, index)?) } else { None };
+        match (&frame, fragment.size()) {
+            (None, stored) if stored > size => Err(too_many(stored - size)),
+            (None, stored) if stored < size => Err(too_few(size - stored)),
+            _ => Ok(Self { fragment, size, frame, cache: Mutex::default() }),
+        }
+    }
+
+    /// Data is read in pieces that begin where this divides the offset: a part of one costs as much as all of it.
+    fn piece_bytes(&self) -> u64 {
+        match &self.frame {
+            Some(frame) => frame.block_size,
+            None => self.fragment.chunk_size_bytes().unwrap_or(1) as u64,
+        }
+    }
+
+    /// Gives `take` all data from `start` to `end`, in order, in whatever parts.
+    pub(super) fn read(
+        &self,
+        strip: &mut Strip,
+        mut start: u64,
+        end: u64,
+        mut take: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let piece_bytes = self.piece_bytes();
+        let strip_bytes = (STRIP_BYTES as u64 / piece_bytes).max(1) * piece_bytes;
+        while start < end {
+            let first = start - start % piece_bytes;
+            let last = (first + strip_bytes).min(end.next_multiple_of(piece_bytes)).min(self.size);
+            let data = self.read_pieces(strip, first, last)?;
+            let from = usize::try_from(start - first).unwrap_or(usize::MAX);
+            let to = usize::try_from(last.min(end) - first).unwrap_or(usize::MAX);
+            take(&data[from..to])?;
+            start = last;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from `start`: as [`Data::read`], for few bytes.
+    pub(super) fn read_small(&self, start: u64, mut buf: &mut [u8]) -> Result<()> {
+        let piece_bytes = self.piece_bytes();
+        if piece_bytes == 1 || piece_bytes > MAX_CACHED_BYTES as u64 {
+            let mut done = 0;
+            return self.read(&mut Strip::default(), start, start + buf.len() as u64, |data| {
+                buf[done..done + data.len()].copy_from_slice(data);
+                done += data.len();
+                Ok(())
+            });
+        }
+        let mut at = start;
+        while !buf.is_empty() {
+            let piece = self.cached(at / piece_bytes)?;
+            let from = usize::try_from(at % piece_bytes).unwrap_or(usize::MAX);
+            let length = (piece.len() - from).min(buf.len());
+            let (now, later) = std::mem::take(&mut buf).split_at_mut(length);
+            now.copy_from_slice(&piece[from..from + length]);
+            buf = later;
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    fn cached(&self, index: u64) -> Result<Arc<Vec<u8>>> {
+        {
+            let mut cache = lock(&self.cache);
+            if let Some(at) = cache.iter().position(|(held, _)| *held == index) {
+                let found = cache.remove(at);
+                let piece = Arc::clone(&found.1);
+                cache.push(found);
+                return Ok(piece);
+            }
+        }
+        // Without the lock: others go on, and at worst two read the same.
+        let first = index * self.piece_bytes();
+        let mut strip = Strip::default();
+        self.read_pieces(&mut strip, first, (first + self.piece_bytes()).min(self.size))?;
+        let piece = Arc::new(strip.data);
+        let mut cache = lock(&self.cache);
+        if cache.len() == CACHED_PIECES {
+            cache.remove(0);
+        }
+        cache.push((index, Arc::clone(&piece)));
+        Ok(piece)
+    }
+
+    /// Whole pieces from `first` to `last`.
+    fn read_pieces<'a>(&self, strip: &'a mut Strip, first: u64, last: u64) -> Result<&'a [u8]> {
+        let length = usize::try_from(last - first).unwrap_or(usize::MAX);
+        let Strip { stored, data } = strip;
+        data.resize(length, 0);
+        match &self.frame {
+            None => self.fill(first, data)?,
+            Some(frame) => frame.read(&self.fragment, self.size, first, stored, data)?,
+        }
+        Ok(data)
+    }
+
+    fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        match self.fragment.read_at_alone(offset, buf)? {
+            read if read == buf.len() => Ok(()),
+            read => Err(too_few((buf.len() - read) as u64)),
+        }
+    }
+}
+
+impl Frame {
+    fn open(fragment: &FragmentReader, index: Option<BlockIndex>) -> Result<Self> {
+        let mut header = [0; lz4::HEADER_BYTES];
+        let read = fragment.read_at_alone(0, &mut header)?;
+        if read < header.len() {
+            return Err(too_few((header.len() - read) as u64));
+        }
+        let block_size = lz4::block_size_of(header)? as u64;
+        let offsets = OnceLock::new();
+        if let Some(index) = index {
+            if index.block_size != block_size {
+                let text = format!("the frame has blocks of {block_size} bytes, and the index {}", index.block_size);
+                return Err(Error::corrupt(text));
+            }
+            let mut offset = lz4::HEADER_BYTES as u64;
+            let found = std::iter::once(offset).chain(index.lengths().map(|length| {
+                offset += lz4::SIZE_WORD_BYTES as u64 + u64::from(length);
+                offset
+            }));
+            let found: Vec<_> = found.collect();
+            check_end(fragment, found.last().copied().unwrap_or(0))?;
+            let _ = offsets.set(found);
+        }
+        Ok(Self { block_size, offsets })
+    }
+
+    /// The index, built by going from size word to size word where the snapshot, one of crosvm's, has none.
+    fn offsets(&self, fragment: &FragmentReader, size: u64) -> Result<&[u64]> {
+        if let Some(offsets) = self.offsets.get() {
+            return Ok(offsets);
+        }
+        let mut offsets = Vec::new();
+        let mut offset = lz4::HEADER_BYTES as u64;
+        loop {
+            offsets.push(offset);
+            let mut word = [0; lz4::SIZE_WORD_BYTES];
+            let read = fragment.read_at_alone(offset, &mut word)?;
+            if read < word.len() {
+                return Err(too_few((word.len() - read) as u64));
+            }
+            let Some((length, _)) = lz4::stored_length(word) else { break };
+            if offsets.len() as u64 > size.div_ceil(self.block_size) {
+                return Err(Error::corrupt("too many bytes: there are more blocks than the data ranges need"));
+            }
+            offset += (word.len() + length) as u64;
+        }
+        if offsets.len() as u64 <= size.div_ceil(self.block_size) {
+            return Err(Error::corrupt(
+                "failed to fill whole buffer: there are fewer blocks than the data ranges need",
+            ));
+        }
+        check_end(fragment, offset)?;
+        Ok(self.offsets.get_or_init(|| offsets))
+    }
+
+    /// Fills `data` from `first`, both whole blocks but for the end.
+    fn read(
+        &self,
+        fragment: &FragmentReader,
+        size: u64,
+        first: u64,
+        stored: &mut Vec<u8>,
+        data: &mut [u8],
+    ) -> Result<()> {
+        let offsets = self.offsets(fragment, size)?;
+        let block_size = usize::try_from(self.block_size).unwrap_or(usize::MAX);
+        let number = usize::try_from(first / self.block_size).unwrap_or(usize::MAX);
+        let blocks = data.len().div_ceil(block_size);
+        let offsets = &offsets[number..=number + blocks];
+        let length = usize::try_from(offsets[blocks] - offsets[0]).unwrap_or(usize::MAX);
+        if length > blocks * lz4::most_stored(block_size) {
+            return Err(Error::corrupt("a block is longer than any can be"));
+        }
+        stored.resize(length, 0);
+        if fragment.read_at_alone(offsets[0], stored)? < length {
+            return Err(Error::corrupt("a block goes beyond the end"));
+        }
+        let mut rest = &stored[..];
+        for (out, at) in data.chunks_mut(block_size).zip(offsets.windows(2)) {
+            let (block, others) = rest.split_at(usize::try_from(at[1] - at[0]).unwrap_or(usize::MAX));
+            let (word, block) = block.split_at(lz4::SIZE_WORD_BYTES);
+            match lz4::stored_length(word.try_into().unwrap_or_default()) {
+                Some((length, raw)) if length == block.len() => lz4::unpack(block, raw, out)?,
+                _ => return Err(Error::corrupt("a block is not as long as the index says")),
+            }
+            rest = others;
+        }
+        Ok(())
+    }
+}
+
+/// Nothing may follow the end mark.
+fn check_end(fragment: &FragmentReader, end_mark: u64) -> Result<()> {
+    let end = end_mark + lz4::END_MARK.len() as u64;
+    match fragment.size() {
+        stored if stored > end => Err(too_many(stored - end)),
+        stored if stored < end => Err(too_few(end - stored)),
+        _ => {
+            let mut mark = [1; lz4::END_MARK.len()];
+            fragment.read_at_alone(end_mark, &mut mark)?;
+            if mark == lz4::END_MARK { Ok(()) } else { Err(Error::corrupt("the frame has no end mark")) }
+        }
+    }
+}
+
+// In crosvm's words, and how many.
+fn too_many(bytes: u64) -> Error {
+    Error::corrupt(format!("too many bytes: {bytes} more than the data ranges need"))
+}
+
+fn too_few(bytes: u64) -> Error {
+    Error::corrupt(format!("failed to fill whole buffer: {bytes} bytes fewer than the data ranges need"))
+}
