@@ -74,6 +74,11 @@ bench: build $(venv)/bench ## speed, side by side with others
 	@$(call step,benches/compare.py)
 	$(python) benches/compare.py $(BENCH_ARGS)
 
+.PHONY: bench-memory
+bench-memory: ## speed of guest memory dumped and restored, against how it is done today
+	@$(call step,benches/memory.rs)
+	cargo bench --quiet --locked --bench memory -- $(BENCH_ARGS)
+
 .PHONY: bench-values
 bench-values: build $(venv)/bench ## speed of values written and read
 	@$(call step,benches/values.py)

@@ -1,12 +1,14 @@
 //! Guest memory dumped and restored, as ratios to how it is done today, in the same run.
 //!
-//! The stand-in for today: one thread, SEEK_DATA, one `write_all` from the mapping for each range, with and without
-//! `lz4_flex::frame::FrameEncoder`, plain; and back by `read_exact` into a fresh mapping. Every figure is the median of the
+//! The stand-in for today: one thread, `SEEK_DATA`, one `write_all` from the mapping for each range, with and without
+//! `lz4_flex::frame::FrameEncoder` of crosvm's version at its defaults, plain; and back by `read_exact` into a fresh mapping. Every figure is the median of the
 //! ratios of interleaved pairs after a warm-up that is thrown away.
 //!
 //! Arguments: `[--folder DIR] [--mib N] [--pairs N] [--threads N] [--only TEXT] [--sync]`; `VMSNAP_BENCH_RAM` names a RAM image.
 
 #![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops where something fails")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "numbers of its own")]
+#![allow(clippy::needless_for_each, reason = "as short as it can be")]
 #![allow(unsafe_code, reason = "maps memory as a monitor does")]
 
 use std::fs::File;
@@ -16,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use lz4_flex::frame::{FrameDecoder, FrameEncoder};
+use lz4_flex_of_crosvm::frame::{FrameDecoder, FrameEncoder};
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -74,7 +76,7 @@ struct Guest {
     file: File,
     bytes: usize,
     mapping: *mut u8,
-    /// As SEEK_DATA tells them.
+    /// As `SEEK_DATA` tells them.
     ranges: Vec<(usize, usize)>,
     data_bytes: usize,
 }
@@ -96,8 +98,10 @@ impl Guest {
     fn made(bytes: usize, run: usize) -> Self {
         let mut guest = Self::new(bytes);
         let mut numbers = Numbers(42);
-        let text =
-            b"The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. 0123456789\n";
+        // 2,000 words of 2 to 11 letters; the small numbers are the frequent ones.
+        let words: Vec<Vec<u8>> = (0..2000)
+            .map(|_| (0..2 + numbers.next() % 10).map(|_| b'a' + (numbers.next() % 26) as u8).chain([b' ']).collect())
+            .collect();
         let mut page = 0;
         while page < bytes / PAGE {
             // Geometric, of that mean.
@@ -110,10 +114,12 @@ impl Guest {
                 } else if (0.7..0.85).contains(&kind) {
                     place.chunks_mut(8).for_each(|word| word.copy_from_slice(&numbers.next().to_le_bytes()));
                 } else if kind >= 0.85 {
-                    // Words of a text in another order on every page, some of them numbers.
-                    for part in place.chunks_mut(32) {
-                        let at = numbers.next() as usize % (text.len() - 32);
-                        part.copy_from_slice(&text[at..at + part.len()]);
+                    let mut filled = 0;
+                    while filled < PAGE {
+                        let word = &words[(numbers.part().powi(3) * 2000.0) as usize];
+                        let length = word.len().min(PAGE - filled);
+                        place[filled..filled + length].copy_from_slice(&word[..length]);
+                        filled += length;
                     }
                 }
             }
@@ -295,7 +301,7 @@ impl Bench {
         spent
     }
 
-    fn row(&self, name: &str, bytes: usize, pairs: &[(f64, f64)]) {
+    fn row(name: &str, bytes: usize, pairs: &[(f64, f64)]) {
         let gib = bytes as f64 / f64::from(1 << 30);
         let ratio = median(pairs.iter().map(|(reference, own)| reference / own).collect());
         let reference = gib / median(pairs.iter().map(|pair| pair.0).collect());
@@ -308,7 +314,7 @@ impl Bench {
         let name = format!("{}: {name}", self.title);
         if name.contains(&self.arguments.only) {
             let pairs: Vec<_> = (0..=self.arguments.pairs).map(|_| pair()).skip(1).collect();
-            self.row(&name, bytes, &pairs);
+            Self::row(&name, bytes, &pairs);
         }
     }
 
@@ -435,13 +441,13 @@ fn main() {
     let key = SecretKey::generate().unwrap();
     let mut bench = Bench { arguments, folder: folder.path().to_owned(), key, title: String::new() };
     for (title, run) in [("runs", 64), ("pages", 1)] {
-        bench.title = title.to_owned();
+        title.clone_into(&mut bench.title);
         if only.is_empty() || only.starts_with(title) || !(only.starts_with("runs") || only.starts_with("pages")) {
             bench.all(&mut Guest::made(bytes, run));
         }
     }
     if let Some(image) = std::env::var_os("VMSNAP_BENCH_RAM") {
-        bench.title = "image".to_owned();
+        "image".clone_into(&mut bench.title);
         bench.all(&mut Guest::of(Path::new(&image)));
     }
 }

@@ -168,7 +168,7 @@ struct CrosvmRegion {
     data_ranges: Vec<std::ops::Range<usize>>,
 }
 
-/// By ciborium and lz4_flex's own decoder of frames, as crosvm does it: nothing of vmsnap's.
+/// By `ciborium` and the decoder of `lz4_flex` of frames, as crosvm does it: nothing of vmsnap's.
 fn decode_as_crosvm(root: &Path) -> Vec<Vec<u8>> {
     let metadata: CrosvmMetadata = ciborium::from_reader(File::open(root.join("mem_metadata")).unwrap()).unwrap();
     let file = File::open(root.join("mem")).unwrap();
@@ -271,7 +271,7 @@ impl GuestMemorySource for Broken {
         if (BAD..BAD + 4096).contains(&offset) {
             return Err(std::io::Error::from_raw_os_error(14)); // EFAULT
         }
-        let length = if offset < BAD { buf.len().min((BAD - offset) as usize) } else { buf.len() };
+        let length = if offset < BAD { buf.len().min(usize::try_from(BAD - offset).unwrap()) } else { buf.len() };
         buf[..length].fill(7);
         Ok(length)
     }
@@ -285,7 +285,7 @@ fn memory_that_cannot_be_read_is_told_with_its_address() {
     let error = writer.write_memory(&regions, &MemoryOptions::new()).unwrap_err();
     assert!(error.raw_os_error() == Some(14) && error.to_string().contains("0x10300000"), "{error}");
     let report = writer.write_memory(&regions, &MemoryOptions::new().zero_unreadable(true)).unwrap();
-    assert_eq!(report.unreadable, [0x1030_0000..0x1030_1000]);
+    assert_eq!(report.unreadable, std::slice::from_ref(&(0x1030_0000..0x1030_1000)));
     assert_eq!(report.data_bytes, (8 << 20) - 4096);
 }
 

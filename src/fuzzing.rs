@@ -10,6 +10,7 @@ use zeroize::Zeroizing;
 use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, open_message};
 use crate::key::{self, KeyPayload};
 use crate::manifest::Manifest;
+use crate::memory::Metadata;
 
 /// A parser may allocate so many times the bytes it is given,
 const MOST_TIMES: usize = 10;
@@ -19,9 +20,10 @@ const MOST_ANYHOW_BYTES: usize = 64 << 10;
 type Parser = fn(&[u8]);
 
 /// What is parsed, as the folders in `fuzz/seeds` are called.
-pub const PARSERS: [(&str, Parser); 4] = [
+pub const PARSERS: [(&str, Parser); 5] = [
     ("manifest", |bytes| drop(Manifest::decode(bytes, None))),
     ("payload", |bytes| drop(KeyPayload::decode(Zeroizing::new(bytes.to_vec())))),
+    ("mem_metadata", |bytes| drop(Metadata::decode(bytes))),
     ("enc_metadata", |bytes| drop(key::wrapping(bytes))),
     ("floe", |bytes| {
         if let Some(header) = bytes.first_chunk::<HEADER_BYTES>() {

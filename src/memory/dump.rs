@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::layout::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::lz4::{self, Packer};
 use super::source::GuestMemorySource;
-use super::turns::{Item, Rest, Turns};
+use super::turns::{Item, Noted, Rest, Shelf, Turns};
 use super::zeros::{PAGE_BYTES, is_zero};
 use crate::error::{Error, Result};
 use crate::fragment::parts::{PartWorker, Parts};
@@ -21,10 +21,13 @@ use crate::threads::{Poll, for_each, lock};
 use crate::writer::SnapshotWriter;
 
 /// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
-const SLICE_BYTES: usize = 1 << 20;
+const SLICE_BYTES: usize = 512 << 10;
 
 /// Bytes that are decrypted together, and decompressed together: larger is no faster, and a random read has to do all of it.
 pub(super) const CHUNK_SIZE_BYTES: usize = 64 << 10;
+
+/// Compressed slices that may wait for one before them, besides two a thread: noise compresses ten times as fast as text.
+const SHELVED: usize = 8;
 
 /// So that the list of ranges of a large and scattered guest stays some tens of MiB, the shortest gap doubles each so many.
 const RANGES_A_DOUBLING: usize = 1 << 17;
@@ -260,7 +263,8 @@ struct Worker {
     slice: Item,
     ranges: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
-    packing: Option<(Packer, Item, Vec<u8>)>,
+    /// And the buffer for compressed blocks, with their lengths; it is with the shelf meanwhile.
+    packing: Option<(Packer, Option<Noted>)>,
     part: PartWorker,
 }
 
@@ -268,7 +272,12 @@ struct Worker {
 struct Stages {
     data: Turns,
     /// Where blocks are compressed: the frame.
-    frame: Option<(Turns, Mutex<Vec<u8>>)>,
+    frame: Option<Shelf>,
+}
+
+/// Bytes that the blocks of a slice may take, with one begun by the slice before.
+fn most_packed(block_size: usize) -> usize {
+    (SLICE_BYTES + block_size).div_ceil(block_size) * lz4::most_stored(block_size)
 }
 
 impl<'a> Dump<'a> {
@@ -299,13 +308,13 @@ impl<'a> Dump<'a> {
             None => Stages { data: Turns::new(parts.unit_bytes(), &[]), frame: None },
             Some(header) => Stages {
                 data: Turns::new(block_size, &[]),
-                frame: Some((Turns::new(parts.unit_bytes(), &header), Mutex::default())),
+                frame: Some(Shelf::new(parts.unit_bytes(), &header, most_packed(block_size), threads * 2 + SHELVED)),
             },
         };
         let slices = self.first_slices.last().copied().unwrap_or(0);
-        let mut workers: Vec<_> = (0..threads.min(slices)).map(|_| self.worker(&stages, parts)).collect();
+        let mut workers: Vec<_> = (0..threads.min(slices)).map(|_| Self::worker(&stages, parts)).collect();
         let result = for_each(&mut workers, 0..slices, poll, |worker, number| {
-            let _guards = (stages.data.guard(), stages.frame.as_ref().map(|(turns, _)| turns.guard()));
+            let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
             self.slice(&stages, parts, worker, number).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
@@ -320,14 +329,10 @@ impl<'a> Dump<'a> {
         stages.finish(self.options)
     }
 
-    fn worker(&self, stages: &Stages, parts: &Parts) -> Worker {
-        let packing = stages.frame.as_ref().map(|(turns, _)| {
-            let block_size = self.options.block_size_bytes;
-            let blocks = (SLICE_BYTES + block_size).div_ceil(block_size);
-            (Packer::new(), Item::new(turns, blocks * lz4::most_stored(block_size)), Vec::new())
-        });
+    fn worker(stages: &Stages, parts: &Parts) -> Worker {
+        let packing = stages.frame.as_ref().map(|shelf| (Packer::new(), shelf.item()));
         Worker {
-            slice: Item::new(&stages.data, SLICE_BYTES),
+            slice: stages.data.item(SLICE_BYTES),
             ranges: Vec::new(),
             unreadable: Vec::new(),
             packing,
@@ -348,16 +353,15 @@ impl<'a> Dump<'a> {
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
         let (offset, units) = stages.data.take(number, slice, || lock(&self.found).add(region, ranges, unreadable))?;
         match (packing, &stages.frame) {
-            (Some((packer, packed, lengths)), Some((turns, index))) => {
-                packed.clear();
-                lengths.clear();
+            (Some((packer, buffer)), Some(shelf)) => {
+                let (mut packed, mut lengths) = buffer.take().ok_or_else(Error::interrupted)?;
                 for block in units.chunks(self.options.block_size_bytes) {
                     let length = packer.pack(block, packed.spare())?;
                     packed.grow(lz4::SIZE_WORD_BYTES + length);
                     lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
                 }
-                let (offset, units) = turns.take(number, packed, || lock(index).extend_from_slice(lengths))?;
-                parts.write(part, offset, units)?;
+                let write = |offset, units: &[u8]| parts.write(part, offset, units);
+                *buffer = Some(shelf.put(number, (packed, lengths), write)?);
             }
             _ => parts.write(part, offset, units)?,
         }
@@ -472,19 +476,18 @@ fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<
 impl Stages {
     fn fail(&self) {
         self.data.fail();
-        if let Some((turns, _)) = &self.frame {
-            turns.fail();
+        if let Some(shelf) = &self.frame {
+            shelf.fail();
         }
     }
 
     /// What is left when all slices were taken: the last block, and the end mark.
     fn finish(self, options: &MemoryOptions) -> Result<Stored> {
         let data = self.data.rest();
-        let Some((turns, lengths)) = self.frame else {
+        let Some(shelf) = self.frame else {
             return Ok(Stored { rest: data, block_lengths: None });
         };
-        let mut rest = turns.rest();
-        let mut lengths = lengths.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (mut rest, mut lengths) = shelf.rest();
         if !data.carry.is_empty() {
             let mut packed = vec![0; lz4::most_stored(options.block_size_bytes)];
             let length = Packer::new().pack(&data.carry, &mut packed)?;

@@ -1,11 +1,16 @@
 //! Where in `mem` the memory of the guest is: the fragment `mem_metadata`, crosvm's, and what follows from it.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::lz4;
 use crate::error::{Error, Result};
+#[cfg(any(test, fuzzing))]
+use crate::serialization;
 
 /// crosvm's names, and the names of its fields.
 pub(super) const MEMORY: &str = "mem";
@@ -13,6 +18,7 @@ pub(super) const METADATA: &str = "mem_metadata";
 
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Metadata {
+    #[serde(deserialize_with = "list")]
     pub(super) regions: Vec<RegionMetadata>,
     pub(super) compressed: bool,
     /// Not crosvm's, whose reader ignores it.
@@ -24,7 +30,31 @@ pub(crate) struct Metadata {
 pub(super) struct RegionMetadata {
     pub(super) guest_base: u64,
     pub(super) size: u64,
+    #[serde(deserialize_with = "list")]
     pub(super) data_ranges: Vec<Range<u64>>,
+}
+
+/// A list that takes the memory of what is there, not of what its head announces.
+fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Vec<T>, D::Error> {
+    struct List<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(element) = sequence.next_element()? {
+                list.push(element);
+            }
+            Ok(list)
+        }
+    }
+
+    deserializer.deserialize_seq(List(PhantomData))
 }
 
 #[derive(Serialize, Deserialize)]
@@ -82,6 +112,13 @@ pub(super) fn check_apart(regions: impl Iterator<Item = (u64, u64)>) -> std::res
 }
 
 impl Metadata {
+    /// What the bytes of the fragment say, checked.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
+        let metadata: Self = serialization::decode(bytes, None, METADATA)?;
+        metadata.check().map(|_| metadata)
+    }
+
     /// Checks everything that can be without the data.
     pub(super) fn check(&self) -> Result<Layout> {
         check_apart(self.regions.iter().map(|region| (region.guest_base, region.size))).map_err(Error::corrupt)?;
@@ -116,7 +153,8 @@ impl BlockIndex {
     fn check(&self, data_bytes: u64) -> Result<()> {
         let blocks = self.block_lengths.len() / 4;
         let known = lz4::BLOCK_SIZES.iter().any(|size| *size as u64 == self.block_size);
-        if known && self.block_lengths.len() % 4 == 0 && data_bytes.div_ceil(self.block_size) == blocks as u64 {
+        if known && self.block_lengths.len().is_multiple_of(4) && data_bytes.div_ceil(self.block_size) == blocks as u64
+        {
             return Ok(());
         }
         Err(Error::corrupt(format!(

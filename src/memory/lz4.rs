@@ -109,8 +109,8 @@ mod tests {
     #[test]
     fn blocks_come_back_also_where_they_do_not_shrink() {
         let noise: Vec<u8> = (0..70_000_u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
-        let mut packer = Packer::new();
-        for block in [&[7; 65_536][..], &noise[..65_536], &noise[..1], &[0; 5]] {
+        let (mut packer, same) = (Packer::new(), vec![7; 65_536]);
+        for block in [&same[..], &noise[..65_536], &noise[..1], &[0; 5]] {
             let mut out = vec![0; most_stored(block.len())];
             let length = packer.pack(block, &mut out).unwrap();
             let (stored, raw) = stored_length(out[..4].try_into().unwrap()).unwrap();

@@ -23,5 +23,7 @@ mod turns;
 mod zeros;
 
 pub use dump::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
+#[cfg(any(test, fuzzing))]
+pub(crate) use layout::Metadata;
 pub use restore::{GuestDestination, GuestMemory};
 pub use source::{FileMemory, GuestMemorySource};

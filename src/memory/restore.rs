@@ -21,6 +21,12 @@ use crate::threads::{Poll, for_each};
 /// What one thread restores at a time: little of it is decrypted or decompressed twice, by the neighbour too.
 const SLICE_BYTES: usize = 4 << 20;
 
+/// Fewer bytes are faulted in as fast.
+const POPULATE_BYTES: usize = 16 << 10;
+
+/// Of a slice with more holes, all pages are given back at once.
+const MAX_HOLES: usize = 32;
+
 /// Smaller reads are of whoever looks here and there.
 const SMALL_BYTES: usize = 256 << 10;
 
@@ -332,20 +338,22 @@ impl GuestMemory {
             Target::File(..) => region.size.min(start + SLICE_BYTES as u64),
         };
         let ranges = ranges_in(region, start, end);
-        let mut at = start;
-        for range in ranges {
-            target.zero(start, at..range.start.max(start))?;
-            at = range.end.min(end);
+        if ranges.len() > MAX_HOLES {
+            target.zero(start, start..end)?;
+        } else {
+            let mut at = start;
+            for range in ranges {
+                target.zero(start, at..range.start.max(start))?;
+                at = range.end.min(end);
+            }
+            target.zero(start, at..end)?;
         }
-        target.zero(start, at..end)?;
-        let mut ranges = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
-        let (Some(first), Some(last)) = (ranges_in(region, start, end).first(), ranges_in(region, start, end).last())
-        else {
-            return Ok(());
-        };
+        let [first, ..] = ranges else { return Ok(()) };
+        let last = &ranges[ranges.len() - 1];
         // All data of a slice lies together.
         let from = first.data + (first.start.max(start) - first.start);
         let to = last.data + (last.end.min(end) - last.start);
+        let mut ranges = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
         let mut current = start..start;
         self.data.read(strip, from, to, |mut data| {
             while !data.is_empty() {
@@ -394,7 +402,9 @@ impl Target<'_> {
             Self::Buffer(part, _) => {
                 let from = usize::try_from(at - start).unwrap_or(usize::MAX);
                 let place = &mut part[from..from + data.len()];
-                populate(place);
+                if data.len() >= POPULATE_BYTES {
+                    populate(place);
+                }
                 place.copy_from_slice(data);
                 Ok(())
             }

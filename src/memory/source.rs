@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use rustix::fs::{self, SeekFrom};
 use rustix::io::Errno;
@@ -14,8 +15,8 @@ use crate::error::{Error, Result};
 
 /// The memory of a guest region, read by several threads at once.
 ///
-/// The memory may change while it is read: what is stored is what one read gave. [`FileMemory`] and [`crate::ProcessMemory`] are
-/// sources, and so is a slice of bytes.
+/// The memory may change while it is read: what is stored is what one read gave. [`FileMemory`] is a source,
+/// and so is whatever holds bytes: a `Vec<u8>`, a `&[u8]`.
 pub trait GuestMemorySource: Sync {
     /// Bytes of the region.
     fn size(&self) -> u64;
@@ -69,6 +70,8 @@ pub struct FileMemory {
     size: u64,
     /// Whether the file tells where its holes are.
     tells_holes: bool,
+    /// Open files of the same, with positions of their own: threads that look for holes with one file wait for each other.
+    lookers: [OnceLock<File>; 8],
 }
 
 impl FileMemory {
@@ -80,8 +83,7 @@ impl FileMemory {
     pub fn new(file: impl AsFd, offset: u64, size: Option<u64>) -> Result<Self> {
         let failed = |error: io::Error| Error::io("the file of guest memory cannot be opened", error);
         // A description of our own: looking for holes moves the position.
-        let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
-        let (file, own) = match File::open(path) {
+        let (file, own) = match reopen(&file) {
             Ok(file) => (file, true),
             Err(_) => (file.as_fd().try_clone_to_owned().map_err(failed)?.into(), false),
         };
@@ -104,7 +106,7 @@ impl FileMemory {
             }
         };
         let tells_holes = own && !matches!(fs::seek(&file, SeekFrom::Data(0)), Err(errno) if errno != Errno::NXIO);
-        Ok(Self { file, offset, size, tells_holes })
+        Ok(Self { file, offset, size, tells_holes, lookers: Default::default() })
     }
 
     /// The file at `path`, as [`FileMemory::new`].
@@ -120,6 +122,23 @@ impl FileMemory {
     }
 }
 
+/// The same file with a position of its own.
+fn reopen(file: &impl AsFd) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
+}
+
+impl FileMemory {
+    /// The file that this thread looks for holes with.
+    fn looker(&self) -> &File {
+        let number = rayon::current_thread_index().map_or(0, |index| index + 1) % self.lookers.len();
+        let own = &self.lookers[number];
+        own.get().unwrap_or_else(|| match reopen(&self.file) {
+            Ok(file) => own.get_or_init(|| file),
+            Err(_) => &self.file,
+        })
+    }
+}
+
 impl GuestMemorySource for FileMemory {
     fn size(&self) -> u64 {
         self.size
@@ -132,7 +151,8 @@ impl GuestMemorySource for FileMemory {
         if !self.tells_holes {
             return Ok(Some(offset..self.size));
         }
-        let start = match fs::seek(&self.file, SeekFrom::Data(self.offset + offset)) {
+        let file = self.looker();
+        let start = match fs::seek(file, SeekFrom::Data(self.offset + offset)) {
             // No data up to the end.
             Err(Errno::NXIO) => return Ok(None),
             start => start? - self.offset,
@@ -140,7 +160,7 @@ impl GuestMemorySource for FileMemory {
         if start >= self.size {
             return Ok(None);
         }
-        let end = match fs::seek(&self.file, SeekFrom::Hole(self.offset + start)) {
+        let end = match fs::seek(file, SeekFrom::Hole(self.offset + start)) {
             // A hole was made there just now, or the file cut: zeros, then, or an error when it is read.
             Err(Errno::NXIO) => self.size,
             end => (end? - self.offset).min(self.size),

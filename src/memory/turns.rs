@@ -4,7 +4,7 @@
 //! divides the stream: the bytes left over at the end of an item are copied in front of the next one's. Only that is done in
 //! turn; what a thread then does with its units, it does while the others do the same.
 
-use std::ops::Range;
+use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
@@ -28,6 +28,23 @@ struct Turn {
     failed: bool,
 }
 
+impl Turn {
+    /// Puts an item, whose turn it is, into the stream.
+    fn join<'a>(&mut self, item: &'a mut Item, unit: usize) -> (u64, &'a [u8]) {
+        let start = item.room - self.carry.len();
+        item.bytes[start..item.room].copy_from_slice(&self.carry);
+        let bytes = &item.bytes[start..item.room + item.length];
+        // A byte always stays: whether a unit is the last shows only when more follows.
+        let (units, rest) = bytes.split_at(bytes.len().saturating_sub(1) / unit * unit);
+        self.carry.clear();
+        self.carry.extend_from_slice(rest);
+        let offset = self.offset;
+        self.offset += units.len() as u64;
+        self.next += 1;
+        (offset, units)
+    }
+}
+
 /// The bytes of an item, with room in front for what is carried over.
 pub(super) struct Item {
     room: usize,
@@ -36,8 +53,8 @@ pub(super) struct Item {
 }
 
 impl Item {
-    pub(super) fn new(turns: &Turns, capacity: usize) -> Self {
-        Self { room: turns.room, bytes: vec![0; turns.room + capacity], length: 0 }
+    fn new(room: usize, capacity: usize) -> Self {
+        Self { room, bytes: vec![0; room + capacity], length: 0 }
     }
 
     pub(super) fn clear(&mut self) {
@@ -59,11 +76,10 @@ impl Item {
         self.spare()[..bytes.len()].copy_from_slice(bytes);
         self.grow(bytes.len());
     }
-
-    fn get(&self, units: &Range<usize>) -> &[u8] {
-        &self.bytes[units.clone()]
-    }
 }
+
+/// An item, and a note about it.
+pub(super) type Noted = (Item, Vec<u8>);
 
 /// What is left of a stream.
 pub(super) struct Rest {
@@ -77,6 +93,11 @@ impl Turns {
         Self { unit, room: unit.max(start.len()), turn: Mutex::new(turn), changed: Condvar::new() }
     }
 
+    /// An empty item for so many bytes.
+    pub(super) fn item(&self, capacity: usize) -> Item {
+        Item::new(self.room, capacity)
+    }
+
     /// Puts the item into the stream when it is its turn, and does `also` in that turn. Returns the units that are whole now,
     /// and where in the stream they are.
     pub(super) fn take<'a>(&self, number: usize, item: &'a mut Item, also: impl FnOnce()) -> Result<(u64, &'a [u8])> {
@@ -88,24 +109,15 @@ impl Turns {
             turn = self.changed.wait(turn).unwrap_or_else(PoisonError::into_inner);
         }
         also();
-        let start = item.room - turn.carry.len();
-        item.bytes[start..item.room].copy_from_slice(&turn.carry);
-        let bytes = &item.bytes[start..item.room + item.length];
-        // A byte always stays: whether a unit is the last shows only when more follows.
-        let whole = bytes.len().saturating_sub(1) / self.unit * self.unit;
-        turn.carry.clear();
-        turn.carry.extend_from_slice(&bytes[whole..]);
-        let offset = turn.offset;
-        turn.offset += whole as u64;
-        turn.next += 1;
+        let units = turn.join(item, self.unit);
         drop(turn);
         self.changed.notify_all();
-        Ok((offset, item.get(&(start..start + whole))))
+        Ok(units)
     }
 
     /// Lets nobody wait for a turn that never comes, where this thread panics.
-    pub(super) fn guard(&self) -> impl Drop {
-        PanicGuard(self)
+    pub(super) fn guard(&self) -> PanicGuard<impl Fn()> {
+        PanicGuard(|| self.fail())
     }
 
     /// Lets nobody wait for a turn that never comes.
@@ -120,12 +132,106 @@ impl Turns {
     }
 }
 
-struct PanicGuard<'a>(&'a Turns);
+/// The same for items that take very different times: a thread leaves its item on the shelf and goes on with the next one, and
+/// whoever finds that the next in order is there takes it from there.
+pub(super) struct Shelf {
+    unit: usize,
+    room: usize,
+    capacity: usize,
+    most: usize,
+    shelved: Mutex<Shelved>,
+    changed: Condvar,
+}
 
-impl Drop for PanicGuard<'_> {
+#[derive(Default)]
+struct Shelved {
+    turn: Turn,
+    /// Notes of the items so far, in order.
+    notes: Vec<u8>,
+    waiting: BTreeMap<usize, Noted>,
+    idle: Vec<Noted>,
+    made: usize,
+}
+
+impl Shelf {
+    /// For items of at most `capacity` bytes, of which there are not more than `most` at a time.
+    pub(super) fn new(unit: usize, start: &[u8], capacity: usize, most: usize) -> Self {
+        let turn = Turn { carry: start.to_vec(), ..Turn::default() };
+        let shelved = Mutex::new(Shelved { turn, ..Shelved::default() });
+        Self { unit, room: unit.max(start.len()), capacity, most, shelved, changed: Condvar::new() }
+    }
+
+    /// An empty item, and a note for it; none where there are enough.
+    pub(super) fn item(&self) -> Option<Noted> {
+        self.idle(&mut lock(&self.shelved))
+    }
+
+    fn idle(&self, shelved: &mut Shelved) -> Option<Noted> {
+        if let Some(idle) = shelved.idle.pop() {
+            return Some(idle);
+        }
+        (shelved.made < self.most).then(|| {
+            shelved.made += 1;
+            (Item::new(self.room, self.capacity), Vec::new())
+        })
+    }
+
+    /// Leaves an item, lets `write` have the units that are whole now, and returns an empty item. A thread has one whenever it
+    /// begins with what others may have to wait for.
+    pub(super) fn put(
+        &self,
+        number: usize,
+        item: Noted,
+        mut write: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<Noted> {
+        let mut shelved = lock(&self.shelved);
+        shelved.waiting.insert(number, item);
+        loop {
+            if shelved.turn.failed {
+                return Err(Error::interrupted());
+            }
+            let next = shelved.turn.next;
+            if let Some((mut item, mut note)) = shelved.waiting.remove(&next) {
+                shelved.notes.extend_from_slice(&note);
+                let (offset, units) = shelved.turn.join(&mut item, self.unit);
+                drop(shelved);
+                write(offset, units)?;
+                item.clear();
+                note.clear();
+                shelved = lock(&self.shelved);
+                shelved.idle.push((item, note));
+                self.changed.notify_all();
+            } else if let Some(idle) = self.idle(&mut shelved) {
+                return Ok(idle);
+            } else {
+                shelved = self.changed.wait(shelved).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    pub(super) fn guard(&self) -> PanicGuard<impl Fn()> {
+        PanicGuard(|| self.fail())
+    }
+
+    pub(super) fn fail(&self) {
+        lock(&self.shelved).turn.failed = true;
+        self.changed.notify_all();
+    }
+
+    /// The rest, and all notes.
+    pub(super) fn rest(self) -> (Rest, Vec<u8>) {
+        let Shelved { turn, notes, .. } = self.shelved.into_inner().unwrap_or_else(PoisonError::into_inner);
+        (Rest { offset: turn.offset, carry: turn.carry }, notes)
+    }
+}
+
+/// Does something where the thread panics.
+pub(super) struct PanicGuard<F: Fn()>(F);
+
+impl<F: Fn()> Drop for PanicGuard<F> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.fail();
+            self.0();
         }
     }
 }
@@ -134,47 +240,89 @@ impl Drop for PanicGuard<'_> {
 mod tests {
     use super::*;
 
+    type Taken = Mutex<Vec<(u64, Vec<u8>)>>;
+
+    fn fill(item: &mut Item, number: usize) {
+        (0..number % 50).for_each(|at| item.push(&[u8::try_from(number ^ at).unwrap()]));
+    }
+
+    fn check(unit: usize, taken: Taken, rest: Rest) {
+        let mut taken = taken.into_inner().unwrap();
+        taken.sort();
+        assert!(taken.iter().all(|(offset, units)| (offset % unit as u64, units.len() % unit) == (0, 0)));
+        let mut stream: Vec<u8> = taken.into_iter().flat_map(|(_, bytes)| bytes).collect();
+        assert_eq!(rest.offset, stream.len() as u64);
+        assert!((1..=unit).contains(&rest.carry.len()));
+        stream.extend(rest.carry);
+        let items =
+            (0..200_usize).flat_map(|number| (0..number % 50).map(move |at| u8::try_from(number ^ at).unwrap()));
+        assert_eq!(stream, b"start".iter().copied().chain(items).collect::<Vec<_>>());
+    }
+
+    fn four_threads(work: impl Fn(&mut dyn FnMut() -> Option<usize>) + Sync) {
+        let next = Mutex::new(0..200_usize);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| work(&mut || lock(&next).next()));
+            }
+        });
+    }
+
     #[test]
     fn whatever_the_threads_do_the_stream_is_in_order() {
         for unit in [1, 3, 8, 64] {
-            let turns = Turns::new(unit, b"start");
-            let taken = Mutex::new(Vec::new());
-            let next = Mutex::new(0..200_usize);
-            std::thread::scope(|scope| {
-                for _ in 0..4 {
-                    scope.spawn(|| {
-                        let _guard = turns.guard();
-                        let mut item = Item::new(&turns, 100);
-                        while let Some(number) = { lock(&next).next() } {
-                            item.clear();
-                            (0..number % 50).for_each(|at| item.push(&[u8::try_from(number ^ at).unwrap()]));
-                            let (offset, units) = turns.take(number, &mut item, || ()).unwrap();
-                            assert_eq!((offset % unit as u64, units.len() % unit), (0, 0));
-                            lock(&taken).push((offset, units.to_vec()));
-                        }
-                    });
+            let (turns, taken) = (Turns::new(unit, b"start"), Taken::default());
+            four_threads(|next| {
+                let _guard = turns.guard();
+                let mut item = turns.item(100);
+                while let Some(number) = next() {
+                    item.clear();
+                    fill(&mut item, number);
+                    let (offset, units) = turns.take(number, &mut item, || ()).unwrap();
+                    lock(&taken).push((offset, units.to_vec()));
                 }
             });
-            let mut taken = taken.into_inner().unwrap();
-            taken.sort();
-            let Rest { offset, carry } = turns.rest();
-            let mut stream: Vec<u8> = taken.into_iter().flat_map(|(_, bytes)| bytes).collect();
-            assert_eq!(offset, stream.len() as u64);
-            assert!((1..=unit.max(5)).contains(&carry.len()));
-            stream.extend(carry);
-            let items =
-                (0..200_usize).flat_map(|number| (0..number % 50).map(move |at| u8::try_from(number ^ at).unwrap()));
-            assert_eq!(stream, b"start".iter().copied().chain(items).collect::<Vec<_>>());
+            check(unit, taken, turns.rest());
+        }
+    }
+
+    #[test]
+    fn from_a_shelf_too() {
+        for (unit, most) in [(1, 4), (3, 5), (8, 9), (64, 200)] {
+            let (shelf, taken) = (Shelf::new(unit, b"start", 100, most), Taken::default());
+            let items = Mutex::new((0..4).map(|_| shelf.item().unwrap()).collect::<Vec<_>>());
+            four_threads(|next| {
+                let _guard = shelf.guard();
+                let (mut item, mut note) = lock(&items).pop().unwrap();
+                while let Some(number) = next() {
+                    fill(&mut item, number);
+                    note.push(u8::try_from(number).unwrap());
+                    if number % 7 == 0 {
+                        std::thread::sleep(std::time::Duration::from_micros(300));
+                    }
+                    let write = |offset, units: &[u8]| {
+                        lock(&taken).push((offset, units.to_vec()));
+                        Ok(())
+                    };
+                    (item, note) = shelf.put(number, (item, note), write).unwrap();
+                }
+            });
+            let (rest, notes) = shelf.rest();
+            assert_eq!(notes, (0..200).collect::<Vec<u8>>());
+            check(unit, taken, rest);
         }
     }
 
     #[test]
     fn nobody_waits_for_an_item_that_failed() {
-        let turns = Turns::new(4, b"");
+        let (turns, shelf) = (Turns::new(4, b""), Shelf::new(4, b"", 10, 1));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| turns.take(1, &mut Item::new(&turns, 0), || ()).map(|_| ()));
+            let waiting = scope.spawn(|| turns.take(1, &mut turns.item(0), || ()).map(|_| ()));
+            let shelving = scope.spawn(|| shelf.put(1, shelf.item().unwrap(), |_, _| Ok(())).map(|_| ()));
             turns.fail();
+            shelf.fail();
             assert!(waiting.join().unwrap().unwrap_err().is_interrupted());
+            assert!(shelving.join().unwrap().unwrap_err().is_interrupted());
         });
     }
 }
