@@ -24,7 +24,7 @@ enum Page {
 }
 
 fn noise(seed: usize) -> impl Iterator<Item = u8> {
-    let mut state = seed as u64 * 0x9e37_79b9_7f4a_7c15 + 1;
+    let mut state = (seed as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     std::iter::from_fn(move || {
         state ^= state << 13;
         state ^= state >> 7;
