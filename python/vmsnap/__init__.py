@@ -31,6 +31,7 @@ from vmsnap.errors import (
 )
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.keys import IdentityFile, KeyProvider, generate_identity, recipients_of, rekey
+from vmsnap.memory import GuestMemory, GuestRegion, MemoryReport
 from vmsnap.sealing import (
     Cleaned,
     Problem,
@@ -51,10 +52,13 @@ __all__ = [
     "Fragment",
     "FragmentReader",
     "FragmentStateError",
+    "GuestMemory",
+    "GuestRegion",
     "IdentityFile",
     "InvalidArgumentError",
     "KeyProvider",
     "KeyUnavailableError",
+    "MemoryReport",
     "NewIdentityWarning",
     "NotEncryptedError",
     "NotSealedError",

@@ -1,6 +1,6 @@
 """The core of vmsnap, compiled from Rust; `vmsnap.snapshot` and `vmsnap.io` are the classes to use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final, final
@@ -12,6 +12,7 @@ __all__ = [
     "Credentials",
     "Fragment",
     "FragmentReader",
+    "GuestMemory",
     "SnapshotReader",
     "SnapshotWriter",
     "StagedSnapshot",
@@ -29,10 +30,45 @@ __all__ = [
     "rekey",
     "seal",
     "verify",
+    "write_memory",
 ]
 
 __version__: Final[str]
 DEFAULT_CHUNK_SIZE_BYTES: Final[int]
+
+def write_memory(
+    writer: SnapshotWriter,
+    regions: Sequence[tuple[int, object, int, int | None]],
+    compress: bool,
+    block_size_bytes: int,
+    chunk_size_bytes: int,
+    detect_zeros: bool,
+    min_gap_bytes: int,
+    zero_unreadable: bool,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
+    """Write guest memory: base, descriptor or buffer, offset and size of each region; `SnapshotWriter.write_memory`."""
+
+@final
+class GuestMemory:
+    """Guest memory in a snapshot; `vmsnap.GuestMemory` is the class to use."""
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """Guest base and size of each."""
+
+    @property
+    def compressed(self) -> bool: ...
+    @property
+    def data_bytes(self) -> int: ...
+    def data_ranges(self, region: int) -> list[tuple[int, int]]: ...
+    def read(self, guest_address: int, size: int) -> bytes: ...
+    def restore(
+        self,
+        destinations: Sequence[tuple[int | None, object, int | None]],
+        progress: Callable[[int, int], object] | None,
+    ) -> None:
+        """Restore to descriptors or buffers, with the base each is to have and the offset in a file."""
 
 def generate_key() -> bytes:
     """Return 32 random bytes from the operating system: a key that a snapshot can be written with."""
@@ -132,6 +168,7 @@ class SnapshotReader:
         require_sealed: bool,
         expect_seal_digest: bytes | None,
     ) -> SnapshotReader: ...
+    def memory(self) -> GuestMemory: ...
     def raw_fragment(self, name: str) -> FragmentReader: ...
     def read_value(self, name: str, format: str | None, max_size_bytes: int) -> tuple[bytes, str]: ...
     def place(self, name: str) -> str: ...

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, overload
 
-from vmsnap import _vmsnap, keys, serialization
+from vmsnap import _vmsnap, keys, memory, serialization
 from vmsnap.errors import InvalidArgumentError
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.serialization.build import converter
@@ -234,6 +234,63 @@ class SnapshotWriter(_Handle):
         data = serialization.encode_at(place, value, format=self.format, default=default, as_list=as_list)
         self._raw.write_whole(name, data)
 
+    def write_memory(
+        self,
+        regions: Iterable[memory.GuestRegion],
+        *,
+        compress: Literal["lz4"] | None = None,
+        progress: memory.Progress | None = None,
+        on_error: Literal["raise", "zero"] = "raise",
+        detect_zeros: bool = True,
+        min_gap_bytes: int = 4096,
+        chunk_size_bytes: int = 65536,
+        block_size_bytes: int = 65536,
+    ) -> memory.MemoryReport:
+        """Write guest memory, by all threads: the fragments ``mem`` and ``mem_metadata``, as crosvm reads them.
+
+        Holes, and pages of zeros, are not stored. Memory may change meanwhile; what is stored is what one read gave.
+
+        Parameters
+        ----------
+        regions
+            What memory there is, in the order in which it is to be restored. Regions do not overlap.
+        compress
+            ``"lz4"``, or nothing.
+        progress
+            Called with the bytes done and all bytes, ten times a second at most. What it raises cancels the dump.
+        on_error
+            Whether pages that cannot be read are an error, or zeros that the report tells of.
+        detect_zeros
+            Whether pages that were touched and are zero are left out too.
+        min_gap_bytes
+            Shorter gaps between data are stored as zeros.
+        chunk_size_bytes
+            Where the snapshot is encrypted: bytes that are encrypted together, as for `raw_fragment`.
+        block_size_bytes
+            Bytes that are compressed together: 64 KiB, 256 KiB, 1 MiB or 4 MiB.
+
+        Raises
+        ------
+        FileExistsError
+            There is a ``mem`` or ``mem_metadata`` in this namespace.
+        InvalidArgumentError
+            Regions overlap, a source is too short, or a size is not allowed.
+        OSError
+            Memory cannot be read, and the text has its guest-physical address; or the disk is full. After any error
+            neither fragment is there.
+        """
+        return memory.write(
+            self._raw,
+            regions,
+            compress=compress,
+            progress=progress,
+            on_error=on_error,
+            detect_zeros=detect_zeros,
+            min_gap_bytes=min_gap_bytes,
+            chunk_size_bytes=chunk_size_bytes,
+            block_size_bytes=block_size_bytes,
+        )
+
     def add_namespace(self, name: str) -> "SnapshotWriter":
         """Create a namespace, and return a writer into it.
 
@@ -352,6 +409,20 @@ class SnapshotReader(_Handle):
             Something else is in its place: a link, a special file, a file that is no encrypted fragment.
         """
         return FragmentReader(self._raw.raw_fragment(name), name)
+
+    def memory(self) -> memory.GuestMemory:
+        """Open the guest memory that `SnapshotWriter.write_memory`, or crosvm, wrote into this namespace.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        CorruptSnapshotError
+            Its regions and ranges contradict each other, or do not fit the data.
+        AuthenticationError
+            It is not what was written.
+        """
+        return memory.GuestMemory(self._raw.memory())
 
     @overload
     def read_fragment(

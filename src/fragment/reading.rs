@@ -167,6 +167,11 @@ impl FragmentReader {
         self.read_at_by(1, offset, buf, &mut || Ok(()))
     }
 
+    /// Refuses in a forked child, where locks may be held for ever.
+    pub(crate) fn check_home(&self) -> Result<()> {
+        self.file.home.check().map_err(|error| error.context(&self.file.place))
+    }
+
     fn read_at_by(
         &self,
         threads: usize,

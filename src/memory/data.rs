@@ -113,6 +113,7 @@ impl Data {
     }
 
     fn cached(&self, index: u64) -> Result<Arc<Vec<u8>>> {
+        self.fragment.check_home()?;
         {
             let mut cache = lock(&self.cache);
             if let Some(at) = cache.iter().position(|(held, _)| *held == index) {

@@ -194,6 +194,12 @@ impl GuestMemory {
         })
     }
 
+    /// Whether there is such memory, before room is made for it.
+    #[cfg(feature = "python")]
+    pub(crate) fn check_address(&self, guest_address: u64, size: u64) -> Result<()> {
+        self.find(guest_address, size).map(drop)
+    }
+
     /// The region of an address, and the offset in it.
     fn find(&self, guest_address: u64, size: u64) -> Result<(&Region, u64)> {
         let region = self.layout.regions.iter().find(|region| {

@@ -10,6 +10,7 @@
 //! fragment.rs         Fragment
 //! fragment_reader.rs  FragmentReader
 //! staging.rs          StagedSnapshot, seal, clean, verify
+//! memory.rs           GuestMemory, write_memory
 //! outline.rs          key_wrapping, outline
 //! ```
 
@@ -18,6 +19,7 @@ mod credentials;
 mod error;
 mod fragment;
 mod fragment_reader;
+mod memory;
 mod outline;
 mod reader;
 mod slot;
@@ -44,6 +46,8 @@ mod _vmsnap {
     use super::fragment::Fragment;
     #[pymodule_export]
     use super::fragment_reader::FragmentReader;
+    #[pymodule_export]
+    use super::memory::{GuestMemory, write_memory};
     #[pymodule_export]
     use super::outline::{key_wrapping, outline};
     #[pymodule_export]

@@ -7,6 +7,7 @@ use pyo3::types::PyBytes;
 
 use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
+use super::memory::GuestMemory;
 use super::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use crate::error::Error;
 use crate::serialization;
@@ -31,6 +32,10 @@ impl SnapshotReader {
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {
         Ok(FragmentReader::new(py.detach(|| self.0.raw_fragment(name))?))
+    }
+
+    fn memory(&self, py: Python<'_>) -> PyResult<GuestMemory> {
+        Ok(GuestMemory(py.detach(|| self.0.memory())?))
     }
 
     /// A fragment that is one serialized value, and its format.

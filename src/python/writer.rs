@@ -12,7 +12,7 @@ use crate::key_metadata;
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotWriter {
-    writer: crate::SnapshotWriter,
+    pub(super) writer: crate::SnapshotWriter,
     /// What to tell the user of an identity that was made for it.
     advice: Option<String>,
 }

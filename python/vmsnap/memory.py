@@ -1,0 +1,197 @@
+"""Guest memory: which there is, where it comes from, and reading it back."""
+
+import io
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from vmsnap import _vmsnap
+from vmsnap.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
+
+    Source: TypeAlias = ReadableBuffer | StrPath | int | io.IOBase
+    Target: TypeAlias = "WriteableBuffer | StrPath | int | io.IOBase | GuestRegion"
+
+__all__ = ["GuestMemory", "GuestRegion", "MemoryReport"]
+
+Progress: TypeAlias = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestRegion:
+    """A contiguous range of guest-physical memory, and what holds it.
+
+    Parameters
+    ----------
+    guest_base
+        The guest-physical address of its first byte.
+    source
+        A buffer (mmap, memoryview, numpy array); or a file, memfd or block device: its path, its descriptor, or an open
+        file. Of a file, holes are not read, and its position stays what it is.
+    offset
+        Where in the source the region begins, in bytes.
+    size
+        Bytes; by default all from there.
+    """
+
+    guest_base: int
+    source: "Source" = field(repr=False)
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """How `SnapshotWriter.write_memory` went."""
+
+    logical_bytes: int
+    """Bytes of all regions."""
+    data_bytes: int
+    """Bytes of all data ranges; the rest is zero."""
+    stored_bytes: int
+    """Bytes of the two fragments' files."""
+    ranges: int
+    """Data ranges."""
+    seconds: float
+    """How long it took."""
+    unreadable: list[range]
+    """Guest-physical addresses of what could not be read, and was taken for zeros."""
+
+
+def _handle(stack: ExitStack, where: "Source | Target", flags: int) -> object:
+    """Return what the core takes: a descriptor, open as long as the stack is, or a buffer."""
+    if isinstance(where, str | os.PathLike):
+        descriptor = os.open(where, flags | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, descriptor)
+        return descriptor
+    return where.fileno() if isinstance(where, io.IOBase) else where
+
+
+def write(
+    raw: _vmsnap.SnapshotWriter,
+    regions: Iterable[GuestRegion],
+    *,
+    compress: 'Literal["lz4"] | None',
+    progress: Progress | None,
+    on_error: Literal["raise", "zero"],
+    detect_zeros: bool,
+    min_gap_bytes: int,
+    chunk_size_bytes: int,
+    block_size_bytes: int,
+) -> MemoryReport:
+    """Write guest memory; `SnapshotWriter.write_memory` says what everything is."""
+    if compress not in (None, "lz4"):
+        raise InvalidArgumentError(f'compress is "lz4" or None, not {compress!r}')
+    if on_error not in ("raise", "zero"):
+        raise InvalidArgumentError(f'on_error is "raise" or "zero", not {on_error!r}')
+    with ExitStack() as stack:
+        logical_bytes, data_bytes, stored_bytes, ranges, seconds, unreadable = _vmsnap.write_memory(
+            raw,
+            [(each.guest_base, _handle(stack, each.source, os.O_RDONLY), each.offset, each.size) for each in regions],
+            compress is not None,
+            block_size_bytes,
+            chunk_size_bytes,
+            detect_zeros,
+            min_gap_bytes,
+            on_error == "zero",
+            progress,
+        )
+    addresses = [range(start, end) for start, end in unreadable]
+    return MemoryReport(logical_bytes, data_bytes, stored_bytes, ranges, seconds, addresses)
+
+
+class GuestMemory:
+    """The guest memory in a snapshot, vmsnap's or crosvm's; from `SnapshotReader.memory`.
+
+    ``memory[0x1000:0x2000]`` reads a range of guest-physical addresses. Any number of threads may read at once.
+    """
+
+    def __init__(self, raw: _vmsnap.GuestMemory) -> None:
+        self._raw = raw
+
+    @property
+    def regions(self) -> list[range]:
+        """The guest-physical addresses of each region, in the order in which they are stored."""
+        return [range(base, base + size) for base, size in self._raw.regions]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it is compressed."""
+        return self._raw.compressed
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all data ranges."""
+        return self._raw.data_bytes
+
+    def data_ranges(self, region: int) -> list[range]:
+        """Return the data ranges of a region, in bytes from its start; between them it is zero.
+
+        Raises
+        ------
+        InvalidArgumentError
+            There is no region of that number.
+        """
+        return [range(start, end) for start, end in self._raw.data_ranges(region)]
+
+    def read(self, guest_address: int, size: int) -> bytes:
+        """Return `size` bytes from a guest-physical address; only what has to be is decrypted and decompressed.
+
+        Raises
+        ------
+        InvalidArgumentError
+            They do not all lie in one region.
+        AuthenticationError, CorruptSnapshotError
+            It is not what was written.
+        """
+        return self._raw.read(guest_address, size)
+
+    def __getitem__(self, addresses: slice) -> bytes:
+        if not isinstance(addresses, slice) or addresses.step not in (None, 1):
+            raise TypeError("guest memory is read by a range of addresses: memory[0x1000:0x2000]")
+        start, end = addresses.start, addresses.stop
+        if start is None or end is None or end < start:
+            raise InvalidArgumentError("a range of guest-physical addresses has a start and an end not before it")
+        return self.read(start, end - start)
+
+    def restore(self, destinations: "Iterable[Target]", *, progress: Progress | None = None) -> None:
+        """Restore all regions, each to its destination, by all threads.
+
+        Parameters
+        ----------
+        destinations
+            For each region, in their order: a buffer of its size that can be written to; a file or memfd (a path, a
+            descriptor, an open file) of its size, or an empty or new one; or a `GuestRegion`, whose address is checked
+            and whose offset may be anywhere in a file. What lies between the data becomes holes where it can.
+        progress
+            Called with the bytes done and all bytes, ten times a second at most.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The destinations are not those of the regions. Nothing was written.
+        AuthenticationError, CorruptSnapshotError, OSError
+            As for any read, or the destination cannot be written. It holds anything then.
+        """
+        with ExitStack() as stack:
+            self._raw.restore([_destination(stack, each) for each in destinations], progress)
+
+    def __repr__(self) -> str:
+        regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])
+        return f"<vmsnap.GuestMemory {regions}{', ...' if len(self.regions) > 4 else ''}>"
+
+
+def _destination(stack: ExitStack, target: "Target") -> tuple[int | None, object, int | None]:
+    flags = os.O_RDWR | os.O_CREAT
+    if not isinstance(target, GuestRegion):
+        return None, _handle(stack, target, flags), None
+    handle = _handle(stack, target.source, flags)
+    if isinstance(handle, int):
+        return target.guest_base, handle, target.offset
+    whole = memoryview(handle).cast("B")  # type: ignore[arg-type]
+    end = None if target.size is None else target.offset + target.size
+    return target.guest_base, whole[target.offset : end], None

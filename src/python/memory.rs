@@ -1,0 +1,211 @@
+//! `_vmsnap.GuestMemory`, and writing guest memory.
+
+#![allow(unsafe_code, reason = "a descriptor is a number in Python")]
+#![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
+
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::buffer::{Readable, Writable};
+use super::writer::SnapshotWriter;
+use super::{check_signals, interruptible, number};
+use crate::error::{Error, Result};
+use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
+
+/// A user looks at progress so often at most.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Guest base, descriptor or buffer, offset in it, size.
+type Source<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+
+/// Guest base, descriptor or buffer, offset in a file.
+type Destination<'py> = (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+
+/// The fields of `vmsnap.MemoryReport`.
+type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
+
+/// Memory that Python holds for the time of a call.
+enum Held<T> {
+    Buffer(T),
+    Descriptor(i32),
+}
+
+impl<T> Held<T> {
+    fn get<'py>(object: &Bound<'py, PyAny>, buffer: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<T>) -> PyResult<Self> {
+        if object.is_instance_of::<pyo3::types::PyInt>() {
+            let descriptor: i32 = number(object, "a file descriptor")?;
+            if descriptor < 0 {
+                return Err(Error::invalid_argument("a file descriptor is not negative").into());
+            }
+            return Ok(Self::Descriptor(descriptor));
+        }
+        Ok(Self::Buffer(buffer(object)?))
+    }
+}
+
+fn borrowed<'a>(descriptor: i32) -> BorrowedFd<'a> {
+    // SAFETY: not -1, and the caller, in Python, keeps it open for the time of the call; one that is not open is an error of
+    // every system call with it.
+    unsafe { BorrowedFd::borrow_raw(descriptor) }
+}
+
+/// Does long `work`, with signals handled and its progress told.
+fn reporting<T: Send>(
+    py: Python<'_>,
+    progress: Option<&Bound<'_, PyAny>>,
+    work: impl FnOnce(&mut dyn FnMut(MemoryProgress) -> Result<()>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let progress = progress.map(|progress| progress.clone().unbind());
+    let (mut raised, mut next, mut total) = (None, Instant::now() + REPORT_INTERVAL, 0);
+    let result = py.detach(|| {
+        work(&mut |MemoryProgress { done_bytes, total_bytes }| {
+            total = total_bytes;
+            let reported = Python::attach(|py| {
+                check_signals(py)?;
+                match &progress {
+                    Some(progress) if Instant::now() >= next => {
+                        next = Instant::now() + REPORT_INTERVAL;
+                        progress.call1(py, (done_bytes.min(total_bytes), total_bytes)).map(drop)
+                    }
+                    _ => Ok(()),
+                }
+            });
+            reported.map_err(|error| {
+                raised = Some(error);
+                Error::interrupted()
+            })
+        })
+    });
+    raised.map_or(Ok(()), Err).and(result.map_err(PyErr::from))
+}
+
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the options of SnapshotWriter.write_memory")]
+pub(super) fn write_memory(
+    py: Python<'_>,
+    writer: &SnapshotWriter,
+    regions: Vec<Source<'_>>,
+    compress: bool,
+    block_size_bytes: &Bound<'_, PyAny>,
+    chunk_size_bytes: &Bound<'_, PyAny>,
+    detect_zeros: bool,
+    min_gap_bytes: &Bound<'_, PyAny>,
+    zero_unreadable: bool,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Report> {
+    let options = MemoryOptions::new()
+        .compress(compress)
+        .block_size_bytes(number(block_size_bytes, "block_size_bytes")?)
+        .chunk_size_bytes(number(chunk_size_bytes, "chunk_size_bytes")?)
+        .detect_zeros(detect_zeros)
+        .min_gap_bytes(number(min_gap_bytes, "min_gap_bytes")?)
+        .zero_unreadable(zero_unreadable);
+    let mut held = Vec::new();
+    for (base, source, offset, size) in &regions {
+        let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;
+        held.push((
+            number(base, "guest_base")?,
+            Held::get(source, Readable::get)?,
+            number::<u64>(offset, "offset")?,
+            size,
+        ));
+    }
+    let regions = held.iter().map(|(base, held, offset, size)| match held {
+        Held::Descriptor(descriptor) => {
+            Ok(GuestRegion::new(*base, FileMemory::new(borrowed(*descriptor), *offset, *size)?))
+        }
+        Held::Buffer(buffer) => Ok(GuestRegion::new(*base, part(buffer.as_slice(), *offset, *size)?)),
+    });
+    let regions = regions.collect::<Result<Vec<_>>>()?;
+    let report = reporting(py, progress, |poll| writer.writer.write_memory_polled(&regions, &options, poll))?;
+    let MemoryReport { logical_bytes, data_bytes, stored_bytes, ranges, unreadable, duration } = report;
+    let unreadable = unreadable.into_iter().map(|range| (range.start, range.end)).collect();
+    Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
+}
+
+/// A part of a buffer.
+fn part(buffer: &[u8], offset: u64, size: Option<u64>) -> Result<&[u8]> {
+    let range = || {
+        let start = usize::try_from(offset).ok()?;
+        let end = size.map_or(Some(buffer.len()), |size| start.checked_add(usize::try_from(size).ok()?))?;
+        buffer.get(start..end)
+    };
+    range().ok_or_else(|| {
+        let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
+        let text = format!("the buffer of guest memory has {} bytes, not {wanted}offset {offset}", buffer.len());
+        Error::invalid_argument(text)
+    })
+}
+
+#[pyclass(frozen, module = "vmsnap._vmsnap")]
+pub(super) struct GuestMemory(pub(super) crate::GuestMemory);
+
+#[pymethods]
+impl GuestMemory {
+    /// Guest base and size of each.
+    #[getter]
+    fn regions(&self) -> Vec<(u64, u64)> {
+        self.0.regions().into_iter().map(|Range { start, end }| (start, end - start)).collect()
+    }
+
+    #[getter]
+    fn compressed(&self) -> bool {
+        self.0.is_compressed()
+    }
+
+    #[getter]
+    fn data_bytes(&self) -> u64 {
+        self.0.data_bytes()
+    }
+
+    fn data_ranges(&self, py: Python<'_>, region: &Bound<'_, PyAny>) -> PyResult<Vec<(u64, u64)>> {
+        let region: usize = number(region, "region")?;
+        let count = self.0.regions().len();
+        if region >= count {
+            return Err(Error::invalid_argument(format!("there are {count} regions, and no region {region}")).into());
+        }
+        let ranges = py.detach(|| self.0.data_ranges(region));
+        Ok(ranges.into_iter().map(|range| (range.start, range.end)).collect())
+    }
+
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        guest_address: &Bound<'py, PyAny>,
+        size: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let (address, size): (u64, usize) = (number(guest_address, "guest_address")?, number(size, "size")?);
+        self.0.check_address(address, size as u64)?;
+        PyBytes::new_with(py, size, |bytes| interruptible(py, |poll| self.0.read_at_polled(address, bytes, poll)))
+    }
+
+    fn restore(
+        &self,
+        py: Python<'_>,
+        destinations: Vec<Destination<'_>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let mut held = Vec::new();
+        for (base, destination, offset) in &destinations {
+            let base = base.as_ref().map(|base| number::<u64>(base, "guest_base")).transpose()?;
+            let offset = offset.as_ref().map(|offset| number::<u64>(offset, "offset")).transpose()?;
+            held.push((base, Held::get(destination, Writable::get)?, offset));
+        }
+        let destinations = held.iter_mut().map(|(base, held, offset)| {
+            let destination = match held {
+                Held::Descriptor(descriptor) => GuestDestination::file(borrowed(*descriptor), *offset)?,
+                Held::Buffer(buffer) => GuestDestination::buffer(buffer.as_mut_slice()),
+            };
+            Ok(match base {
+                Some(base) => destination.at(*base),
+                None => destination,
+            })
+        });
+        let mut destinations = destinations.collect::<Result<Vec<_>>>()?;
+        reporting(py, progress, |poll| self.0.restore_polled(&mut destinations, poll))
+    }
+}

@@ -1,0 +1,209 @@
+"""Guest memory from Python: sources, destinations, reading at random, progress."""
+
+import mmap
+import os
+import pickle
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vmsnap
+from vmsnap import GuestRegion
+
+KEY = bytes(range(32))
+PAGE = 4096
+FORMS = pytest.mark.parametrize("compress", [None, "lz4"])
+BOTH = pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+
+
+def guest() -> bytearray:
+    """Make 2 MiB: holes, text and noise."""
+    memory = bytearray(2 << 20)
+    numbers = random.Random(1)
+    for page in range(0, 512, 3):
+        content = numbers.randbytes(PAGE) if page % 2 else b"text " * 819 + b"\0"
+        memory[page * PAGE : (page + 1) * PAGE] = content
+    return memory
+
+
+def memfd_of(memory: bytes) -> int:
+    descriptor = os.memfd_create("guest")
+    os.truncate(descriptor, len(memory))
+    for start in range(0, len(memory), PAGE):
+        page = memory[start : start + PAGE]
+        if any(page):
+            os.pwrite(descriptor, page, start)
+    return descriptor
+
+
+@BOTH
+@FORMS
+def test_memory_goes_and_comes_back(tmp_path: Path, key: bytes | None, compress: str | None) -> None:
+    memory = guest()
+    with vmsnap.create(tmp_path / "vm1", key=key) as snap:
+        report = snap.write_memory([GuestRegion(0x1000, memory)], compress=compress)
+    pages = len(range(0, 512, 3))
+    assert (report.logical_bytes, report.data_bytes, report.ranges) == (2 << 20, pages * PAGE, pages)
+    assert report.stored_bytes == sum((tmp_path / "vm1" / name).stat().st_size for name in ("mem", "mem_metadata"))
+    assert report.seconds > 0
+    assert report.unreadable == []
+    stored = vmsnap.open(tmp_path / "vm1", key=key).memory()
+    assert stored.regions == [range(0x1000, 0x1000 + (2 << 20))]
+    assert stored.data_ranges(0)[1] == range(3 * PAGE, 4 * PAGE)
+    assert (stored.compressed, stored.data_bytes) == (compress is not None, report.data_bytes)
+    assert stored[0x1000:0x3000] == stored.read(0x1000, 0x2000) == memory[:0x2000]
+    assert stored.read(0x1800, len(memory) - 0x800) == memory[0x800:]
+    back = bytearray(b"\xee" * len(memory))
+    stored.restore([back])
+    assert back == memory
+
+
+def test_sources_of_every_kind_store_the_same(tmp_path: Path) -> None:
+    memory = guest()
+    descriptor = memfd_of(memory)
+    (tmp_path / "ram").write_bytes(b"head" + memory)
+    with mmap.mmap(descriptor, 0) as mapping, open(descriptor, "rb", closefd=False) as file:
+        sources: list[tuple[object, int]] = [
+            (memory, 0),
+            (bytes(memory), 0),
+            (memoryview(memory), 0),
+            (np.frombuffer(memory, np.uint64), 0),
+            (mapping, 0),
+            (descriptor, 0),
+            (file, 0),
+            (tmp_path / "ram", 4),
+            (str(tmp_path / "ram"), 4),
+        ]
+        for number, (source, offset) in enumerate(sources):
+            writer = vmsnap.SnapshotWriter(tmp_path / f"vm{number}")
+            writer.write_memory([GuestRegion(0, source, offset=offset, size=len(memory))])  # type: ignore[arg-type]
+            for name in ("mem", "mem_metadata"):
+                assert (tmp_path / f"vm{number}" / name).read_bytes() == (tmp_path / "vm0" / name).read_bytes()
+    os.close(descriptor)
+
+
+def test_destinations_of_every_kind_get_the_same(tmp_path: Path) -> None:
+    memory = guest()
+    vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory([GuestRegion(0x5000, memory)], compress="lz4")
+    stored = vmsnap.open(tmp_path / "vm1").memory()
+    stored.restore([tmp_path / "new"])
+    assert (tmp_path / "new").read_bytes() == memory
+    assert (tmp_path / "new").stat().st_blocks * 512 < len(memory) // 2
+    descriptor = os.memfd_create("guest")
+    os.pwrite(descriptor, b"\xee" * len(memory), 0)
+    with mmap.mmap(descriptor, len(memory)) as mapping:
+        for target in (descriptor, mapping):
+            os.pwrite(descriptor, b"\xee" * len(memory), 0)
+            stored.restore([target])
+            assert os.pread(descriptor, len(memory), 0) == memory
+    array = np.ones(len(memory), np.uint8)
+    stored.restore([array])
+    assert array.tobytes() == memory
+    with open(tmp_path / "image", "w+b") as file:
+        stored.restore([GuestRegion(0x5000, file, offset=0x5000)])
+    assert (tmp_path / "image").read_bytes() == bytes(0x5000) + memory
+    wide = bytearray(b"\xee" * (len(memory) + 20))
+    stored.restore([GuestRegion(0x5000, wide, offset=10, size=len(memory))])
+    assert wide == b"\xee" * 10 + memory + b"\xee" * 10
+    os.close(descriptor)
+
+
+def test_refusals_leave_everything_as_it_was(tmp_path: Path) -> None:
+    writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
+    page = bytes([7]) * PAGE
+    refusals: list[tuple[Callable[[], object], str]] = [
+        (lambda: writer.write_memory([GuestRegion(0, page), GuestRegion(1, page)]), "overlap"),
+        (lambda: writer.write_memory([GuestRegion(0, page, offset=1, size=PAGE)]), "has 4096 bytes"),
+        (lambda: writer.write_memory([GuestRegion(-1, page)]), "guest_base"),
+        (lambda: writer.write_memory([GuestRegion(0, page)], compress="zstd"), "lz4"),  # type: ignore[arg-type]
+        (lambda: writer.write_memory([GuestRegion(0, page)], block_size_bytes=5), "64 KiB"),
+        (lambda: writer.write_memory([GuestRegion(0, page)], on_error="skip"), "on_error"),  # type: ignore[arg-type]
+    ]
+    for call, text in refusals:
+        with pytest.raises(vmsnap.InvalidArgumentError, match=text):
+            call()
+    with pytest.raises(FileNotFoundError):
+        writer.write_memory([GuestRegion(0, tmp_path / "absent")])
+    assert os.listdir(tmp_path / "vm1") == []
+    writer.write_memory([GuestRegion(0x1000, page)])
+    with pytest.raises(FileExistsError):
+        writer.write_memory([GuestRegion(0x1000, page)])
+    stored = vmsnap.open(tmp_path / "vm1").memory()
+    back = bytearray(PAGE)
+    wrong: list[tuple[list[object], str]] = [
+        ([], "expected 1 memory regions but there are 0"),
+        ([bytearray(5)], "has 5 bytes"),
+        ([GuestRegion(0, back)], "is at 0x0"),
+        ([back, back], "expected 1"),
+    ]
+    for targets, text in wrong:
+        with pytest.raises(vmsnap.InvalidArgumentError, match=text):
+            stored.restore(targets)  # type: ignore[arg-type]
+    assert back == bytes(PAGE)
+    for address, size in [(0, 1), (0x1000, PAGE + 1), (-1, 1)]:
+        with pytest.raises(vmsnap.InvalidArgumentError):
+            stored.read(address, size)
+    with pytest.raises(TypeError):
+        stored[0x1000]  # type: ignore[index]
+    with pytest.raises(vmsnap.InvalidArgumentError):
+        stored[0x2000:0x1000]
+    with pytest.raises(vmsnap.InvalidArgumentError):
+        stored.data_ranges(1)
+
+
+def test_progress_is_told_and_may_cancel(tmp_path: Path) -> None:
+    memory = np.random.default_rng(1).integers(0, 256, 768 << 20, np.uint8)
+    told: list[tuple[int, int]] = []
+
+    def show(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    writer = vmsnap.SnapshotWriter(tmp_path / "vm1", key=KEY, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_memory([GuestRegion(0, memory)], compress="lz4", progress=show)
+    assert all(0 <= done <= total == memory.size for done, total in told)
+    assert told == sorted(told)
+    assert os.listdir(tmp_path / "vm1") == ["enc_metadata"]
+
+
+def test_damaged_memory_is_told(tmp_path: Path) -> None:
+    memory = guest()
+    for name, key, compress in [("a", None, None), ("b", None, "lz4"), ("c", KEY, None), ("d", KEY, "lz4")]:
+        root = tmp_path / name
+        vmsnap.SnapshotWriter(root, key=key).write_memory([GuestRegion(0, memory)], compress=compress)  # type: ignore[arg-type]
+        whole = (root / "mem").read_bytes()
+        for damaged in (whole[:-1], whole + b"\0", whole[: len(whole) // 2], b""):
+            (root / "mem").write_bytes(damaged)
+            with pytest.raises((vmsnap.CorruptSnapshotError, vmsnap.AuthenticationError)):
+                vmsnap.open(root, key=key).memory()
+        (root / "mem").write_bytes(whole)
+        vmsnap.open(root, key=key).memory().restore([bytearray(len(memory))])
+
+
+def test_lz4s_own_program_reads_it(tmp_path: Path) -> None:
+    try:
+        subprocess.run(["lz4", "--version"], capture_output=True, check=True)
+    except FileNotFoundError:
+        if os.environ.get("VMSNAP_REQUIRE_ALL"):
+            raise
+        pytest.skip("the program lz4 is not installed")
+    memory = guest()
+    vmsnap.SnapshotWriter(tmp_path / "plain").write_memory([GuestRegion(0, memory)])
+    for size in (64, 256, 1024, 4096):
+        root = tmp_path / str(size)
+        vmsnap.SnapshotWriter(root).write_memory(
+            [GuestRegion(0, memory)], compress="lz4", block_size_bytes=size << 10, chunk_size_bytes=100
+        )
+        done = subprocess.run(["lz4", "-d", "-c", str(root / "mem")], capture_output=True, check=True)
+        assert done.stdout == (tmp_path / "plain/mem").read_bytes()
+
+
+def test_a_writer_from_a_pickle_writes_memory(tmp_path: Path) -> None:
+    with vmsnap.create(tmp_path / "vm1", key=KEY) as snap:
+        pickle.loads(pickle.dumps(snap.add_namespace("ram"))).write_memory([GuestRegion(0, b"x" * 5000)])
+    assert vmsnap.open(tmp_path / "vm1", key=KEY).namespace("ram").memory()[4990:5000] == b"x" * 10
