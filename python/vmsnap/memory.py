@@ -13,8 +13,8 @@ from vmsnap.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
-    Source: TypeAlias = ReadableBuffer | StrPath | int | io.IOBase
-    Target: TypeAlias = "WriteableBuffer | StrPath | int | io.IOBase | GuestRegion"
+    _Source: TypeAlias = ReadableBuffer | StrPath | int | io.IOBase
+    _Target: TypeAlias = "WriteableBuffer | StrPath | int | io.IOBase | GuestRegion"
 
 __all__ = ["GuestMemory", "GuestRegion", "MemoryReport"]
 
@@ -39,7 +39,7 @@ class GuestRegion:
     """
 
     guest_base: int
-    source: "Source" = field(repr=False)
+    source: "_Source" = field(repr=False)
     offset: int = 0
     size: int | None = None
 
@@ -62,7 +62,7 @@ class MemoryReport:
     """Guest-physical addresses of what could not be read, and was taken for zeros."""
 
 
-def _handle(stack: ExitStack, where: "Source | Target", flags: int) -> object:
+def _handle(stack: ExitStack, where: "_Source | _Target", flags: int) -> object:
     """Return what the core takes: a descriptor, open as long as the stack is, or a buffer."""
     if isinstance(where, str | os.PathLike):
         descriptor = os.open(where, flags | os.O_CLOEXEC, 0o600)
@@ -158,7 +158,7 @@ class GuestMemory:
             raise InvalidArgumentError("a range of guest-physical addresses has a start and an end not before it")
         return self.read(start, end - start)
 
-    def restore(self, destinations: "Iterable[Target]", *, progress: Progress | None = None) -> None:
+    def restore(self, destinations: "Iterable[_Target]", *, progress: Progress | None = None) -> None:
         """Restore all regions, each to its destination, by all threads.
 
         Parameters
@@ -185,7 +185,7 @@ class GuestMemory:
         return f"<vmsnap.GuestMemory {regions}{', ...' if len(self.regions) > 4 else ''}>"
 
 
-def _destination(stack: ExitStack, target: "Target") -> tuple[int | None, object, int | None]:
+def _destination(stack: ExitStack, target: "_Target") -> tuple[int | None, object, int | None]:
     flags = os.O_RDWR | os.O_CREAT
     if not isinstance(target, GuestRegion):
         return None, _handle(stack, target, flags), None
