@@ -290,6 +290,38 @@ fn memory_that_cannot_be_read_is_told_with_its_address() {
 }
 
 #[test]
+fn a_region_of_an_exabyte_takes_no_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("vm1");
+    let writer = SnapshotOptions::new().create(&root).unwrap();
+    writer.write_memory(&[GuestRegion::new(0, vec![7; 8192])], &MemoryOptions::new()).unwrap();
+    let ranges = [(1_u64 << 41, (1_u64 << 41) + 4096), ((1 << 41) + (9 << 20), (1 << 41) + (9 << 20) + 4096)];
+    let ranges: Vec<_> = ranges.iter().map(|(start, end)| serde_json::json!({"start": start, "end": end})).collect();
+    let metadata = |size: u64| {
+        let region = serde_json::json!({"guest_base": 0, "size": size, "data_ranges": ranges});
+        serde_json::json!({"regions": [region], "compressed": false})
+    };
+    let file = File::create_new(folder.path().join("image")).unwrap();
+    for (size, sparse) in [(1_u64 << 60, false), (1 << 42, true)] {
+        std::fs::write(root.join("mem_metadata"), metadata(size).to_string()).unwrap();
+        let memory = SnapshotReader::new(&root, false).unwrap().memory().unwrap();
+        let mut page = [0; 4096];
+        memory.read_at((1 << 41) + (9 << 20), &mut page).unwrap();
+        assert_eq!(page, [7; 4096]);
+        let restored = memory.restore(&mut [GuestDestination::file(&file, None).unwrap()]);
+        // Most file systems hold no exabyte; all that are in use hold some terabytes of holes.
+        if sparse {
+            restored.unwrap();
+            let file = File::open(folder.path().join("image")).unwrap();
+            file.read_exact_at(&mut page, 1 << 41).unwrap();
+            assert_eq!(page, [7; 4096]);
+        } else if restored.is_ok() {
+            file.set_len(0).unwrap();
+        }
+    }
+}
+
+#[test]
 fn regions_that_overlap_are_refused_and_a_cancelled_dump_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().join("vm1");

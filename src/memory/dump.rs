@@ -373,7 +373,7 @@ impl<'a> Dump<'a> {
     fn gather(&self, region: usize, slice: Range<u64>, worker: &mut Worker) -> Result<()> {
         let source = &*self.regions[region].source;
         let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_A_DOUBLING;
-        let min_gap = self.options.min_gap_bytes << doublings.min(20);
+        let min_gap = self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20));
         let mut at = slice.start;
         while at < slice.end {
             let looked = source.next_data(at);

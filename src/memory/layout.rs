@@ -137,7 +137,8 @@ impl Metadata {
                 ranges.push(StoredRange { start, end, data: data_bytes });
                 data_bytes = data_bytes
                     .checked_add(end - start)
-                    .ok_or_else(|| Error::corrupt("the data ranges go beyond 64 bits"))?;
+                    .filter(|bytes| i64::try_from(*bytes).is_ok())
+                    .ok_or_else(|| Error::corrupt("the data ranges are more than a file can hold"))?;
                 last = end;
             }
             regions.push(Region { guest_base: region.guest_base, size: region.size, ranges });

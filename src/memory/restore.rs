@@ -273,14 +273,14 @@ impl GuestMemory {
                 }
                 Kind::File { file, offset } => {
                     let offset = offset.unwrap_or(0);
-                    let fresh = make_long_enough(file, offset, region.size)?;
-                    let starts = (0..region.size).step_by(SLICE_BYTES);
-                    slices.extend(starts.map(|start| (region, start, Target::File(file, offset, fresh))));
+                    make_zero_and_long_enough(file, offset, region.size)?;
+                    slices.extend(slices_with_data(region).map(|start| (region, start, Target::File(file, offset))));
                 }
             }
         }
         let done = AtomicU64::new(0);
-        let mut poll = || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed), total_bytes });
+        let mut poll =
+            || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed).min(total_bytes), total_bytes });
         let mut workers: Vec<_> = (0..self.threads.min(slices.len())).map(|_| Strip::default()).collect();
         for_each(&mut workers, slices.into_iter(), &mut Poll::new(&mut poll), |strip, (region, start, target)| {
             self.restore_slice(strip, region, start, target).map_err(|error| error.context(&self.place))?;
@@ -345,14 +345,14 @@ impl GuestMemory {
         };
         let ranges = ranges_in(region, start, end);
         if ranges.len() > MAX_HOLES {
-            target.zero(start, start..end)?;
+            target.zero(start, start..end);
         } else {
             let mut at = start;
             for range in ranges {
-                target.zero(start, at..range.start.max(start))?;
+                target.zero(start, at..range.start.max(start));
                 at = range.end.min(end);
             }
-            target.zero(start, at..end)?;
+            target.zero(start, at..end);
         }
         let [first, ..] = ranges else { return Ok(()) };
         let last = &ranges[ranges.len() - 1];
@@ -397,8 +397,8 @@ fn ranges_in(region: &Region, start: u64, end: u64) -> &[super::layout::StoredRa
 /// Where a slice of a region goes.
 enum Target<'a> {
     Buffer(&'a mut [u8], Backing),
-    /// The file, where in it the region begins, and whether it is known to be zero.
-    File(&'a File, u64, bool),
+    /// The file, which is zero where nothing was written, and where in it the region begins.
+    File(&'a File, u64),
 }
 
 impl Target<'_> {
@@ -414,22 +414,15 @@ impl Target<'_> {
                 place.copy_from_slice(data);
                 Ok(())
             }
-            Self::File(file, offset, _) => file.write_all_at(data, *offset + at).map_err(not_written),
+            Self::File(file, offset) => file.write_all_at(data, *offset + at).map_err(not_written),
         }
     }
 
-    fn zero(&mut self, start: u64, range: Range<u64>) -> Result<()> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        match self {
-            Self::Buffer(part, backing) => {
-                let at = |offset: u64| usize::try_from(offset - start).unwrap_or(usize::MAX);
-                make_zero(&mut part[at(range.start)..at(range.end)], *backing);
-                Ok(())
-            }
-            Self::File(_, _, true) => Ok(()),
-            Self::File(file, offset, false) => punch(file, *offset + range.start, *offset + range.end),
+    /// Makes a part of the region zero, where it is not yet.
+    fn zero(&mut self, start: u64, range: Range<u64>) {
+        if let Self::Buffer(part, backing) = self {
+            let at = |offset: u64| usize::try_from(offset - start).unwrap_or(usize::MAX);
+            make_zero(&mut part[at(range.start)..at(range.end)], *backing);
         }
     }
 }
@@ -453,18 +446,28 @@ fn is_writable(file: &File) -> bool {
     fs::fcntl_getfl(file).is_ok_and(|flags| !(flags & fs::OFlags::RWMODE).is_empty())
 }
 
-/// Extends a file where it is too short; says whether there is nothing but zeros where the region goes.
-fn make_long_enough(file: &File, offset: u64, size: u64) -> Result<bool> {
+/// Where slices of a region begin in which there is data.
+fn slices_with_data(region: &Region) -> impl Iterator<Item = u64> + '_ {
+    let mut next = 0;
+    region.ranges.iter().flat_map(move |range| {
+        let first = (range.start / SLICE_BYTES as u64 * SLICE_BYTES as u64).max(next);
+        next = range.end.next_multiple_of(SLICE_BYTES as u64).max(next);
+        (first..next).step_by(SLICE_BYTES)
+    })
+}
+
+/// Extends a file where it is too short, and makes a hole of the part where the region goes.
+fn make_zero_and_long_enough(file: &File, offset: u64, size: u64) -> Result<()> {
     let (length, kind) = examine(file)?;
     if kind == fs::FileType::RegularFile && length < offset + size {
         file.set_len(offset + size).map_err(not_written)?;
     }
-    Ok(length <= offset && kind == fs::FileType::RegularFile)
+    let used = if kind == fs::FileType::RegularFile { length.min(offset + size) } else { offset + size };
+    if offset < used { punch(file, offset, used) } else { Ok(()) }
 }
 
-/// Makes a part of a file zero.
+/// Makes a part of a file zero, as a hole where that can be.
 fn punch(file: &File, mut start: u64, end: u64) -> Result<()> {
-    // Mostly there is a hole already.
     match fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start) {
         Ok(()) => return Ok(()),
         Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::INVAL) => {}
