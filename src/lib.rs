@@ -74,7 +74,7 @@ pub use key::{
 pub use key_metadata::{key_wrapping, rekey};
 pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
-    MemoryReport,
+    MemoryReport, ProcessMemory, ProcessRange,
 };
 pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};

@@ -30,7 +30,7 @@ pub(super) const CHUNK_SIZE_BYTES: usize = 64 << 10;
 const SHELVED: usize = 8;
 
 /// So that the list of ranges of a large and scattered guest stays some tens of MiB, the shortest gap doubles each so many.
-const RANGES_A_DOUBLING: usize = 1 << 17;
+const RANGES_A_DOUBLING: usize = 1 << 16;
 
 /// A guest region to be stored.
 pub struct GuestRegion<'a> {
@@ -178,7 +178,8 @@ impl SnapshotWriter {
         self.write_memory_polled(regions, options, &mut |_| Ok(()))
     }
 
-    /// The same, and asks `progress` from time to time (not more often than every 50 ms) whether to go on.
+    /// The same, and asks `progress` from time to time (not more often than every 50 ms), and when all was written, whether to go
+    /// on.
     ///
     /// # Errors
     ///
@@ -214,10 +215,11 @@ impl SnapshotWriter {
                 Ok(stored.rest.offset)
             })?;
             memory.write_all_polled(&rest, poll)?;
-            let found = dump.found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut found = dump.found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
             let document = found.metadata(regions, options, lengths);
             let mut report = found.report(&document);
             metadata.write_all_polled(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
+            progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
             // First what is short: where one of the two fails, it is not the other's failure that is told.
             metadata.finish_polled(&mut || Ok(()))?;
             memory.finish_polled(&mut || Ok(()))?;
@@ -261,6 +263,8 @@ struct Found {
 
 struct Worker {
     slice: Item,
+    /// What the source says of the slice, and what is kept of it.
+    found: Vec<Range<u64>>,
     ranges: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
     /// And the buffer for compressed blocks, with their lengths; it is with the shelf meanwhile.
@@ -333,6 +337,7 @@ impl<'a> Dump<'a> {
         let packing = stages.frame.as_ref().map(|shelf| (Packer::new(), shelf.item()));
         Worker {
             slice: stages.data.item(SLICE_BYTES),
+            found: Vec::new(),
             ranges: Vec::new(),
             unreadable: Vec::new(),
             packing,
@@ -349,7 +354,7 @@ impl<'a> Dump<'a> {
         self.gather(region, start..end, worker).map_err(|error| {
             error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
         })?;
-        let Worker { slice, ranges, unreadable, packing, part } = worker;
+        let Worker { slice, ranges, unreadable, packing, part, .. } = worker;
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
         let (offset, units) = stages.data.take(number, slice, || lock(&self.found).add(region, ranges, unreadable))?;
         match (packing, &stages.frame) {
@@ -374,13 +379,16 @@ impl<'a> Dump<'a> {
         let source = &*self.regions[region].source;
         let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_A_DOUBLING;
         let min_gap = self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20));
+        let mut found = std::mem::take(&mut worker.found);
+        found.clear();
+        let looked = source.data_ranges(slice.clone(), &mut found);
+        looked.map_err(|error| Error::io("cannot be looked at for holes", error))?;
         let mut at = slice.start;
-        while at < slice.end {
-            let looked = source.next_data(at);
-            let Some(data) = looked.map_err(|error| Error::io("cannot be looked at for holes", error))? else { break };
+        for data in &found {
+            // Whatever a source says, nothing is taken twice or from elsewhere.
             let (start, end) = (data.start.max(at), data.end.min(slice.end));
             if start >= end {
-                break;
+                continue;
             }
             if let Some(last) = worker.ranges.last_mut()
                 && start - last.end < min_gap
@@ -402,6 +410,7 @@ impl<'a> Dump<'a> {
             worker.slice.grow(kept);
             at = end;
         }
+        worker.found = found;
         Ok(())
     }
 
@@ -420,7 +429,7 @@ impl<'a> Dump<'a> {
                 Err(error) => error,
             };
             let page = page_end(at).min(start + buf.len() as u64);
-            if !self.options.zero_unreadable {
+            if !self.options.zero_unreadable || error.kind() == io::ErrorKind::NotFound {
                 let text = format!("guest-physical address {:#x} cannot be read", guest_base + at);
                 return Err(Error::io(text, error));
             }
@@ -510,11 +519,12 @@ impl Found {
         }
     }
 
-    fn metadata(&self, regions: &[GuestRegion<'_>], options: &MemoryOptions, lengths: Option<Vec<u8>>) -> Metadata {
-        let regions = regions.iter().zip(&self.ranges).map(|(region, ranges)| RegionMetadata {
+    /// What was found, which it takes: the list may be long.
+    fn metadata(&mut self, regions: &[GuestRegion<'_>], options: &MemoryOptions, lengths: Option<Vec<u8>>) -> Metadata {
+        let regions = regions.iter().zip(&mut self.ranges).map(|(region, ranges)| RegionMetadata {
             guest_base: region.guest_base,
             size: region.source.size(),
-            data_ranges: ranges.clone(),
+            data_ranges: std::mem::take(ranges),
         });
         Metadata {
             regions: regions.collect(),

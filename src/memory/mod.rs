@@ -1,7 +1,9 @@
 //! Guest memory: the fragments `mem` and `mem_metadata`, crosvm's, written and read by all threads.
 //!
 //! ```text
-//! source.rs    where guest memory comes from
+//! source.rs    where guest memory comes from: bytes at hand,
+//! file.rs      a file,
+//! process.rs   a live process
 //! zeros.rs     pages of zeros
 //! turns.rs     one stream of bytes, brought by several threads
 //! lz4.rs       one LZ4 frame, made and read block by block
@@ -14,16 +16,20 @@
 
 mod data;
 mod dump;
+mod file;
 mod layout;
 mod lz4;
 mod pages;
+mod process;
 mod restore;
 mod source;
 mod turns;
 mod zeros;
 
 pub use dump::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
+pub use file::FileMemory;
 #[cfg(any(test, fuzzing))]
 pub(crate) use layout::Metadata;
+pub use process::{ProcessMemory, ProcessRange};
 pub use restore::{GuestDestination, GuestMemory};
-pub use source::{FileMemory, GuestMemorySource};
+pub use source::GuestMemorySource;

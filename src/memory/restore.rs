@@ -69,6 +69,7 @@ pub struct GuestDestination<'a> {
 }
 
 enum Kind<'a> {
+    Nowhere,
     Buffer(&'a mut [u8]),
     File { file: File, offset: Option<u64> },
 }
@@ -90,6 +91,12 @@ impl<'a> GuestDestination<'a> {
         Ok(Self { guest_base: None, kind: Kind::File { file, offset } })
     }
 
+    /// Nowhere: the region is left out.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        Self { guest_base: None, kind: Kind::Nowhere }
+    }
+
     /// The guest-physical address that the region is to have.
     #[must_use]
     pub fn at(mut self, guest_base: u64) -> Self {
@@ -101,6 +108,7 @@ impl<'a> GuestDestination<'a> {
 impl fmt::Debug for GuestDestination<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
+            Kind::Nowhere => "nowhere",
             Kind::Buffer(_) => "buffer",
             Kind::File { .. } => "file",
         };
@@ -250,7 +258,7 @@ impl GuestMemory {
         self.restore_polled(destinations, &mut |_| Ok(()))
     }
 
-    /// The same, and asks `progress` from time to time (not more often than every 50 ms) whether to go on.
+    /// The same, and asks `progress` from time to time (not more often than every 50 ms), and at the end, whether to go on.
     ///
     /// # Errors
     ///
@@ -261,10 +269,13 @@ impl GuestMemory {
         progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
     ) -> Result<()> {
         self.check(destinations)?;
-        let total_bytes = self.layout.regions.iter().map(|region| region.size).sum();
+        let chosen = self.layout.regions.iter().zip(&*destinations);
+        let chosen = chosen.filter(|(_, destination)| !matches!(destination.kind, Kind::Nowhere));
+        let total_bytes = chosen.map(|(region, _)| region.size).sum();
         let mut slices = Vec::new();
         for (region, destination) in self.layout.regions.iter().zip(destinations) {
             match &mut destination.kind {
+                Kind::Nowhere => {}
                 Kind::Buffer(buffer) => {
                     let backing = Backing::of(buffer);
                     for (number, part) in buffer.chunks_mut(SLICE_BYTES).enumerate() {
@@ -286,7 +297,8 @@ impl GuestMemory {
             self.restore_slice(strip, region, start, target).map_err(|error| error.context(&self.place))?;
             done.fetch_add(SLICE_BYTES as u64, Ordering::Relaxed);
             Ok(())
-        })
+        })?;
+        progress(MemoryProgress { done_bytes: total_bytes, total_bytes })
     }
 
     /// Everything that can be wrong with destinations, before the first byte is written.
@@ -300,6 +312,8 @@ impl GuestMemory {
                 destinations.len()
             )));
         }
+        // Device, inode and range of each file.
+        let mut taken: Vec<(u64, u64, Range<u64>)> = Vec::new();
         for (number, (region, destination)) in regions.iter().zip(destinations).enumerate() {
             let refuse =
                 |text: String| Err(Error::invalid_argument(format!("the destination of region {number} {text}")));
@@ -312,7 +326,7 @@ impl GuestMemory {
                 Kind::Buffer(buffer) if buffer.len() as u64 != region.size => {
                     return refuse(format!("has {} bytes, and the region {}", buffer.len(), region.size));
                 }
-                Kind::Buffer(_) => {}
+                Kind::Nowhere | Kind::Buffer(_) => {}
                 Kind::File { file, offset } => {
                     let (length, kind) = examine(file)?;
                     if kind != fs::FileType::RegularFile && kind != fs::FileType::BlockDevice {
@@ -331,6 +345,16 @@ impl GuestMemory {
                     if !is_writable(file) {
                         return refuse("is not open for writing".to_owned());
                     }
+                    let stat =
+                        fs::fstat(file).map_err(|errno| Error::io("the destination cannot be examined", errno))?;
+                    let start = offset.unwrap_or(0);
+                    let end = start + region.size;
+                    if taken.iter().any(|(device, inode, range)| {
+                        (*device, *inode) == (stat.st_dev, stat.st_ino) && range.start < end && start < range.end
+                    }) {
+                        return refuse("is in a part of a file that another region is restored to".to_owned());
+                    }
+                    taken.push((stat.st_dev, stat.st_ino, start..end));
                 }
             }
         }

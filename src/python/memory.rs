@@ -1,4 +1,4 @@
-//! `_vmsnap.GuestMemory`, and writing guest memory.
+//! `_vmsnap.GuestMemory` and `_vmsnap.ProcessMemory`, and writing guest memory.
 
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
 #![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
@@ -19,7 +19,7 @@ use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProg
 /// A user looks at progress so often at most.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Guest base, descriptor or buffer, offset in it, size.
+/// Guest base; descriptor, buffer or process; offset in it; size.
 type Source<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
 /// Guest base, descriptor or buffer, offset in a file.
@@ -32,6 +32,8 @@ type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
 enum Held<T> {
     Buffer(T),
     Descriptor(i32),
+    Process(crate::ProcessMemory),
+    Nowhere,
 }
 
 impl<T> Held<T> {
@@ -60,14 +62,15 @@ fn reporting<T: Send>(
     work: impl FnOnce(&mut dyn FnMut(MemoryProgress) -> Result<()>) -> Result<T> + Send,
 ) -> PyResult<T> {
     let progress = progress.map(|progress| progress.clone().unbind());
-    let (mut raised, mut next, mut total) = (None, Instant::now() + REPORT_INTERVAL, 0);
+    let (mut raised, mut next, mut told) = (None, Instant::now() + REPORT_INTERVAL, 0);
     let result = py.detach(|| {
         work(&mut |MemoryProgress { done_bytes, total_bytes }| {
-            total = total_bytes;
             let reported = Python::attach(|py| {
                 check_signals(py)?;
                 match &progress {
-                    Some(progress) if Instant::now() >= next => {
+                    // The last one always.
+                    Some(progress) if Instant::now() >= next || (done_bytes >= total_bytes && told < total_bytes) => {
+                        told = done_bytes;
                         next = Instant::now() + REPORT_INTERVAL;
                         progress.call1(py, (done_bytes.min(total_bytes), total_bytes)).map(drop)
                     }
@@ -81,6 +84,28 @@ fn reporting<T: Send>(
         })
     });
     raised.map_or(Ok(()), Err).and(result.map_err(PyErr::from))
+}
+
+/// The memory of a process, from which parts of it are taken.
+#[pyclass(frozen, module = "vmsnap")]
+pub(super) struct ProcessMemory(crate::ProcessMemory);
+
+#[pymethods]
+impl ProcessMemory {
+    #[new]
+    fn new(py: Python<'_>, pid: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let pid = number(pid, "pid")?;
+        Ok(Self(py.detach(|| crate::ProcessMemory::open(pid))?))
+    }
+
+    #[getter]
+    fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("vmsnap.ProcessMemory({})", self.0.pid())
+    }
 }
 
 #[pyfunction]
@@ -107,14 +132,18 @@ pub(super) fn write_memory(
     let mut held = Vec::new();
     for (base, source, offset, size) in &regions {
         let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;
-        held.push((
-            number(base, "guest_base")?,
-            Held::get(source, Readable::get)?,
-            number::<u64>(offset, "offset")?,
-            size,
-        ));
+        let held_source = match source.cast::<ProcessMemory>() {
+            Ok(process) => Held::Process(process.get().0.clone()),
+            Err(_) => Held::get(source, Readable::get)?,
+        };
+        held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
     let regions = held.iter().map(|(base, held, offset, size)| match held {
+        Held::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
+        Held::Process(process) => {
+            let size = size.ok_or_else(|| Error::invalid_argument("of a process' memory, the size is needed"))?;
+            Ok(GuestRegion::new(*base, process.range(*offset, size)?))
+        }
         Held::Descriptor(descriptor) => {
             Ok(GuestRegion::new(*base, FileMemory::new(borrowed(*descriptor), *offset, *size)?))
         }
@@ -139,6 +168,16 @@ fn part(buffer: &[u8], offset: u64, size: Option<u64>) -> Result<&[u8]> {
         let text = format!("the buffer of guest memory has {} bytes, not {wanted}offset {offset}", buffer.len());
         Error::invalid_argument(text)
     })
+}
+
+/// Two slices of the same bytes must not be written to; Python may well give one buffer twice.
+fn refuse_overlaps(buffers: impl Iterator<Item = Range<*const u8>>) -> Result<()> {
+    let mut buffers: Vec<_> = buffers.map(|range| range.start.addr()..range.end.addr()).collect();
+    buffers.sort_by_key(|range| range.start);
+    if buffers.windows(2).any(|pair| pair[0].end > pair[1].start) {
+        return Err(Error::invalid_argument("two regions cannot be restored into the same bytes of a buffer"));
+    }
+    Ok(())
 }
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
@@ -193,10 +232,16 @@ impl GuestMemory {
         for (base, destination, offset) in &destinations {
             let base = base.as_ref().map(|base| number::<u64>(base, "guest_base")).transpose()?;
             let offset = offset.as_ref().map(|offset| number::<u64>(offset, "offset")).transpose()?;
-            held.push((base, Held::get(destination, Writable::get)?, offset));
+            let to = if destination.is_none() { Held::Nowhere } else { Held::get(destination, Writable::get)? };
+            held.push((base, to, offset));
         }
-        let destinations = held.iter_mut().map(|(base, held, offset)| {
+        refuse_overlaps(held.iter_mut().filter_map(|(_, held, _)| match held {
+            Held::Buffer(buffer) => Some(buffer.as_mut_slice().as_ptr_range()),
+            _ => None,
+        }))?;
+        let opened = held.iter_mut().map(|(base, held, offset)| {
             let destination = match held {
+                Held::Process(_) | Held::Nowhere => GuestDestination::nowhere(),
                 Held::Descriptor(descriptor) => GuestDestination::file(borrowed(*descriptor), *offset)?,
                 Held::Buffer(buffer) => GuestDestination::buffer(buffer.as_mut_slice()),
             };
@@ -205,7 +250,7 @@ impl GuestMemory {
                 None => destination,
             })
         });
-        let mut destinations = destinations.collect::<Result<Vec<_>>>()?;
-        reporting(py, progress, |poll| self.0.restore_polled(&mut destinations, poll))
+        let mut opened = opened.collect::<Result<Vec<_>>>()?;
+        reporting(py, progress, |poll| self.0.restore_polled(&mut opened, poll))
     }
 }

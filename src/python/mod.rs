@@ -10,7 +10,7 @@
 //! fragment.rs         Fragment
 //! fragment_reader.rs  FragmentReader
 //! staging.rs          StagedSnapshot, seal, clean, verify
-//! memory.rs           GuestMemory, write_memory
+//! memory.rs           GuestMemory, ProcessMemory, write_memory
 //! outline.rs          key_wrapping, outline
 //! ```
 
@@ -47,7 +47,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::fragment_reader::FragmentReader;
     #[pymodule_export]
-    use super::memory::{GuestMemory, write_memory};
+    use super::memory::{GuestMemory, ProcessMemory, write_memory};
     #[pymodule_export]
     use super::outline::{key_wrapping, outline};
     #[pymodule_export]

@@ -1,0 +1,245 @@
+//! A file as guest memory.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use rustix::fs::{self, SeekFrom};
+use rustix::io::Errno;
+
+use super::source::GuestMemorySource;
+use crate::error::{Error, Result};
+use crate::threads::lock;
+
+/// A part of a file, memfd or block device as guest memory. Holes are not read.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("ram");
+/// std::fs::write(&path, [7; 8192])?;
+/// let memory = vmsnap::FileMemory::new(std::fs::File::open(&path)?, 4096, None)?;
+/// assert_eq!(vmsnap::GuestMemorySource::size(&memory), 4096);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct FileMemory {
+    file: Arc<OpenFile>,
+    offset: u64,
+    size: u64,
+    /// Data that was found to be longer than what was looked at: tmpfs steps through it page by page to find its end.
+    known: Mutex<Range<u64>>,
+}
+
+/// A file, opened by us.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    file: File,
+    length: u64,
+    /// Whether the file tells where its holes are.
+    tells_holes: bool,
+    /// Open files of the same, with positions of their own: threads that look for holes with one file wait for each other.
+    lookers: [OnceLock<File>; 8],
+}
+
+impl FileMemory {
+    /// `size` bytes from `offset`, or all from there. The position of `file` stays what it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] where the file does not reach so far, [`Error::is_io`] where it cannot be looked at.
+    pub fn new(file: impl AsFd, offset: u64, size: Option<u64>) -> Result<Self> {
+        let file = OpenFile::new(file)?;
+        let length = file.length;
+        let rest = length.checked_sub(offset);
+        let size = match (rest, size) {
+            (Some(rest), None) => rest,
+            (Some(rest), Some(size)) if size <= rest => size,
+            _ => {
+                let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
+                let text = format!("the file of guest memory has {length} bytes, not {wanted}offset {offset}");
+                return Err(Error::invalid_argument(text));
+            }
+        };
+        Ok(Self::part(Arc::new(file), offset, size))
+    }
+
+    pub(super) fn part(file: Arc<OpenFile>, offset: u64, size: u64) -> Self {
+        Self { file, offset, size, known: Mutex::new(0..0) }
+    }
+
+    /// The file at `path`, as [`FileMemory::new`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn open(path: impl AsRef<Path>, offset: u64, size: Option<u64>) -> Result<Self> {
+        let path = path.as_ref();
+        let file =
+            File::open(path).map_err(|error| Error::io(format!("{} cannot be opened", path.display()), error))?;
+        Self::new(file, offset, size).map_err(|error| error.context(path.display()))
+    }
+}
+
+/// The same file with a position of its own.
+fn reopen(file: &impl AsFd) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
+}
+
+impl OpenFile {
+    fn new(file: impl AsFd) -> Result<Self> {
+        let failed = |error: io::Error| Error::io("the file of guest memory cannot be opened", error);
+        // A description of our own: looking for holes moves the position.
+        let (file, own) = match reopen(&file) {
+            Ok(file) => (file, true),
+            Err(_) => (file.as_fd().try_clone_to_owned().map_err(failed)?.into(), false),
+        };
+        Self::of(file, own)
+            .map_err(failed)?
+            .ok_or_else(|| Error::invalid_argument("guest memory comes from a file, a memfd or a block device"))
+    }
+
+    /// None where it is nothing that has a length. `own`: whether nobody else moves its position.
+    pub(super) fn of(file: File, own: bool) -> io::Result<Option<Self>> {
+        let stat = fs::fstat(&file)?;
+        let length = match fs::FileType::from_raw_mode(stat.st_mode) {
+            fs::FileType::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
+            fs::FileType::BlockDevice if own => fs::seek(&file, SeekFrom::End(0))?,
+            _ => return Ok(None),
+        };
+        let tells_holes = own && !matches!(fs::seek(&file, SeekFrom::Data(0)), Err(errno) if errno != Errno::NXIO);
+        Ok(Some(Self { file, length, tells_holes, lookers: Default::default() }))
+    }
+
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The file that this thread looks for holes with.
+    fn looker(&self) -> &File {
+        // A short file is not worth a descriptor a thread.
+        let useful = usize::try_from(self.length >> 20).map_or(self.lookers.len(), |mib| mib.min(self.lookers.len()));
+        let number = rayon::current_thread_index().map_or(0, |index| index + 1) % self.lookers.len();
+        if number >= useful {
+            return &self.file;
+        }
+        let own = &self.lookers[number];
+        own.get().unwrap_or_else(|| match reopen(&self.file) {
+            Ok(file) => own.get_or_init(|| file),
+            Err(_) => &self.file,
+        })
+    }
+}
+
+impl FileMemory {
+    /// The next data from `offset` on, None where only a hole follows.
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        if offset >= self.size {
+            return Ok(None);
+        }
+        if !self.file.tells_holes {
+            return Ok(Some(offset..self.size));
+        }
+        let file = self.file.looker();
+        let start = match fs::seek(file, SeekFrom::Data(self.offset + offset)) {
+            // No data up to the end.
+            Err(Errno::NXIO) => return Ok(None),
+            start => start? - self.offset,
+        };
+        if start >= self.size {
+            return Ok(None);
+        }
+        let end = match fs::seek(file, SeekFrom::Hole(self.offset + start)) {
+            // A hole was made there just now, or the file cut: zeros, then, or an error when it is read.
+            Err(Errno::NXIO) => self.size,
+            end => (end? - self.offset).min(self.size),
+        };
+        Ok(Some(start..end))
+    }
+}
+
+impl GuestMemorySource for FileMemory {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn data_ranges(&self, within: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let known = lock(&self.known).clone();
+        if known.start <= within.start && within.end <= known.end {
+            found.push(within);
+            return Ok(());
+        }
+        let mut at = within.start;
+        while at < within.end
+            && let Some(data) = self.next_data(at)?
+            && data.start < within.end
+        {
+            at = data.end;
+            found.push(data.start..data.end.min(within.end));
+            if data.end > within.end {
+                *lock(&self.known) = data;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let length = usize::try_from(self.size.saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
+        let mut done = 0;
+        while done < length {
+            match self.file.file.read_at(&mut buf[done..length], self.offset + offset + done as u64) {
+                Ok(0) if done == 0 => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
+                }
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, SeekFrom as Position};
+
+    #[test]
+    fn holes_of_a_file_are_told_and_its_position_stays() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 65_536).unwrap();
+        file.seek(Position::Start(17)).unwrap();
+        let memory = FileMemory::new(&file, 4096, Some(1 << 19)).unwrap();
+        let mut found = Vec::new();
+        memory.data_ranges(0..1 << 19, &mut found).unwrap();
+        memory.data_ranges(0..63_488, &mut found).unwrap();
+        memory.data_ranges(63_488..64_000, &mut found).unwrap();
+        memory.data_ranges(65_536..1 << 19, &mut found).unwrap();
+        assert_eq!(found, [61_440..65_536, 61_440..63_488, 63_488..64_000]);
+        assert_eq!(file.stream_position().unwrap(), 17);
+        let mut buf = [9; 8192];
+        assert_eq!(memory.read_at(61_440, &mut buf).unwrap(), 8192);
+        assert_eq!((buf[0], buf[4096]), (1, 0));
+        for (offset, size) in [(1 << 21, None), (1 << 19, Some(1 << 20))] {
+            assert!(FileMemory::new(&file, offset, size).unwrap_err().is_invalid_argument());
+        }
+    }
+
+    #[test]
+    fn a_file_cut_meanwhile_is_told() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let memory = FileMemory::new(&file, 0, None).unwrap();
+        file.set_len(4096).unwrap();
+        let mut buf = [9; 8192];
+        assert_eq!(memory.read_at(0, &mut buf).unwrap(), 4096);
+        assert_eq!(memory.read_at(4096, &mut buf).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
