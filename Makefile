@@ -30,7 +30,7 @@ help: ## this list
 	@printf '\n  PYTHON=python3.12   the interpreter to set up with\n'
 
 .PHONY: build
-build: $(venv)/installed ## vmsnap[cli] installed into .venv, its wheel in dist/
+build: $(venv)/installed ## vmsnap[cli,map] installed into .venv, its wheel in dist/
 
 .PHONY: demo
 demo: build ## the main job, on this machine's memory
@@ -75,9 +75,11 @@ bench: build $(venv)/bench ## speed, side by side with others
 	$(python) benches/compare.py $(BENCH_ARGS)
 
 .PHONY: bench-memory
-bench-memory: ## speed of guest memory dumped and restored, against how it is done today
+bench-memory: build ## speed of guest memory dumped and restored, against how it is done today
 	@$(call step,benches/memory.rs)
 	cargo bench --quiet --locked --bench memory -- $(BENCH_ARGS)
+	@$(call step,benches/memory.py)
+	$(python) benches/memory.py
 
 .PHONY: bench-values
 bench-values: build $(venv)/bench ## speed of values written and read
@@ -140,7 +142,7 @@ $(venv)/installed: $(venv)/tools $(sources)
 	rm -rf dist
 	$(python) -m maturin build --release --locked --interpreter $(python) --out dist
 	$(pip) install --quiet --force-reinstall --no-deps dist/*.whl
-	wheel=$$(echo dist/*.whl) && $(pip) install --quiet "$$wheel[cli]"
+	wheel=$$(echo dist/*.whl) && $(pip) install --quiet "$$wheel[cli,map]"
 	touch $@
 
 $(venv)/dev: $(venv)/created pyproject.toml

@@ -5,12 +5,14 @@ import os
 import pickle
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import vmsnap
+from refusals import refused, refused_elsewhere
 from vmsnap import GuestRegion
 
 KEY = bytes(range(32))
@@ -111,6 +113,56 @@ def test_destinations_of_every_kind_get_the_same(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
+def test_each_row_of_guest_memory_is_as_the_table_says(tmp_path: Path) -> None:
+    writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
+    own = vmsnap.ProcessMemory(os.getpid())
+    page = bytes([7]) * PAGE
+    with refused("memory-regions", "overlap", tmp_path):
+        writer.write_memory([GuestRegion(0, page), GuestRegion(PAGE - 1, page)])
+    with refused("memory-options", "lz4", tmp_path):
+        writer.write_memory([GuestRegion(0, page)], compress="zstd")  # type: ignore[arg-type]
+    with refused("process-missing", "process 4194305: there is no such process", tmp_path):
+        vmsnap.ProcessMemory(4194305)
+    script = "os.setgid(65534) if os.getuid() == 0 else None\nos.setuid(65534) if os.getuid() == 0 else None\n"
+    script += "vmsnap.ProcessMemory(1)"
+    refused_elsewhere("process-not-permitted", "process 1: no permission to read its memory", tmp_path, script)
+    with refused("process-range", "nothing is mapped", tmp_path):
+        writer.write_memory([GuestRegion(0, own, offset=0, size=PAGE)])
+    with refused("no-memory", "mem_metadata", tmp_path):
+        vmsnap.open(tmp_path / "vm1").memory()
+    writer.write_memory([GuestRegion(0x1000, page), GuestRegion(0x8000, page)])
+    memory = vmsnap.open(tmp_path / "vm1").memory()
+    target = tmp_path / "target"
+    target.touch()
+    with refused("destinations", "another region is restored to", tmp_path):
+        memory.restore([GuestRegion(each.start, target, offset=0) for each in memory.regions])
+    with refused("outside-memory", "no memory at guest-physical address 0x5000", tmp_path):
+        memory.read(0x5000, 1)
+    (tmp_path / "vm1/mem").write_bytes(page)
+    with refused("memory-malformed", "", tmp_path):
+        vmsnap.open(tmp_path / "vm1").memory()
+
+
+def test_two_regions_are_not_restored_to_the_same_bytes(tmp_path: Path) -> None:
+    regions = [GuestRegion(0x1000, b"a" * PAGE), GuestRegion(0x8000, b"b" * PAGE)]
+    vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory(regions)
+    memory = vmsnap.open(tmp_path / "vm1").memory()
+    both = bytearray(2 * PAGE - 1)
+    for targets in (
+        [tmp_path / "new", tmp_path / "new"],
+        [memoryview(both)[:PAGE], memoryview(both)[PAGE - 1 :]],
+        [GuestRegion(0x1000, tmp_path / "new", offset=0), GuestRegion(0x8000, tmp_path / "new", offset=PAGE - 1)],
+    ):
+        with pytest.raises(vmsnap.InvalidArgumentError, match=r"same bytes|another region"):
+            memory.restore(targets)  # type: ignore[arg-type]
+    assert both == bytes(len(both))
+    assert (tmp_path / "new").stat().st_size == 0
+    seen: list[tuple[int, int]] = []
+    memory.restore([None, tmp_path / "new"], progress=lambda done, total: seen.append((done, total)))
+    assert (tmp_path / "new").read_bytes() == b"b" * PAGE
+    assert seen[-1] == (PAGE, PAGE)
+
+
 def test_refusals_leave_everything_as_it_was(tmp_path: Path) -> None:
     writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
     page = bytes([7]) * PAGE
@@ -137,7 +189,7 @@ def test_refusals_leave_everything_as_it_was(tmp_path: Path) -> None:
         ([], "expected 1 memory regions but there are 0"),
         ([bytearray(5)], "has 5 bytes"),
         ([GuestRegion(0, back)], "is at 0x0"),
-        ([back, back], "expected 1"),
+        ([back, bytearray(PAGE)], "expected 1"),
     ]
     for targets, text in wrong:
         with pytest.raises(vmsnap.InvalidArgumentError, match=text):
@@ -207,3 +259,58 @@ def test_a_writer_from_a_pickle_writes_memory(tmp_path: Path) -> None:
     with vmsnap.create(tmp_path / "vm1", key=KEY) as snap:
         pickle.loads(pickle.dumps(snap.add_namespace("ram"))).write_memory([GuestRegion(0, b"x" * 5000)])
     assert vmsnap.open(tmp_path / "vm1", key=KEY).namespace("ram").memory()[4990:5000] == b"x" * 10
+
+
+def test_a_forked_child_is_refused(tmp_path: Path) -> None:
+    vmsnap.SnapshotWriter(tmp_path / "vm1", key=KEY).write_memory([GuestRegion(0, guest())])
+    memory = vmsnap.open(tmp_path / "vm1", key=KEY).memory()
+    assert memory.read(0, 16)
+    refusals: list[Callable[[], object]] = [lambda: memory.read(0, 16), lambda: memory.restore([bytearray(2 << 20)])]
+    for call in refusals:
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                call()
+            except vmsnap.FragmentStateError:
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@FORMS
+@BOTH
+def test_a_large_and_scattered_guest_takes_little_memory(
+    tmp_path: Path, key: bytes | None, compress: str | None
+) -> None:
+    # 16 GiB, of which 100,000 pages hold something, none beside another.
+    script = """
+import os, sys, vmsnap
+root, key, compress = sys.argv[1], bytes.fromhex(sys.argv[2]) or None, sys.argv[3] or None
+guest, back = os.memfd_create("guest"), os.memfd_create("back")
+os.truncate(guest, 16 << 30)
+for page in range(0, 4 << 20, 42):
+    os.pwrite(guest, b"page %7d " % page * 315, page * 4096)
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+def begin():
+    open("/proc/self/clear_refs", "w").write("5")
+    return peak()
+
+before = begin()
+report = vmsnap.SnapshotWriter(root, key=key, threads=2).write_memory([vmsnap.GuestRegion(0, guest)], compress=compress)
+print(peak() - before, report.ranges)
+before = begin()
+memory = vmsnap.open(root, key=key, threads=2).memory()
+memory.restore([back])
+print(peak() - before, memory.read(42 * 4096, 12).decode())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "vm1"), (key or b"").hex(), compress or ""]
+    (dumped, ranges), (restored, *text) = (
+        line.split() for line in subprocess.check_output(command, text=True).splitlines()
+    )
+    assert int(ranges) > 65_536
+    assert text == ["page", "42"]
+    assert max(int(dumped), int(restored)) < 64 << 10

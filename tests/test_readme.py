@@ -125,8 +125,12 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
     commands = commands.replace("vmsnap demo", "vmsnap demo --size-mib 8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     output = subprocess.check_output(["sh", "-euc", commands], cwd=folder, env={**os.environ, "PATH": path})
-    assert (folder / "ram.img").read_bytes()[4096:4608] in output
-    assert output.startswith(b"ram\t300000\n")
+    ram = (folder / "ram.img").read_bytes()
+    assert (folder / "back.img").read_bytes() == ram
+    assert (folder / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert f"00001000  {ram[4096:4104].hex(' ')}".encode() in output
+    assert b"mem\t" in output
+    assert b"mem_metadata\t" in output
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

@@ -31,7 +31,7 @@ from vmsnap.errors import (
 )
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.keys import IdentityFile, KeyProvider, generate_identity, recipients_of, rekey
-from vmsnap.memory import GuestMemory, GuestRegion, MemoryReport
+from vmsnap.memory import GuestMemory, GuestRegion, MemoryReport, ProcessMemory
 from vmsnap.sealing import (
     Cleaned,
     Problem,
@@ -63,6 +63,7 @@ __all__ = [
     "NotEncryptedError",
     "NotSealedError",
     "Problem",
+    "ProcessMemory",
     "SerializationError",
     "SnapshotReader",
     "SnapshotWriter",

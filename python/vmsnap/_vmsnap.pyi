@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Self, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -13,6 +13,7 @@ __all__ = [
     "Fragment",
     "FragmentReader",
     "GuestMemory",
+    "ProcessMemory",
     "SnapshotReader",
     "SnapshotWriter",
     "StagedSnapshot",
@@ -47,7 +48,30 @@ def write_memory(
     zero_unreadable: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
-    """Write guest memory: base, descriptor or buffer, offset and size of each region; `SnapshotWriter.write_memory`."""
+    """Write guest memory: of each region base; descriptor, buffer or process; offset in it; size."""
+
+@final
+class ProcessMemory:
+    """The memory of a live process, as the source of a `GuestRegion`: its offset is then a virtual address.
+
+    Memory mapped from a file or memfd is read from there, and of the rest only what the process has touched; pages that
+    userfaultfd brings are asked for. It is read as it was mapped when this was made; the process is not stopped.
+
+    Parameters
+    ----------
+    pid
+        Its number.
+
+    Raises
+    ------
+    OSError
+        There is no such process, or this user may not read its memory.
+    """
+
+    def __new__(cls, pid: int) -> Self: ...
+    @property
+    def pid(self) -> int:
+        """Its number."""
 
 @final
 class GuestMemory:

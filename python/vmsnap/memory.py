@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vmsnap import _vmsnap
+from vmsnap._vmsnap import ProcessMemory
 from vmsnap.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
-    _Source: TypeAlias = ReadableBuffer | StrPath | int | io.IOBase
-    _Target: TypeAlias = "WriteableBuffer | StrPath | int | io.IOBase | GuestRegion"
+    _Source: TypeAlias = ReadableBuffer | StrPath | int | io.IOBase | ProcessMemory
+    _Target: TypeAlias = "WriteableBuffer | StrPath | int | io.IOBase | GuestRegion | None"
 
-__all__ = ["GuestMemory", "GuestRegion", "MemoryReport"]
+__all__ = ["GuestMemory", "GuestRegion", "MemoryReport", "ProcessMemory"]
 
 Progress: TypeAlias = Callable[[int, int], object]
 
@@ -31,11 +32,12 @@ class GuestRegion:
         The guest-physical address of its first byte.
     source
         A buffer (mmap, memoryview, numpy array); or a file, memfd or block device: its path, its descriptor, or an open
-        file. Of a file, holes are not read, and its position stays what it is.
+        file; or a live process: a `ProcessMemory`. Of a file, holes are not read, and its position stays what it is; of
+        a process, pages that it never touched are neither read nor made resident.
     offset
-        Where in the source the region begins, in bytes.
+        Where in the source the region begins, in bytes; of a process, the virtual address.
     size
-        Bytes; by default all from there.
+        Bytes; by default all from there. Of a process it is needed.
     """
 
     guest_base: int
@@ -166,9 +168,10 @@ class GuestMemory:
         destinations
             For each region, in their order: a buffer of its size that can be written to; a file or memfd (a path, a
             descriptor, an open file) of its size, or an empty or new one; or a `GuestRegion`, whose address is checked
-            and whose offset may be anywhere in a file. What lies between the data becomes holes where it can.
+            and whose offset may be anywhere in a file; or None, for a region that is left out. What lies between the
+            data becomes holes where it can.
         progress
-            Called with the bytes done and all bytes, ten times a second at most.
+            Called with the bytes done and all bytes, ten times a second at most, and at the end.
 
         Raises
         ------
@@ -190,6 +193,8 @@ def _destination(stack: ExitStack, target: "_Target") -> tuple[int | None, objec
     if not isinstance(target, GuestRegion):
         return None, _handle(stack, target, flags), None
     handle = _handle(stack, target.source, flags)
+    if isinstance(handle, ProcessMemory):
+        raise InvalidArgumentError("guest memory is not restored into a process: give it a memfd that both map")
     if isinstance(handle, int):
         return target.guest_base, handle, target.offset
     whole = memoryview(handle).cast("B")  # type: ignore[arg-type]

@@ -257,7 +257,8 @@ class SnapshotWriter(_Handle):
         compress
             ``"lz4"``, or nothing.
         progress
-            Called with the bytes done and all bytes, ten times a second at most. What it raises cancels the dump.
+            Called with the bytes done and all bytes, ten times a second at most, and at the end. What it raises cancels
+            the dump.
         on_error
             Whether pages that cannot be read are an error, or zeros that the report tells of.
         detect_zeros

@@ -38,7 +38,7 @@ def _new_fragment_in(text: str) -> tuple[str, str] | None:
     return fragment_in(text) or ((root, path) if root and colon else None)
 
 
-def _refuse_inside(target: str, root: str) -> None:
+def refuse_inside(target: str, root: str) -> None:
     """Refuse a file in a snapshot: in the one at `root`, or one that shows as such."""
     folder, snapshot = Path(target).absolute().parent.resolve(), Path(root).resolve()
     for parent in (folder, *folder.parents):
@@ -110,7 +110,7 @@ def copy_out(root: str, path: str, target: str, keys: OpeningKeys, *, threads: i
     if target != _STREAM and os.path.isdir(target):
         target = os.path.join(target, name)
     if target != _STREAM:
-        _refuse_inside(target, root)
+        refuse_inside(target, root)
     with (
         namespace.raw_fragment(name) as fragment,
         contextlib.nullcontext(sys.stdout.buffer) if target == _STREAM else new_file(target, force=force) as file,

@@ -1,8 +1,8 @@
 """``vmsnap demo``: the main job with nothing but this machine, every byte compared and every figure measured."""
 
 import hashlib
-import io
 import json
+import mmap
 import os
 import random
 import shlex
@@ -15,15 +15,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import click
 
 import vmsnap
-from vmsnap.cli.dump import CHUNK_BYTES, PIECE_BYTES, store_process
+from vmsnap import GuestMemory, GuestRegion, MemoryReport, ProcessMemory
+from vmsnap.cli.dump import PIECE_BYTES
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import WritingKeys, threads_option
 from vmsnap.cli.process import Process
-from vmsnap.cli.terminal import human_size, print_table, printable, progress, to_terminal
+from vmsnap.cli.terminal import human_size, print_table, printable, progress_so_far, to_terminal
 
 _READS = 1000
 _READ_BYTES = 4096
@@ -64,95 +66,70 @@ def memory_holder(size: int) -> Iterator[tuple[int, int, str]]:
             child.kill()
 
 
-def addresses_of(name: str) -> tuple[int, int]:
-    """Return the range of addresses that is the name of a fragment."""
-    start, _, end = name.partition("-")
-    return int(start, 16), int(end, 16)
+def resident_bytes(pid: int) -> int:
+    """Return how much memory a process has in fact."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def compare_all(memory: vmsnap.SnapshotReader, process: Process) -> tuple[int, float]:
-    """Read all ranges back and compare them with the live memory. Return their bytes and the seconds of reading."""
-    stored, live = (memoryview(bytearray(PIECE_BYTES)) for _ in range(2))
-    ranges = {name: addresses_of(name) for name in memory.list_fragments()}
-    total = sum(end - start for start, end in ranges.values())
-    seconds = 0.0
-    differing = []
-    with progress("compare", total) as advance:
-        for name, (address, end) in ranges.items():
-            equal = True
-            with memory.raw_fragment(name) as fragment:
-                began = perf_counter()
-                while count := fragment.readinto(stored):
-                    seconds += perf_counter() - began
-                    process.read_into(address, live[:count])
-                    equal = equal and stored[:count] == live[:count]
-                    address += count
-                    advance(count)
-                    began = perf_counter()
-            if not equal or address != end:
-                differing.append(name)
-    text = "equal the child's memory, byte for byte"
-    check(
-        bool(ranges) and not differing, " ".join([f"all {len(ranges)} mappings, {total:,} bytes, {text}", *differing])
-    )
-    return total, seconds
+def dump(
+    writer: vmsnap.SnapshotWriter, pid: int, address: int, size: int, compress: Literal["lz4"] | None
+) -> MemoryReport:
+    """Store the child's memory as a guest's, at guest-physical address 0."""
+    region = GuestRegion(0, ProcessMemory(pid), offset=address, size=size)
+    with progress_so_far("dump") as show:
+        return writer.write_memory([region], compress=compress, progress=show)
 
 
-def read_at_random(fragment: vmsnap.FragmentReader, base: int, process: Process) -> float:
-    """Read pages all over a fragment, compare each with the live memory, and return the mean seconds of a read."""
+def read_at_random(memory: GuestMemory, size: int, address: int, process: Process) -> float:
+    """Read pages all over guest memory, compare each with the live memory, and return the mean seconds of a read."""
     live = bytearray(_READ_BYTES)
     seconds = 0.0
     equal = 0
     for _ in range(_READS):
-        offset = random.randrange(fragment.size // _READ_BYTES) * _READ_BYTES
+        at = random.randrange(size // _READ_BYTES) * _READ_BYTES
         began = perf_counter()
-        page = fragment.read_at(offset, _READ_BYTES)
+        page = memory.read(at, _READ_BYTES)
         seconds += perf_counter() - began
-        process.read_into(base + offset, memoryview(live))
+        process.read_into(address + at, memoryview(live))
         equal += page == live
     check(equal == _READS, f"{equal} of {_READS} random reads of 4 KiB equal the child's memory")
     return seconds / _READS
 
 
-def flip_a_bit(root: Path, copy: Path, name: str, key: bytes) -> None:
-    """Copy a snapshot, flip one bit of a range in the copy, and check that reading it is refused."""
+def flip_a_bit(root: Path, copy: Path, key: bytes) -> None:
+    """Copy a snapshot, flip one bit of the memory in the copy, and check that restoring it is refused."""
     shutil.copytree(root, copy)
-    with open(copy / "mem" / name, "r+b", buffering=0) as file:
+    with open(copy / "mem", "r+b", buffering=0) as file:
         bit = random.randrange(os.fstat(file.fileno()).st_size * 8)
         [byte] = os.pread(file.fileno(), 1, bit // 8)
         os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), bit // 8)
     refusal = "nothing"
     try:
-        with vmsnap.SnapshotReader(copy, key=key).namespace("mem").raw_fragment(name) as fragment:
-            buffer = bytearray(PIECE_BYTES)
-            while fragment.readinto(buffer):
-                pass
+        vmsnap.SnapshotReader(copy, key=key).memory().restore([copy / "ram"])
     except (vmsnap.AuthenticationError, vmsnap.CorruptSnapshotError) as error:
         refusal = type(error).__name__
     check(refusal != "nothing", f"a copy with its bit {bit:,} flipped is refused: {refusal}")
     shutil.rmtree(copy)
 
 
-def race_plain_write(folder: Path, data: memoryview, key: bytes, threads: int | None) -> list[tuple[str, str, str]]:
-    """Measure writing `data` encrypted against write(2) of it, pair by pair, and return the rows of the table."""
-
-    def write_all(file: io.RawIOBase) -> None:
-        for offset in range(0, len(data), PIECE_BYTES):
-            file.write(data[offset : offset + PIECE_BYTES])
+def race_plain_write(
+    folder: Path, data: memoryview, pid: int, address: int, size: int, threads: int | None
+) -> list[tuple[str, str, str]]:
+    """Measure an encrypted dump against write(2) of as many bytes, pair by pair, and return the rows of the table."""
 
     def plain() -> float:
         began = perf_counter()
         with open(folder / "plain", "xb", buffering=0) as file:
-            write_all(file)
+            for offset in range(0, len(data), PIECE_BYTES):
+                file.write(data[offset : offset + PIECE_BYTES])
         seconds = perf_counter() - began
         (folder / "plain").unlink()
         return seconds
 
     def sealed() -> float:
-        writer = vmsnap.SnapshotWriter(folder / "sealed", key=key, threads=threads)
+        writer = vmsnap.SnapshotWriter(folder / "sealed", key=vmsnap.generate_key(), threads=threads)
         began = perf_counter()
-        with writer.raw_fragment("ram", chunk_size_bytes=CHUNK_BYTES) as fragment:
-            write_all(fragment)
+        dump(writer, pid, address, size, None)
         seconds = perf_counter() - began
         shutil.rmtree(writer.root)
         return seconds
@@ -162,7 +139,7 @@ def race_plain_write(folder: Path, data: memoryview, key: bytes, threads: int | 
     ratio = statistics.median(plain / sealed for plain, sealed in pairs)
     return [
         speed("plain write", len(data), statistics.median(plain for plain, _ in pairs), "write(2), from a buffer"),
-        speed("sealed write", len(data), statistics.median(sealed for _, sealed in pairs), "encrypted, the same bytes"),
+        speed("sealed dump", len(data), statistics.median(sealed for _, sealed in pairs), "encrypted, as many bytes"),
         ("ratio", f"{ratio:.2f}", f"sealed to plain, median of {_PAIRS} pairs"),
     ]
 
@@ -174,7 +151,7 @@ def race_plain_write(folder: Path, data: memoryview, key: bytes, threads: int | 
 )
 @threads_option
 def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
-    """Dump a child process, read it back, compare and measure.
+    """Dump a child's memory as a guest's, restore it, compare and measure.
 
     Needs nothing but this machine, and three times the memory's size in $TMPDIR for a while.
     """
@@ -182,48 +159,48 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
         f"vmsnap {vmsnap.__version__} (aead: {vmsnap.aead_provider()}): a child with {size_mib} MiB, half zero\n"
     )
     key = vmsnap.generate_key()
+    size = size_mib << 20
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmsnap-demo-")))
-        pid, address, sha256 = stack.enter_context(memory_holder(size_mib << 20))
+        pid, address, sha256 = stack.enter_context(memory_holder(size))
         process = stack.enter_context(Process(pid))
-        # Stopped to the end, so that there is one truth to compare with; the dump finds it so and leaves it so.
+        # Stopped to the end, so that there is one truth to compare with.
         stack.enter_context(process.stopped())
 
-        began = perf_counter()
+        resident = resident_bytes(pid)
         root = keep or folder / "snapshot"
         with WritingKeys(key=key).stage(root, threads=threads) as writer:
-            summary = store_process(writer, process, CHUNK_BYTES)
-            dump_seconds = perf_counter() - began
+            report = dump(writer, pid, address, size, "lz4")
             if keep is not None:
                 with open(f"{keep}.key", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(key.hex() + "\n")
-        files_size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+        check(resident_bytes(pid) == resident, "what the child never touched was neither read nor made resident")
 
-        memory = vmsnap.open(root, True, require_sealed=True, key=key, threads=threads).namespace("mem")
-        read_size, read_seconds = compare_all(memory, process)
-        # The kernel may have joined the child's memory and a neighbour to one mapping.
-        name = next(n for n in memory.list_fragments() if addresses_of(n)[0] <= address < addresses_of(n)[1])
-        data = memoryview(bytearray(size_mib << 20))
-        with memory.raw_fragment(name) as fragment:
-            base, _ = addresses_of(name)
-            page_seconds = read_at_random(fragment, base, process)
-            fragment.readinto_at(address - base, data)
-        check(hashlib.sha256(data).hexdigest() == sha256, "SHA-256 as the child computed it of its own memory")
-        flip_a_bit(root, folder / "copy", name, key)
+        memory = vmsnap.open(root, True, require_sealed=True, key=key, threads=threads).memory()
+        with mmap.mmap(-1, size) as back:
+            began = perf_counter()
+            with progress_so_far("restore") as show:
+                memory.restore([back], progress=show)
+            restore_seconds = perf_counter() - began
+            check(
+                hashlib.sha256(back).hexdigest() == sha256, f"all {size:,} bytes are back: SHA-256 as the child has it"
+            )
+        page_seconds = read_at_random(memory, size, address, process)
+        flip_a_bit(root, folder / "copy", key)
+        data = memoryview(os.urandom(report.data_bytes))
         rows = [
-            ("logical size", human_size(summary.size), f"{summary.fragments} fragments: all that the child maps"),
-            ("stored size", human_size(files_size), "all files of the snapshot"),
-            speed("dump", summary.size, dump_seconds, "from the stopped child, encrypted, not yet synced"),
-            speed("read back", read_size, read_seconds, "everything, decrypted"),
-            ("random read", f"{page_seconds * 1e6:.1f} us", "4 KiB out of chunks of 64 KiB, mean"),
-            *race_plain_write(folder, data, key, threads),
+            ("guest memory", human_size(size), f"{human_size(report.data_bytes)} of data in {report.ranges:,} ranges"),
+            ("stored size", human_size(report.stored_bytes), "LZ4, encrypted"),
+            speed("dump", report.data_bytes, report.seconds, "from the stopped child, LZ4, encrypted, not yet synced"),
+            speed("restore", report.data_bytes, restore_seconds, "into fresh memory"),
+            ("random read", f"{page_seconds * 1e6:.1f} us", "4 KiB, decrypted and decompressed, mean"),
+            *race_plain_write(folder, data, pid, address, size, threads),
         ]
     click.echo()
     if to_terminal():
         print_table(rows, right=frozenset({1}))
     else:
         click.echo("".join(f"{label:<14}{value:>12}  {note}\n" for label, value, note in rows), nl=False)
-    summary.tell_left_out()
     if keep is not None:
         kept, key_file = shlex.quote(str(keep)), shlex.quote(f"{keep}.key")
-        click.echo(f"kept: vmsnap ls {printable(kept)} --key-file {printable(key_file)}")
+        click.echo(f"kept: vmsnap peek {printable(kept)} 0x0 256 --key-file {printable(key_file)}")

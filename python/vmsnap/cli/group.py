@@ -19,6 +19,8 @@ from vmsnap.cli.failure import CommandError, describe, status_of
 from vmsnap.cli.info import info
 from vmsnap.cli.keys import show_warning
 from vmsnap.cli.look import cat, ls
+from vmsnap.cli.map import map_memory
+from vmsnap.cli.memory import dump_memory, peek, restore_memory
 from vmsnap.cli.rewrap import keygen, rekey
 from vmsnap.cli.seals import clean, seal, verify
 from vmsnap.cli.show import show
@@ -75,6 +77,10 @@ for command in (
     cat,
     cp,
     dump,
+    dump_memory,
+    restore_memory,
+    peek,
+    map_memory,
     encrypt,
     decrypt,
     verify,

@@ -95,4 +95,11 @@ directory_argument = click.argument(
 )
 fragment_argument = click.argument("path", metavar="PATH", shell_complete=_complete_fragment)
 namespace_argument = click.argument("path", metavar="[PATH]", default="", shell_complete=_complete_namespace)
+namespace_option = click.option(
+    "--namespace",
+    metavar="PATH",
+    default="",
+    shell_complete=_complete_namespace,
+    help="The namespace that the memory is in, where it is not the snapshot itself.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

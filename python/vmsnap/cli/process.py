@@ -142,6 +142,13 @@ class Process:
         states = self._states()
         return bool(states & {"T", "t"}) and states <= {"T", "t", "Z", "X"}
 
+    def check_still_stopped(self) -> None:
+        """Refuse what was read since it was stopped, if it is not stopped any more."""
+        if not self.is_stopped():
+            raise CommandError(
+                f"process {self.pid} went on, or ended, during the dump: that is not one moment's memory"
+            )
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Hold the process still. One that was stopped already is left as it was found."""
