@@ -1,10 +1,11 @@
 //! Guest memory dumped and restored, as ratios to how it is done today, in the same run.
 //!
 //! The stand-in for today: one thread, `SEEK_DATA`, one `write_all` from the mapping for each range, with and without
-//! `lz4_flex::frame::FrameEncoder` of crosvm's version at its defaults, plain; and back by `read_exact` into a fresh mapping. Every figure is the median of the
-//! ratios of interleaved pairs after a warm-up that is thrown away.
+//! `lz4_flex::frame::FrameEncoder` of crosvm's version at its defaults, plain; and back by `read_exact` into a fresh mapping.
+//! Every figure is the median of the ratios of interleaved pairs after a warm-up that is thrown away.
 //!
-//! Arguments: `[--folder DIR] [--mib N] [--pairs N] [--threads N] [--only TEXT] [--sync]`; `VMSNAP_BENCH_RAM` names a RAM image.
+//! Arguments: `[--folder DIR] [--mib N] [--pairs N] [--threads N] [--only TEXT] [--min-gap BYTES] [--sync]`; `VMSNAP_BENCH_RAM` names
+//! a RAM image.
 
 #![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops where something fails")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "numbers of its own")]
@@ -32,12 +33,20 @@ struct Arguments {
     pairs: usize,
     threads: usize,
     only: String,
+    min_gap: u64,
     sync: bool,
 }
 
 fn arguments() -> Arguments {
-    let mut parsed =
-        Arguments { folder: "/dev/shm".into(), bytes: 1 << 30, pairs: 5, threads: 2, only: String::new(), sync: false };
+    let mut parsed = Arguments {
+        folder: "/dev/shm".into(),
+        bytes: 1 << 30,
+        pairs: 5,
+        threads: 2,
+        only: String::new(),
+        min_gap: 4096,
+        sync: false,
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || words.next().and_then(|text| text.parse::<usize>().ok()).expect("a number");
@@ -45,6 +54,7 @@ fn arguments() -> Arguments {
             "--mib" => parsed.bytes = number() << 20,
             "--pairs" => parsed.pairs = number(),
             "--threads" => parsed.threads = number(),
+            "--min-gap" => parsed.min_gap = number() as u64,
             "--only" => parsed.only = words.next().expect("a part of a row's name"),
             "--folder" => parsed.folder = words.next().expect("a folder").into(),
             "--sync" => parsed.sync = true,
@@ -205,10 +215,21 @@ impl Bench {
         self.folder.join("snapshot")
     }
 
+    /// So many bytes of memory that were used a moment ago: what is free for seconds may go to the host, and costs several times as
+    /// much when it comes back.
+    fn warm(&self, bytes: usize) {
+        let path = self.folder.join("warm");
+        let mut file = File::create(&path).unwrap();
+        let piece = vec![1; 1 << 20];
+        (0..bytes >> 20).for_each(|_| file.write_all(&piece).unwrap());
+        std::fs::remove_file(&path).unwrap();
+    }
+
     /// The stand-in's dump.
     fn stand_in(&self, guest: &mut Guest, compress: bool) -> f64 {
         let path = self.reference();
         let _ = std::fs::remove_file(&path);
+        self.warm(guest.data_bytes);
         seconds(|| {
             let ranges = ranges(&guest.file, guest.bytes);
             let memory = &*guest.slice();
@@ -233,6 +254,7 @@ impl Bench {
         let data: Vec<u8> = ranges.iter().flat_map(|(start, end)| &memory[*start..*end]).copied().collect();
         let path = self.reference();
         let _ = std::fs::remove_file(&path);
+        self.warm(guest.data_bytes);
         seconds(|| {
             let mut file = File::create(&path).unwrap();
             data.chunks(1 << 20).for_each(|piece| file.write_all(piece).unwrap());
@@ -251,10 +273,11 @@ impl Bench {
         let root = self.snapshot();
         let _ = std::fs::remove_dir_all(&root);
         let options = self.options(encrypted);
+        self.warm(guest.data_bytes);
         seconds(|| {
             let source = FileMemory::new(&guest.file, 0, None).unwrap();
             let regions = [GuestRegion::new(0, source)];
-            let how = MemoryOptions::new().compress(compress);
+            let how = MemoryOptions::new().compress(compress).min_gap_bytes(self.arguments.min_gap);
             if self.arguments.sync {
                 let mut staged = options.stage(&root).unwrap();
                 staged.writer().write_memory(&regions, &how).unwrap();
@@ -270,6 +293,7 @@ impl Bench {
         let mut fresh = Guest::new(guest.bytes);
         let file = File::open(self.reference()).unwrap();
         let memory = fresh.slice();
+        self.warm(guest.data_bytes);
         seconds(|| {
             if compress {
                 let mut decoder = FrameDecoder::new(file);
@@ -287,6 +311,7 @@ impl Bench {
         let spent = {
             let file = fresh.file.try_clone().unwrap();
             let memory = fresh.slice();
+            self.warm(guest.data_bytes);
             seconds(|| {
                 let stored = options.open(self.snapshot()).unwrap().memory().unwrap();
                 let destination = if into_file {
@@ -339,6 +364,8 @@ impl Bench {
         if self.arguments.sync {
             return;
         }
+        self.others(guest);
+        self.zeros(guest);
         for (compress, encrypted) in [(false, false), (false, true), (true, false), (true, true)] {
             for into_file in [false, true] {
                 let words = [("lz4", compress), ("encrypted", encrypted), ("memfd", into_file)];
@@ -356,7 +383,6 @@ impl Bench {
         for (compress, encrypted) in [(false, false), (false, true), (true, false), (true, true)] {
             self.random(guest, encrypted, compress);
         }
-        self.others(guest);
     }
 
     /// 4 KiB at a random address.
@@ -384,6 +410,57 @@ impl Bench {
         );
     }
 
+    /// Ways of telling pages of zeros, on the guest's data; and what looking for them costs a dump, or saves it.
+    fn zeros(&self, guest: &mut Guest) {
+        type Way = fn(&[u8]) -> bool;
+        let ways: [(&str, Way); 4] = [
+            ("byte by byte", |page| page.iter().all(|byte| *byte == 0)),
+            ("memcmp", |page| page == [0; PAGE]),
+            ("words of 64 bits", |page| page.as_chunks().0.iter().all(|word| u64::from_ne_bytes(*word) == 0)),
+            ("256 bytes OR-ed, vmsnap's", |page| {
+                page.as_chunks::<256>().0.iter().all(|step| step.iter().fold(0, |bits, byte| bits | byte) == 0)
+            }),
+        ];
+        let ranges = guest.ranges.clone();
+        for (name, way) in ways {
+            let name = format!("{}: pages of zeros, {name}", self.title);
+            if name.contains(&self.arguments.only) {
+                let gib = guest.data_bytes as f64 / f64::from(1 << 30);
+                let memory = &*guest.slice();
+                let times = (0..=self.arguments.pairs).map(|_| {
+                    let mut zero = 0;
+                    let spent = seconds(|| {
+                        for (start, end) in &ranges {
+                            zero += memory[*start..*end]
+                                .chunks(PAGE)
+                                .filter(|page| way(std::hint::black_box(page)))
+                                .count();
+                        }
+                    });
+                    assert!(zero > 0);
+                    spent
+                });
+                println!("{name:<60} {:.1} GiB/s", gib / median(times.collect()));
+            }
+        }
+        for detect in [false, true] {
+            let name = if detect { "dump, zeros looked for, to stand-in" } else { "dump, zeros stored, to stand-in" };
+            self.pairs(name, guest.data_bytes, || (self.stand_in(guest, false), self.dump_with(guest, detect)));
+        }
+    }
+
+    fn dump_with(&self, guest: &Guest, detect_zeros: bool) -> f64 {
+        let root = self.snapshot();
+        let _ = std::fs::remove_dir_all(&root);
+        let writer = self.options(false).create(&root).unwrap();
+        let how = MemoryOptions::new().detect_zeros(detect_zeros);
+        self.warm(guest.data_bytes);
+        seconds(|| {
+            let source = FileMemory::new(&guest.file, 0, None).unwrap();
+            writer.write_memory(&[GuestRegion::new(0, source)], &how).unwrap();
+        })
+    }
+
     /// What else there is: `cp --sparse=always`, and `tar --sparse | lz4 | age`.
     fn others(&self, guest: &mut Guest) {
         let source = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&guest.file));
@@ -395,6 +472,7 @@ impl Bench {
         self.pairs("dump encrypted, to cp --sparse=always", guest.data_bytes, || {
             let _ = std::fs::remove_file(&target);
             let copy = format!("cp --sparse=always {source} {}", target.display());
+            self.warm(guest.data_bytes);
             (seconds(|| shell(&copy)), self.dump(guest, true, false))
         });
         let have = |program: &str| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok();
@@ -418,10 +496,13 @@ impl Bench {
             identity.display(),
             target.display()
         );
-        self.pairs("dump lz4 encrypted, to tar | lz4 | age", guest.data_bytes, || {
-            let _ = std::fs::remove_file(&target);
-            (seconds(|| shell(&pipe)), self.dump(guest, true, true))
-        });
+        for (name, compress) in [("dump encrypted", false), ("dump lz4 encrypted", true)] {
+            self.pairs(&format!("{name}, to tar | lz4 | age"), guest.data_bytes, || {
+                let _ = std::fs::remove_file(&target);
+                self.warm(guest.data_bytes);
+                (seconds(|| shell(&pipe)), self.dump(guest, true, compress))
+            });
+        }
         std::fs::remove_file(&image).unwrap();
     }
 }
