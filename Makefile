@@ -30,7 +30,7 @@ help: ## this list
 	@printf '\n  PYTHON=python3.12   the interpreter to set up with\n'
 
 .PHONY: build
-build: $(venv)/installed ## vmsnap[cli,map] installed into .venv, its wheel in dist/
+build: $(venv)/installed ## vmsnap[cli,map,qemu] installed into .venv, its wheel in dist/
 
 .PHONY: demo
 demo: build ## the main job, on this machine's memory
@@ -142,7 +142,7 @@ $(venv)/installed: $(venv)/tools $(sources)
 	rm -rf dist
 	$(python) -m maturin build --release --locked --interpreter $(python) --out dist
 	$(pip) install --quiet --force-reinstall --no-deps dist/*.whl
-	wheel=$$(echo dist/*.whl) && $(pip) install --quiet "$$wheel[cli,map]"
+	wheel=$$(echo dist/*.whl) && $(pip) install --quiet "$$wheel[cli,map,qemu]"
 	touch $@
 
 $(venv)/dev: $(venv)/created pyproject.toml

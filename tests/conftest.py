@@ -6,6 +6,7 @@ nothing may be missing: every skip, of one test or of a whole module, becomes a 
 
 import os
 import secrets
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -51,6 +52,23 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("there is no folder `shared` beside the checkout")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
+    """A file system of 1 MiB and 20 files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=20", "vmsnap-test", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no program `mount`")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"a small file system cannot be mounted: {error.stderr.strip()}")
+    yield folder
+    # Lazily: the traceback of a test that failed may still hold a file.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)

@@ -473,23 +473,6 @@ def test_an_identity_that_cannot_be_read_or_made_is_told_and_nothing_is_written_
 # A full disk ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB and 20 files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=20", "vmsnap-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no program `mount`")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"a small file system cannot be mounted: {error.stderr.strip()}")
-    yield folder
-    # Lazily: the traceback of a test that failed may still hold a file.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def until_full(step: Callable[[], object]) -> None:
     def forever() -> None:
         while True:

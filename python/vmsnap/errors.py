@@ -9,6 +9,7 @@ __all__ = [
     "NewIdentityWarning",
     "NotEncryptedError",
     "NotSealedError",
+    "QemuError",
     "SerializationError",
     "UnsupportedFormatError",
     "VmsnapError",
@@ -57,6 +58,10 @@ class InvalidArgumentError(VmsnapError, ValueError):
 
 class SerializationError(VmsnapError, ValueError):
     """A value that cannot be written as CBOR or JSON; the text says what in it, and where."""
+
+
+class QemuError(VmsnapError):
+    """QEMU refuses, fails or ends, or what it runs cannot be saved or loaded as it is."""
 
 
 class NewIdentityWarning(UserWarning):

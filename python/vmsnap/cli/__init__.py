@@ -1,7 +1,7 @@
 """The command ``vmsnap``: dump memory into a snapshot, look into one, copy in and out.
 
 ``group`` puts the commands together and reports errors. ``dump``, ``look`` (ls, cat), ``tree``, ``show``, ``info``,
-``memory`` (dump-memory, restore-memory, peek), ``map``, ``copy``, ``convert``, ``rewrap``, ``completion`` and
+``memory`` (dump-memory, restore-memory, peek), ``map``, ``qemu``, ``copy``, ``convert``, ``rewrap``, ``completion`` and
 ``demo`` are the commands; ``values`` and ``hexdump`` make text of what is stored. ``places`` knows how DIR and PATH
 lead into a snapshot, ``keys`` the options for what opens one, ``keyfile`` reads a key and ``process`` a live process;
 ``holder`` is the child that ``demo`` dumps; ``terminal`` knows what depends on where the output goes.

@@ -21,6 +21,7 @@ from vmsnap.cli.keys import show_warning
 from vmsnap.cli.look import cat, ls
 from vmsnap.cli.map import map_memory
 from vmsnap.cli.memory import dump_memory, peek, restore_memory
+from vmsnap.cli.qemu import qemu
 from vmsnap.cli.rewrap import keygen, rekey
 from vmsnap.cli.seals import clean, seal, verify
 from vmsnap.cli.show import show
@@ -81,6 +82,7 @@ for command in (
     restore_memory,
     peek,
     map_memory,
+    qemu,
     encrypt,
     decrypt,
     verify,

@@ -71,7 +71,8 @@ class WritingKeys:
     passphrase: Passphrase | None = None
 
     @property
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments for whatever makes a snapshot."""
         return {
             "encrypt": self.encrypt,
             "key": self.key,
@@ -81,11 +82,11 @@ class WritingKeys:
 
     def stage(self, path: str | Path, *, threads: int | None = None) -> StagedSnapshot:
         """Begin a snapshot that is sealed when it is complete, and not there before."""
-        return vmsnap.create(path, **self._arguments, threads=threads)
+        return vmsnap.create(path, **self.arguments, threads=threads)
 
     def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
         """Make a snapshot in place, to which more can be added."""
-        return SnapshotWriter(root, **self._arguments, threads=threads)
+        return SnapshotWriter(root, **self.arguments, threads=threads)
 
 
 def identity_of(path: Path) -> IdentityFile:

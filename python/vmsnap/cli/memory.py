@@ -27,6 +27,11 @@ _KERNEL = ("[vvar", "[vsyscall]")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+compress_option = click.option(
+    "--compress", type=click.Choice(["none", "lz4"]), default="none", show_default=True, help="Compression."
+)
+
+
 # click has a type parameter for these since 8.4 only.
 class _Number(click.ParamType):  # type: ignore[type-arg]
     """An address or a size: decimal, also with K, M, G or T for powers of 1024, or hexadecimal after 0x."""
@@ -130,7 +135,7 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
     metavar="START-END[@ADDRESS]",
     help="A region, in hexadecimal: where it is in FILE or PID, and its guest-physical address (by default the same).",
 )
-@click.option("--compress", type=click.Choice(["none", "lz4"]), default="none", show_default=True, help="Compression.")
+@compress_option
 @click.option(
     "--on-error",
     type=click.Choice(["raise", "zero"]),

@@ -1,0 +1,283 @@
+"""A snapshot into a running guest."""
+
+import asyncio
+import errno
+import os
+import re
+import socket
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
+from vmsnap.memory import GuestMemory, Progress
+from vmsnap.qemu.background import in_thread, with_progress
+from vmsnap.qemu.devices import load_devices
+from vmsnap.qemu.machine import Machine, Ram, survey
+from vmsnap.qemu.monitor import Monitor, connected
+from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
+from vmsnap.sealing import verify as verify_snapshot
+from vmsnap.snapshot import SnapshotReader
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, StrPath
+
+    from vmsnap.keys import Identity, KeyProvider, Passphrase
+
+_PIECE_BYTES = 1 << 20
+# What QEMU said last, when it fails.
+_LAST_LINES = 20
+_EXIT_SECONDS = 10.0
+_SHOWN_PROBLEMS = 3
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How `load` went, and the QEMU that runs the guest now."""
+
+    process: subprocess.Popen[bytes]
+    """It is the caller's to wait for or to end. What it writes to standard error is passed on to this process' own."""
+    seconds: float
+    """From the call until the guest went on."""
+    restored_bytes: int
+    """Bytes of data of the guest's memory."""
+    machine: Machine
+
+
+def load(path: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
+    """Bring a saved guest back; `load_async` for callers that have no event loop, with the same parameters."""
+    return asyncio.run(load_async(path, command, **options))
+
+
+async def load_async(
+    path: "StrPath",
+    command: Sequence[str],
+    *,
+    key: "ReadableBuffer | None" = None,
+    identities: "Identity | Iterable[Identity] | None" = None,
+    passphrase: "Passphrase | None" = None,
+    key_provider: "KeyProvider | None" = None,
+    threads: int | None = None,
+    expect_seal_digest: "ReadableBuffer | str | None" = None,
+    verify: bool = True,
+    run: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Start QEMU with the memory and the devices of a saved guest, and let the guest go on.
+
+    QEMU is started waiting. That it is the machine which was saved is checked before anything of the guest's is
+    written; then its memory is filled, and its devices are loaded. After any error QEMU is ended.
+
+    Parameters
+    ----------
+    path
+        The snapshot.
+    command
+        QEMU and its arguments, as the guest was started: the same machine type, devices, and memory backends by id and
+        size. ``-incoming`` is added, and a monitor of vmsnap's own. Memory in a ``memory-backend-memfd`` is QEMU's
+        alone; with a ``memory-backend-file`` the file is filled. With ``share=off`` the guest changes nothing in it.
+    key, identities, passphrase, key_provider, threads, expect_seal_digest
+        As for `vmsnap.open`.
+    verify
+        Whether the snapshot has to be sealed, and a plain one is read and verified before. What is encrypted is never
+        used where its tag does not verify. Without, QEMU may get what anybody has changed.
+    run
+        Whether the guest goes on. Otherwise it waits for ``cont``.
+    overwrite
+        Whether memory may go into a file that holds something: another guest may run on it.
+    progress
+        Called with the bytes of memory done and all bytes, from another thread.
+
+    Raises
+    ------
+    QemuError
+        The snapshot is of no QEMU guest, or has no device state; the QEMU that was started is another machine, or
+        older; it ended or failed, and the text has what it wrote to standard error.
+    CorruptSnapshotError, AuthenticationError, NotSealedError
+        The snapshot is not what was saved. QEMU was not started, or the guest has not run.
+    FileExistsError
+        The file for the memory holds something.
+    InvalidArgumentError
+        ``-incoming`` or ``-daemonize`` is among the arguments, or there are none.
+    FileNotFoundError, KeyUnavailableError
+        As `vmsnap.open`; or there is no such command.
+    """
+    started = perf_counter()
+    _check_command(command)
+    opening: dict[str, Any] = {
+        "key": key,
+        "identities": identities,
+        "passphrase": passphrase,
+        "key_provider": key_provider,
+        "threads": threads,
+        "expect_seal_digest": expect_seal_digest,
+    }
+
+    def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory]:
+        reader = SnapshotReader(path, require_sealed=verify, **opening)
+        machine = _machine_of(reader)
+        if verify and not reader.encrypted:
+            _verify(path, opening)
+        return reader, machine, reader.memory()
+
+    reader, machine, memory = await in_thread(open_snapshot)
+    async with _Qemu(command) as qemu:
+        with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
+            async with connected(qemu.monitor, command[0]) as monitor:
+                ram = await survey(monitor, qemu.process.pid, stack, to_fill=True)
+                machine.check_against(ram.machine)
+                _check_empty(ram, overwrite)
+                await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
+                await _set_capabilities(monitor)
+                await load_devices(monitor, devices, qemu.process.kill)
+                if run:
+                    await monitor.run("cont")
+        qemu.runs()
+    return LoadReport(qemu.process, perf_counter() - started, memory.data_bytes, machine)
+
+
+def _check_command(command: Sequence[str]) -> None:
+    if not command:
+        raise InvalidArgumentError("there is no command to start QEMU with: qemu-system-x86_64 ...")
+    for argument in command:
+        option = argument.replace("--", "-", 1)
+        if option == "-incoming":
+            raise InvalidArgumentError("-incoming is vmsnap's to give: leave it out")
+        if option == "-daemonize":
+            raise InvalidArgumentError("a QEMU that goes to the background cannot be watched: leave -daemonize out")
+
+
+def _machine_of(reader: SnapshotReader) -> Machine:
+    names = reader.list_fragments()
+    for name, what in ((MACHINE, "is of no QEMU guest"), (DEVICE_STATE, "has no state of devices")):
+        if name not in names:
+            raise QemuError(f"{reader.root}: this snapshot {what}: it has no fragment {name!r}")
+    machine = reader.read_fragment(MACHINE, type=Machine)
+    machine.check_format(reader.root)
+    return machine
+
+
+def _verify(path: "StrPath", opening: dict[str, Any]) -> None:
+    report = verify_snapshot(path, **opening)
+    if not report.ok:
+        texts = [f"{problem.path}: {problem.text}" for problem in report.problems] or report.not_checked
+        more = f"; and {len(texts) - _SHOWN_PROBLEMS} more" if len(texts) > _SHOWN_PROBLEMS else ""
+        raise CorruptSnapshotError(
+            f"{os.fspath(path)}: is not what was saved: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
+        )
+
+
+def _check_empty(ram: Ram, overwrite: bool) -> None:
+    for region, path in zip(ram.regions, ram.files, strict=True):
+        if path and not overwrite and _holds_something(region.source, region.offset, region.size):
+            raise FileExistsError(
+                errno.EEXIST,
+                "holds something, and another guest may run on it: remove it, or say that it may be overwritten",
+                path,
+            )
+
+
+def _holds_something(descriptor: Any, offset: int, size: int | None) -> bool:
+    """Whether there is anything but zeros: QEMU may have made the pages resident already."""
+    assert size is not None
+    end = offset + size
+    while offset < end:
+        try:
+            offset = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError:
+            return False  # no data up to the end
+        piece = os.pread(descriptor, min(_PIECE_BYTES, end - offset), offset)
+        if not piece or offset >= end:
+            return False
+        if piece.count(0) != len(piece):
+            return True
+        offset += len(piece)
+    return False
+
+
+async def _set_capabilities(monitor: Monitor) -> None:
+    found = await monitor.run("query-migrate-capabilities")
+    wanted = [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
+    await monitor.run("migrate-set-capabilities", capabilities=wanted)
+
+
+class _Qemu:
+    """A QEMU that waits for a guest; it is ended with the block, unless the guest was told to go on."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        # Files that QEMU makes for the guest's memory are not left behind where it fails.
+        paths = [path.replace(",,", ",") for each in command for path in re.findall(r"mem-path=((?:[^,]|,,)+)", each)]
+        self._new_files = [path for path in paths if not os.path.exists(path)]
+        self.monitor, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [
+                        *command,
+                        *("-incoming", "defer"),
+                        *("-chardev", f"socket,id=vmsnap-monitor,fd={theirs.fileno()}"),
+                        *("-mon", "chardev=vmsnap-monitor,mode=control"),
+                    ],
+                    stderr=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                )
+            except BaseException:
+                self.monitor.close()
+                raise
+        self._said: deque[bytes] = deque(maxlen=_LAST_LINES)
+        self._lock = threading.Lock()
+        self._runs = False
+        self._listener = threading.Thread(target=self._listen, name="vmsnap-qemu-stderr", daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        """Keep what QEMU says until the guest runs: it may be why it does not. Pass it on from then on."""
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                with self._lock:
+                    self._said.append(line)
+                    if self._runs:
+                        self._pass_on()
+
+    def _pass_on(self) -> None:
+        with suppress(OSError):
+            while self._said:
+                os.write(2, self._said.popleft())
+
+    def _end(self) -> None:
+        # Told first, so that it removes its sockets.
+        self.process.terminate()
+        try:
+            self.process.wait(_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._listener.join()
+
+    def runs(self) -> None:
+        """Let QEMU be when the block ends."""
+        with self._lock:
+            self._runs = True
+            self._pass_on()
+
+    async def __aenter__(self) -> "_Qemu":
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.monitor.close()
+        if self._runs:
+            return
+        await in_thread(self._end)
+        for path in self._new_files:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        said = " ".join(b"".join(self._said).decode("utf-8", "replace").split())
+        if isinstance(error, QemuError) and said:
+            raise QemuError(f"{error}; QEMU said: {said}") from None

@@ -1,0 +1,196 @@
+"""A real guest for QEMU: Debian's kernel and busybox, and an init that counts on the serial console.
+
+Each line is ``count N SHA256``, the digest being that of 8 MiB which the guest holds in its memory. Both packages are
+fetched by `apt-get download` and unpacked, not installed, into target/guest/.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import MIB, pattern
+
+QEMU = "qemu-system-x86_64"
+CACHE = Path(__file__).resolve().parents[1] / "target/guest"
+
+HELD = pattern(8 * MIB, seed=8)
+HELD_DIGEST = hashlib.sha256(HELD).hexdigest()
+
+# What a guest on a busy machine may take for anything, in seconds; a guest that hangs fails its test after that.
+PATIENCE = 120
+
+_INIT = """#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+exec >/dev/ttyS0 2>&1 </dev/null
+n=0
+while :; do
+  set -- $(/bin/busybox sha256sum /held)
+  echo "count $n $1"
+  n=$((n+1))
+done
+"""
+
+
+class Count(NamedTuple):
+    number: int
+    digest: str
+
+
+def need_qemu() -> None:
+    """Skip the test where there is no QEMU."""
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"there is no {QEMU}: apt install qemu-system-x86")
+
+
+def _unpacked(package: str, pattern: str) -> Path:
+    """Return a file of a Debian package."""
+    folder = CACHE / package
+    if not list(folder.glob(pattern)):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, text=True)
+            [archive] = folder.glob("*.deb")
+            subprocess.run(["dpkg", "-x", str(archive), str(folder)], check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("there is no apt-get to fetch a kernel with")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"{package} cannot be fetched: {error.stderr.strip()} (try apt-get update)")
+    [found] = folder.glob(pattern)
+    return found
+
+
+def _kernel_package() -> str:
+    """Return the package that today's linux-image-cloud-amd64 stands for."""
+    try:
+        told = subprocess.run(["apt-cache", "depends", "linux-image-cloud-amd64"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no apt-cache to find a kernel with")
+    found = re.search(r"Depends: (linux-image-\S+-cloud-amd64)$", told.stdout, re.MULTILINE)
+    if not found:
+        pytest.skip("apt knows no linux-image-cloud-amd64 (try apt-get update; on Debian for x86_64)")
+    return found[1]
+
+
+@functools.cache
+def kernel() -> Path:
+    known = list(CACHE.glob("linux-image-*/boot/vmlinuz-*"))
+    return known[0] if known else _unpacked(_kernel_package(), "boot/vmlinuz-*")
+
+
+@functools.cache
+def initramfs() -> Path:
+    busybox = _unpacked("busybox-static", "bin/busybox")
+    path = CACHE / "initramfs"
+    folder, program = 0o40755, 0o100755
+    entries = [
+        ("bin", folder, b""),
+        ("dev", folder, b""),
+        ("bin/busybox", program, busybox.read_bytes()),
+        ("init", program, _INIT.encode()),
+        ("held", 0o100644, HELD),
+    ]
+    path.write_bytes(_cpio(entries))
+    return path
+
+
+def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
+    """Pack files as the kernel unpacks them: Documentation/driver-api/early-userspace/buffer-format.rst, "newc"."""
+    archive = bytearray()
+    for inode, (name, mode, content) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1):
+        path = name.encode() + b"\0"
+        numbers = (inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(path), 0)
+        archive += b"070701" + b"".join(b"%08x" % number for number in numbers) + path
+        archive += bytes(-len(archive) % 4) + content
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def shared_memory(size: str = "256M") -> str:
+    return f"memory-backend-memfd,id=mem,size={size},share=on"
+
+
+def qemu_command(
+    qmp: Path, *more: str | Path, machine: str = "pc", memory: str | None = None, size: str = "256M"
+) -> list[str]:
+    """Start QEMU with nothing but a processor, memory and a monitor."""
+    return [
+        *(QEMU, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-m", size),
+        *("-object", memory or shared_memory(size), "-machine", f"{machine},memory-backend=mem"),
+        *("-qmp", f"unix:{qmp},server=on,wait=off"),
+        *map(str, more),
+    ]
+
+
+class Console:
+    """The serial console of a guest: a FIFO, so that nothing gets lost where one QEMU ends and another goes on."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / name
+        for end in ("in", "out"):
+            os.mkfifo(f"{self.path}.{end}")
+        # For writing too: it is not at its end when a QEMU is.
+        self._out = os.open(f"{self.path}.out", os.O_RDWR)
+        self._rest = b""
+
+    def boot(self) -> list[str]:
+        """Return the options for QEMU."""
+        return [
+            *("-serial", f"pipe:{self.path}"),
+            *("-kernel", str(kernel()), "-initrd", str(initramfs())),
+            *("-append", "console=ttyS0 quiet panic=-1"),
+        ]
+
+    def count(self) -> Count:
+        """Wait for the guest to count."""
+        while True:
+            line, newline, rest = self._rest.partition(b"\n")
+            if not newline:
+                ready, _, _ = select.select([self._out], [], [], PATIENCE)
+                assert ready, f"the guest says nothing after {self._rest!r}"
+                self._rest += os.read(self._out, 1 << 16)
+                continue
+            self._rest = rest
+            if found := re.fullmatch(rb"count (\d+) ([0-9a-f]{64})\r?", line):
+                return Count(int(found[1]), found[2].decode())
+
+    def counts(self, number: int) -> list[Count]:
+        return [self.count() for _ in range(number)]
+
+    def close(self) -> None:
+        os.close(self._out)
+
+
+@contextmanager
+def running(command: list[str], qmp: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a QEMU, killed at the end where it has not ended; it has a monitor when this begins."""
+    qmp.unlink(missing_ok=True)
+    with subprocess.Popen(command) as process:
+        try:
+            until = time.monotonic() + PATIENCE
+            while not qmp.exists():
+                assert process.poll() is None, f"QEMU ended with status {process.returncode}"
+                assert time.monotonic() < until, "QEMU makes no monitor"
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def ended(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
+    """Kill a process at the end."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
