@@ -86,6 +86,11 @@ bench-values: build $(venv)/bench ## speed of values written and read
 	@$(call step,benches/values.py)
 	$(python) benches/values.py $(BENCH_ARGS)
 
+.PHONY: bench-qemu
+bench-qemu: build $(venv)/dev ## how long a QEMU guest stands still to be saved, against QEMU's own way
+	@$(call step,benches/pause.py)
+	$(python) benches/pause.py $(BENCH_ARGS)
+
 # pytest says 5 where no test has the marker.
 .PHONY: torture
 torture: build $(venv)/dev ## the long forms of the tests

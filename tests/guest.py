@@ -10,6 +10,7 @@ import os
 import re
 import select
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ PATIENCE = 120
 _INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 exec >/dev/ttyS0 2>&1 </dev/null
+NOISE
 n=0
 while :; do
   set -- $(/bin/busybox sha256sum /held)
@@ -88,16 +90,18 @@ def kernel() -> Path:
 
 
 @functools.cache
-def initramfs() -> Path:
+def initramfs(random_mib: int = 0) -> Path:
+    """Return an archive with the init, and with what it is to hold; or which makes as many MiB of noise to hold."""
     busybox = _unpacked("busybox-static", "bin/busybox")
-    path = CACHE / "initramfs"
+    path = CACHE / f"initramfs-{random_mib}"
+    noise = f"/bin/busybox dd if=/dev/urandom of=/held bs=1M count={random_mib}" if random_mib else ""
     folder, program = 0o40755, 0o100755
     entries = [
         ("bin", folder, b""),
         ("dev", folder, b""),
         ("bin/busybox", program, busybox.read_bytes()),
-        ("init", program, _INIT.encode()),
-        ("held", 0o100644, HELD),
+        ("init", program, _INIT.replace("NOISE", noise).encode()),
+        ("held", 0o100644, b"" if random_mib else HELD),
     ]
     path.write_bytes(_cpio(entries))
     return path
@@ -142,11 +146,11 @@ class Console:
         self._out = os.open(f"{self.path}.out", os.O_RDWR)
         self._rest = b""
 
-    def boot(self) -> list[str]:
+    def boot(self, random_mib: int = 0) -> list[str]:
         """Return the options for QEMU."""
         return [
             *("-serial", f"pipe:{self.path}"),
-            *("-kernel", str(kernel()), "-initrd", str(initramfs())),
+            *("-kernel", str(kernel()), "-initrd", str(initramfs(random_mib))),
             *("-append", "console=ttyS0 quiet panic=-1"),
         ]
 
@@ -170,6 +174,12 @@ class Console:
         os.close(self._out)
 
 
+def listens(qmp: Path) -> bool:
+    """Whether somebody listens at a socket: it is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(qmp)) == 0
+
+
 @contextmanager
 def running(command: list[str], qmp: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a QEMU, killed at the end where it has not ended; it has a monitor when this begins."""
@@ -177,7 +187,7 @@ def running(command: list[str], qmp: Path) -> Iterator["subprocess.Popen[bytes]"
     with subprocess.Popen(command) as process:
         try:
             until = time.monotonic() + PATIENCE
-            while not qmp.exists():
+            while not listens(qmp):
                 assert process.poll() is None, f"QEMU ended with status {process.returncode}"
                 assert time.monotonic() < until, "QEMU makes no monitor"
                 time.sleep(0.01)

@@ -4,13 +4,17 @@ import asyncio
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ import pytest
 import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
-from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ended, need_qemu, qemu_command, running
+from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ended, listens, need_qemu, qemu_command, running
 from qemu.qmp import QMPClient
 from refusals import refused, refused_elsewhere
 from support import MIB
@@ -215,6 +219,59 @@ def test_the_command_line_saves_and_loads(folder: Path, qmp: Path, console: Cons
     assert not qmp.exists()
 
 
+def test_a_guest_with_a_disk_goes_on_and_comes_back(tmp_path: Path, folder: Path, qmp: Path) -> None:
+    """QEMU gives its disks away when it migrates, and takes them back when it goes on."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MIB))
+    drive = ["-drive", f"if=none,id=d,format=raw,file={disk}", "-device", "virtio-blk-pci,drive=d"]
+    command = qemu_command(qmp, *drive)
+    with running(command, qmp) as process:
+        vmsnap.qemu.save(qmp, folder / "vm1")
+        assert is_as_before(qmp)
+        vmsnap.qemu.save(qmp, folder / "vm2", then="quit")
+        process.wait(PATIENCE)
+    with ended(vmsnap.qemu.load(folder / "vm2", command).process):
+        assert state(qmp) == "running"
+
+
+def test_the_page_on_qemu_says_what_works(tmp_path: Path, no_identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block; what runs a guest is left running until it is told to quit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    text = (Path(__file__).resolve().parents[1] / "docs/qemu.md").read_text()
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    qmp = Path("vm1.qmp")
+    identity = vmsnap.generate_identity()
+    command = shlex.split(next(block for _, block in blocks).replace("\\\n", ""))
+    known = {"recipients": vmsnap.recipients_of(identity), "identities": identity, "command": command}
+    with ExitStack() as stack:
+        for language, block in blocks:
+            if language == "python":
+                exec(block, known)
+            elif block.startswith(("qemu-system", "vmsnap qemu load")):
+                qmp.unlink(missing_ok=True)
+                process = stack.enter_context(ended(subprocess.Popen(["bash", "-c", f"exec {block}"])))
+                wait_for(qmp, process)
+            else:
+                subprocess.run(["bash", "-ec", block], check=True, stdout=subprocess.DEVNULL)
+    assert state_of_snapshots(tmp_path) == ["vm1", "vm1-end", "vm2"]
+
+
+def state_of_snapshots(folder: Path) -> list[str]:
+    return sorted(each.parent.name for each in folder.glob("*/vmsnap_manifest"))
+
+
+def wait_for(qmp: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Wait until a guest runs."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        assert process.poll() is None, "it has ended"
+        assert time.monotonic() < until
+        if listens(qmp) and state(qmp) == "running":
+            return
+        time.sleep(0.05)
+
+
 # What is stored ------------------------------------------------------------------------------------------------------
 
 
@@ -355,18 +412,16 @@ def test_a_second_client_is_told_of_the_first(folder: Path, qmp: Path, monkeypat
             vmsnap.qemu.save(qmp, folder / "vm1")
 
 
-@pytest.mark.parametrize(
-    ("memory", "row", "message"),
-    [
-        ("memory-backend-memfd,id=mem,size=256M,share=off", "qemu-not-shared", "is not shared: .*share=on"),
-        ("memory-backend-ram,id=mem,size=256M,share=on", "qemu-no-file", "lies in no file .*memory-backend-memfd"),
-    ],
-)
-def test_memory_that_is_not_in_a_shared_file_is_refused(
-    folder: Path, qmp: Path, memory: str, row: str, message: str
-) -> None:
-    with running(qemu_command(qmp, memory=memory), qmp):
-        with refused(row, message, folder):
+def test_memory_that_is_not_shared_is_refused(folder: Path, qmp: Path) -> None:
+    with running(qemu_command(qmp, memory="memory-backend-memfd,id=mem,size=256M,share=off"), qmp):
+        with refused("qemu-not-shared", "is not shared: .*share=on", folder):
+            vmsnap.qemu.save(qmp, folder / "vm1")
+        assert is_as_before(qmp)
+
+
+def test_memory_that_is_in_no_file_is_refused(folder: Path, qmp: Path) -> None:
+    with running(qemu_command(qmp, memory="memory-backend-ram,id=mem,size=256M,share=on"), qmp):
+        with refused("qemu-no-file", "lies in no file .*memory-backend-memfd", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         assert is_as_before(qmp)
 
@@ -513,35 +568,40 @@ def no_process_with(text: Path) -> bool:
 
 
 def test_another_machine_is_refused(saved: Path, folder: Path, qmp: Path) -> None:
-    row = "qemu-other-machine"
-    with refused(row, "machine type of the saved guest is pc-i440fx-.*was started pc-q35-", folder):
+    with refused("qemu-other-machine", "machine type of the saved guest is pc-i440fx-.*was started pc-q35-", folder):
         vmsnap.qemu.load(saved, qemu_command(qmp, machine="q35"))
-    with refused(row, "256 MiB of backend 'mem' at 0x0, .* 512 MiB of backend 'mem'", folder):
+    with refused("qemu-other-machine", "256 MiB of backend 'mem' at 0x0, .* 512 MiB of backend 'mem'", folder):
         vmsnap.qemu.load(saved, qemu_command(qmp, size="512M"))
     other = [each.replace("id=mem", "id=ram").replace("backend=mem", "backend=ram") for each in qemu_command(qmp)]
-    with refused(row, "backend 'mem' at 0x0, .* backend 'ram' at", folder):
+    with refused("qemu-other-machine", "backend 'mem' at 0x0, .* backend 'ram' at", folder):
         vmsnap.qemu.load(saved, other)
     assert no_process_with(qmp)
 
 
-def test_an_older_qemu_and_a_newer_format_are_refused(folder: Path, qmp: Path, saved: Path) -> None:
-    found = vmsnap.open(saved).read_fragment("machine")
-    for name, change, row, message in (
-        (
-            "vm2",
-            {"qemu_version": "99.1.0"},
-            "qemu-other-machine",
-            "saved by QEMU 99.1.0, and .* take the same or a newer",
-        ),
-        ("vm3", {"version": 2}, "qemu-later-format", "of version 2: it needs a newer vmsnap"),
-    ):
-        with vmsnap.create(folder / name) as writer:
-            for fragment in ("device_state", "mem", "mem_metadata"):
-                with writer.raw_fragment(fragment) as copy:
-                    copy.write((saved / fragment).read_bytes())
-            writer.write_fragment("machine", {**found, **change})
-        with refused(row, message, folder):
-            vmsnap.qemu.load(folder / name, qemu_command(qmp))
+def copy_of(saved: Path, target: Path, **change: object) -> Path:
+    """Copy a snapshot, with something else in the fragment `machine`."""
+    with vmsnap.create(target) as writer:
+        for fragment in ("device_state", "mem", "mem_metadata"):
+            with writer.raw_fragment(fragment) as copy:
+                copy.write((saved / fragment).read_bytes())
+        writer.write_fragment("machine", {**vmsnap.open(saved).read_fragment("machine"), **change})
+    return target
+
+
+def test_an_older_qemu_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
+    newer = copy_of(saved, folder / "vm2", qemu_version="99.1.0")
+    with refused("qemu-other-machine", "saved by QEMU 99.1.0, and .* take the same or a newer", folder):
+        vmsnap.qemu.load(newer, qemu_command(qmp))
+    # What a later one saved is loaded by a later one; and this one is later than the first that there was.
+    older = copy_of(saved, folder / "vm3", qemu_version="4.0.0")
+    with ended(vmsnap.qemu.load(older, qemu_command(qmp)).process):
+        assert state(qmp) == "running"
+
+
+def test_a_later_format_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
+    later = copy_of(saved, folder / "vm2", version=2)
+    with refused("qemu-later-format", "of version 2: it needs a newer vmsnap", folder):
+        vmsnap.qemu.load(later, qemu_command(qmp))
     assert no_process_with(qmp)
 
 
