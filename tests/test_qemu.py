@@ -25,7 +25,7 @@ from commands import error_of, run
 from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ended, listens, need_qemu, qemu_command, running
 from qemu.qmp import QMPClient
 from refusals import refused, refused_elsewhere
-from support import MIB
+from support import MIB, run_python
 from vmsnap.qemu import Machine, RamRange, monitor
 
 SIZE = 256 * MIB
@@ -366,6 +366,16 @@ def test_a_paused_guest_stays_paused_or_continues_where_told(folder: Path, qmp: 
         ask(qmp, "cont")
         vmsnap.qemu.save(qmp, folder / "vm3")
         assert is_as_before(qmp)
+
+
+def test_without_the_package_the_extra_is_named(folder: Path, qmp: Path) -> None:
+    # As where it is not installed.
+    script = "sys.modules['qemu'] = None\nimport vmsnap.qemu"
+    refused_elsewhere("qemu-extra", r"pip install 'vmsnap\[qemu\]'", folder, script)
+    script = "sys.modules['qemu'] = None\nfrom vmsnap.cli.group import run\nsys.exit(run())"
+    done = run_python(f"import sys\n{script}", "qemu", "save", "--qmp", qmp, folder / "vm1")
+    assert done.returncode == 1
+    assert done.stderr == "vmsnap: error: vmsnap qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'\n"
 
 
 # What is refused when saving ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def _library() -> ModuleType:
     try:
         import vmsnap.qemu
     except ModuleNotFoundError as missing:
-        if missing.name not in {"qemu", "qemu.qmp"}:
+        if missing.name != "qemu.qmp":
             raise
         raise CommandError("vmsnap qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'") from None
     return vmsnap.qemu

@@ -3,17 +3,14 @@
 `save` stops the guest, takes QEMU's device state and the guest's memory, and lets it go on; `load` starts QEMU, brings
 both back and lets the guest go on where it stood. ``docs/qemu.md`` shows it, and how the guest has to be started.
 
-``monitor`` talks to a QEMU, ``machine`` asks what it runs and finds its memory, ``saving`` and ``loading`` do it.
+``monitor`` talks to a QEMU, ``machine`` asks what it runs and finds its memory, ``devices`` moves their state, and
+``saving`` and ``loading`` do it; ``background`` keeps what blocks out of the event loop.
 """
 
 try:
-    from qemu import qmp as _qmp  # noqa: F401  asked for here, so that what is missing is said well
-except ModuleNotFoundError as missing:
-    if missing.name not in {"qemu", "qemu.qmp"}:
-        raise
-    raise ModuleNotFoundError(
-        "vmsnap.qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'", name=missing.name
-    ) from None
+    from qemu import qmp as _qmp  # noqa: F401  asked for first, so that what is missing is said well
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("vmsnap.qemu needs qemu.qmp: pip install 'vmsnap[qemu]'", name="qemu.qmp") from None
 
 from vmsnap.qemu.loading import LoadReport, load, load_async
 from vmsnap.qemu.machine import Machine, RamRange

@@ -7,7 +7,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.memory import MemoryReport, Progress
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath
 
     from vmsnap.keys import KeyProvider, Passphrase
-
-Then: TypeAlias = Literal["as-before", "continue", "quit"]
 
 MACHINE, DEVICE_STATE = "machine", "device_state"
 
@@ -73,7 +71,7 @@ async def save_async(
     passphrase: "Passphrase | None" = None,
     key_provider: "KeyProvider | None" = None,
     compress: Literal["lz4"] | None = None,
-    then: Then = "as-before",
+    then: Literal["as-before", "continue", "quit"] = "as-before",
     pid: int | None = None,
     threads: int | None = None,
     durable: bool = True,
