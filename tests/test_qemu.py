@@ -341,7 +341,7 @@ def test_a_coroutine_leaves_the_loop_to_others(folder: Path, qmp: Path, key: byt
     async def both() -> None:
         other = asyncio.create_task(turning())
         await vmsnap.qemu.save_async(qmp, folder / "vm1", key=key, then="quit")
-        report = await vmsnap.qemu.load_async(folder / "vm1", command, key=key, run=False)
+        report = await vmsnap.qemu.load_async(folder / "vm1", command, key=key, paused=True)
         with ended(report.process):
             assert await asyncio.to_thread(state, qmp) == "paused"
         other.cancel()
@@ -550,6 +550,27 @@ def test_a_save_that_is_cancelled_leaves_the_guest_running(folder: Path, qmp: Pa
         vmsnap.qemu.save(qmp, folder / "vm1", key=key)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_guest_running(folder: Path, qmp: Path, number: signal.Signals) -> None:
+    """As the command line treats them: SIGTERM by what its handler raises."""
+    script = """
+import os, signal, sys, time
+import vmsnap.qemu
+
+def interrupted(_done, _total):
+    os.kill(os.getpid(), int(sys.argv[3]))
+    time.sleep(1)  # the handler runs in another thread meanwhile
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
+vmsnap.qemu.save(sys.argv[1], sys.argv[2], progress=interrupted)
+"""
+    with running(qemu_command(qmp), qmp):
+        done = run_python(script, qmp, folder / "vm1", int(number))
+        assert done.returncode == (77 if number == signal.SIGTERM else -signal.SIGINT), done.stderr
+        assert is_as_before(qmp)
+    assert list(folder.iterdir()) == []
+
+
 def test_what_a_callback_raises_leaves_the_guest_running(folder: Path, qmp: Path) -> None:
     def broken(_done: int, _total: int) -> None:
         raise ZeroDivisionError
@@ -671,7 +692,7 @@ def test_a_file_that_holds_something_is_not_overwritten(tmp_path: Path, saved: P
         vmsnap.qemu.load(saved, qemu_command(qmp, memory=memory))
     command = qemu_command(qmp, memory=memory)
     assert "holds something" in error_of(run("qemu", "load", saved, "--", *command, status=1))
-    with ended(vmsnap.qemu.load(saved, command, overwrite=True, run=False).process):
+    with ended(vmsnap.qemu.load(saved, command, overwrite=True, paused=True).process):
         assert b"another guest" not in (tmp_path / "ram").read_bytes()
     # Resident, and zero: that is nothing.
     (tmp_path / "ram").write_bytes(bytes(SIZE))

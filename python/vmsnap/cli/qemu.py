@@ -137,7 +137,7 @@ def load(
             list(command),
             **keys.arguments(directory),
             verify=not no_verify,
-            run=not paused,
+            paused=paused,
             overwrite=force,
             threads=threads,
             progress=show,

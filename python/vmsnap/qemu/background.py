@@ -1,30 +1,70 @@
-"""What blocks, run in a thread while the event loop goes on."""
+"""What blocks, run in a thread while the event loop goes on; what has to come to its end; and a loop of one's own."""
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from vmsnap.memory import Progress
 
 Result = TypeVar("Result")
 
 
-async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:
-    """Run what blocks in a thread, and return only when it has ended, even where this task is cancelled.
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in a thread with an event loop of its own, and wait for it.
 
-    `cancel` is called then, to let it end sooner.
+    What a signal handler raises here (Ctrl-C, and the command line's at SIGTERM) cancels it, and is raised when it has
+    ended. Raised in its own thread that would take the loop away under it, and with it the connection to QEMU.
     """
-    task = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        cancel()
-        await asyncio.wait([task])
-        # Looked at, or it would be reported as lost: what counts is that this was cancelled.
-        if not task.cancelled():
-            task.exception()
-        raise
+    begun = threading.Event()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def main() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        begun.set()
+        return await work
+
+    with ThreadPoolExecutor(1, thread_name_prefix="vmsnap-qemu") as thread:
+        future = thread.submit(asyncio.run, main())
+        future.add_done_callback(lambda _: begun.set())
+        try:
+            return future.result()
+        except BaseException:
+            begun.wait()
+            for loop, task in running:
+                with suppress(RuntimeError):  # it has ended, and this is its own error
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+async def to_the_end(work: Coroutine[Any, Any, Result], cancel: Callable[[], object] = lambda: None) -> Result:
+    """Wait for what must not be left half done, even where this task is cancelled; it is cancelled afterwards.
+
+    `cancel` is called then, to let the work end sooner.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+            cancel()
+    if cancelled is None:
+        return task.result()
+    # Looked at, or it would be reported as lost: what counts is that this was cancelled.
+    if not task.cancelled():
+        task.exception()
+    raise cancelled
+
+
+async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:
+    """Run what blocks in a thread, to its end; `cancel` as for `to_the_end`."""
+    return await to_the_end(asyncio.to_thread(call), cancel)
 
 
 async def with_progress(call: Callable[[Progress], Result], progress: Progress | None) -> Result:

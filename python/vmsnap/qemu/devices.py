@@ -2,13 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from io import FileIO
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmsnap.errors import QemuError
 from vmsnap.io import Fragment, FragmentReader
+from vmsnap.qemu.background import to_the_end
 from vmsnap.qemu.monitor import Monitor
 
 Result = TypeVar("Result")
@@ -71,7 +72,7 @@ async def _transfer(
     theirs: int,
     ours: FileIO,
     work: Callable[[FileIO], Result],
-    give_up: Callable[[], Awaitable[None]],
+    give_up: Callable[[], Coroutine[Any, Any, None]],
 ) -> Result:
     """Give QEMU one end of a pipe to migrate through, while a thread works at the other."""
 
@@ -89,19 +90,24 @@ async def _transfer(
     except BaseException:
         ours.close()
         with suppress(QemuError):
-            await asyncio.shield(monitor.run("closefd", fdname=_NAME))
+            await to_the_end(monitor.run("closefd", fdname=_NAME))
         raise
     working = asyncio.ensure_future(asyncio.to_thread(work_and_close))
     try:
         await monitor.migrated()
     except BaseException:
         # QEMU closes its end then, and the thread ends too; where that failed first, it is the reason.
-        await asyncio.shield(give_up())
-        await asyncio.wait([working])
+        await to_the_end(give_up())
+        await to_the_end(_ended(working))
         if error := working.exception():
             raise error from None
         raise
-    return await working
+    await to_the_end(_ended(working))
+    return working.result()
+
+
+async def _ended(task: "asyncio.Future[Any]") -> None:
+    await asyncio.wait([task])
 
 
 async def cancel(monitor: Monitor) -> None:

@@ -1,6 +1,5 @@
 """A snapshot into a running guest."""
 
-import asyncio
 import errno
 import os
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.memory import GuestMemory, Progress
-from vmsnap.qemu.background import in_thread, with_progress
+from vmsnap.qemu.background import in_thread, run, with_progress
 from vmsnap.qemu.devices import load_devices
 from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
@@ -51,7 +50,7 @@ class LoadReport:
 
 def load(path: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
     """Bring a saved guest back; `load_async` for callers that have no event loop, with the same parameters."""
-    return asyncio.run(load_async(path, command, **options))
+    return run(load_async(path, command, **options))
 
 
 async def load_async(
@@ -65,7 +64,7 @@ async def load_async(
     threads: int | None = None,
     expect_seal_digest: "ReadableBuffer | str | None" = None,
     verify: bool = True,
-    run: bool = True,
+    paused: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> LoadReport:
@@ -87,8 +86,8 @@ async def load_async(
     verify
         Whether the snapshot has to be sealed, and a plain one is read and verified before. What is encrypted is never
         used where its tag does not verify. Without, QEMU may get what anybody has changed.
-    run
-        Whether the guest goes on. Otherwise it waits for ``cont``.
+    paused
+        Let the guest wait for ``cont``.
     overwrite
         Whether memory may go into a file that holds something: another guest may run on it.
     progress
@@ -136,7 +135,7 @@ async def load_async(
                 await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
                 await _set_capabilities(monitor)
                 await load_devices(monitor, devices, qemu.process.kill)
-                if run:
+                if not paused:
                     await monitor.run("cont")
         qemu.runs()
     return LoadReport(qemu.process, perf_counter() - started, memory.data_bytes, machine)

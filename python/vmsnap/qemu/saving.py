@@ -1,6 +1,5 @@
 """A running guest into a snapshot."""
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.memory import MemoryReport, Progress
-from vmsnap.qemu.background import in_thread, with_progress
+from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import cancel, save_devices
 from vmsnap.qemu.machine import Machine, survey
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
@@ -58,7 +57,7 @@ class SaveReport:
 
 def save(qmp: "StrPath", path: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
     """Save a running guest; `save_async` for callers that have no event loop, with the same parameters."""
-    return asyncio.run(save_async(qmp, path, encrypt, **options))
+    return run(save_async(qmp, path, encrypt, **options))
 
 
 async def save_async(
@@ -131,7 +130,7 @@ async def save_async(
             )
             async with _complete_or_absent(staged) as writer, _prepared(monitor):
                 writer.write_fragment(MACHINE, ram.machine)
-                async with _standing_still(monitor, ran or then == "continue") as pause:
+                async with _standing_still(monitor, ran, ran or then == "continue") as pause:
                     with writer.raw_fragment(DEVICE_STATE, chunk_size_bytes=_CHUNK_BYTES) as fragment:
                         device_state_bytes = await save_devices(monitor, fragment)
                     # After the devices: some of them leave something in the guest's memory when they are saved.
@@ -209,7 +208,7 @@ async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
     finally:
         # Where QEMU has ended this is no further error.
         with suppress(QemuError):
-            await asyncio.shield(_set(monitor, changed, bandwidth))
+            await to_the_end(_set(monitor, changed, bandwidth))
 
 
 async def _set(monitor: Monitor, capabilities: list[dict[str, Any]], bandwidth: int | None) -> None:
@@ -232,23 +231,23 @@ class _Pause:
 
 
 @asynccontextmanager
-async def _standing_still(monitor: Monitor, goes_on: bool) -> AsyncIterator[_Pause]:
-    """Stop the guest, and let it go on: at the end of the block, and whatever happens in it."""
+async def _standing_still(monitor: Monitor, ran: bool, goes_on: bool) -> AsyncIterator[_Pause]:
+    """Stop the guest, and let it go on at the end of the block; after an error where it ran before."""
     pause = _Pause(goes_on)
     try:
         await monitor.run("stop")
         yield pause
     except BaseException:
-        await asyncio.shield(_as_it_was(monitor, pause.goes_on))
+        await to_the_end(_as_it_was(monitor, ran))
         raise
     if pause.goes_on:
-        await asyncio.shield(monitor.run("cont"))
+        await to_the_end(monitor.run("cont"))
     pause.ends()
 
 
-async def _as_it_was(monitor: Monitor, goes_on: bool) -> None:
+async def _as_it_was(monitor: Monitor, ran: bool) -> None:
     """Let the guest go on after an error, which nothing that goes wrong here shall hide."""
     await cancel(monitor)
     with suppress(QemuError):
-        if goes_on:
+        if ran:
             await monitor.run("cont")
