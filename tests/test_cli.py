@@ -204,7 +204,8 @@ def test_a_signal_during_a_dump_leaves_nothing(tmp_path: Path, number: signal.Si
     heed = functools.partial(signal.signal, number, signal.SIG_DFL)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as dump:
         with open(tmp_path / "endless", "wb", buffering=0) as pipe:
-            pipe.write(b"x" * 4096)
+            # More than the pipe holds: it is written only when the dump has begun to read.
+            pipe.write(b"x" * (1 << 20))
             assert list(tmp_path.glob(".vmsnap-*/ram"))
             assert not (tmp_path / "vm").exists()
             dump.send_signal(number)

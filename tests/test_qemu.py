@@ -550,6 +550,64 @@ def test_a_save_that_is_cancelled_leaves_the_guest_running(folder: Path, qmp: Pa
         vmsnap.qemu.save(qmp, folder / "vm1", key=key)
 
 
+@pytest.mark.parametrize("then", ["as-before", "quit"])
+def test_a_save_that_is_cancelled_in_its_commit_leaves_no_snapshot(
+    folder: Path, qmp: Path, then: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = vmsnap.StagedSnapshot.commit
+
+    async def saving() -> None:
+        loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
+        assert task is not None
+
+        def cancel() -> None:
+            task.cancel()
+            told.set()
+
+        def late(staged: vmsnap.StagedSnapshot) -> None:
+            loop.call_soon_threadsafe(cancel)
+            told.wait(PATIENCE)
+            commit(staged)
+
+        monkeypatch.setattr(vmsnap.StagedSnapshot, "commit", late)
+        with pytest.raises(asyncio.CancelledError):
+            await vmsnap.qemu.save_async(qmp, folder / "vm1", then=then)
+        assert list(folder.iterdir()) == []
+
+    with running(qemu_command(qmp), qmp):
+        asyncio.run(saving())
+        assert is_as_before(qmp)
+
+
+def test_a_save_that_is_cancelled_before_it_stops_the_guest_leaves_nothing(folder: Path, qmp: Path) -> None:
+    async def saving() -> None:
+        loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
+        assert task is not None
+
+        def cancel() -> None:
+            task.cancel()
+            told.set()
+
+        class Late:
+            name = "late"
+
+            def wrap(self, payload: bytes) -> bytes:
+                loop.call_soon_threadsafe(cancel)
+                told.wait(PATIENCE)
+                return payload[::-1]
+
+            def unwrap(self, wrapped: bytes) -> bytes:
+                return wrapped[::-1]
+
+        with pytest.raises(asyncio.CancelledError):
+            await vmsnap.qemu.save_async(qmp, folder / "vm1", key_provider=Late())
+        assert list(folder.iterdir()) == []
+
+    with running(qemu_command(qmp), qmp):
+        asyncio.run(saving())
+        assert is_as_before(qmp)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_guest_running(folder: Path, qmp: Path, number: signal.Signals) -> None:
     """As the command line treats them: SIGTERM by what its handler raises."""
@@ -672,6 +730,30 @@ def test_a_load_that_fails_says_what_qemu_said(tmp_path: Path, folder: Path, qmp
     assert not (tmp_path / "ram").exists()
     with refused("qemu-ends", "QEMU said: .*no-such-option", folder):
         vmsnap.qemu.load(folder / "vm1", [*without, "-no-such-option"])
+    assert no_process_with(qmp)
+
+
+def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, qmp: Path) -> None:
+    """A file that was there stays, without the guest's memory; also where it is told in JSON, as by libvirt."""
+    with running(qemu_command(qmp, "-device", "virtio-rng-pci"), qmp) as process:
+        vmsnap.qemu.save(qmp, folder / "vm1", then="quit")
+        process.wait(PATIENCE)
+    ram = tmp_path / "ram"
+    backend = {"qom-type": "memory-backend-file", "id": "mem", "size": SIZE, "share": True, "mem-path": str(ram)}
+    ram.touch()
+    os.truncate(ram, SIZE)
+    for memory in (json.dumps(backend), f"memory-backend-file,id=mem,size=256M,share=on,mem-path={ram}"):
+        with refused("qemu-ends", "QEMU said: .*virtio-rng", folder):
+            vmsnap.qemu.load(folder / "vm1", qemu_command(qmp, memory=memory))
+        assert ram.stat().st_size == SIZE
+        assert ram.stat().st_blocks == 0
+
+
+def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
+    # What QEMU has mapped is looked for in the shell.
+    with refused("qemu-no-file", "lies in no file that process", folder):
+        vmsnap.qemu.load(saved, [*shell, *qemu_command(qmp)])
     assert no_process_with(qmp)
 
 

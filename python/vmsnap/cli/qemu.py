@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from subprocess import Popen
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -24,6 +24,12 @@ def _library() -> ModuleType:
             raise
         raise CommandError("vmsnap qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'") from None
     return vmsnap.qemu
+
+
+def _asked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask for a passphrase now: in this thread, which Ctrl-C interrupts, and before a progress bar is drawn."""
+    passphrase = arguments.get("passphrase")
+    return arguments | {"passphrase": passphrase()} if callable(passphrase) else arguments
 
 
 @click.group()
@@ -69,11 +75,12 @@ def save(
     sealed. A save that fails leaves nothing behind, and the guest as it was.
     """
     library = _library()
+    arguments = _asked(new_keys.arguments)
     with progress_so_far("save") as show:
         report = library.save(
             qmp,
             directory,
-            **new_keys.arguments,
+            **arguments,
             compress="lz4" if compress == "lz4" else None,
             then=then or "as-before",
             pid=pid,
@@ -131,28 +138,29 @@ def load(
     own. A load that fails ends it, and says what it said.
     """
     library = _library()
+    arguments = _asked(keys.arguments(directory))
     with progress_so_far("load") as show:
         report = library.load(
             directory,
             list(command),
-            **keys.arguments(directory),
+            **arguments,
             verify=not no_verify,
             paused=paused,
             overwrite=force,
             threads=threads,
             progress=show,
         )
-    click.echo(
+    told = (
         f"vmsnap: {'loaded' if paused else 'the guest goes on'} after {report.seconds:.2f} s, with "
-        f"{human_size(report.restored_bytes)} of memory; QEMU is process {report.process.pid}",
-        err=True,
+        f"{human_size(report.restored_bytes)} of memory; QEMU is process {report.process.pid}"
     )
-    sys.exit(_status_of(report.process))
+    sys.exit(_status_of(report.process, told))
 
 
-def _status_of(process: "Popen[bytes]") -> int:
+def _status_of(process: "Popen[bytes]", told: str) -> int:
     """Wait for QEMU, and end it where this is to end."""
     try:
+        click.echo(told, err=True)
         status = process.wait()
     except BaseException:
         process.terminate()

@@ -12,11 +12,12 @@ from vmsnap.memory import Progress
 Result = TypeVar("Result")
 
 
-def run(work: Coroutine[Any, Any, Result]) -> Result:
+def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = lambda _: None) -> Result:
     """Run a coroutine in a thread with an event loop of its own, and wait for it.
 
     What a signal handler raises here (Ctrl-C, and the command line's at SIGTERM) cancels it, and is raised when it has
-    ended. Raised in its own thread that would take the loop away under it, and with it the connection to QEMU.
+    ended. Raised in its own thread that would take the loop away under it, and with it the connection to QEMU. Where it
+    had a result nevertheless, `undo` is called with that.
     """
     begun = threading.Event()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
@@ -38,6 +39,8 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
             for loop, task in running:
                 with suppress(RuntimeError):  # it has ended, and this is its own error
                     loop.call_soon_threadsafe(task.cancel)
+            with suppress(Exception, asyncio.CancelledError):
+                undo(future.result())
             raise
 
 
@@ -54,12 +57,16 @@ async def to_the_end(work: Coroutine[Any, Any, Result], cancel: Callable[[], obj
         except asyncio.CancelledError as error:
             cancelled = error
             cancel()
-    if cancelled is None:
-        return task.result()
-    # Looked at, or it would be reported as lost: what counts is that this was cancelled.
-    if not task.cancelled():
-        task.exception()
-    raise cancelled
+    try:
+        if cancelled is None:
+            return task.result()
+        # Looked at, or it would be reported as lost: what counts is that this was cancelled.
+        if not task.cancelled():
+            task.exception()
+        raise cancelled
+    finally:
+        # The error's traceback has this frame: without a circle, what the work made goes with it.
+        del task, cancelled
 
 
 async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:

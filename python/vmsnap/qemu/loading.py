@@ -2,24 +2,21 @@
 
 import errno
 import os
-import re
-import socket
 import subprocess
-import threading
-from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.memory import GuestMemory, Progress
-from vmsnap.qemu.background import in_thread, run, with_progress
+from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices
 from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
+from vmsnap.qemu.started import StartedQemu, end
 from vmsnap.sealing import verify as verify_snapshot
 from vmsnap.snapshot import SnapshotReader
 
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
     from vmsnap.keys import Identity, KeyProvider, Passphrase
 
 _PIECE_BYTES = 1 << 20
-# What QEMU said last, when it fails.
-_LAST_LINES = 20
-_EXIT_SECONDS = 10.0
 _SHOWN_PROBLEMS = 3
 
 
@@ -50,7 +44,7 @@ class LoadReport:
 
 def load(path: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
     """Bring a saved guest back; `load_async` for callers that have no event loop, with the same parameters."""
-    return run(load_async(path, command, **options))
+    return run(load_async(path, command, **options), undo=lambda report: end(report.process))
 
 
 async def load_async(
@@ -126,17 +120,23 @@ async def load_async(
         return reader, machine, reader.memory()
 
     reader, machine, memory = await in_thread(open_snapshot)
-    async with _Qemu(command) as qemu:
+    async with StartedQemu(command) as qemu:
         with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
-            async with connected(qemu.monitor, command[0]) as monitor:
-                ram = await survey(monitor, qemu.process.pid, stack, to_fill=True)
-                machine.check_against(ram.machine)
-                _check_empty(ram, overwrite)
-                await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
-                await _set_capabilities(monitor)
-                await load_devices(monitor, devices, qemu.process.kill)
-                if not paused:
-                    await monitor.run("cont")
+            async with connected(qemu.connection, command[0]) as monitor:
+                try:
+                    ram = await survey(monitor, qemu.process.pid, stack, to_fill=True)
+                    machine.check_against(ram.machine)
+                    _check_empty(ram, overwrite)
+                    qemu.fills(ram)
+                    await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
+                    await _set_capabilities(monitor)
+                    await load_devices(monitor, devices, qemu.process.kill)
+                    if not paused:
+                        await monitor.run("cont")
+                except BaseException:
+                    # Asked first: the process may be a shell that runs QEMU.
+                    await to_the_end(monitor.quit())
+                    raise
         qemu.runs()
     return LoadReport(qemu.process, perf_counter() - started, memory.data_bytes, machine)
 
@@ -204,79 +204,3 @@ async def _set_capabilities(monitor: Monitor) -> None:
     found = await monitor.run("query-migrate-capabilities")
     wanted = [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
     await monitor.run("migrate-set-capabilities", capabilities=wanted)
-
-
-class _Qemu:
-    """A QEMU that waits for a guest; it is ended with the block, unless the guest was told to go on."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        # Files that QEMU makes for the guest's memory are not left behind where it fails.
-        paths = [path.replace(",,", ",") for each in command for path in re.findall(r"mem-path=((?:[^,]|,,)+)", each)]
-        self._new_files = [path for path in paths if not os.path.exists(path)]
-        self.monitor, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self.process = subprocess.Popen(
-                    [
-                        *command,
-                        *("-incoming", "defer"),
-                        *("-chardev", f"socket,id=vmsnap-monitor,fd={theirs.fileno()}"),
-                        *("-mon", "chardev=vmsnap-monitor,mode=control"),
-                    ],
-                    stderr=subprocess.PIPE,
-                    pass_fds=[theirs.fileno()],
-                )
-            except BaseException:
-                self.monitor.close()
-                raise
-        self._said: deque[bytes] = deque(maxlen=_LAST_LINES)
-        self._lock = threading.Lock()
-        self._runs = False
-        self._listener = threading.Thread(target=self._listen, name="vmsnap-qemu-stderr", daemon=True)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        """Keep what QEMU says until the guest runs: it may be why it does not. Pass it on from then on."""
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
-            for line in lines:
-                with self._lock:
-                    self._said.append(line)
-                    if self._runs:
-                        self._pass_on()
-
-    def _pass_on(self) -> None:
-        with suppress(OSError):
-            while self._said:
-                os.write(2, self._said.popleft())
-
-    def _end(self) -> None:
-        # Told first, so that it removes its sockets.
-        self.process.terminate()
-        try:
-            self.process.wait(_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._listener.join()
-
-    def runs(self) -> None:
-        """Let QEMU be when the block ends."""
-        with self._lock:
-            self._runs = True
-            self._pass_on()
-
-    async def __aenter__(self) -> "_Qemu":
-        return self
-
-    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.monitor.close()
-        if self._runs:
-            return
-        await in_thread(self._end)
-        for path in self._new_files:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        said = " ".join(b"".join(self._said).decode("utf-8", "replace").split())
-        if isinstance(error, QemuError) and said:
-            raise QemuError(f"{error}; QEMU said: {said}") from None

@@ -85,9 +85,9 @@ class Monitor:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def quit(self) -> None:
-        """End QEMU, and return when it has let go of the connection."""
-        with suppress(QemuError):
-            await self.run("quit")
+        """End QEMU, and return when it has let go of the connection, or does not answer."""
+        with suppress(QemuError, TimeoutError):
+            await asyncio.wait_for(self.run("quit"), _GREETING_SECONDS)
         with suppress(QMPError, EOFError, OSError):
             await self._client.disconnect()
 

@@ -1,7 +1,9 @@
 """A running guest into a snapshot."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
+import shutil
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ _CHUNK_BYTES = 1 << 16
 
 # Bytes a second: QEMU's own limit is for a network, and the guest stands still.
 _MAX_BANDWIDTH = 1 << 40
+
+# A QEMU that answers does so within milliseconds.
+_PATIENCE_SECONDS = 30.0
 
 _NOT_NOW = {
     "postmigrate": "was saved or migrated before and has not continued since: 'cont' it first",
@@ -126,7 +131,7 @@ async def save_async(
                     key_provider=key_provider,
                     threads=threads,
                     durable=durable,
-                )
+                ),
             )
             async with _complete_or_absent(staged) as writer, _prepared(monitor):
                 writer.write_fragment(MACHINE, ram.machine)
@@ -139,9 +144,9 @@ async def save_async(
                     )
                     if then == "quit":
                         pause.ends()
-                        await in_thread(staged.commit)
+                        await _commit(staged)
                         pause.goes_on = False
-                        await monitor.quit()
+                        await to_the_end(monitor.quit())
     assert staged.snapshot_id is not None
     assert staged.seal_digest is not None
     return SaveReport(
@@ -181,12 +186,22 @@ async def _complete_or_absent(staged: StagedSnapshot) -> AsyncIterator[SnapshotW
     try:
         yield staged.writer
         if staged.seal_digest is None:
-            await in_thread(staged.commit)
+            await _commit(staged)
     except BaseException as error:
         try:
             staged.discard()
         except OSError as left:
             error.add_note(f"{left}; vmsnap.clean removes it")
+        raise
+
+
+async def _commit(staged: StagedSnapshot) -> None:
+    """Commit; where this is cancelled meanwhile, there is no snapshot, as where it is cancelled before."""
+    try:
+        await in_thread(staged.commit)
+    except asyncio.CancelledError:
+        if staged.seal_digest is not None:
+            await in_thread(lambda: shutil.rmtree(staged.path))
         raise
 
 
@@ -208,7 +223,7 @@ async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
     finally:
         # Where QEMU has ended this is no further error.
         with suppress(QemuError):
-            await to_the_end(_set(monitor, changed, bandwidth))
+            await _in_time(_set(monitor, changed, bandwidth))
 
 
 async def _set(monitor: Monitor, capabilities: list[dict[str, Any]], bandwidth: int | None) -> None:
@@ -238,11 +253,17 @@ async def _standing_still(monitor: Monitor, ran: bool, goes_on: bool) -> AsyncIt
         await monitor.run("stop")
         yield pause
     except BaseException:
-        await to_the_end(_as_it_was(monitor, ran))
+        await _in_time(_as_it_was(monitor, ran))
         raise
     if pause.goes_on:
         await to_the_end(monitor.run("cont"))
     pause.ends()
+
+
+async def _in_time(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for what brings the guest back, to its end; but not for ever for a QEMU that does not answer."""
+    with suppress(TimeoutError):
+        await to_the_end(asyncio.wait_for(work, _PATIENCE_SECONDS))
 
 
 async def _as_it_was(monitor: Monitor, ran: bool) -> None:
