@@ -106,8 +106,6 @@ class Ram:
     """Where each of the machine's ranges lies."""
     files: list[str]
     """The path of the file behind each, for those that have a name."""
-    private: bool
-    """Whether the guest keeps for itself what it writes: ``share=off``."""
 
 
 async def survey(monitor: Monitor, pid: int, stack: ExitStack, *, to_fill: bool) -> Ram:
@@ -154,7 +152,7 @@ async def survey(monitor: Monitor, pid: int, stack: ExitStack, *, to_fill: bool)
         descriptor, offset, path = process.file_at(await _host_address(monitor, each), each.backend)
         regions.append(GuestRegion(each.guest_base, descriptor, offset=offset, size=each.size))
         files.append(path)
-    return Ram(machine, regions, files, bool(private))
+    return Ram(machine, regions, files)
 
 
 async def _ranges(monitor: Monitor, backend: str, size: int) -> list[RamRange]:
