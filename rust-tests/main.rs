@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
+mod alone;
 mod errors;
 mod fragments;
 mod golden;
