@@ -57,16 +57,12 @@ async def to_the_end(work: Coroutine[Any, Any, Result], cancel: Callable[[], obj
         except asyncio.CancelledError as error:
             cancelled = error
             cancel()
-    try:
-        if cancelled is None:
-            return task.result()
-        # Looked at, or it would be reported as lost: what counts is that this was cancelled.
-        if not task.cancelled():
-            task.exception()
-        raise cancelled
-    finally:
-        # The error's traceback has this frame: without a circle, what the work made goes with it.
-        del task, cancelled
+    if cancelled is None:
+        return task.result()
+    # Looked at, or it would be reported as lost: what counts is that this was cancelled.
+    if not task.cancelled():
+        task.exception()
+    raise cancelled
 
 
 async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ async def save_async(
         async with connected(connection, os.fspath(qmp)) as monitor:
             ran = await _check_state(monitor)
             ram = await survey(monitor, pid or monitor.peer_pid, stack, to_fill=False)
-            staged = await in_thread(
+            staged = await _staged(
                 lambda: create(
                     path,
                     encrypt,
@@ -158,6 +158,18 @@ async def save_async(
         snapshot_id=staged.snapshot_id,
         seal_digest=staged.seal_digest,
     )
+
+
+async def _staged(make: Callable[[], StagedSnapshot]) -> StagedSnapshot:
+    """Begin a snapshot; where this is cancelled meanwhile, it is given up."""
+    made: list[StagedSnapshot] = []
+    try:
+        await in_thread(lambda: made.append(make()))
+    except asyncio.CancelledError:
+        for staged in made:
+            staged.discard()
+        raise
+    return made[0]
 
 
 async def _check_state(monitor: Monitor) -> bool:
