@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -550,6 +550,22 @@ def test_a_save_that_is_cancelled_leaves_the_guest_running(folder: Path, qmp: Pa
         vmsnap.qemu.save(qmp, folder / "vm1", key=key)
 
 
+def canceller() -> Callable[[], None]:
+    """Return what cancels this task from another thread, and returns when it is cancelled."""
+    loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
+    assert task is not None
+
+    def cancel() -> None:
+        task.cancel()
+        told.set()
+
+    def from_outside() -> None:
+        loop.call_soon_threadsafe(cancel)
+        assert told.wait(PATIENCE)
+
+    return from_outside
+
+
 @pytest.mark.parametrize("then", ["as-before", "quit"])
 def test_a_save_that_is_cancelled_in_its_commit_leaves_no_snapshot(
     folder: Path, qmp: Path, then: Any, monkeypatch: pytest.MonkeyPatch
@@ -557,16 +573,10 @@ def test_a_save_that_is_cancelled_in_its_commit_leaves_no_snapshot(
     commit = vmsnap.StagedSnapshot.commit
 
     async def saving() -> None:
-        loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
-        assert task is not None
-
-        def cancel() -> None:
-            task.cancel()
-            told.set()
+        cancel = canceller()
 
         def late(staged: vmsnap.StagedSnapshot) -> None:
-            loop.call_soon_threadsafe(cancel)
-            told.wait(PATIENCE)
+            cancel()
             commit(staged)
 
         monkeypatch.setattr(vmsnap.StagedSnapshot, "commit", late)
@@ -581,19 +591,13 @@ def test_a_save_that_is_cancelled_in_its_commit_leaves_no_snapshot(
 
 def test_a_save_that_is_cancelled_before_it_stops_the_guest_leaves_nothing(folder: Path, qmp: Path) -> None:
     async def saving() -> None:
-        loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
-        assert task is not None
-
-        def cancel() -> None:
-            task.cancel()
-            told.set()
+        cancel = canceller()
 
         class Late:
             name = "late"
 
             def wrap(self, payload: bytes) -> bytes:
-                loop.call_soon_threadsafe(cancel)
-                told.wait(PATIENCE)
+                cancel()
                 return payload[::-1]
 
             def unwrap(self, wrapped: bytes) -> bytes:
@@ -795,6 +799,21 @@ def test_a_wrong_key_starts_nothing(folder: Path, qmp: Path, key: bytes) -> None
     memory.write_bytes(data)
     for verify in (True, False):
         with refused("changed", "mem", folder):
+            vmsnap.qemu.load(folder / "vm1", qemu_command(qmp), key=key, verify=verify)
+    assert no_process_with(qmp)
+
+
+def test_a_changed_device_state_is_refused(folder: Path, qmp: Path, key: bytes) -> None:
+    """In its first segment, which is verified only when it goes to QEMU."""
+    with running(qemu_command(qmp), qmp) as process:
+        vmsnap.qemu.save(qmp, folder / "vm1", key=key, then="quit")
+        process.wait(PATIENCE)
+    devices = folder / "vm1/device_state"
+    data = bytearray(devices.read_bytes())
+    data[1000] ^= 1
+    devices.write_bytes(data)
+    for verify in (True, False):
+        with refused("changed", "device_state", folder):
             vmsnap.qemu.load(folder / "vm1", qemu_command(qmp), key=key, verify=verify)
     assert no_process_with(qmp)
 

@@ -4,7 +4,8 @@
 both back and lets the guest go on where it stood. ``docs/qemu.md`` shows it, and how the guest has to be started.
 
 ``monitor`` talks to a QEMU, ``machine`` asks what it runs and finds its memory, ``devices`` moves their state, and
-``saving`` and ``loading`` do it; ``background`` keeps what blocks out of the event loop.
+``saving`` and ``loading`` do it; ``started`` is a QEMU that is to load, and ``background`` keeps what blocks
+out of the event loop.
 """
 
 try:

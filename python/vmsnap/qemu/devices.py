@@ -93,21 +93,41 @@ async def _transfer(
             await to_the_end(monitor.run("closefd", fdname=_NAME))
         raise
     working = asyncio.ensure_future(asyncio.to_thread(work_and_close))
+    waiting = asyncio.ensure_future(monitor.migrated())
     try:
-        await monitor.migrated()
+        # Where the thread fails QEMU is not waited for: of a pipe that ends at once 7.2 makes nothing.
+        await asyncio.wait([working, waiting], return_when=asyncio.FIRST_EXCEPTION)
+        if working.done():
+            working.result()
+        await waiting
     except BaseException:
+        waiting.cancel()
         # QEMU closes its end then, and the thread ends too; where that failed first, it is the reason.
         await to_the_end(give_up())
         await to_the_end(_ended(working))
         if error := working.exception():
             raise error from None
         raise
-    await to_the_end(_ended(working))
     return working.result()
 
 
 async def _ended(task: "asyncio.Future[Any]") -> None:
     await asyncio.wait([task])
+
+
+def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the migration capabilities that QEMU has as they are to be: shared memory is vmsnap's to move.
+
+    All others are off: they are for a network, and some change what is sent.
+
+    Raises
+    ------
+    QemuError
+        This QEMU has no such capability.
+    """
+    if not any(each["capability"] == "x-ignore-shared" for each in found):
+        raise QemuError("this QEMU cannot leave shared memory to vmsnap (x-ignore-shared): take version 4 or newer")
+    return [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
 
 
 async def cancel(monitor: Monitor) -> None:

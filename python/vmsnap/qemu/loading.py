@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import load_devices
+from vmsnap.qemu.devices import load_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
@@ -202,5 +202,4 @@ def _holds_something(descriptor: Any, offset: int, size: int | None) -> bool:
 
 async def _set_capabilities(monitor: Monitor) -> None:
     found = await monitor.run("query-migrate-capabilities")
-    wanted = [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
-    await monitor.run("migrate-set-capabilities", capabilities=wanted)
+    await monitor.run("migrate-set-capabilities", capabilities=without_shared_memory(found))

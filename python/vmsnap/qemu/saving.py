@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.memory import MemoryReport, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import cancel, save_devices
+from vmsnap.qemu.devices import cancel, save_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, survey
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
 from vmsnap.sealing import StagedSnapshot, create
@@ -221,21 +221,15 @@ async def _commit(staged: StagedSnapshot) -> None:
 async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
     """Set QEMU up to save all but shared memory, at full speed, and back again as it was."""
     found = await monitor.run("query-migrate-capabilities")
-    # All others are for a network, and some change what is sent.
-    wanted = {each["capability"]: each["capability"] == "x-ignore-shared" for each in found}
-    if "x-ignore-shared" not in wanted:
-        raise QemuError(
-            "this QEMU cannot save a guest without its shared memory (x-ignore-shared): take version 4 or newer"
-        )
-    changed = [each for each in found if each["state"] != wanted[each["capability"]]]
+    wanted = without_shared_memory(found)
     bandwidth = (await monitor.run("query-migrate-parameters")).get("max-bandwidth")
     try:
-        await _set(monitor, [{**each, "state": not each["state"]} for each in changed], _MAX_BANDWIDTH)
+        await _set(monitor, wanted, _MAX_BANDWIDTH)
         yield
     finally:
         # Where QEMU has ended this is no further error.
         with suppress(QemuError):
-            await _in_time(_set(monitor, changed, bandwidth))
+            await _in_time(_set(monitor, found, bandwidth))
 
 
 async def _set(monitor: Monitor, capabilities: list[dict[str, Any]], bandwidth: int | None) -> None:

@@ -64,7 +64,7 @@ class StartedQemu:
                 os.write(2, self._said.popleft())
 
     def fills(self, ram: Ram) -> None:
-        """Note the files that the guest's memory goes into: they held nothing, and shall not where the block fails."""
+        """Note the files that the guest's memory goes into: none of it stays there where the block fails."""
         for region, path in zip(ram.regions, ram.files, strict=True):
             if path and path not in (known for known, _ in self._filled):
                 assert isinstance(region.source, int)
