@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 mod alone;
+mod corpus;
 mod errors;
 mod fragments;
 mod golden;

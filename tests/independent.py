@@ -8,9 +8,11 @@ import vmsnap
 READER_PROGRAM = Path(__file__).resolve().parents[1] / "examples/readers/python/vmsnap_reader.py"
 sys.path.insert(0, str(READER_PROGRAM.parent))
 
-import vmsnap_reader  # noqa: E402 (where it lies is known only now)
+# Where they lie is known only now.
+import vmsnap_reader  # noqa: E402
+import vmsnap_snapshot  # noqa: E402
 
-__all__ = ["READER_PROGRAM", "all_fragments", "check_independently", "vmsnap_reader"]
+__all__ = ["READER_PROGRAM", "all_fragments", "check_independently", "vmsnap_reader", "vmsnap_snapshot"]
 
 
 def all_fragments(reader: vmsnap.SnapshotReader) -> dict[str, vmsnap.SnapshotReader]:

@@ -423,7 +423,8 @@ def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path:
 def test_in_an_emergency_age_and_a_script_are_enough(tmp_path: Path, go_age: Path, pair: Pair) -> None:
     """The procedure of docs/keys.md, with no vmsnap."""
     write_some(tmp_path / "vm1", recipients=pair.recipient)
-    shutil.copy(REPOSITORY / "examples/readers/python/vmsnap_reader.py", tmp_path)
+    for file in (REPOSITORY / "examples/readers/python").glob("*.py"):
+        shutil.copy(file, tmp_path)
     # Beside the script it comes first, so that nothing of ours could be imported.
     (tmp_path / "vmsnap.py").write_text("raise ImportError('there is no vmsnap')")
     pair.file(tmp_path / "id.txt")

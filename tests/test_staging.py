@@ -21,7 +21,7 @@ import floe
 import pytest
 import vmsnap
 from click.testing import CliRunner
-from independent import vmsnap_reader
+from independent import vmsnap_reader, vmsnap_snapshot
 from refusals import refused
 from vmsnap.cli.group import group
 
@@ -642,7 +642,7 @@ def test_a_hand_made_encrypted_manifest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "vm1"
     writer = vmsnap.SnapshotWriter(path, key=KEY)
     writer.write_fragment("clock", 12)
-    payload = vmsnap_reader._unwrap_key_file((path / "enc_metadata").read_bytes(), KEY)
+    payload = vmsnap_snapshot.unwrap_key_file((path / "enc_metadata").read_bytes(), KEY)
     stored = (path / "clock").read_bytes()
     entry = {"size": 1, "stored_size": len(stored), "chunk_size": 4096, "floe_header_tag": stored[42:74]}
     manifest = {

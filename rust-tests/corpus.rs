@@ -1,0 +1,175 @@
+//! The crate makes of each snapshot in `tests/corpus` what its index says.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use vmsnap::{
+    Error, GuestDestination, Identity, KeyProvider, Passphrase, ProblemKind, ProviderError, Result, SecretKey,
+    SnapshotOptions, SnapshotReader,
+};
+
+/// A key service that protects nothing, as in `tests/make_golden.py`.
+struct Mask;
+
+impl KeyProvider for Mask {
+    fn name(&self) -> &'static str {
+        "golden-mask"
+    }
+
+    fn wrap(&self, payload: &[u8]) -> std::result::Result<Vec<u8>, ProviderError> {
+        Ok(payload.iter().map(|byte| byte ^ 0xa5).collect())
+    }
+
+    fn unwrap(&self, wrapped: &[u8]) -> std::result::Result<Vec<u8>, ProviderError> {
+        self.wrap(wrapped)
+    }
+}
+
+fn options(case: &Value) -> SnapshotOptions {
+    let options = SnapshotOptions::new();
+    match case {
+        _ if case.get("key_provider").is_some() => options.key_provider(Arc::new(Mask)),
+        _ if case.get("identity").is_some() => options.identities([Identity::text(text(&case["identity"]).to_owned())]),
+        _ if case.get("passphrase").is_some() => {
+            options.passphrase(Passphrase::from(text(&case["passphrase"]).to_owned()))
+        }
+        _ if case.get("key").is_some() => options.key(key(text(&case["key"]))),
+        _ => options,
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap()
+}
+
+fn key(hex: &str) -> SecretKey {
+    let mut bytes = [0; 32];
+    for (byte, digits) in bytes.iter_mut().zip(hex.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).unwrap(), 16).unwrap();
+    }
+    bytes.into()
+}
+
+fn kind(error: &Error) -> &'static str {
+    match error {
+        _ if error.is_authentication() => "authentication",
+        _ if error.is_corrupt() => "corrupt",
+        _ if error.is_unsupported_format() => "unsupported",
+        _ if error.is_key_unavailable() => "key",
+        _ if error.is_not_encrypted() => "not-encrypted",
+        _ if error.raw_os_error() == Some(2) => "missing",
+        _ => panic!("of no kind in the index: {error}"),
+    }
+}
+
+fn or_kind(result: Result<Value>) -> Value {
+    result.unwrap_or_else(|error| json!({ "error": kind(&error) }))
+}
+
+fn holds(data: &[u8]) -> Value {
+    let sha256 = Sha256::digest(data).iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
+    json!({ "size": data.len(), "sha256": sha256 })
+}
+
+/// All fragments in and below a namespace, by their paths.
+fn fragments(reader: &SnapshotReader, into: &mut BTreeMap<String, Value>) -> Result<()> {
+    let path = |name: &str| match reader.namespace_path() {
+        "" => name.to_owned(),
+        namespace => format!("{namespace}/{name}"),
+    };
+    for name in reader.list_fragments()? {
+        into.insert(path(&name), or_kind(reader.raw_fragment(&name).and_then(|mut fragment| read(&mut fragment))));
+    }
+    for name in reader.list_namespaces()? {
+        fragments(&reader.namespace(&name)?, into)?;
+    }
+    Ok(())
+}
+
+fn read(fragment: &mut vmsnap::FragmentReader) -> Result<Value> {
+    let mut data = Vec::new();
+    std::io::Read::read_to_end(fragment, &mut data)?;
+    Ok(holds(&data))
+}
+
+fn memory(root: &SnapshotReader, namespace: &str, folder: &Path) -> Result<Value> {
+    let mut reader = root.clone();
+    for name in namespace.split('/').filter(|name| !name.is_empty()) {
+        reader = reader.namespace(name)?;
+    }
+    let memory = reader.memory()?;
+    let mut destinations = Vec::new();
+    let mut files = Vec::new();
+    for region in memory.regions() {
+        let file = folder.join(format!("{:016x}", region.start));
+        let created = File::options().read(true).write(true).create_new(true).open(&file).unwrap();
+        destinations.push(GuestDestination::file(&created, None)?);
+        files.push(file);
+    }
+    memory.restore(&mut destinations)?;
+    let regions = files.iter().map(|file| {
+        let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+        (name, holds(&fs::read(file).unwrap()))
+    });
+    Ok(json!({ "regions": regions.collect::<Map<_, _>>() }))
+}
+
+/// What the crate makes of a case, in the terms of the index.
+fn result(root: &Path, case: &Value) -> Value {
+    let reader = match options(case).open(root) {
+        Ok(reader) => reader,
+        Err(error) => return json!({ "result": { "error": kind(&error) } }),
+    };
+    let mut found = BTreeMap::new();
+    if let Err(error) = fragments(&reader, &mut found) {
+        return json!({ "result": { "error": kind(&error) } });
+    }
+    let mut result = json!({ "result": { "fragments": found } });
+    if let Some(namespaces) = case.get("memory") {
+        let memories = namespaces.as_object().unwrap().keys().map(|namespace| {
+            let folder = tempfile::tempdir().unwrap();
+            (namespace.clone(), or_kind(memory(&reader, namespace, folder.path())))
+        });
+        result["memory"] = Value::Object(memories.collect());
+    }
+    result
+}
+
+/// Whether all of it was looked at, and is right, but for its not being sealed.
+fn verifies(root: &Path, case: &Value) -> bool {
+    options(case).verify(root).is_ok_and(|found| {
+        found.not_checked.is_empty() && found.problems.iter().all(|problem| problem.kind == ProblemKind::NotSealed)
+    })
+}
+
+#[test]
+fn every_case_of_the_corpus_gives_what_its_index_says() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let index: Value = serde_json::from_slice(&fs::read(corpus.join("index.json")).unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let archive = corpus.join("snapshots.tar.gz");
+    let unpacked = Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
+    assert!(unpacked.success());
+
+    let cases = index["cases"].as_object().unwrap();
+    assert!(cases.len() > 100);
+    for (name, case) in cases {
+        let root = folder.path().join("snapshots").join(name);
+        let age = case.get("identity").or(case.get("passphrase")).is_some();
+        if age && !cfg!(feature = "age") {
+            assert!(options(case).open(&root).unwrap_err().is_unsupported_format(), "{name}");
+            continue;
+        }
+        let mut expected = json!({ "result": case["result"] });
+        if let Some(memory) = case.get("memory") {
+            expected["memory"] = memory.clone();
+        }
+        assert_eq!(result(&root, case), expected, "{name}");
+        assert_eq!(verifies(&root, case), case["verifies"], "{name}");
+    }
+}

@@ -1,0 +1,75 @@
+"""Writes tests/corpus: snapshots of every kind, sound and damaged, and what a reader in any language must make of each.
+
+    make corpus
+
+The snapshots are in an archive, for not every file system and tool keeps what some of them are about: folders with
+nothing in them, pipes, links, names that are not UTF-8.
+
+What is sound is written by vmsnap, what is damaged is that with a change, and what vmsnap would never write is sealed
+by hand (`floe`). Keys, IVs and nonces are random, so the files differ from run to run; `index.json` does not, and is
+what docs/errors.md and docs/format.md promise, not what some reader gave.
+"""
+
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from corpus_cases import PARTS, Corpus
+
+CORPUS = Path(__file__).resolve().parent / "corpus"
+
+
+def make(folder: Path) -> dict[str, Any]:
+    """Make the snapshots in a folder; return the index."""
+    corpus = Corpus(folder)
+    for add in PARTS:
+        add(corpus)
+    cases = {name: case.as_index() for name, case in sorted(corpus.cases.items())}
+    return {"format": "vmsnap-corpus", "version": 1, "cases": cases}
+
+
+def as_text(index: dict[str, Any]) -> str:
+    """Return JSON with a line for each case, fragment and memory."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def table(entries: dict[str, Any], indent: str) -> str:
+        lines = ",\n".join(f"{indent} {dump(key)}: {dump(entry)}" for key, entry in entries.items())
+        return f"{{\n{lines}\n{indent}}}" if lines else "{}"
+
+    def field_(key: str, value: Any) -> str:
+        if key == "memory":
+            return f"{dump(key)}: {table(value, '   ')}"
+        if key == "result" and "fragments" in value:
+            return f'{dump(key)}: {{"fragments": {table(value["fragments"], "   ")}}}'
+        return f"{dump(key)}: {dump(value)}"
+
+    cases = ",\n".join(
+        f"  {dump(name)}: {{\n   " + ",\n   ".join(field_(key, value) for key, value in case.items()) + "\n  }"
+        for name, case in index["cases"].items()
+    )
+    return f'{{\n "format": {dump(index["format"])},\n "version": {index["version"]},\n "cases": {{\n{cases}\n }}\n}}\n'
+
+
+def main() -> None:
+    def of_nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = entry.mtime = 0
+        entry.uname = entry.gname = ""
+        return entry
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "snapshots")
+        folder.mkdir()
+        index = as_text(make(folder))
+        CORPUS.mkdir(exist_ok=True)
+        with tarfile.open(CORPUS / "snapshots.tar.gz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
+            archive.add(folder, "snapshots", filter=of_nobody)
+    (CORPUS / "index.json").write_text(index, encoding="utf-8")
+    print(f"written: {CORPUS}")
+
+
+if __name__ == "__main__":
+    main()
