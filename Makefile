@@ -1,5 +1,5 @@
 # All set-up is here: `make demo` and `make test` are enough on a fresh machine with Python 3.11+, Rust and a C compiler.
-# Everything made lies in .venv/, target/ and dist/.
+# Everything made lies in .venv/, target/, dist/ and site/.
 
 PYTHON ?= python3
 FUZZ_SECONDS ?= 60
@@ -65,7 +65,7 @@ test-rust: ## cargo test, with both AEAD providers and with the pure-Rust one al
 	cargo test --locked --no-default-features
 
 .PHONY: test-python
-test-python: build $(venv)/dev ## pytest, against the installed wheel
+test-python: build $(venv)/dev $(if $(filter 1,$(VMSNAP_REQUIRE_ALL)),$(venv)/docs) ## pytest, against the installed wheel
 	@$(call step,pytest)
 	$(python) -m pytest
 
@@ -90,6 +90,15 @@ bench-values: build $(venv)/bench ## speed of values written and read
 bench-qemu: build $(venv)/dev ## how long a QEMU guest stands still to be saved, against QEMU's own way
 	@$(call step,benches/pause.py)
 	$(python) benches/pause.py $(BENCH_ARGS)
+
+# mkdocs.yml has how it is made; a hook of it puts target/doc, which is rustdoc's, into the site.
+.PHONY: docs
+docs: $(venv)/docs ## the site, in site/
+	@scripts/check-tools.sh '$(PYTHON)'
+	@$(call step,rustdoc)
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	@$(call step,mkdocs)
+	$(python) -m mkdocs build --strict
 
 # pytest says 5 where no test has the marker.
 .PHONY: torture
@@ -124,7 +133,7 @@ fuzz: build $(venv)/dev ## hostile values and metadata, for FUZZ_SECONDS (60) ea
 
 .PHONY: clean
 clean: ## away with all that was made
-	rm -rf $(venv) target dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(venv) target dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Each of the following files says that the step which wrote it went through.
@@ -153,6 +162,11 @@ $(venv)/installed: $(venv)/tools $(sources)
 $(venv)/dev: $(venv)/created pyproject.toml
 	@$(call step,tools for tests and checks)
 	$(pip) install --quiet --group dev
+	touch $@
+
+$(venv)/docs: $(venv)/created pyproject.toml
+	@$(call step,what the site is made with)
+	$(pip) install --quiet --group docs
 	touch $@
 
 $(venv)/bench: $(venv)/created pyproject.toml

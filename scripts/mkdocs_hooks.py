@@ -1,0 +1,85 @@
+"""What mkdocs.yml has no setting for: links that leave docs/, the changelog as a page, rustdoc as a part of the site.
+
+In the sources every link is a relative path, as the code host follows it. On the site one that leaves docs/ leads to
+the code host, except where the site has the same thing (`ON_THE_SITE`).
+"""
+
+import logging
+import os
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CODE_HOST = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+# Paths from the repository's root to paths on the site.
+ON_THE_SITE = {
+    "CHANGELOG.md": "changelog.md",
+    "src/lib.rs": "rust-api/vmsnap/index.html",
+}
+
+# mkdocs counts what its own loggers warn of, and `strict` makes it an error.
+log = logging.getLogger("mkdocs.hooks.vmsnap")
+
+_CODE_BLOCK = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+_INLINE_CODE = re.compile(r"<code>[^<]*</code>")
+_LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Link the code host in the footer of every page."""
+    config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": CODE_HOST, "name": "Source code"}]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add what lies elsewhere in the repository: of rustdoc the crate's page, so that the link to it is checked."""
+    files.append(File.generated(config, "changelog.md", abs_src_path=str(REPOSITORY / "CHANGELOG.md")))
+    crate = _rustdoc(config) / "vmsnap/index.html"
+    if not crate.exists():
+        raise PluginError(f"there is no {crate}: cargo doc --locked --no-deps")
+    files.append(File.generated(config, ON_THE_SITE["src/lib.rs"], abs_src_path=str(crate)))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Point links that leave docs/ to where the same thing is on the site, or to the code host."""
+    source = "CHANGELOG.md" if page.file.src_uri == "changelog.md" else f"docs/{page.file.src_uri}"
+
+    def rewritten(link: re.Match[str]) -> str:
+        target = os.path.normpath(os.path.join(os.path.dirname(source), link[1]))
+        anchor = link[2] or ""
+        if target.startswith("docs/"):
+            return f"]({target.removeprefix('docs/')}{anchor})"
+        if target in ON_THE_SITE:
+            return f"]({ON_THE_SITE[target]}{anchor})"
+        if not (REPOSITORY / target).exists():
+            log.warning("%s links to %s, which is not there", source, link[1])
+        kind = "tree" if (REPOSITORY / target).is_dir() else "blob"
+        return f"]({CODE_HOST}/{kind}/main/{target}{anchor})"
+
+    # Odd parts are code blocks.
+    parts = _CODE_BLOCK.split(markdown)
+    parts[::2] = [_LINK.sub(rewritten, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Add the rest of rustdoc, as it is: mkdocs would take a licence in it for a page."""
+    hidden = shutil.ignore_patterns(".*")
+    shutil.copytree(_rustdoc(config), Path(config.site_dir, "rust-api"), ignore=hidden, dirs_exist_ok=True)
+
+
+def _rustdoc(config: MkDocsConfig) -> Path:
+    return REPOSITORY / str(config.extra["rustdoc"])
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    r"""Show `\|` within code in a table as the code host does, where it is how a pipe is written there."""
+    return _INLINE_CODE.sub(lambda code: code[0].replace(r"\|", "|"), html)
