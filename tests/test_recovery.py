@@ -467,9 +467,11 @@ def test_one_written_in_place_stays_as_far_as_it_came(folder: Path) -> None:
         with writing(folder, f"vmsnap.SnapshotWriter({root.name!r}, key={key!r})"):
             pass
         assert vmsnap.open(root, key=key).read_fragment("clock") == 12
-    with pytest.raises(vmsnap.AuthenticationError):
+    # What there is of it depends on when the process was killed: perhaps only a header.
+    not_finished = (vmsnap.AuthenticationError, vmsnap.CorruptSnapshotError)
+    with pytest.raises(not_finished):
         vmsnap.open(folder / "vm3", key=KEY).raw_fragment("ram")
-    with pytest.raises(vmsnap.AuthenticationError):
+    with pytest.raises(not_finished):
         vmsnap.seal(folder / "vm3", key=KEY)
     (folder / "vm3/ram").unlink()
     vmsnap.seal(folder / "vm3", key=KEY)
