@@ -137,8 +137,10 @@ impl Manifest {
         if let Some(path) = fragments.keys().find(|path| namespaces.contains(path.as_str())) {
             return Err(SCHEMA.malformed(format!("{} is both a fragment and a namespace", shown(path))));
         }
-        humantime::parse_rfc3339(&body.created)
-            .map_err(|_| SCHEMA.malformed("'created' is no date of RFC 3339 in UTC"))?;
+        // humantime takes an offset of +00:00 as well, for which the format has no use.
+        if !body.created.ends_with('Z') || humantime::parse_rfc3339(&body.created).is_err() {
+            return Err(SCHEMA.malformed("'created' is no date of RFC 3339 in UTC, with Z"));
+        }
         Ok(Self {
             snapshot_id: body.snapshot_id,
             created: body.created,
@@ -234,11 +236,17 @@ struct Body {
 struct BodyOfEntry {
     size: u64,
     stored_size: u64,
+    #[serde(default, deserialize_with = "some")]
     chunk_size: Option<u64>,
     #[serde(default, deserialize_with = "some_byte_string")]
     blake3: Option<[u8; 32]>,
     #[serde(default, deserialize_with = "some_byte_string")]
     floe_header_tag: Option<[u8; 32]>,
+}
+
+/// A key that is there has a value; serde's own `Option` would take a null for its absence.
+fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 fn some_byte_string<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<[u8; 32]>, D::Error> {
@@ -365,6 +373,7 @@ mod tests {
             ("format", "vmsnap-key".into()),
             ("snapshot_id", Value::Bytes(vec![7; 15])),
             ("created", "yesterday".into()),
+            ("created", "2026-11-26T12:00:00+00:00".into()),
             ("encrypted", true.into()),
             ("namespaces", texts(&["ns", "ns"])),
             ("namespaces", texts(&[])),

@@ -372,9 +372,10 @@ def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments, status=2).stdout == b""
 
 
-def test_version_names_the_provider() -> None:
+def test_version_names_provider_features_and_commit() -> None:
     told = run("--version").stdout.decode()
-    assert told == f"vmsnap {vmsnap.__version__} (aead: {vmsnap.aead_provider()})\n"
+    built = rf"aead: {vmsnap.aead_provider()}; features: age, aws-lc; commit: (unknown|[0-9a-f]{{40}}(-dirty)?)"
+    assert re.fullmatch(rf"vmsnap {vmsnap.__version__} \({built}\)\n", told)
 
 
 def test_without_click_the_remedy_is_named(tmp_path: Path) -> None:

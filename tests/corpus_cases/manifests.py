@@ -84,6 +84,8 @@ MALFORMED_MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "another snapshot's id": _set(snapshot_id=bytes(16)),
     "encrypted false": _set(encrypted=False),
     "created yesterday": _set(created="yesterday"),
+    "created with an offset": _set(created="2026-11-26T12:00:00+00:00"),
+    "created in month 13": _set(created="2026-13-26T12:00:00Z"),
     "generator missing": lambda manifest: {key: value for key, value in manifest.items() if key != "generator"},
     "namespace twice": _set(namespaces=["place", "place"]),
     "namespace not listed": _set(namespaces=[]),
@@ -100,6 +102,7 @@ MALFORMED_MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "chunk size missing": _entry(chunk_size=None),
     "header tag short": _entry(floe_header_tag=bytes(31)),
     "blake3 in it": _entry(blake3=bytes(32)),
+    "blake3 null": _entry(blake3=Raw(b"\xf6")),
     "fragments a list": _set(fragments=[]),
     "without length": lambda manifest: (
         b"\xbf" + b"".join(cbor(key) + cbor(value) for key, value in manifest.items()) + b"\xff"
@@ -259,6 +262,11 @@ def add_manifests(corpus: Corpus) -> None:
             "plain-manifest-floe",
             "the manifest of a plain snapshot is encrypted",
             lambda _: (corpus.folder / "small-sealed/vmsnap_manifest").read_bytes(),
+        ),
+        (
+            "plain-manifest-null",
+            "the manifest of a plain snapshot has a key of encrypted ones, whose value is null",
+            lambda data: data.replace(b"\xa3\x64size", b"\xa4\x6achunk_size\xf6\x64size"),
         ),
     ):
         corpus.damaged(name, "small-plain-sealed", manifest(change), Case(about, error=CORRUPT))
