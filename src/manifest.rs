@@ -137,8 +137,7 @@ impl Manifest {
         if let Some(path) = fragments.keys().find(|path| namespaces.contains(path.as_str())) {
             return Err(SCHEMA.malformed(format!("{} is both a fragment and a namespace", shown(path))));
         }
-        // humantime takes an offset of +00:00 as well, for which the format has no use.
-        if !body.created.ends_with('Z') || humantime::parse_rfc3339(&body.created).is_err() {
+        if !is_moment(&body.created) {
             return Err(SCHEMA.malformed("'created' is no date of RFC 3339 in UTC, with Z"));
         }
         Ok(Self {
@@ -173,6 +172,14 @@ fn names_in<'a, I: Iterator<Item = &'a str>>(namespace: &SnapshotPath, from: imp
         .filter(|name| !name.contains('/'))
         .map(str::to_owned)
         .collect()
+}
+
+/// Whether it is a date and time of RFC 3339 in UTC, with Z. humantime is more lenient about its end.
+fn is_moment(text: &str) -> bool {
+    let Some(local) = text.strip_suffix('Z') else { return false };
+    let (seconds, fraction) = local.split_once('.').unwrap_or((local, "0"));
+    let digits = !fraction.is_empty() && fraction.bytes().all(|byte| byte.is_ascii_digit());
+    digits && seconds.len() == "2026-11-26T12:00:00".len() && humantime::parse_rfc3339(&format!("{seconds}Z")).is_ok()
 }
 
 fn check_path(path: &str) -> Result<()> {
@@ -374,6 +381,8 @@ mod tests {
             ("snapshot_id", Value::Bytes(vec![7; 15])),
             ("created", "yesterday".into()),
             ("created", "2026-11-26T12:00:00+00:00".into()),
+            ("created", "2026-11-26T12:00:00.Z".into()),
+            ("created", "2026-11-26T12:00:00ZZ".into()),
             ("encrypted", true.into()),
             ("namespaces", texts(&["ns", "ns"])),
             ("namespaces", texts(&[])),
