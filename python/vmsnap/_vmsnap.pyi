@@ -8,7 +8,9 @@ from typing import Final, Self, final
 from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = [
+    "COMMIT",
     "DEFAULT_CHUNK_SIZE_BYTES",
+    "FEATURES",
     "Credentials",
     "Fragment",
     "FragmentReader",
@@ -36,6 +38,8 @@ __all__ = [
 
 __version__: Final[str]
 DEFAULT_CHUNK_SIZE_BYTES: Final[int]
+FEATURES: Final[list[str]]
+COMMIT: Final[str | None]
 
 def write_memory(
     writer: SnapshotWriter,

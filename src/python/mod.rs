@@ -64,8 +64,16 @@ mod _vmsnap {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("FEATURES", super::features())?;
+        module.add("COMMIT", option_env!("VMSNAP_BUILT_FROM"))?;
         module.add("DEFAULT_CHUNK_SIZE_BYTES", crate::DEFAULT_CHUNK_SIZE_BYTES)
     }
+}
+
+/// Cargo's features that this was built with.
+fn features() -> Vec<&'static str> {
+    let features = [("age", cfg!(feature = "age")), ("aws-lc", cfg!(feature = "aws-lc"))];
+    features.into_iter().filter_map(|(name, chosen)| chosen.then_some(name)).collect()
 }
 
 #[pyfunction]

@@ -10,6 +10,7 @@ from types import FrameType
 import click
 
 import vmsnap
+from vmsnap import _vmsnap
 from vmsnap.cli.completion import completion
 from vmsnap.cli.convert import decrypt, encrypt
 from vmsnap.cli.copy import cp
@@ -41,7 +42,8 @@ Exit codes:
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        click.echo(f"vmsnap {vmsnap.__version__} (aead: {vmsnap.aead_provider()})")
+        built = f"aead: {vmsnap.aead_provider()}; features: {', '.join(_vmsnap.FEATURES)}"
+        click.echo(f"vmsnap {vmsnap.__version__} ({built}; commit: {_vmsnap.COMMIT or 'unknown'})")
         context.exit()
 
 
