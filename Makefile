@@ -118,6 +118,10 @@ licenses: ## LICENSE-THIRD-PARTY, anew: after a change of Cargo.lock
 	@$(call step,scripts/third_party_licenses.py)
 	'$(PYTHON)' scripts/third_party_licenses.py
 
+.PHONY: test-minimum
+test-minimum: ## tests with the least version of Rust, Python and every dependency
+	PYTHON='$(PYTHON)' scripts/minimum.sh
+
 # Both fetch lists of known weaknesses, from the code host and the package index.
 .PHONY: audit
 audit: build ## known weaknesses of what we build on

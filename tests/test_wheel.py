@@ -1,10 +1,13 @@
 """The wheel, as a user gets it: built as for a release, installed into an environment that holds nothing else."""
 
 import importlib.util
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -34,8 +37,8 @@ else:
 """
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(*command: str | Path, cwd: Path = REPOSITORY, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
@@ -68,7 +71,7 @@ def test_one_wheel_serves_every_cpython_from_3_11_on(wheel: Path) -> None:
     assert "linux" in wheel.name
 
 
-def test_the_wheel_holds_the_package_its_types_and_both_licences(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_its_types_and_all_licences(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata_name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
@@ -83,6 +86,7 @@ def test_the_wheel_holds_the_package_its_types_and_both_licences(wheel: Path) ->
         "vmsnap/cli/__init__.py",
         f"{info}licenses/LICENSE-APACHE",
         f"{info}licenses/LICENSE-MIT",
+        f"{info}licenses/LICENSE-THIRD-PARTY",
     } <= set(names)
     folders = {name.split("/")[0] for name in names}
     assert {"vmsnap", info.rstrip("/")} <= folders <= {"vmsnap", info.rstrip("/"), "vmsnap.libs"}
@@ -103,3 +107,58 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, empty_environment:
     version, installed_at = printed.split()
     assert f"vmsnap-{version}-" in wheel.name
     assert Path(installed_at).is_relative_to(empty_environment.parents[1])
+
+
+def test_the_licences_are_those_of_what_is_linked_in() -> None:
+    if shutil.which("cargo") is None:
+        pytest.skip("no cargo on the PATH")
+    script = runpy.run_path(str(REPOSITORY / "scripts/third_party_licenses.py"))
+    assert script["whole"]() == script["TARGET"].read_text(encoding="utf-8"), "make licenses"
+    named = script["TARGET"].read_text(encoding="utf-8")
+    for crate in ("aws-lc-sys", "age", "blake3", "pyo3", "libc"):
+        assert re.search(rf"^{crate} [0-9.]+.* \(", named, re.MULTILINE), crate
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist; what it needs to be built was seen when the wheel was."""
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "maturin", "sdist", "--out", out)
+    (built,) = out.iterdir()
+    return built
+
+
+def test_the_sdist_holds_what_is_built_and_no_more(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"Cargo.toml", "Cargo.lock", "build.rs", "pyproject.toml", "README.md", "src/lib.rs"} <= names
+    assert {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-THIRD-PARTY", "python/vmsnap/__init__.py"} <= names
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    assert folders == {"src", "python", "docs"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".so")]
+
+
+def test_the_sdist_builds_and_works_where_there_is_nothing_else(sdist: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", environment)
+    # cargo finds there what it compiled for the wheel, all but vmsnap itself.
+    target = os.environ | {"CARGO_TARGET_DIR": str(REPOSITORY / "target")}
+    (tmp_path / "empty").mkdir()
+    run(environment / "bin/python", "-m", "pip", "install", sdist, cwd=tmp_path / "empty", env=target)
+    printed = run(environment / "bin/python", "-I", "-c", WRITE_AND_READ_BACK, tmp_path / "vm1")
+    assert Path(printed.split()[1]).is_relative_to(environment)
+
+
+def test_the_crate_is_packaged_and_builds_from_the_package(wheel: Path) -> None:
+    # Not --no-verify: cargo compiles what it packaged. A checkout may have changes; CI's has none.
+    run("cargo", "package", "--locked", "--allow-dirty", "--quiet")
+    listed = set(run("cargo", "package", "--locked", "--allow-dirty", "--list").splitlines())
+    assert {"src/lib.rs", "build.rs", "README.md", "LICENSE-MIT", "LICENSE-APACHE", "docs/format.md"} <= listed
+    assert not [name for name in listed if name.startswith(("tests/", "python/", "rust-tests/", "examples/"))]
+
+
+def test_an_index_would_take_wheel_and_sdist(wheel: Path, sdist: Path) -> None:
+    assert "PASSED" in run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)

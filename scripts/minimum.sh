@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# minimum.sh: the tests with the least version of Rust, of Python and of every dependency that the manifests name: what
+# they promise is tried, not guessed. In a copy of what git has, in target/minimum.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3.11}
+rust=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
+copy=$PWD/target/minimum/copy
+export CARGO_TARGET_DIR=$PWD/target/minimum/cargo
+export RUSTUP_TOOLCHAIN=$rust
+
+printf '\n==> Rust %s, and the least version of every crate\n' "$rust"
+rustup toolchain install "$rust" --profile minimal
+rm -rf "$copy"
+mkdir -p "$copy"
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference --target-directory "$copy"
+cd "$copy"
+# An option of the nightly cargo, which this lets the other take. Of crates that others bring in, the newest that fit.
+RUSTC_BOOTSTRAP=1 cargo -Z direct-minimal-versions update --quiet
+cargo tree --depth 1 --edges normal --features python
+cargo test --locked
+
+printf '\n==> %s, and the least version of every package\n' "$("$python" --version)"
+rm -rf target/venv
+"$python" -m venv target/venv
+venv=$PWD/target/venv/bin
+"$venv/python" -m pip install --quiet --upgrade 'pip>=25.1' uv
+"$venv/uv" pip install --quiet --python "$venv/python" --group build --group test
+CARGO_PROFILE_RELEASE_LTO=off "$venv/maturin" build --release --locked --interpreter "$venv/python" --out target/dist
+"$venv/uv" pip install --python "$venv/python" --resolution lowest-direct --reinstall-package vmsnap \
+    "$(echo target/dist/*.whl)[cli,map,numpy,qemu]"
+# What uses these packages; how fragments are written does not.
+"$venv/python" -m pytest -q tests/test_values_*.py tests/test_hostile_values.py tests/test_cli*.py tests/test_qemu.py \
+    tests/test_memory.py tests/test_snapshot.py tests/test_golden.py tests/test_staging.py
