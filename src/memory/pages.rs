@@ -7,6 +7,7 @@ use std::ops::Range;
 use rustix::mm::{Advice, madvise};
 
 use super::zeros::{PAGE_BYTES, is_zero};
+use crate::process;
 
 /// What becomes of pages of a buffer that are given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +23,9 @@ pub(super) enum Backing {
 impl Backing {
     /// What `/proc/self/maps` says of all of the buffer.
     pub(super) fn of(buffer: &[u8]) -> Self {
+        if !process::advice_is_taken() {
+            return Self::Other;
+        }
         let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return Self::Other };
         let wanted = buffer.as_ptr_range();
         let (mut at, end) = (wanted.start as usize, wanted.end as usize);
