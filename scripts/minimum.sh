@@ -15,6 +15,8 @@ rustup toolchain install "$rust" --profile minimal
 rm -rf "$copy"
 mkdir -p "$copy"
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference --target-directory "$copy"
+# The known answers beside the checkout, where they are.
+ln -sfn "$PWD/../shared" "$copy/../shared"
 cd "$copy"
 # An option of the nightly cargo, which this lets the other take. Of crates that others bring in, the newest that fit.
 RUSTC_BOOTSTRAP=1 cargo -Z direct-minimal-versions update --quiet
@@ -28,8 +30,9 @@ venv=$PWD/target/venv/bin
 "$venv/python" -m pip install --quiet --upgrade 'pip>=25.1' uv
 "$venv/uv" pip install --quiet --python "$venv/python" --group build --group test
 CARGO_PROFILE_RELEASE_LTO=off "$venv/maturin" build --release --locked --interpreter "$venv/python" --out target/dist
-"$venv/uv" pip install --python "$venv/python" --resolution lowest-direct --reinstall-package vmsnap \
-    "$(echo target/dist/*.whl)[cli,map,numpy,qemu]"
+"$venv/uv" pip compile --quiet --resolution lowest-direct --all-extras --output-file target/least.txt pyproject.toml
+"$venv/uv" pip install --python "$venv/python" --requirements target/least.txt
+"$venv/uv" pip install --python "$venv/python" --no-deps --reinstall-package vmsnap target/dist/*.whl
 # What uses these packages; how fragments are written does not.
 "$venv/python" -m pytest -q tests/test_values_*.py tests/test_hostile_values.py tests/test_cli*.py tests/test_qemu.py \
     tests/test_memory.py tests/test_snapshot.py tests/test_golden.py tests/test_staging.py

@@ -113,7 +113,7 @@ CBOR: dict[str, tuple[bytes, str, int]] = {
     "half an element": (b"\xd8\x45\x43\x00\x00\x00", "elements of 2 bytes", 0),
 }
 
-JSON: dict[str, tuple[bytes, str, int]] = {
+JSON: dict[str, tuple[bytes, str, int | tuple[int, int]]] = {
     "nested lists": (b"[" * 128 + b"]" * 128, "recursion limit", 127),
     "nested without an end": (b"[" * 100_000, "recursion limit", 127),
     "nested maps": (b'{"":' * 128, "recursion limit", 127 * 4),
@@ -132,7 +132,8 @@ JSON: dict[str, tuple[bytes, str, int]] = {
     "a huge number": (b"[1e400]", "number out of range", 5),
     "a number of many digits": (b"[" + b"1" * 100_000 + b"]", "number out of range", 100_000),
     "a control character": (b'["\x1b"]', "control character", 2),
-    "no UTF-8": (b'["\xff"]', "unicode", 2),
+    # Before 1.0.153, serde_json told where such a text ends.
+    "no UTF-8": (b'["\xff"]', "unicode", (2, 3)),
     "a comment": (b"[1,//\n2]", "expected value", 3),
 }
 
@@ -149,7 +150,9 @@ def test_hostile_json_is_refused_with_fragment_and_offset(place: Place, kind: st
     check_both_levels(place, data, reason, offset)
 
 
-def check_both_levels(place: Place, data: bytes, reason: str, offset: int) -> None:
+def check_both_levels(place: Place, data: bytes, reason: str, offset: int | tuple[int, int]) -> None:
+    offsets = (offset,) if isinstance(offset, int) else offset
+    ends = tuple(f", {where} byte {offset}" for offset in offsets for where in ("at", "before"))
     root = place.create()
     write(root, "state", data)
     write(root.add_namespace("pci").add_namespace("00:1f.2"), "state", data)
@@ -161,7 +164,7 @@ def check_both_levels(place: Place, data: bytes, reason: str, offset: int) -> No
         message = str(raised.value)
         assert message.startswith(f"fragment {name} of {place.root} does not hold a serialized value: ")
         assert reason in message
-        assert message.endswith((f", at byte {offset}", f", before byte {offset}"))
+        assert message.endswith(ends)
         assert len(message) < 500
         assert message.isprintable()
 
