@@ -183,7 +183,7 @@ pub(super) fn unwrap(
     identities: Identities,
     poll: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
-    let decryptor = Decryptor::new_buffered(file).map_err(|error| not_opened(&error))?;
+    let decryptor = read_header(file)?;
     if decryptor.is_scrypt() {
         return Err(Error::new(
             Kind::KeyUnavailable,
@@ -201,7 +201,7 @@ pub(super) fn unwrap_with_passphrase(
     passphrase: impl FnOnce() -> Result<std::sync::Arc<SecretText>>,
     poll: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
-    let decryptor = Decryptor::new_buffered(file).map_err(|error| not_opened(&error))?;
+    let decryptor = read_header(file)?;
     if !decryptor.is_scrypt() {
         return Err(Error::new(
             Kind::KeyUnavailable,
@@ -216,9 +216,7 @@ pub(super) fn unwrap_with_passphrase(
 }
 
 fn decrypt(file: &[u8], identities: &mut dyn Iterator<Item = &dyn age::Identity>) -> Result<Zeroizing<Vec<u8>>> {
-    let reader = Decryptor::new_buffered(file)
-        .and_then(|decryptor| decryptor.decrypt(identities))
-        .map_err(|error| not_opened(&error))?;
+    let reader = read_header(file)?.decrypt(identities).map_err(|error| not_opened(&error))?;
     // It does not grow, and leave a copy behind.
     let mut payload = Zeroizing::new(Vec::with_capacity(file.len()));
     reader
@@ -255,7 +253,7 @@ pub(super) fn stanzas(file: &[u8]) -> Result<Vec<String>> {
     }
 
     let onlooker = Onlooker(std::cell::RefCell::default());
-    let decryptor = Decryptor::new_buffered(file).map_err(|error| not_opened(&error))?;
+    let decryptor = read_header(file)?;
     // It fails, for no key was found.
     let _ = decryptor.decrypt(std::iter::once(&onlooker as &dyn age::Identity));
     let mut stanzas = onlooker.0.into_inner();
@@ -399,6 +397,16 @@ fn not_wrapped(error: &EncryptError) -> Error {
         }
         _ => Error::invalid_argument("there are no recipients, or they cannot be mixed"),
     }
+}
+
+fn read_header(file: &[u8]) -> Result<Decryptor<&[u8]>> {
+    Decryptor::new_buffered(file).map_err(|error| match error {
+        // So it calls, too, what it cannot parse.
+        DecryptError::UnknownFormat if file.starts_with(b"age-encryption.org/v1\n") => {
+            not_opened(&DecryptError::InvalidHeader)
+        }
+        error => not_opened(&error),
+    })
 }
 
 fn not_opened(error: &DecryptError) -> Error {

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from .case import Corpus
 from .fragments import add_fragments
-from .keys import add_key_files, add_payloads
-from .manifests import add_manifests
+from .keys import add_key_files, add_payloads, add_wrapped
+from .manifests import add_beside, add_manifests
 from .memories import add_memories
 from .sound import add_sound
 
@@ -14,8 +14,10 @@ PARTS: list[Callable[[Corpus], None]] = [
     add_sound,
     add_payloads,
     add_key_files,
+    add_wrapped,
     add_fragments,
     add_manifests,
+    add_beside,
     add_memories,
 ]
 

@@ -1,6 +1,7 @@
 """Key metadata: authentic and malformed, changed, another snapshot's, or opened with the wrong key."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import floe
 import vmsnap
 from floe import Raw
-from make_golden import KEY
+from make_golden import IDENTITY, KEY, PASSPHRASE
 
 from .case import (
     AUTHENTICATION,
@@ -186,3 +187,96 @@ def add_key_files(corpus: Corpus) -> None:
     for entry in (corpus.folder / "key-for-plain").iterdir():
         if entry.name != "clock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+#: For tests, in clear, as `IDENTITY`.
+OTHER_IDENTITY = "AGE-SECRET-KEY-184JMZMVQH3E6U0PSL869004Y3U2NYV7R30EU99CSEDNPH02YUVFSZW44VU"
+
+
+def _other_mac(data: bytes) -> bytes:
+    """Another character in the line that ends the header."""
+    at = data.index(b"\n--- ") + 10
+    return data[:at] + (b"A" if data[at : at + 1] != b"A" else b"B") + data[at + 1 :]
+
+
+def _slower(data: bytes) -> bytes:
+    return re.sub(rb"(?m)^(-> scrypt \S+) \d+$", rb"\1 30", data, count=1)
+
+
+def add_wrapped(corpus: Corpus) -> None:
+    """Key metadata by age and by a key service, damaged or opened with what does not fit."""
+
+    def key_file(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+        return lambda root: edit(root / "enc_metadata", change)
+
+    nothing: Callable[[Path], object] = lambda root: None  # noqa: E731 (one of several)
+    identity, passphrase = {"identity": IDENTITY}, {"passphrase": PASSPHRASE}
+    for name, base, about, change, wrapping, error in (
+        (
+            "age-wrong-identity",
+            "age",
+            "opened with another identity",
+            nothing,
+            {"identity": OTHER_IDENTITY},
+            AUTHENTICATION,
+        ),
+        (
+            "age-wrong-passphrase",
+            "passphrase",
+            "opened with another passphrase",
+            nothing,
+            {"passphrase": "x"},
+            AUTHENTICATION,
+        ),
+        (
+            "age-changed",
+            "age",
+            "the last bit of what age encrypted is another",
+            lambda root: flip(root / "enc_metadata", -1),
+            identity,
+            AUTHENTICATION,
+        ),
+        (
+            "age-mac-changed",
+            "age",
+            "a bit of the header's MAC is another",
+            key_file(_other_mac),
+            identity,
+            AUTHENTICATION,
+        ),
+        (
+            "age-cut",
+            "age",
+            "what age encrypted lacks its last byte",
+            key_file(lambda data: data[:-1]),
+            identity,
+            AUTHENTICATION,
+        ),
+        ("age-header-cut", "age", "the header is cut off", key_file(lambda data: data[:60]), identity, CORRUPT),
+        (
+            "age-header-damaged",
+            "age",
+            "a line of the header is none",
+            key_file(lambda data: data.replace(b"-> ", b",> ", 1)),
+            identity,
+            CORRUPT,
+        ),
+        (
+            "age-for-a-passphrase",
+            "passphrase",
+            "opened with an identity, and it has a passphrase",
+            nothing,
+            identity,
+            NO_KEY,
+        ),
+        (
+            "age-for-recipients",
+            "age",
+            "opened with a passphrase, and it is for recipients",
+            nothing,
+            passphrase,
+            NO_KEY,
+        ),
+        ("age-work-factor", "passphrase", "a work factor that takes hours", key_file(_slower), passphrase, UNSUPPORTED),
+    ):
+        corpus.damaged(name, base, change, Case(about, wrapping=wrapping, error=error))

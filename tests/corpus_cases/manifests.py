@@ -1,5 +1,6 @@
 """Manifests, and fragments that are not as a manifest says."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -270,6 +271,44 @@ def add_manifests(corpus: Corpus) -> None:
         ),
     ):
         corpus.damaged(name, "small-plain-sealed", manifest(change), Case(about, error=CORRUPT))
+
+
+def add_beside(corpus: Corpus) -> None:
+    """Sealed snapshots with what does not belong there beside what does, or in its place."""
+    fragments = {"note": holds(NOTE), "place/note": holds(NOTE)}
+    beside: dict[str, Callable[[Path], object]] = {
+        "link": lambda root: (root / "link").symlink_to("/etc/passwd"),
+        "pipe": lambda root: os.mkfifo(root / "place/pipe"),
+        "name-without-utf-8": lambda root: Path(os.fsdecode(bytes(root) + b"/caf\xe9")).write_bytes(b""),
+        "folder": lambda root: (root / "more/and more").mkdir(parents=True),
+    }
+    for name, change in beside.items():
+        case = Case(f"sealed, and beside it something that is not listed: a {name}", KEY, fragments=dict(fragments))
+        case.verifies = False
+        corpus.damaged(f"unlisted-{name}", "small-sealed", change, case)
+
+    def replace_namespace(root: Path, replace: Callable[[Path], object]) -> None:
+        (root / "place").rename(root / "elsewhere")
+        replace(root / "place")
+
+    for name, replace in {"link": lambda path: path.symlink_to("elsewhere"), "pipe": os.mkfifo}.items():
+        case = Case(f"a listed namespace is a {name}", KEY, fragments=fragments | {"place/note": refused(CORRUPT)})
+        case.verifies = False
+        corpus.damaged(
+            f"listed-namespace-{name}",
+            "small-sealed",
+            lambda root, replace=replace: replace_namespace(root, replace),  # type: ignore[misc]
+            case,
+        )
+
+    case = Case("a manifest of more than one segment", KEY, fragments=dict(fragments))
+    sealed_by_hand(corpus.add("manifest-long", case), _set(hint=bytes(70_000)))
+
+    case = Case("guest memory of which a segment was changed", KEY, verifies=False)
+    base = corpus.cases["memory-lz4-encrypted"]
+    case.fragments = base.fragments | {"mem": refused(AUTHENTICATION)}
+    case.memory = {"": refused(AUTHENTICATION)}
+    corpus.damaged("memory-changed", "memory-lz4-encrypted", lambda root: flip(root / "mem", 300), case)
 
 
 def _to_link(root: Path) -> None:

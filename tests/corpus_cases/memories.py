@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from floe import Raw, cbor
+from floe import Pairs, Raw, cbor
 
 from .case import CORRUPT, MISSING, Case, Corpus, holds, refused
 from .sound import memory_of
@@ -39,6 +39,10 @@ def metadata(*regions: dict[str, Any], compressed: bool = False, **more: Any) ->
 PACKED = metadata(ONE, compressed=True)
 INDEXED = metadata(ONE, compressed=True, lz4=lz4_index(len(SQUEEZED)))
 FRAME = BLOCK_HEADER + block(SQUEEZED) + END_MARK
+AS_JSON = '{"regions":[{"guest_base":4096,"size":4096,"data_ranges":[{"start":16,"end":120}]}],"compressed":false}'
+TOUCHING = metadata(region(0x1000, 64, (0, 30), (30, 64)), region(0x1040, 40, (0, 40)))
+TOUCHED = {0x1000: SMALL_MEMORY[:64], 0x1040: SMALL_MEMORY[64:]}
+TURNED = {0x2000: SMALL_MEMORY[:52] + bytes(12), 0x1000: SMALL_MEMORY[52:] + bytes(12)}
 RESTORED = {0x1000: bytes(16) + SMALL_MEMORY + bytes(4096 - 120)}
 
 
@@ -57,6 +61,44 @@ MEMORIES: dict[str, tuple[object, bytes | None, Mapping[int, bytes] | str]] = {
     "compressed": (PACKED, FRAME, RESTORED),
     "compressed, with an index": (INDEXED, FRAME, RESTORED),
     "compressed, of nothing": (metadata(region(), compressed=True), BLOCK_HEADER + END_MARK, {0x1000: bytes(4096)}),
+    "a null index": (metadata(ONE, lz4=Raw(b"\xf6")), SMALL_MEMORY, RESTORED),
+    "an index, and not compressed": (metadata(ONE, lz4=lz4_index(104)), SMALL_MEMORY, RESTORED),
+    "ranges and regions that touch": (TOUCHING, SMALL_MEMORY, TOUCHED),
+    "regions in any order": (metadata(region(0x2000, 64, (0, 52)), region(0x1000, 64, (0, 52))), SMALL_MEMORY, TURNED),
+    "blocks of 256 KiB": (PACKED, FRAME.replace(BLOCK_HEADER, bytes.fromhex("04224d186050fb")), RESTORED),
+    "blocks of 4 MiB": (PACKED, FRAME.replace(BLOCK_HEADER, bytes.fromhex("04224d18607073")), RESTORED),
+    "a raw block in an index": (
+        metadata(ONE, compressed=True, lz4=lz4_index(104)),
+        BLOCK_HEADER + block(SMALL_MEMORY, raw=True) + END_MARK,
+        RESTORED,
+    ),
+    "in JSON": (AS_JSON.encode(), SMALL_MEMORY, RESTORED),
+    "in JSON, compressed, with an index": (
+        AS_JSON.replace("false", f'true,"lz4":{{"block_size":65536,"block_lengths":[{len(SQUEEZED)},0,0,0]}}').encode(),
+        FRAME,
+        RESTORED,
+    ),
+    "in JSON, an index of other numbers": (
+        AS_JSON.replace("false", 'true,"lz4":{"block_size":65536,"block_lengths":[256,0,0,0]}').encode(),
+        FRAME,
+        CORRUPT,
+    ),
+    "in JSON, a base beyond 64 bits": (
+        AS_JSON.replace("4096,", "18446744073709551616,", 1).encode(),
+        SMALL_MEMORY,
+        CORRUPT,
+    ),
+    "in JSON, a size with a point": (AS_JSON.replace('"size":4096', '"size":4096.5').encode(), SMALL_MEMORY, CORRUPT),
+    "in JSON, a key twice": (AS_JSON.replace("false", 'false,"compressed":false').encode(), SMALL_MEMORY, CORRUPT),
+    "in JSON, cut": (AS_JSON[:-1].encode(), SMALL_MEMORY, CORRUPT),
+    "in JSON, and more": (f"{AS_JSON}x".encode(), SMALL_MEMORY, CORRUPT),
+    "in JSON, and no UTF-8": (AS_JSON.encode().replace(b"regions", b"region\xff"), SMALL_MEMORY, CORRUPT),
+    "a key twice": (Pairs([*metadata(ONE).items(), ("compressed", False)]), SMALL_MEMORY, CORRUPT),
+    "a range with another key": (
+        metadata(ONE | {"data_ranges": [{"start": 16, "end": 120, "hint": 1}]}),
+        SMALL_MEMORY,
+        CORRUPT,
+    ),
     "mem missing": (metadata(ONE), None, MISSING),
     "mem_metadata missing": (None, SMALL_MEMORY, MISSING),
     "mem too short": (metadata(ONE), SMALL_MEMORY[:-1], CORRUPT),

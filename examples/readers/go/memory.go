@@ -3,6 +3,7 @@ package main
 // Guest memory: section 6.
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,8 @@ import (
 	"path/filepath"
 	"sort"
 	"unicode/utf8"
+
+	"github.com/fxamacker/cbor/v2"
 )
 
 // The metadata ---------------------------------------------------------------------------------------------------------
@@ -45,11 +48,35 @@ type blockIndex struct {
 	BlockLengths []byte  `cbor:"block_lengths"` // u32, little endian
 }
 
+// jsonMembers tells the members of an object. One that comes twice is refused: encoding/json would take the last.
+func jsonMembers(data []byte) (map[string]json.RawMessage, error) {
+	members := map[string]json.RawMessage{}
+	d := json.NewDecoder(bytes.NewReader(data))
+	if start, err := d.Token(); err != nil || start != json.Delim('{') {
+		return nil, errors.New("an object is missing")
+	}
+	for d.More() {
+		name, err := d.Token()
+		if err != nil {
+			return nil, err
+		}
+		var member json.RawMessage
+		if err := d.Decode(&member); err != nil {
+			return nil, err
+		}
+		if _, there := members[name.(string)]; there {
+			return nil, errors.New("a key comes twice")
+		}
+		members[name.(string)] = member
+	}
+	return members, nil
+}
+
 // unmarshalMembers decodes the members of a JSON object that have exactly these names; encoding/json by itself would take
 // "START" for "start". One that is missing ends the decoding, before a long list of such objects takes much memory.
 func unmarshalMembers(data []byte, optional string, targets map[string]any) error {
-	var members map[string]json.RawMessage
-	if err := json.Unmarshal(data, &members); err != nil {
+	members, err := jsonMembers(data)
+	if err != nil {
 		return err
 	}
 	for name, target := range targets {
@@ -76,7 +103,29 @@ func (r *guestRegion) UnmarshalJSON(data []byte) error {
 }
 
 func (r *dataRange) UnmarshalJSON(data []byte) error {
-	return unmarshalMembers(data, "", map[string]any{"start": &r.Start, "end": &r.End})
+	if err := unmarshalMembers(data, "", map[string]any{"start": &r.Start, "end": &r.End}); err != nil {
+		return err
+	}
+	members, err := jsonMembers(data)
+	return onlyTheTwo(len(members), err)
+}
+
+// UnmarshalCBOR decodes a data range, which has no other keys.
+func (r *dataRange) UnmarshalCBOR(data []byte) error {
+	type values dataRange // without this method
+	if err := decoder.Unmarshal(data, (*values)(r)); err != nil {
+		return err
+	}
+	var members map[string]cbor.RawMessage
+	err := decoder.Unmarshal(data, &members)
+	return onlyTheTwo(len(members), err)
+}
+
+func onlyTheTwo(keys int, err error) error {
+	if err == nil && keys > 2 {
+		err = errors.New("a data range has another key than 'start' and 'end'")
+	}
+	return err
 }
 
 func (i *blockIndex) UnmarshalJSON(data []byte) error {

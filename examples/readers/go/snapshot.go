@@ -120,7 +120,11 @@ func unwrapByAge(data []byte, with credential) ([]byte, error) {
 		plaintext, err = io.ReadAll(reader)
 	}
 	var refused *refusal // by ageIdentity
-	if err != nil && !errors.As(err, &refused) {
+	switch {
+	case err == nil || errors.As(err, &refused):
+	case strings.HasPrefix(err.Error(), "failed to read header"): // age has no error of its own for this
+		err = refuse(corrupt, "%s: its age header is damaged, or cut off", keyMetadataName)
+	default:
 		err = refuse(authentication, "%s: the identity or passphrase is wrong, or the file damaged", keyMetadataName)
 	}
 	return plaintext, err

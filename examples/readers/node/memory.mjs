@@ -50,6 +50,7 @@ function readMetadata(fragment) {
 }
 
 function readRange(range) {
+  if (range?.size > 2) throw corrupt("a data range has another key than 'start' and 'end'");
   return [cbor.unsigned(range, 'start'), cbor.unsigned(range, 'end')];
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, BinaryIO
 
-import cbor2
+import vmsnap_cbor
 from vmsnap_floe import FormatError
 from vmsnap_snapshot import Snapshot
 
@@ -58,19 +57,24 @@ class Layout:
 
 
 def _value(data: bytes) -> object:
+    # No JSON begins with a byte of CBOR's maps.
+    if data[:1] and 0xA0 <= data[0] <= 0xBF:
+        return vmsnap_cbor.decode(data)
     try:
-        # No JSON begins with a byte of CBOR's maps.
-        if data[:1] and 0xA0 <= data[0] <= 0xBF:
-            stream = io.BytesIO(data)
-            value: object = cbor2.CBORDecoder(stream).decode()
-            if stream.tell() != len(data):
-                raise _corrupt("mem_metadata: bytes after the CBOR item")
-            return value
-        return json.loads(data.decode("utf-8"))
-    except FormatError:
-        raise
-    except Exception as error:  # decoders raise many kinds of exceptions for hostile input
+        return json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise _corrupt(f"mem_metadata: neither CBOR nor JSON: {type(error).__name__}") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key comes twice")
+    return fields
+
+
+def _no_number(text: str) -> object:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _field(fields: object, name: str, kind: type) -> Any:
@@ -92,6 +96,8 @@ def read_layout(data: bytes) -> Layout:
         end_before = 0
         for stored in _field(entry, "data_ranges", list):
             start, end = _field(stored, "start", int), _field(stored, "end", int)
+            if len(stored) != 2:
+                raise _corrupt("mem_metadata: a data range has another key than 'start' and 'end'")
             if not end_before <= start < end <= region.size:
                 raise _corrupt(f"mem_metadata: data range {start:#x} to {end:#x} does not ascend within its region")
             region.data_ranges.append((start, end))

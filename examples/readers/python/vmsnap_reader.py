@@ -2,7 +2,7 @@
 """Read vmsnap snapshots, plain and encrypted, without vmsnap.
 
 Uses nothing beyond what ``docs/format.md`` says; section numbers are of that page. Needs Python 3.11 and the package
-``cryptography``, to restore guest memory also ``cbor2``. As a program::
+``cryptography``. As a program::
 
     vmsnap_reader.py SNAPSHOT_DIR [--key-file FILE] list | check | cat PATH | restore OUT_DIR [NAMESPACE]
     vmsnap_reader.py SNAPSHOT_DIR --key-file FILE write SOURCE_DIR
@@ -112,7 +112,7 @@ def _cat(snapshot: Snapshot, path: str) -> bool:
 
 
 def _restore(snapshot: Snapshot, folder: str, namespace: str) -> bool:
-    import vmsnap_memory  # here, for it needs another package
+    import vmsnap_memory  # here, for whoever copied what reads fragments alone
 
     vmsnap_memory.restore(snapshot, folder, namespace)
     return True

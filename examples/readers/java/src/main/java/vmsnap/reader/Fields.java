@@ -24,6 +24,7 @@ import java.util.Map;
  * types are those in the tables of the format: String, Boolean, byte[], Long, List and Fields; all else is null.
  */
 record Fields(Map<String, Object> values, String what) {
+    private static final Object NULL = new Object();
     private static final long VERSION = 1;
     private static final long MAX_TOKENS = 1 << 26;
 
@@ -117,7 +118,8 @@ record Fields(Map<String, Object> values, String what) {
             case VALUE_NUMBER_INT -> unsigned(parser.getBigIntegerValue());
             case VALUE_TRUE -> true;
             case VALUE_FALSE -> false;
-            default -> null;
+            case VALUE_NULL -> NULL;
+            default -> null; // of no use to any field
         };
     }
 
@@ -128,6 +130,15 @@ record Fields(Map<String, Object> values, String what) {
 
     boolean has(String name) {
         return values.containsKey(name);
+    }
+
+    boolean isNull(String name) {
+        return values.get(name) == NULL;
+    }
+
+    /** How many fields there are, known or not. */
+    int size() {
+        return values.size();
     }
 
     String text(String name) throws Refused {

@@ -68,6 +68,9 @@ record GuestMemory(List<Region> regions, long dataSize, boolean compressed, Lz4F
             for (Fields range : region.list("data_ranges", Fields.class)) {
                 long start = range.unsigned("start");
                 long end = range.unsigned("end");
+                if (range.size() != 2) {
+                    throw Refused.corrupt(fields.what() + ": a data range has other fields than 'start' and 'end'");
+                }
                 if (isLess(start, previousEnd) || !isLess(start, end) || isLess(size, end)) {
                     throw Refused.corrupt(fields.what() + ": a data range is empty, out of order or out of its region");
                 }
@@ -81,7 +84,8 @@ record GuestMemory(List<Region> regions, long dataSize, boolean compressed, Lz4F
             regions.add(new Region(region.unsigned("guest_base"), size, ranges));
         }
         requireApart(regions, fields.what());
-        Lz4Frame.Index index = fields.has("lz4") ? parseIndex(fields.nested("lz4"), dataSize) : null;
+        boolean indexed = fields.has("lz4") && !fields.isNull("lz4");
+        Lz4Frame.Index index = indexed ? parseIndex(fields.nested("lz4"), dataSize) : null;
         return new GuestMemory(regions, dataSize, fields.bool("compressed"), index);
     }
 
