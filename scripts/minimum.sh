@@ -4,7 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3.11}
+python=${PYTHON:-python3}
+least=$(sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" != "$least" ]; then
+    echo "minimum.sh: Python $least is the least, and '$python' is another: make test-minimum PYTHON=python$least" >&2
+    exit 1
+fi
 rust=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
 copy=$PWD/target/minimum/copy
 export CARGO_TARGET_DIR=$PWD/target/minimum/cargo
@@ -14,7 +19,9 @@ printf '\n==> Rust %s, and the least version of every crate\n' "$rust"
 rustup toolchain install "$rust" --profile minimal
 rm -rf "$copy"
 mkdir -p "$copy"
-git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference --target-directory "$copy"
+git ls-files -z --cached --others --exclude-standard --deduplicate |
+    while IFS= read -r -d '' file; do [ ! -e "$file" ] && [ ! -L "$file" ] || printf '%s\0' "$file"; done |
+    xargs -0 cp --parents --no-dereference --target-directory "$copy"
 # The known answers beside the checkout, where they are.
 ln -sfn "$PWD/../shared" "$copy/../shared"
 cd "$copy"
