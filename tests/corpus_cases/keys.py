@@ -77,6 +77,11 @@ ANNOUNCED = {
 }
 
 
+def key_file(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """What changes the key metadata of a snapshot."""
+    return lambda root: edit(root / "enc_metadata", change)
+
+
 def add_payloads(corpus: Corpus) -> None:
     """Key metadata that are authentic."""
     fragments = {"note": holds(NOTE)}
@@ -109,9 +114,6 @@ def add_key_files(corpus: Corpus) -> None:
     root = corpus.add("small", base)
     with vmsnap.SnapshotWriter(root, key=KEY).raw_fragment("note", chunk_size_bytes=32) as fragment:
         fragment.write(NOTE)
-
-    def key_file(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-        return lambda root: edit(root / "enc_metadata", change)
 
     def link(root: Path) -> None:
         (root / "enc_metadata").rename(root / "elsewhere")
@@ -205,9 +207,6 @@ def _slower(data: bytes) -> bytes:
 
 def add_wrapped(corpus: Corpus) -> None:
     """Key metadata by age and by a key service, damaged or opened with what does not fit."""
-
-    def key_file(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-        return lambda root: edit(root / "enc_metadata", change)
 
     nothing: Callable[[Path], object] = lambda root: None  # noqa: E731 (one of several)
     identity, passphrase = {"identity": IDENTITY}, {"passphrase": PASSPHRASE}
