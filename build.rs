@@ -4,6 +4,9 @@ use std::env;
 use std::path::Path;
 use std::process::Command;
 
+/// What it is built from, of all that git has.
+const SOURCES: [&str; 5] = ["src", "python", "Cargo.toml", "Cargo.lock", "build.rs"];
+
 fn main() {
     println!("cargo::rerun-if-env-changed=VMSNAP_COMMIT");
     // Nothing else asks, and for a Rust user each commit would mean to compile anew.
@@ -18,22 +21,25 @@ fn main() {
     }
 }
 
-/// The commit that is checked out, followed by `-dirty` where files differ from it. None outside of a repository of our own.
+/// The commit that is checked out, with `-dirty` where sources differ from it. None outside of a repository of our own.
 fn commit(root: &Path) -> Option<String> {
     // Unpacked from an archive, this may lie in somebody else's.
-    let git = root.join(".git");
-    if !git.exists() {
+    if !root.join(".git").exists() {
         return None;
     }
-    // The last has a line for each time that another commit was checked out or made.
-    for watched in ["src", "python", "Cargo.toml", "Cargo.lock", ".git/logs/HEAD"] {
+    // It has a line for each time that another commit was checked out or made.
+    let log = git(root, &["rev-parse", "--git-path", "logs/HEAD"])?;
+    for watched in SOURCES.into_iter().chain([log.as_str()]) {
         println!("cargo::rerun-if-changed={watched}");
     }
-    let told = Command::new("git")
-        .args(["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
-        .current_dir(root)
-        .output()
-        .ok()
-        .filter(|told| told.status.success())?;
-    String::from_utf8(told.stdout).ok().map(|commit| commit.trim().to_owned())
+    let commit = git(root, &["rev-parse", "HEAD"])?;
+    let changes = git(root, &[&["status", "--porcelain", "--"], &SOURCES[..]].concat())?;
+    Some(if changes.is_empty() { commit } else { commit + "-dirty" })
+}
+
+/// What git prints. It leaves its index alone, which somebody may be working with.
+fn git(root: &Path, arguments: &[&str]) -> Option<String> {
+    let told = Command::new("git").arg("--no-optional-locks").args(arguments).current_dir(root).output().ok()?;
+    let printed = String::from_utf8(told.stdout).ok().filter(|_| told.status.success())?;
+    Some(printed.trim().to_owned())
 }

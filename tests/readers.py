@@ -5,6 +5,7 @@ As a program, run with vmsnap installed, prints the table of all cases and reade
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,11 +132,21 @@ class Program:
         return {"error": kinds[0]} if kinds else None
 
 
-def _run(*command: str | Path, cwd: Path, offline: tuple[str, ...], **environment: str) -> None:
+#: What tools that fetch packages print where they reach nobody.
+OFFLINE = (
+    *("dial tcp", "proxyconnect", "no such host", "i/o timeout", "connection refused"),  # Go
+    *("Could not transfer", "Unknown host", "Connection refused", "Network is unreachable"),  # Maven
+    *("ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ENETUNREACH", "EAI_AGAIN", "ETIMEDOUT"),  # npm
+    *("failed to download", "Could not resolve host"),  # cargo
+    *("Temporary failure", "Failed to establish a new connection", "Cannot connect to proxy"),  # pip
+)
+
+
+def _run(*command: str | Path, cwd: Path, **environment: str) -> None:
     """Build something; where its packages cannot be had, `UnavailableError`."""
     done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
-    if done.returncode and any(sign in output for sign in offline):
+    if done.returncode and any(sign in output for sign in OFFLINE):
         raise UnavailableError(f"{command[0]} cannot fetch packages: {output.strip()[-500:]}")
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}:\n{output}")
@@ -148,37 +159,60 @@ def _tool(name: str, what: str) -> str:
     return found
 
 
+def _recent_tool(name: str, what: str, least: str, option: str = "--version") -> str:
+    """A tool; where it is older than a reader needs, `UnavailableError`."""
+    found = _tool(name, what)
+    done = subprocess.run([found, option], capture_output=True, text=True)
+    told = (done.stdout + done.stderr).strip()
+    version = re.search(r"\d+(\.\d+)*", told)
+    if version is None:
+        raise UnavailableError(f"{what} does not tell its version: `{name} {option}` printed {told!r}")
+    if _numbers(version[0]) < _numbers(least):
+        raise UnavailableError(f"there is {what} {version[0]} (`{name}`), and the reader needs {least} or later")
+    return found
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
 def _copied(name: str) -> Path:
-    """A copy of a reader's sources to build in, which keeps what was built there before."""
-    shutil.copytree(
-        SOURCES / name, BUILT / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("target", "node_modules")
-    )
+    """A copy of a reader's sources to build in, which keeps what was built there before, and nothing else."""
+    built = ("target", "node_modules")
+    (BUILT / name).mkdir(parents=True, exist_ok=True)
+    for entry in (BUILT / name).iterdir():
+        if entry.name in built:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    shutil.copytree(SOURCES / name, BUILT / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*built))
     return BUILT / name
 
 
 def _go() -> Program:
-    go, program = _tool("go", "Go"), BUILT / "go/vmsnap-reader"
+    go, program = _recent_tool("go", "Go", "1.19", "version"), BUILT / "go/vmsnap-reader"
     environment = {"GOPATH": str(REPOSITORY / "target/go"), "GOFLAGS": "-modcacherw -mod=readonly"}
-    offline = ("dial tcp", "proxyconnect", "no such host", "i/o timeout", "connection refused")
-    _run(go, "build", "-o", program, ".", cwd=SOURCES / "go", offline=offline, **environment)
+    _run(go, "build", "-o", program, ".", cwd=SOURCES / "go", **environment)
     return Program("go", (str(program),), {"identity": "--identity", "passphrase": "--passphrase-file"})
 
 
 def _java() -> Program:
-    java, maven, folder = _tool("java", "Java"), _tool("mvn", "Maven"), _copied("java")
+    java, maven = _tool("java", "Java"), _tool("mvn", "Maven")
+    _recent_tool("javac", "the Java compiler", "17", "-version")
+    folder = _copied("java")
     repository = f"-Dmaven.repo.local={REPOSITORY / 'target/maven'}"
-    offline = ("Could not transfer", "Unknown host", "Connection refused")
-    _run(maven, "-q", "-B", repository, "package", cwd=folder, offline=offline)
+    _run(maven, "-q", "-B", repository, "package", cwd=folder)
     # Started some 200 times, for a few milliseconds of work each.
     flags = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
     return Program("java", (java, *flags, "-jar", str(folder / "target/vmsnap-reader.jar")), {})
 
 
 def _node() -> Program:
-    node, npm, folder = _tool("node", "Node.js"), _tool("npm", "npm"), _copied("node")
-    offline = ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT")
+    node, npm, folder = _recent_tool("node", "Node.js", "18"), _tool("npm", "npm"), _copied("node")
     cache = f"--cache={REPOSITORY / 'target/npm'}"
-    _run(npm, "ci", cache, "--no-audit", "--no-fund", cwd=folder, offline=offline)
+    _run(npm, "ci", "--prefer-offline", cache, "--no-audit", "--no-fund", cwd=folder)
     return Program("node", (node, str(folder / "vmsnap-reader.mjs")), {})
 
 
@@ -203,7 +237,10 @@ KINDS: list[tuple[type[Exception], str]] = [
 
 
 def _kind(error: Exception) -> str:
-    return next(kind for exception, kind in KINDS if isinstance(error, exception))
+    for exception, kind in KINDS:
+        if isinstance(error, exception):
+            return kind
+    raise AssertionError(f"of no kind in the index: {error!r}")
 
 
 def library_credentials(case: Mapping[str, Any]) -> dict[str, Any]:

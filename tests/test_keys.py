@@ -32,6 +32,7 @@ PLUGIN_IDENTITY = "AGE-PLUGIN-VMSNAPTEST-1W3JHXAPQD9JX2MN5D968JSED2W8"
 POST_QUANTUM_RECIPIENT = "age1pq1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfqj7ru"
 # As `ssh-keygen` makes them; an RSA key is slow to make.
 PASSPHRASE = "correct horse battery staple"
+NO_PYRAGE = "no pyrage beside this Python: pip install --group age (no wheel for free-threaded CPython)"
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,7 @@ def test_age_in_go_and_vmsnap_open_each_other_s(tmp_path: Path, go_age: Path, pa
 
 
 def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None:
-    import pyrage
+    pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     file = root / "enc_metadata"
@@ -406,7 +407,7 @@ def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None
 
 
 def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path: Path, pair: Pair) -> None:
-    import pyrage
+    pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     for armored in (False, True):
@@ -463,7 +464,7 @@ def test_rekey_changes_what_opens_and_nothing_else(tmp_path: Path, key: bytes, p
 
 
 def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path, pair: Pair) -> None:
-    import pyrage
+    pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     identity = pyrage.x25519.Identity.from_str(pair.identity)

@@ -241,7 +241,7 @@ def test_lz4s_own_program_reads_it(tmp_path: Path) -> None:
     try:
         subprocess.run(["lz4", "--version"], capture_output=True, check=True)
     except FileNotFoundError:
-        if os.environ.get("VMSNAP_REQUIRE_ALL"):
+        if os.environ.get("VMSNAP_REQUIRE_ALL") == "1":
             raise
         pytest.skip("the program lz4 is not installed")
     memory = guest()

@@ -101,7 +101,11 @@ impl Golden {
 pub(crate) fn folder() -> Option<PathBuf> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/golden");
     if !folder.is_dir() {
-        assert!(std::env::var_os("VMSNAP_REQUIRE_ALL").is_none(), "no golden snapshots at {}", folder.display());
+        assert!(
+            std::env::var("VMSNAP_REQUIRE_ALL").as_deref() != Ok("1"),
+            "no golden snapshots at {}",
+            folder.display()
+        );
         eprintln!("skipped: no golden snapshots at {}", folder.display());
         return None;
     }

@@ -16,7 +16,7 @@ type Vector = (String, Vec<u8>, Vec<u8>);
 fn vectors() -> Option<Vec<Vector>> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/vectors/floe");
     let Ok(entries) = std::fs::read_dir(&folder) else {
-        assert!(std::env::var_os("VMSNAP_REQUIRE_ALL").is_none(), "no vectors at {}", folder.display());
+        assert!(std::env::var("VMSNAP_REQUIRE_ALL").as_deref() != Ok("1"), "no vectors at {}", folder.display());
         eprintln!("skipped: no known-answer vectors at {}", folder.display());
         return None;
     };
