@@ -91,7 +91,7 @@ pub(crate) fn advice_is_taken() -> bool {
     }
 }
 
-/// Whether an advice that there is not is refused, as AWS-LC and BoringSSL ask it.
+/// Whether an advice that there is not is refused, as `BoringSSL` and its kin ask it.
 fn takes_advice(page: *mut c_void) -> bool {
     // SAFETY: one page that is mapped, and no advice at all.
     unsafe { libc::madvise(page, PAGE_BYTES, -1) != 0 }
