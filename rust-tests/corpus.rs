@@ -147,6 +147,13 @@ fn verifies(root: &Path, case: &Value) -> bool {
     })
 }
 
+/// Looked at before it is read: one of them is a pipe.
+fn is_wrapped_by_age(root: &Path) -> bool {
+    let file = root.join("enc_metadata");
+    fs::symlink_metadata(&file).is_ok_and(|found| found.is_file())
+        && fs::read(&file).unwrap().starts_with(b"age-encryption.org/")
+}
+
 #[test]
 fn every_case_of_the_corpus_gives_what_its_index_says() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
@@ -160,8 +167,7 @@ fn every_case_of_the_corpus_gives_what_its_index_says() {
     assert!(cases.len() > 100);
     for (name, case) in cases {
         let root = folder.path().join("snapshots").join(name);
-        let age = case.get("identity").or(case.get("passphrase")).is_some();
-        if age && !cfg!(feature = "age") {
+        if !cfg!(feature = "age") && is_wrapped_by_age(&root) {
             let error = options(case).open(&root).unwrap_err();
             assert!(error.is_unsupported_format() || error.is_key_unavailable(), "{name}: {error}");
             continue;
