@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import enum
 import re
+import types
 import typing
 import uuid
 from dataclasses import KW_ONLY, InitVar, dataclass, field
@@ -199,6 +200,18 @@ class Alias:
 
 NESTED = Alias()
 
+Item = TypeVar("Item")
+
+
+class ListOf:
+    """Stands in for ``type ListOf[Item] = list[Item]``, and `LIST_OF_SEGMENTS` for ``ListOf[Segment]``."""
+
+    __type_params__ = (Item,)
+    __value__ = list[Item]
+
+
+LIST_OF_SEGMENTS = types.GenericAlias(ListOf, (Segment,))
+
 
 def built(value: Any, type: Any, format: Any = "cbor") -> Any:
     return decode(encode(value, format=format), type, format=format)
@@ -212,6 +225,7 @@ BUILT: list[tuple[Any, Any, Any]] = [
     # value, type, what is built
     (True, bool, True),
     (2**70, int, 2**70),
+    ([SEGMENT], LIST_OF_SEGMENTS, [Segment(1, 2)]),
     (1.5, float, 1.5),
     (1, float, 1.0),
     ("é", str, "é"),
@@ -628,11 +642,11 @@ class BadlyNamed:
 
 UNBUILDABLE = [
     5,
-    "Segment",
+    "NotThere",
     ...,
     [int],
-    list["Segment"],
-    Optional["Segment"],
+    list["NotThere"],  # noqa: F821 (nobody knows it)
+    Optional["NotThere"],  # noqa: F821
     typing.Callable[[int], int],
     typing.Optional,
     typing.Union,

@@ -19,7 +19,7 @@ from vmsnap.errors import InvalidArgumentError
 from vmsnap.serialization import leaves
 from vmsnap.serialization.containers import Collection, Dict, Tuple
 from vmsnap.serialization.converter import Anything, Converter
-from vmsnap.serialization.hints import field_types, is_init_var
+from vmsnap.serialization.hints import alias_value, field_types, is_init_var
 from vmsnap.serialization.path import wire_name
 from vmsnap.serialization.records import Alias, Field, Record, Union
 
@@ -60,7 +60,7 @@ def _part(kind: Any) -> Converter:
 
 def _made(kind: Any) -> Converter:
     if hasattr(kind, "__value__"):  # the `type` statement of Python 3.12
-        return Alias(lambda: _part(kind.__value__))
+        return Alias(lambda: _part(alias_value(kind)))
     if isinstance(kind, NewType):
         return _part(kind.__supertype__)
     if kind is Any or kind is object or isinstance(kind, TypeVar):

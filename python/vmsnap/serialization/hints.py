@@ -4,12 +4,20 @@ import dataclasses
 import typing
 from typing import Any, TypeVar
 
-__all__ = ["field_types", "is_init_var"]
+__all__ = ["alias_value", "field_types", "is_init_var"]
 
 
 def is_init_var(hint: Any) -> bool:
     """Return whether a field is an argument of the constructor's, and nothing else."""
     return hint is dataclasses.InitVar or isinstance(hint, dataclasses.InitVar)
+
+
+def alias_value(alias: Any) -> Any:
+    """Return what a `type` statement's alias stands for, its arguments in place where it has some."""
+    origin = typing.get_origin(alias)
+    if origin is None:
+        return alias.__value__
+    return _substituted(origin.__value__, dict(zip(origin.__type_params__, typing.get_args(alias), strict=False)))
 
 
 def field_types(cls: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
