@@ -22,7 +22,7 @@ step = printf '\n==> %s\n' '$(1)'
 
 # Folders are listed too: a deleted file changes its folder's time.
 sources := $(shell find src python -not -name '*.pyc' -not -name __pycache__ 2>/dev/null) \
-	Cargo.toml Cargo.lock pyproject.toml README.md $(wildcard LICENSE*)
+	Cargo.toml Cargo.lock build.rs pyproject.toml README.md $(wildcard LICENSE*)
 
 .PHONY: help
 help: ## this list

@@ -7,9 +7,8 @@
 
 #![allow(unsafe_code, reason = "maps a page, and hands out references to values that are never freed")]
 
-use std::ffi::c_void;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
@@ -64,48 +63,27 @@ fn page() -> Option<&'static AtomicU64> {
 }
 
 fn map_page() -> Option<*mut AtomicU64> {
-    let page = new_page()?;
-    // SAFETY: the range is exactly the mapping made above, which nobody else knows yet.
-    if takes_advice(page) && unsafe { madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork) }.is_ok() {
+    // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no memory of ours.
+    let page = unsafe {
+        mmap_anonymous(ptr::null_mut(), PAGE_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?
+    };
+    // SAFETY: the range is exactly the mapping made above, which nobody else knows yet; the first is no advice at all, which
+    // has to be refused, as `BoringSSL` and its kin ask it.
+    let wiped = unsafe {
+        libc::madvise(page, PAGE_BYTES, -1) != 0 && madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork).is_ok()
+    };
+    if wiped {
         return Some(page.cast());
     }
-    unmap(page);
+    // SAFETY: as above; and nobody will know it.
+    let _ = unsafe { munmap(page, PAGE_BYTES) };
     None
 }
 
 /// Whether `madvise` does what it is told, where it reports success. QEMU does not, when it runs the program of another
 /// processor: it takes for a hint what it does not know, and lets everything pass.
 pub(crate) fn advice_is_taken() -> bool {
-    // Like the token without a lock: two threads may both find it out.
-    static TAKEN: AtomicU8 = AtomicU8::new(UNKNOWN);
-    const UNKNOWN: u8 = 2;
-    match TAKEN.load(Ordering::Relaxed) {
-        UNKNOWN => {
-            let Some(page) = new_page() else { return false };
-            let taken = takes_advice(page);
-            unmap(page);
-            TAKEN.store(u8::from(taken), Ordering::Relaxed);
-            taken
-        }
-        known => known == u8::from(true),
-    }
-}
-
-/// Whether an advice that there is not is refused, as `BoringSSL` and its kin ask it.
-fn takes_advice(page: *mut c_void) -> bool {
-    // SAFETY: one page that is mapped, and no advice at all.
-    unsafe { libc::madvise(page, PAGE_BYTES, -1) != 0 }
-}
-
-fn new_page() -> Option<*mut c_void> {
-    // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no memory of ours.
-    unsafe { mmap_anonymous(ptr::null_mut(), PAGE_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok() }
-}
-
-/// Gives up a page of [`new_page`] that nobody else knows.
-fn unmap(page: *mut c_void) {
-    // SAFETY: exactly the mapping that was made there.
-    let _ = unsafe { munmap(page, PAGE_BYTES) };
+    page().is_some()
 }
 
 /// A value of which every process has its own: a forked child leaks its parent's and makes it anew.

@@ -105,6 +105,25 @@ def edit(file: Path, change: Callable[[bytes], bytes]) -> None:
     file.write_bytes(change(file.read_bytes()))
 
 
+def edited(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """What changes a file of a snapshot."""
+    return lambda root: edit(root / name, change)
+
+
+def instead_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """What makes something else in the place of a file or folder, which is `elsewhere` then."""
+
+    def change(root: Path) -> None:
+        (root / name).rename(root / "elsewhere")
+        make(root / name)
+
+    return change
+
+
+def linked(name: str) -> Callable[[Path], object]:
+    return instead_of(name, lambda path: path.symlink_to("elsewhere"))
+
+
 def remove(name: str) -> Callable[[Path], object]:
     return lambda root: (root / name).unlink()
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import floe
@@ -22,9 +23,11 @@ from .case import (
     UNSUPPORTED,
     Case,
     Corpus,
-    edit,
+    edited,
     flip,
     holds,
+    instead_of,
+    linked,
     refused,
     remove,
     seal_fragment,
@@ -77,9 +80,8 @@ ANNOUNCED = {
 }
 
 
-def key_file(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """What changes the key metadata of a snapshot."""
-    return lambda root: edit(root / "enc_metadata", change)
+#: What changes the key metadata of a snapshot.
+key_file = partial(edited, "enc_metadata")
 
 
 def add_payloads(corpus: Corpus) -> None:
@@ -115,14 +117,6 @@ def add_key_files(corpus: Corpus) -> None:
     with vmsnap.SnapshotWriter(root, key=KEY).raw_fragment("note", chunk_size_bytes=32) as fragment:
         fragment.write(NOTE)
 
-    def link(root: Path) -> None:
-        (root / "enc_metadata").rename(root / "elsewhere")
-        (root / "enc_metadata").symlink_to("elsewhere")
-
-    def pipe(root: Path) -> None:
-        (root / "enc_metadata").unlink()
-        os.mkfifo(root / "enc_metadata")
-
     for name, about, change, key, error in (
         ("key-wrong", "opened with another key", lambda root: None, OTHER_KEY, AUTHENTICATION),
         ("key-none", "opened without a key", lambda root: None, None, NO_KEY),
@@ -153,8 +147,8 @@ def add_key_files(corpus: Corpus) -> None:
             KEY,
             AUTHENTICATION,
         ),
-        ("key-file-link", "enc_metadata is a symbolic link", link, KEY, CORRUPT),
-        ("key-file-pipe", "enc_metadata is a pipe", pipe, KEY, CORRUPT),
+        ("key-file-link", "enc_metadata is a symbolic link", linked("enc_metadata"), KEY, CORRUPT),
+        ("key-file-pipe", "enc_metadata is a pipe", instead_of("enc_metadata", os.mkfifo), KEY, CORRUPT),
         (
             "key-file-long",
             "enc_metadata has more than 1 MiB",
@@ -206,7 +200,7 @@ def _slower(data: bytes) -> bytes:
 
 
 def add_wrapped(corpus: Corpus) -> None:
-    """Key metadata by age and by a key service, damaged or opened with what does not fit."""
+    """Key metadata by age, damaged or opened with what does not fit."""
 
     nothing: Callable[[Path], object] = lambda root: None  # noqa: E731 (one of several)
     identity, passphrase = {"identity": IDENTITY}, {"passphrase": PASSPHRASE}

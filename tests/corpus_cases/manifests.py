@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from .case import (
     Case,
     Corpus,
     edit,
+    edited,
     flip,
     holds,
+    instead_of,
+    linked,
     refused,
     remove,
     seal_fragment,
@@ -145,12 +149,7 @@ def add_manifests(corpus: Corpus) -> None:
             with namespace.raw_fragment("note", chunk_size_bytes=32) as fragment:
                 fragment.write(NOTE)
 
-    def manifest(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-        return lambda root: edit(root / "vmsnap_manifest", change)
-
-    def link(root: Path) -> None:
-        (root / "vmsnap_manifest").rename(root / "elsewhere")
-        (root / "vmsnap_manifest").symlink_to("elsewhere")
+    manifest = partial(edited, "vmsnap_manifest")
 
     def of_another(root: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -175,23 +174,18 @@ def add_manifests(corpus: Corpus) -> None:
             AUTHENTICATION,
         ),
         ("manifest-removed-later", "the manifest was removed", remove("vmsnap_manifest"), CORRUPT),
-        ("manifest-link", "the manifest is a symbolic link", link, CORRUPT),
+        ("manifest-link", "the manifest is a symbolic link", linked("vmsnap_manifest"), CORRUPT),
     ):
         corpus.damaged(name, "small-sealed", change, Case(about, KEY, error=error))
-
-    def another_of_that_name(root: Path) -> None:
-        # As if it had been written once more with the same data key: authentic, and not the one that was sealed.
-        seal_fragment(root, "note", NOTE)
-
-    def replaced(root: Path) -> None:
-        sealed_by_hand(root, lambda manifest: None)
-        another_of_that_name(root)
 
     case = Case(
         "an authentic fragment, not the one in the manifest", KEY, fragments=fragments | {"note": refused(CORRUPT)}
     )
     case.verifies = False
-    replaced(corpus.add("not-the-listed-fragment", case))
+    root = corpus.add("not-the-listed-fragment", case)
+    sealed_by_hand(root, lambda manifest: None)
+    # As if it had been written once more with the same data key.
+    seal_fragment(root, "note", NOTE)
 
     for name, about, change, note in (
         ("listed-fragment-missing", "a fragment was removed after sealing", remove("note"), refused(CORRUPT)),
@@ -225,7 +219,7 @@ def add_manifests(corpus: Corpus) -> None:
             lambda root: flip(root / "note", 20),
             refused(AUTHENTICATION),
         ),
-        ("listed-fragment-link", "a fragment is a link to itself elsewhere", _to_link, refused(CORRUPT)),
+        ("listed-fragment-link", "a fragment is a link to itself elsewhere", linked("note"), refused(CORRUPT)),
         (
             "unlisted-fragment",
             "a fragment was added after sealing",
@@ -287,19 +281,10 @@ def add_beside(corpus: Corpus) -> None:
         case.verifies = False
         corpus.damaged(f"unlisted-{name}", "small-sealed", change, case)
 
-    def replace_namespace(root: Path, replace: Callable[[Path], object]) -> None:
-        (root / "place").rename(root / "elsewhere")
-        replace(root / "place")
-
-    for name, replace in {"link": lambda path: path.symlink_to("elsewhere"), "pipe": os.mkfifo}.items():
+    for name, change in {"link": linked("place"), "pipe": instead_of("place", os.mkfifo)}.items():
         case = Case(f"a listed namespace is a {name}", KEY, fragments=fragments | {"place/note": refused(CORRUPT)})
         case.verifies = False
-        corpus.damaged(
-            f"listed-namespace-{name}",
-            "small-sealed",
-            lambda root, replace=replace: replace_namespace(root, replace),  # type: ignore[misc]
-            case,
-        )
+        corpus.damaged(f"listed-namespace-{name}", "small-sealed", change, case)
 
     case = Case("a manifest of more than one segment", KEY, fragments=dict(fragments))
     sealed_by_hand(corpus.add("manifest-long", case), _set(hint=bytes(70_000)))
@@ -309,8 +294,3 @@ def add_beside(corpus: Corpus) -> None:
     case.fragments = base.fragments | {"mem": refused(AUTHENTICATION)}
     case.memory = {"": refused(AUTHENTICATION)}
     corpus.damaged("memory-changed", "memory-lz4-encrypted", lambda root: flip(root / "mem", 300), case)
-
-
-def _to_link(root: Path) -> None:
-    (root / "note").rename(root / "elsewhere")
-    (root / "note").symlink_to("elsewhere")
