@@ -149,10 +149,16 @@ func (w *cborWalker) text(length uint64) (string, error) {
 	return string(text), err
 }
 
-// decoder takes what checkStrict let through, and the metadata of guest memory as they are.
-var decoder = func() cbor.DecMode {
+// decoder takes what checkStrict let through, and the metadata of guest memory as they are; exactDecoder refuses unknown keys.
+var (
+	decoder      = newDecoder(cbor.ExtraDecErrorNone)
+	exactDecoder = newDecoder(cbor.ExtraDecErrorUnknownField)
+)
+
+func newDecoder(extra cbor.ExtraDecErrorCond) cbor.DecMode {
 	mode, err := cbor.DecOptions{
 		DupMapKey:         cbor.DupMapKeyEnforcedAPF,
+		ExtraReturnErrors: extra,
 		FieldNameMatching: cbor.FieldNameMatchingCaseSensitive,
 		MaxArrayElements:  math.MaxInt32,
 		MaxMapPairs:       math.MaxInt32,
@@ -162,7 +168,7 @@ var decoder = func() cbor.DecMode {
 		panic(err) // at start, if the options contradicted each other
 	}
 	return mode
-}()
+}
 
 // decodeMetadata decodes the payload of the key metadata or the manifest. Version and features are looked at before
 // anything that a later version may have changed.

@@ -14,8 +14,6 @@ import (
 	"path/filepath"
 	"sort"
 	"unicode/utf8"
-
-	"github.com/fxamacker/cbor/v2"
 )
 
 // The metadata ---------------------------------------------------------------------------------------------------------
@@ -107,25 +105,16 @@ func (r *dataRange) UnmarshalJSON(data []byte) error {
 		return err
 	}
 	members, err := jsonMembers(data)
-	return onlyTheTwo(len(members), err)
+	if err == nil && len(members) > 2 {
+		err = errors.New("a data range has another key than 'start' and 'end'")
+	}
+	return err
 }
 
 // UnmarshalCBOR decodes a data range, which has no other keys.
 func (r *dataRange) UnmarshalCBOR(data []byte) error {
 	type values dataRange // without this method
-	if err := decoder.Unmarshal(data, (*values)(r)); err != nil {
-		return err
-	}
-	var members map[string]cbor.RawMessage
-	err := decoder.Unmarshal(data, &members)
-	return onlyTheTwo(len(members), err)
-}
-
-func onlyTheTwo(keys int, err error) error {
-	if err == nil && keys > 2 {
-		err = errors.New("a data range has another key than 'start' and 'end'")
-	}
-	return err
+	return exactDecoder.Unmarshal(data, (*values)(r))
 }
 
 func (i *blockIndex) UnmarshalJSON(data []byte) error {
