@@ -93,16 +93,15 @@ pub(crate) fn for_each<W, I>(
 ) -> Result<()>
 where
     W: Send,
-    I: ExactSizeIterator + Send,
+    I: Iterator + Send,
     I::Item: Send,
 {
-    let helpers = workers.len().min(items.len()).saturating_sub(1);
+    let helpers = items.size_hint().1.map_or(workers.len(), |most| workers.len().min(most)).saturating_sub(1);
     let Some((own, others)) = workers.split_first_mut() else {
         // Only a forged handle has no threads; its work must not count as done.
-        return if items.len() == 0 {
-            Ok(())
-        } else {
-            Err(Error::invalid_argument("there is no thread to do the work"))
+        return match items.into_iter().next() {
+            None => Ok(()),
+            Some(_) => Err(Error::invalid_argument("there is no thread to do the work")),
         };
     };
     let pool = if helpers == 0 { None } else { pool() };

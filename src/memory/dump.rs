@@ -245,13 +245,20 @@ struct Stored {
 struct Dump<'a> {
     regions: &'a [GuestRegion<'a>],
     options: &'a MemoryOptions,
-    /// For each region, the number of its first slice; and the number of all slices.
-    first_slices: Vec<usize>,
     logical_bytes: u64,
     done: AtomicU64,
     ranges: AtomicUsize,
     found: Mutex<Found>,
     failure: Mutex<Option<Error>>,
+}
+
+/// What one thread works on at a time.
+struct Slice {
+    /// Its place among the slices in which there is data.
+    number: usize,
+    region: usize,
+    /// Offsets in the region.
+    range: Range<u64>,
 }
 
 #[derive(Default)]
@@ -286,18 +293,10 @@ fn most_packed(block_size: usize) -> usize {
 
 impl<'a> Dump<'a> {
     fn new(regions: &'a [GuestRegion<'a>], options: &'a MemoryOptions) -> Self {
-        let (mut first_slices, mut slices, mut logical_bytes) = (Vec::new(), 0, 0);
-        for region in regions {
-            first_slices.push(slices);
-            slices += usize::try_from(region.source.size().div_ceil(SLICE_BYTES as u64)).unwrap_or(usize::MAX);
-            logical_bytes += region.source.size();
-        }
-        first_slices.push(slices);
         Self {
             regions,
             options,
-            first_slices,
-            logical_bytes,
+            logical_bytes: regions.iter().map(|region| region.source.size()).sum(),
             done: AtomicU64::new(0),
             ranges: AtomicUsize::new(0),
             found: Mutex::new(Found { ranges: vec![Vec::new(); regions.len()], unreadable: Vec::new() }),
@@ -315,11 +314,11 @@ impl<'a> Dump<'a> {
                 frame: Some(Shelf::new(parts.unit_bytes(), &header, most_packed(block_size), threads * 2 + SHELVED)),
             },
         };
-        let slices = self.first_slices.last().copied().unwrap_or(0);
-        let mut workers: Vec<_> = (0..threads.min(slices)).map(|_| Self::worker(&stages, parts)).collect();
-        let result = for_each(&mut workers, 0..slices, poll, |worker, number| {
+        let most = usize::try_from(self.logical_bytes.div_ceil(SLICE_BYTES as u64)).map_or(threads, |most| most.max(1));
+        let mut workers: Vec<_> = (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect();
+        let result = for_each(&mut workers, self.slices(), poll, |worker, slice| {
             let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
-            self.slice(&stages, parts, worker, number).map_err(|error| {
+            slice.and_then(|slice| self.slice(&stages, parts, worker, slice)).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
                 stages.fail();
@@ -345,15 +344,44 @@ impl<'a> Dump<'a> {
         }
     }
 
-    fn slice(&self, stages: &Stages, parts: &Parts, worker: &mut Worker, number: usize) -> Result<()> {
-        let region = self.first_slices.partition_point(|first| *first <= number) - 1;
-        let start = (number - self.first_slices[region]) as u64 * SLICE_BYTES as u64;
-        let end = self.regions[region].source.size().min(start + SLICE_BYTES as u64);
+    /// The slices in which there is data. A hole costs nothing, however long it is.
+    fn slices(&self) -> impl Iterator<Item = Result<Slice>> + Send {
+        let (mut region, mut at, mut number) = (0, 0, 0);
+        std::iter::from_fn(move || {
+            loop {
+                let source = &self.regions.get(region)?.source;
+                let size = source.size();
+                let next = match if at < size { source.next_data(at) } else { Ok(None) } {
+                    // Slices begin where they would without holes, so that the list of ranges does not depend on them.
+                    Ok(next) => next.map(|next| next.max(at)).filter(|next| *next < size),
+                    Err(error) => {
+                        let error = Error::io("cannot be searched for holes", error);
+                        return Some(Err(self.in_region(region, error)));
+                    }
+                };
+                let Some(next) = next else {
+                    self.done.fetch_add(size - at, Ordering::Relaxed);
+                    (region, at) = (region + 1, 0);
+                    continue;
+                };
+                let start = next / SLICE_BYTES as u64 * SLICE_BYTES as u64;
+                self.done.fetch_add(start - at, Ordering::Relaxed);
+                at = size.min(start + SLICE_BYTES as u64);
+                number += 1;
+                return Some(Ok(Slice { number: number - 1, region, range: start..at }));
+            }
+        })
+    }
+
+    fn in_region(&self, region: usize, error: Error) -> Error {
+        error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
+    }
+
+    fn slice(&self, stages: &Stages, parts: &Parts, worker: &mut Worker, slice: Slice) -> Result<()> {
+        let Slice { number, region, range: Range { start, end } } = slice;
         worker.slice.clear();
         worker.ranges.clear();
-        self.gather(region, start..end, worker).map_err(|error| {
-            error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
-        })?;
+        self.gather(region, start..end, worker).map_err(|error| self.in_region(region, error))?;
         let Worker { slice, ranges, unreadable, packing, part, .. } = worker;
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
         let (offset, units) = stages.data.take(number, slice, || lock(&self.found).add(region, ranges, unreadable))?;
@@ -382,7 +410,7 @@ impl<'a> Dump<'a> {
         let mut found = std::mem::take(&mut worker.found);
         found.clear();
         let looked = source.data_ranges(slice.clone(), &mut found);
-        looked.map_err(|error| Error::io("cannot be looked at for holes", error))?;
+        looked.map_err(|error| Error::io("cannot be searched for holes", error))?;
         let mut at = slice.start;
         for data in &found {
             // Whatever a source says, nothing is taken twice or from elsewhere.

@@ -135,29 +135,33 @@ impl OpenFile {
 }
 
 impl FileMemory {
-    /// The next data from `offset` on, None where only a hole follows.
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+    /// Where the next data begins, from an offset in the region on; None where only a hole follows.
+    fn data_from(&self, offset: u64) -> io::Result<Option<u64>> {
         if offset >= self.size {
             return Ok(None);
         }
-        if !self.file.tells_holes {
-            return Ok(Some(offset..self.size));
-        }
-        let file = self.file.looker();
-        let start = match fs::seek(file, SeekFrom::Data(self.offset + offset)) {
+        let found = match fs::seek(self.file.looker(), SeekFrom::Data(self.offset + offset)) {
             // No data up to the end.
             Err(Errno::NXIO) => return Ok(None),
-            start => start? - self.offset,
+            found => found?,
         };
-        if start >= self.size {
-            return Ok(None);
-        }
-        let end = match fs::seek(file, SeekFrom::Hole(self.offset + start)) {
+        // Never before the offset, whatever the file system says.
+        Ok(Some(found.saturating_sub(self.offset).max(offset)).filter(|start| *start < self.size))
+    }
+
+    /// Where the data that begins at an offset ends.
+    fn hole_after(&self, start: u64) -> io::Result<u64> {
+        match fs::seek(self.file.looker(), SeekFrom::Hole(self.offset + start)) {
             // A hole was made there just now, or the file cut: zeros, then, or an error when it is read.
-            Err(Errno::NXIO) => self.size,
-            end => (end? - self.offset).min(self.size),
-        };
-        Ok(Some(start..end))
+            Err(Errno::NXIO) => Ok(self.size),
+            end => Ok((end?.saturating_sub(self.offset)).clamp(start + 1, self.size)),
+        }
+    }
+
+    /// Whether data was found around an offset before, and if so where it ends.
+    fn known_from(&self, offset: u64) -> Option<u64> {
+        let known = lock(&self.known);
+        known.contains(&offset).then_some(known.end)
     }
 }
 
@@ -167,23 +171,33 @@ impl GuestMemorySource for FileMemory {
     }
 
     fn data_ranges(&self, within: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
-        let known = lock(&self.known).clone();
-        if known.start <= within.start && within.end <= known.end {
+        if !self.file.tells_holes {
             found.push(within);
             return Ok(());
         }
         let mut at = within.start;
-        while at < within.end
-            && let Some(data) = self.next_data(at)?
-            && data.start < within.end
-        {
-            at = data.end;
-            found.push(data.start..data.end.min(within.end));
-            if data.end > within.end {
-                *lock(&self.known) = data;
+        while at < within.end {
+            if let Some(end) = self.known_from(at) {
+                found.push(at..end.min(within.end));
+                at = end;
+                continue;
+            }
+            // The end of data is looked for only where the data is asked for: on tmpfs that steps through it page by page.
+            let Some(start) = self.data_from(at)?.filter(|start| *start < within.end) else { break };
+            at = self.hole_after(start)?;
+            found.push(start..at.min(within.end));
+            if at > within.end {
+                *lock(&self.known) = start..at;
             }
         }
         Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        if !self.file.tells_holes || self.known_from(offset).is_some() {
+            return Ok((offset < self.size).then_some(offset));
+        }
+        self.data_from(offset)
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {

@@ -21,6 +21,16 @@ pub trait GuestMemorySource: Sync {
         Ok(())
     }
 
+    /// Returns the offset of the first byte from `offset` on that may be other than zero, so that a dump steps over a hole at
+    /// once, however long it is. By default `offset` itself; None where only zeros follow.
+    ///
+    /// # Errors
+    ///
+    /// Those of looking.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok((offset < self.size()).then_some(offset))
+    }
+
     /// Fills the beginning of `buf` with what is at `offset`, and returns how much that is: at least a byte.
     ///
     /// # Errors
