@@ -188,15 +188,11 @@ class GuestMemory:
         return f"<vmsnap.GuestMemory {regions}{', ...' if len(self.regions) > 4 else ''}>"
 
 
-def _destination(stack: ExitStack, target: "_Target") -> tuple[int | None, object, int | None]:
+def _destination(stack: ExitStack, target: "_Target") -> tuple[int | None, object, int | None, int | None]:
     flags = os.O_RDWR | os.O_CREAT
     if not isinstance(target, GuestRegion):
-        return None, _handle(stack, target, flags), None
+        return None, _handle(stack, target, flags), None, None
     handle = _handle(stack, target.source, flags)
     if isinstance(handle, ProcessMemory):
         raise InvalidArgumentError("guest memory is not restored into a process: give it a memfd that both map")
-    if isinstance(handle, int):
-        return target.guest_base, handle, target.offset
-    whole = memoryview(handle).cast("B")  # type: ignore[arg-type]
-    end = None if target.size is None else target.offset + target.size
-    return target.guest_base, whole[target.offset : end], None
+    return target.guest_base, handle, target.offset, target.size

@@ -3,6 +3,8 @@
 use std::io;
 use std::ops::Range;
 
+use super::pages::readable;
+
 /// The memory of a guest region, read by several threads at once.
 ///
 /// The memory may change while it is read: what is stored is what one read gave. [`FileMemory`](crate::FileMemory) is a source,
@@ -48,6 +50,8 @@ impl<T: AsRef<[u8]> + Sync> GuestMemorySource for T {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let rest = usize::try_from(offset).ok().and_then(|offset| self.as_ref().get(offset..)).unwrap_or_default();
         let length = rest.len().min(buf.len());
+        // A mapping may have pages that must not be touched.
+        let length = readable(&rest[..length])?;
         buf[..length].copy_from_slice(&rest[..length]);
         Ok(length)
     }

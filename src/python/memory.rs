@@ -22,8 +22,9 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// Guest base; descriptor, buffer or process; offset in it; size.
 type Source<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
-/// Guest base, descriptor or buffer, offset in a file.
-type Destination<'py> = (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+/// Guest base, descriptor or buffer, offset in it, size.
+type Destination<'py> =
+    (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
 
 /// The fields of `vmsnap.MemoryReport`.
 type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
@@ -31,7 +32,7 @@ type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
 /// Memory that Python holds for the time of a call.
 enum Held<T> {
     Buffer(T),
-    Descriptor(i32),
+    Descriptor(BorrowedFd<'static>),
     Process(crate::ProcessMemory),
     Nowhere,
 }
@@ -43,13 +44,13 @@ impl<T> Held<T> {
             if descriptor < 0 {
                 return Err(Error::invalid_argument("a file descriptor is not negative").into());
             }
-            return Ok(Self::Descriptor(descriptor));
+            return Ok(Self::Descriptor(borrowed(descriptor)));
         }
         Ok(Self::Buffer(buffer(object)?))
     }
 }
 
-fn borrowed<'a>(descriptor: i32) -> BorrowedFd<'a> {
+fn borrowed(descriptor: i32) -> BorrowedFd<'static> {
     // SAFETY: not -1, and the caller, in Python, keeps it open for the time of the call; one that is not open is an error of
     // every system call with it.
     unsafe { BorrowedFd::borrow_raw(descriptor) }
@@ -144,10 +145,11 @@ pub(super) fn write_memory(
             let size = size.ok_or_else(|| Error::invalid_argument("of a process' memory, the size is needed"))?;
             Ok(GuestRegion::new(*base, process.range(*offset, size)?))
         }
-        Held::Descriptor(descriptor) => {
-            Ok(GuestRegion::new(*base, FileMemory::new(borrowed(*descriptor), *offset, *size)?))
+        Held::Descriptor(descriptor) => Ok(GuestRegion::new(*base, FileMemory::new(*descriptor, *offset, *size)?)),
+        Held::Buffer(buffer) => {
+            let buffer = buffer.as_slice();
+            Ok(GuestRegion::new(*base, &buffer[part(buffer.len(), *offset, *size)?]))
         }
-        Held::Buffer(buffer) => Ok(GuestRegion::new(*base, part(buffer.as_slice(), *offset, *size)?)),
     });
     let regions = regions.collect::<Result<Vec<_>>>()?;
     let report = reporting(py, progress, |poll| writer.writer.write_memory_polled(&regions, &options, poll))?;
@@ -156,17 +158,16 @@ pub(super) fn write_memory(
     Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
 }
 
-/// A part of a buffer.
-fn part(buffer: &[u8], offset: u64, size: Option<u64>) -> Result<&[u8]> {
+/// A part of a buffer that has so many bytes.
+fn part(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize>> {
     let range = || {
         let start = usize::try_from(offset).ok()?;
-        let end = size.map_or(Some(buffer.len()), |size| start.checked_add(usize::try_from(size).ok()?))?;
-        buffer.get(start..end)
+        let end = size.map_or(Some(length), |size| start.checked_add(usize::try_from(size).ok()?))?;
+        (start <= end && end <= length).then_some(start..end)
     };
     range().ok_or_else(|| {
         let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
-        let text = format!("the buffer of guest memory has {} bytes, not {wanted}offset {offset}", buffer.len());
-        Error::invalid_argument(text)
+        Error::invalid_argument(format!("the buffer of guest memory has {length} bytes, not {wanted}offset {offset}"))
     })
 }
 
@@ -229,24 +230,32 @@ impl GuestMemory {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Vec::new();
-        for (base, destination, offset) in &destinations {
-            let base = base.as_ref().map(|base| number::<u64>(base, "guest_base")).transpose()?;
-            let offset = offset.as_ref().map(|offset| number::<u64>(offset, "offset")).transpose()?;
+        for (base, destination, offset, size) in &destinations {
+            let optional = |value: &Option<Bound<'_, PyAny>>, name| {
+                value.as_ref().map(|value| number::<u64>(value, name)).transpose()
+            };
             let to = if destination.is_none() { Held::Nowhere } else { Held::get(destination, Writable::get)? };
-            held.push((base, to, offset));
+            held.push((optional(base, "guest_base")?, to, optional(offset, "offset")?, optional(size, "size")?));
         }
-        refuse_overlaps(held.iter_mut().filter_map(|(_, held, _)| match held {
+        refuse_overlaps(held.iter_mut().filter_map(|(_, held, _, _)| match held {
             Held::Buffer(buffer) => Some(buffer.as_mut_slice().as_ptr_range()),
             _ => None,
         }))?;
-        let opened = held.iter_mut().map(|(base, held, offset)| {
-            let destination = match held {
+        let opened = held.iter_mut().map(|(base, held, offset, size)| {
+            let mut destination = match held {
                 Held::Process(_) | Held::Nowhere => GuestDestination::nowhere(),
-                Held::Descriptor(descriptor) => GuestDestination::file(borrowed(*descriptor), *offset)?,
-                Held::Buffer(buffer) => GuestDestination::buffer(buffer.as_mut_slice()),
+                Held::Descriptor(descriptor) => GuestDestination::file(descriptor, *offset),
+                Held::Buffer(buffer) => {
+                    let buffer = buffer.as_mut_slice();
+                    let range = part(buffer.len(), offset.unwrap_or(0), *size)?;
+                    GuestDestination::buffer(&mut buffer[range])
+                }
             };
-            Ok(match base {
-                Some(base) => destination.at(*base),
+            if let Some(base) = base {
+                destination = destination.at(*base);
+            }
+            Ok(match size {
+                Some(size) => destination.of_size(*size),
                 None => destination,
             })
         });
