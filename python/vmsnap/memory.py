@@ -80,6 +80,7 @@ def write(
     compress: 'Literal["lz4"] | None',
     progress: Progress | None,
     on_error: Literal["raise", "zero"],
+    sparse: bool,
     detect_zeros: bool,
     min_gap_bytes: int,
     chunk_size_bytes: int,
@@ -100,6 +101,7 @@ def write(
             detect_zeros,
             min_gap_bytes,
             on_error == "zero",
+            sparse,
             progress,
         )
     addresses = [range(start, end) for start, end in unreadable]

@@ -241,6 +241,7 @@ class SnapshotWriter(_Handle):
         compress: Literal["lz4"] | None = None,
         progress: memory.Progress | None = None,
         on_error: Literal["raise", "zero"] = "raise",
+        sparse: bool = True,
         detect_zeros: bool = True,
         min_gap_bytes: int = 4096,
         chunk_size_bytes: int = 65536,
@@ -261,6 +262,10 @@ class SnapshotWriter(_Handle):
             the dump.
         on_error
             Whether pages that cannot be read are an error, or zeros that the report tells of.
+        sparse
+            Whether holes are left out unread, as the file system or the page table of the process tells of them.
+            ``False`` reads everything: for a file system that tells of holes where there are none. Pages of zeros are
+            left out all the same.
         detect_zeros
             Whether pages that were touched and are zero are left out too.
         min_gap_bytes
@@ -286,6 +291,7 @@ class SnapshotWriter(_Handle):
             compress=compress,
             progress=progress,
             on_error=on_error,
+            sparse=sparse,
             detect_zeros=detect_zeros,
             min_gap_bytes=min_gap_bytes,
             chunk_size_bytes=chunk_size_bytes,

@@ -63,6 +63,7 @@ pub struct MemoryOptions {
     detect_zeros: bool,
     min_gap_bytes: u64,
     zero_unreadable: bool,
+    sparse: bool,
 }
 
 impl Default for MemoryOptions {
@@ -74,6 +75,7 @@ impl Default for MemoryOptions {
             detect_zeros: true,
             min_gap_bytes: PAGE_BYTES as u64,
             zero_unreadable: false,
+            sparse: true,
         }
     }
 }
@@ -117,6 +119,14 @@ impl MemoryOptions {
     #[must_use]
     pub fn min_gap_bytes(mut self, min_gap_bytes: u64) -> Self {
         self.min_gap_bytes = min_gap_bytes;
+        self
+    }
+
+    /// Whether holes are taken from what the source says of them; they are by default. Without, all of it is read: for file
+    /// systems whose answers are not to be trusted.
+    #[must_use]
+    pub fn sparse(mut self, sparse: bool) -> Self {
+        self.sparse = sparse;
         self
     }
 
@@ -349,9 +359,9 @@ impl<'a> Dump<'a> {
         let (mut region, mut at, mut number) = (0, 0, 0);
         std::iter::from_fn(move || {
             loop {
-                let source = &self.regions.get(region)?.source;
+                let source = &*self.regions.get(region)?.source;
                 let size = source.size();
-                let next = match if at < size { source.next_data(at) } else { Ok(None) } {
+                let next = match if at < size { self.next_data(source, at) } else { Ok(None) } {
                     // Slices begin where they would without holes, so that the list of ranges does not depend on them.
                     Ok(next) => next.map(|next| next.max(at)).filter(|next| *next < size),
                     Err(error) => {
@@ -371,6 +381,10 @@ impl<'a> Dump<'a> {
                 return Some(Ok(Slice { number: number - 1, region, range: start..at }));
             }
         })
+    }
+
+    fn next_data(&self, source: &dyn GuestMemorySource, at: u64) -> io::Result<Option<u64>> {
+        if self.options.sparse { source.next_data(at) } else { Ok(Some(at)) }
     }
 
     fn in_region(&self, region: usize, error: Error) -> Error {
@@ -409,7 +423,12 @@ impl<'a> Dump<'a> {
         let min_gap = self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20));
         let mut found = std::mem::take(&mut worker.found);
         found.clear();
-        let looked = source.data_ranges(slice.clone(), &mut found);
+        let looked = if self.options.sparse {
+            source.data_ranges(slice.clone(), &mut found)
+        } else {
+            found.push(slice.clone());
+            Ok(())
+        };
         looked.map_err(|error| Error::io("cannot be searched for holes", error))?;
         let mut at = slice.start;
         for data in &found {

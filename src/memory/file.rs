@@ -110,7 +110,13 @@ impl OpenFile {
             fs::FileType::BlockDevice if own => fs::seek(&file, SeekFrom::End(0))?,
             _ => return Ok(None),
         };
-        let tells_holes = own && !matches!(fs::seek(&file, SeekFrom::Data(0)), Err(errno) if errno != Errno::NXIO);
+        let tells_holes = own
+            && match fs::seek(&file, SeekFrom::Data(0)) {
+                Ok(_) => true,
+                // No data at all, and blocks of it: one of the two is wrong, or there is space set aside.
+                Err(Errno::NXIO) => stat.st_blocks == 0,
+                Err(_) => false,
+            };
         Ok(Some(Self { file, length, tells_holes, lookers: Default::default() }))
     }
 

@@ -121,6 +121,7 @@ pub(super) fn write_memory(
     detect_zeros: bool,
     min_gap_bytes: &Bound<'_, PyAny>,
     zero_unreadable: bool,
+    sparse: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Report> {
     let options = MemoryOptions::new()
@@ -129,7 +130,8 @@ pub(super) fn write_memory(
         .chunk_size_bytes(number(chunk_size_bytes, "chunk_size_bytes")?)
         .detect_zeros(detect_zeros)
         .min_gap_bytes(number(min_gap_bytes, "min_gap_bytes")?)
-        .zero_unreadable(zero_unreadable);
+        .zero_unreadable(zero_unreadable)
+        .sparse(sparse);
     let mut held = Vec::new();
     for (base, source, offset, size) in &regions {
         let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;

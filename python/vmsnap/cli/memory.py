@@ -95,6 +95,7 @@ def _write(
     compress: str,
     chunk_size: int,
     on_error: Literal["raise", "zero"],
+    sparse: bool,
 ) -> MemoryReport:
     with progress_so_far("dump") as show:
         return writer.write_memory(
@@ -102,6 +103,7 @@ def _write(
             compress="lz4" if compress == "lz4" else None,
             chunk_size_bytes=chunk_size,
             on_error=on_error,
+            sparse=sparse,
             progress=show,
         )
 
@@ -141,6 +143,9 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
     type=click.Choice(["raise", "zero"]),
     help="Pages that cannot be read: an error, or zeros.  [default: zeros where all of a process is stored]",
 )
+@click.option(
+    "--no-sparse", is_flag=True, help="Read everything: do not trust what the file system or the kernel says of holes."
+)
 @chunk_size_option
 @threads_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
@@ -152,6 +157,7 @@ def dump_memory(
     ranges: tuple[tuple[int, int, int], ...],
     compress: str,
     on_error: Literal["raise", "zero"] | None,
+    no_sparse: bool,
     chunk_size: int,
     threads: int | None,
     no_stop: bool,
@@ -171,7 +177,7 @@ def dump_memory(
     if pid is None:
         regions = _regions_of_file(target, ranges)
         with new_keys.stage(directory, threads=threads) as writer:
-            report = _write(writer, regions, compress, chunk_size, on_error or "raise")
+            report = _write(writer, regions, compress, chunk_size, on_error or "raise", not no_sparse)
     else:
         with (
             Process(pid) as process,
@@ -179,7 +185,8 @@ def dump_memory(
             nullcontext() if no_stop else process.stopped(),
         ):
             regions = _regions_of_process(process, ranges)
-            report = _write(writer, regions, compress, chunk_size, on_error or ("raise" if ranges else "zero"))
+            otherwise: Literal["raise", "zero"] = "raise" if ranges else "zero"
+            report = _write(writer, regions, compress, chunk_size, on_error or otherwise, not no_sparse)
             if not no_stop:
                 process.check_still_stopped()
     _tell(report, as_json=as_json)
