@@ -56,6 +56,7 @@ impl std::fmt::Debug for GuestRegion<'_> {
 
 /// How guest memory is stored.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct MemoryOptions {
     compress: bool,
     block_size_bytes: usize,
@@ -328,7 +329,7 @@ impl<'a> Dump<'a> {
         let mut workers: Vec<_> = (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect();
         let result = for_each(&mut workers, self.slices(), poll, |worker, slice| {
             let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
-            slice.and_then(|slice| self.slice(&stages, parts, worker, slice)).map_err(|error| {
+            slice.and_then(|slice| self.slice(&stages, parts, worker, &slice)).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
                 stages.fail();
@@ -391,8 +392,8 @@ impl<'a> Dump<'a> {
         error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
     }
 
-    fn slice(&self, stages: &Stages, parts: &Parts, worker: &mut Worker, slice: Slice) -> Result<()> {
-        let Slice { number, region, range: Range { start, end } } = slice;
+    fn slice(&self, stages: &Stages, parts: &Parts, worker: &mut Worker, slice: &Slice) -> Result<()> {
+        let Slice { number, region, range: Range { start, end } } = *slice;
         worker.slice.clear();
         worker.ranges.clear();
         self.gather(region, start..end, worker).map_err(|error| self.in_region(region, error))?;

@@ -110,7 +110,11 @@ impl ProcessMemory {
 }
 
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the options of SnapshotWriter.write_memory")]
+#[expect(
+    clippy::too_many_arguments,
+    clippy::fn_params_excessive_bools,
+    reason = "the options of SnapshotWriter.write_memory"
+)]
 pub(super) fn write_memory(
     py: Python<'_>,
     writer: &SnapshotWriter,
