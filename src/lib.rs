@@ -44,6 +44,7 @@ mod memory;
 mod name;
 mod options;
 mod outline;
+mod pool;
 mod process;
 #[cfg(feature = "python")]
 mod python;

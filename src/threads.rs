@@ -1,14 +1,15 @@
-//! The process's pool of threads, and one way to use it: items handed out one after the other to whoever is free.
+//! Items handed out one after the other to whoever is free: the calling thread, and threads of the [pool](crate::pool).
 //!
-//! The pool is ours (rayon's global one hangs in a forked child) and is made on first use, anew after a fork. The calling
-//! thread always works too, and it is the caller that looks for an interruption.
+//! The calling thread always works too, so that a call ends however busy the pool is, and it is the caller that looks for an
+//! interruption. A helper gives its thread back after an item for which others wait.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
-use crate::process::{self, PerProcess};
+use crate::pool::pool;
+use crate::process;
 
 /// How many threads to use where nothing else is said.
 const THREADS_VARIABLE: &str = "VMSNAP_THREADS";
@@ -17,8 +18,6 @@ const ALLOWED: std::ops::RangeInclusive<usize> = 1..=1024;
 
 /// A callback is asked this often at most: well within the 200 ms in which Ctrl-C is to work.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
-
-static POOL: PerProcess<rayon::ThreadPool> = PerProcess::new();
 
 /// The number of threads to use: as many as the pool has, or `wanted` if that is less.
 pub(crate) fn resolve(wanted: Option<usize>) -> Result<usize> {
@@ -54,11 +53,13 @@ pub(crate) struct Poll<'a> {
     callback: &'a mut dyn FnMut() -> Result<()>,
     next: Instant,
     home: u64,
+    /// Whether other threads work at the same call.
+    accompanied: bool,
 }
 
 impl<'a> Poll<'a> {
     pub(crate) fn new(callback: &'a mut dyn FnMut() -> Result<()>) -> Self {
-        Self { callback, next: Instant::now() + POLL_INTERVAL, home: process::token() }
+        Self { callback, next: Instant::now() + POLL_INTERVAL, home: process::token(), accompanied: false }
     }
 
     pub(crate) fn tick(&mut self) -> Result<()> {
@@ -68,15 +69,16 @@ impl<'a> Poll<'a> {
         }
         self.next = now + POLL_INTERVAL;
         let result = (self.callback)();
-        if self.is_elsewhere() {
+        if self.home != process::token() {
             // The callback forked, and this is the child: cipher state must not be used here.
+            if self.accompanied {
+                // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.
+                eprintln!("vmsnap: forked in the middle of a call that uses several threads; this child cannot go on");
+                std::process::abort();
+            }
             return Err(Error::new(Kind::State, "the process was forked in the middle of the call"));
         }
         result
-    }
-
-    fn is_elsewhere(&self) -> bool {
-        self.home != process::token()
     }
 }
 
@@ -85,11 +87,30 @@ impl<'a> Poll<'a> {
 /// # Errors
 ///
 /// The first error of `work` or of the poll; items not begun by then are left out.
+///
+/// # Panics
+///
+/// Where `work` does, in whatever thread.
 pub(crate) fn for_each<W, I>(
     workers: &mut [W],
     items: I,
     poll: &mut Poll<'_>,
     work: impl Fn(&mut W, I::Item) -> Result<()> + Sync,
+) -> Result<()>
+where
+    W: Send,
+    I: Iterator + Send,
+    I::Item: Send,
+{
+    for_each_polled(workers, items, poll, |worker, item, _| work(worker, item))
+}
+
+/// As [`for_each`], for work that waits: it is to ask, from time to time, whether to go on.
+pub(crate) fn for_each_polled<W, I>(
+    workers: &mut [W],
+    items: I,
+    poll: &mut Poll<'_>,
+    work: impl Fn(&mut W, I::Item, &mut Poll<'_>) -> Result<()> + Sync,
 ) -> Result<()>
 where
     W: Send,
@@ -104,55 +125,71 @@ where
             Some(_) => Err(Error::invalid_argument("there is no thread to do the work")),
         };
     };
-    let pool = if helpers == 0 { None } else { pool() };
-    let Some(pool) = pool else {
+    if helpers == 0 {
         for item in items {
             poll.tick()?;
-            work(own, item)?;
+            work(own, item, poll)?;
         }
         return Ok(());
-    };
+    }
 
+    let pool = pool();
     let items = Mutex::new(items);
     let failure = Mutex::new(None);
     let stop = AtomicBool::new(false);
-    let run = |worker: &mut W, mut poll: Option<&mut Poll<'_>>| {
+    let fail = |error| {
+        lock(&failure).get_or_insert(error);
+        stop.store(true, Ordering::Relaxed);
+    };
+    // Works until there is nothing to do, or the thread is to be given back; whether it stopped for that.
+    let run = |worker: &mut W, poll: &mut Poll<'_>, give_back: &dyn Fn() -> bool| {
+        let _guard = PanicGuard(|| stop.store(true, Ordering::Relaxed));
         while !stop.load(Ordering::Relaxed) {
-            let step = poll.as_mut().map_or(Ok(()), |poll| poll.tick()).and_then(|()| {
+            let step = poll.tick().and_then(|()| {
                 let item = lock(&items).next();
-                item.map(|item| work(worker, item)).transpose()
+                item.map(|item| work(worker, item, poll)).transpose()
             });
             match step {
+                Ok(Some(())) if give_back() => return true,
                 Ok(Some(())) => {}
                 Ok(None) => break,
-                Err(error) => {
-                    stop.store(true, Ordering::Relaxed);
-                    lock(&failure).get_or_insert(error);
-                }
+                Err(error) => fail(error),
             }
         }
+        false
     };
-    pool.in_place_scope(|scope| {
-        for worker in &mut others[..helpers] {
-            scope.spawn(|_| run(worker, None));
-        }
-        run(own, Some(&mut *poll));
-        if poll.is_elsewhere() {
-            // A child forked by the callback, in which the other threads do not exist: waiting for them would be for ever.
-            eprintln!("vmsnap: forked in the middle of a call that uses several threads; this child cannot go on");
-            std::process::abort();
-        }
+    let idle: Mutex<Vec<_>> = Mutex::new(others[..helpers].iter_mut().collect());
+    let help = || {
+        let Some(worker) = lock(&idle).pop() else { return false };
+        let mut go_on = || if stop.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) };
+        let more = run(worker, &mut Poll::new(&mut go_on), &|| pool.is_wanted());
+        lock(&idle).push(worker);
+        more
+    };
+    poll.accompanied = true;
+    pool.share(helpers, &help, |helpers| {
+        run(own, poll, &|| false);
+        helpers.wait(|| {
+            if !stop.load(Ordering::Relaxed)
+                && let Err(error) = poll.tick()
+            {
+                fail(error);
+            }
+        });
     });
+    poll.accompanied = false;
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// The pool; none where the process may not start threads, in which case the caller does all the work.
-pub(crate) fn pool() -> Option<&'static rayon::ThreadPool> {
-    POOL.get(|| {
-        let threads = resolve(None).unwrap_or(1);
-        rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|index| format!("vmsnap-{index}")).build()
-    })
-    .ok()
+/// Does something where the thread panics.
+pub(crate) struct PanicGuard<F: Fn()>(pub(crate) F);
+
+impl<F: Fn()> Drop for PanicGuard<F> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0();
+        }
+    }
 }
 
 /// Takes a lock whose holder cannot leave half-done state behind.
@@ -162,6 +199,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     fn squares(workers: usize, count: u64, stop_at: Option<u64>) -> (Result<()>, u64) {
@@ -195,5 +234,119 @@ mod tests {
             assert!(result.unwrap_err().is_interrupted());
             assert!(sum < (0..1_000_000_u64).map(|item| item * item).sum());
         }
+    }
+
+    /// Does `work` for each of the items with as many workers as it takes to have all threads of the pool.
+    fn by_all_threads(items: impl Iterator<Item = usize> + Send, work: impl Fn(usize) + Sync) {
+        let mut go_on = || Ok(());
+        let mut workers = vec![(); most().unwrap() + 1];
+        for_each(&mut workers, items, &mut Poll::new(&mut go_on), |(), item| {
+            work(item);
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_call_ends_while_another_has_all_threads() {
+        let threads = most().unwrap() + 1;
+        let (begun, released) = (Barrier::new(threads + 1), Barrier::new(threads + 1));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                by_all_threads(0..threads, |_| {
+                    begun.wait();
+                    released.wait();
+                });
+            });
+            begun.wait();
+            let (result, sum) = squares(threads, 1000, None);
+            result.unwrap();
+            assert_eq!(sum, (0..1000_u64).map(|item| item * item).sum::<u64>());
+            released.wait();
+        });
+    }
+
+    #[test]
+    fn a_call_without_end_lets_others_have_threads() {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (begun, is_begun) = std::sync::mpsc::sync_channel(1);
+            let done = &done;
+            scope.spawn(move || {
+                by_all_threads((0..).take_while(|_| !done.load(Ordering::Relaxed)), |_| {
+                    let _ = begun.try_send(());
+                });
+            });
+            is_begun.recv().unwrap();
+            // Two of its items have to be done at the same time.
+            let both = Barrier::new(2);
+            by_all_threads(0..2, |_| drop(both.wait()));
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_caller_that_waits_for_its_helpers_asks_whether_to_go_on() {
+        let caller = std::thread::current().id();
+        let both = Barrier::new(2);
+        let (release, released) = std::sync::mpsc::channel();
+        let released = Mutex::new(released);
+        let mut callback = || {
+            release.send(()).unwrap();
+            Ok(())
+        };
+        for_each(&mut [(); 2], 0..2, &mut Poll::new(&mut callback), |(), _| {
+            both.wait();
+            if std::thread::current().id() != caller {
+                lock(&released).recv().unwrap();
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_helper_that_panics_ends_the_call() {
+        let caller = std::thread::current().id();
+        let both = Barrier::new(2);
+        let panicked = std::panic::catch_unwind(|| {
+            let mut go_on = || Ok(());
+            for_each(&mut [(); 2], 0.., &mut Poll::new(&mut go_on), |(), item| {
+                if item < 2 {
+                    both.wait();
+                }
+                if std::thread::current().id() != caller {
+                    std::panic::resume_unwind(Box::new("a helper's"));
+                }
+                Ok(())
+            })
+        });
+        assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"a helper's"));
+        // And the thread lives on.
+        let (result, _) = squares(2, 100, None);
+        result.unwrap();
+    }
+
+    #[test]
+    fn a_caller_that_panics_leaves_no_helper_behind() {
+        let caller = std::thread::current().id();
+        let (both, helping) = (Barrier::new(2), std::sync::atomic::AtomicUsize::new(0));
+        let panicked = std::panic::catch_unwind(|| {
+            let mut go_on = || Ok(());
+            for_each(&mut [(); 2], 0.., &mut Poll::new(&mut go_on), |(), item| {
+                if item < 2 {
+                    both.wait();
+                }
+                if std::thread::current().id() == caller {
+                    std::panic::resume_unwind(Box::new("the caller's"));
+                }
+                helping.fetch_add(1, Ordering::Relaxed);
+                std::thread::yield_now();
+                helping.fetch_sub(1, Ordering::Relaxed);
+                Ok(())
+            })
+        });
+        assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"the caller's"));
+        assert_eq!(helping.into_inner(), 0);
     }
 }

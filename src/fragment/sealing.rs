@@ -8,15 +8,14 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::{not_written, strip_bytes};
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
-use crate::error::{Error, Result};
-use crate::threads::{self, POLL_INTERVAL, Poll, for_each, lock};
-
-/// A helper goes back to the pool after so many strips, some milliseconds, so that nobody else waits long for a thread.
-const STRIPS_A_TURN: usize = 16;
+use crate::error::{Error, Kind, Result};
+use crate::pool::{Job, pool};
+use crate::threads::{POLL_INTERVAL, Poll, for_each, lock};
 
 pub(super) struct Sealers {
     sealing: Sealing,
@@ -98,19 +97,17 @@ impl Sealers {
     pub(super) fn submit(self: &Arc<Self>, file: &Arc<File>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
         queue.strips.push_back(Strip { file: Arc::clone(file), first_index, plaintext });
-        if queue.helpers + 1 < self.threads
-            && let Some(pool) = threads::pool()
-        {
-            queue.helpers += 1;
-            drop(queue);
-            // Weak: a helper that comes late finds nothing to do.
-            let sealers = Arc::downgrade(self);
-            pool.spawn(move || {
-                if let Some(sealers) = sealers.upgrade() {
-                    sealers.help();
-                }
-            });
+        let wanted = queue.helpers + 1 < self.threads;
+        queue.helpers += usize::from(wanted);
+        drop(queue);
+        if wanted && pool().invite(&self.job(), 1) == 0 {
+            // No thread can be started: the caller seals it, when it needs the buffer.
+            lock(&self.queue).helpers -= 1;
         }
+    }
+
+    fn job(self: &Arc<Self>) -> Arc<dyn Job> {
+        Arc::<Self>::clone(self)
     }
 
     /// An empty buffer for the next strip.
@@ -132,7 +129,8 @@ impl Sealers {
     }
 
     /// Lets go what was not begun, and waits for what was: nobody holds the file afterwards.
-    pub(super) fn stop(&self) {
+    pub(super) fn stop(self: &Arc<Self>) {
+        pool().withdraw(&self.job());
         let mut queue = lock(&self.queue);
         queue.strips.clear();
         while queue.running > 0 {
@@ -161,23 +159,11 @@ impl Sealers {
         }
     }
 
-    /// A helper's turn. It is counted out in the same breath in which it finds nothing to do, so that no strip is missed.
-    fn help(&self) {
-        for _ in 0..STRIPS_A_TURN {
-            let mut queue = lock(&self.queue);
-            let Some(strip) = queue.take() else {
-                queue.helpers -= 1;
-                return;
-            };
-            drop(queue);
-            self.seal_taken(strip);
-        }
-        lock(&self.queue).helpers -= 1;
-    }
-
     fn seal_taken(&self, Strip { file, first_index, mut plaintext }: Strip) {
         let mut worker = self.worker();
-        let result = self.seal_strip(&mut worker, &file, first_index, &plaintext);
+        // Whatever happens, the strip is counted out: the caller waits for that.
+        let sealed = catch_unwind(AssertUnwindSafe(|| self.seal_strip(&mut worker, &file, first_index, &plaintext)));
+        let result = sealed.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "a thread that encrypts panicked")));
         drop(file);
         plaintext.clear();
         let mut queue = lock(&self.queue);
@@ -212,5 +198,23 @@ impl Sealers {
 
     fn workers(&self, count: usize) -> Vec<Worker> {
         (0..count).map(|_| self.worker()).collect()
+    }
+}
+
+impl Job for Sealers {
+    /// A helper is counted out in the same breath in which it finds nothing to do, so that no strip is missed.
+    fn turn(&self) -> bool {
+        loop {
+            let mut queue = lock(&self.queue);
+            let Some(strip) = queue.take() else {
+                queue.helpers -= 1;
+                return false;
+            };
+            drop(queue);
+            self.seal_taken(strip);
+            if pool().is_wanted() {
+                return true;
+            }
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::turns::{Item, Noted, Rest, Shelf, Turns};
 use super::zeros::{PAGE_BYTES, is_zero};
 use crate::error::{Error, Result};
 use crate::fragment::parts::{PartWorker, Parts};
-use crate::threads::{Poll, for_each, lock};
+use crate::threads::{Poll, for_each_polled, lock};
 use crate::writer::SnapshotWriter;
 
 /// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
@@ -327,9 +327,9 @@ impl<'a> Dump<'a> {
         };
         let most = usize::try_from(self.logical_bytes.div_ceil(SLICE_BYTES as u64)).map_or(threads, |most| most.max(1));
         let mut workers: Vec<_> = (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect();
-        let result = for_each(&mut workers, self.slices(), poll, |worker, slice| {
+        let result = for_each_polled(&mut workers, self.slices(), poll, |worker, slice, poll| {
             let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
-            slice.and_then(|slice| self.slice(&stages, parts, worker, &slice)).map_err(|error| {
+            slice.and_then(|slice| self.slice(&stages, parts, worker, &slice, poll)).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
                 stages.fail();
@@ -392,14 +392,22 @@ impl<'a> Dump<'a> {
         error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
     }
 
-    fn slice(&self, stages: &Stages, parts: &Parts, worker: &mut Worker, slice: &Slice) -> Result<()> {
+    fn slice(
+        &self,
+        stages: &Stages,
+        parts: &Parts,
+        worker: &mut Worker,
+        slice: &Slice,
+        poll: &mut Poll<'_>,
+    ) -> Result<()> {
         let Slice { number, region, range: Range { start, end } } = *slice;
         worker.slice.clear();
         worker.ranges.clear();
         self.gather(region, start..end, worker).map_err(|error| self.in_region(region, error))?;
         let Worker { slice, ranges, unreadable, packing, part, .. } = worker;
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
-        let (offset, units) = stages.data.take(number, slice, || lock(&self.found).add(region, ranges, unreadable))?;
+        let (offset, units) =
+            stages.data.take(number, slice, poll, || lock(&self.found).add(region, ranges, unreadable))?;
         match (packing, &stages.frame) {
             (Some((packer, buffer)), Some(shelf)) => {
                 let (mut packed, mut lengths) = buffer.take().ok_or_else(Error::interrupted)?;
@@ -409,7 +417,7 @@ impl<'a> Dump<'a> {
                     lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
                 }
                 let write = |offset, units: &[u8]| parts.write(part, offset, units);
-                *buffer = Some(shelf.put(number, (packed, lengths), write)?);
+                *buffer = Some(shelf.put(number, (packed, lengths), poll, write)?);
             }
             _ => parts.write(part, offset, units)?,
         }

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use super::source::GuestMemorySource;
 use crate::error::{Error, Result};
+use crate::pool::thread_number;
 use crate::threads::lock;
 
 /// A part of a file, memfd or block device as guest memory. Holes are not read.
@@ -128,7 +129,7 @@ impl OpenFile {
     fn looker(&self) -> &File {
         // A short file is not worth a descriptor a thread.
         let useful = usize::try_from(self.length >> 20).map_or(self.lookers.len(), |mib| mib.min(self.lookers.len()));
-        let number = rayon::current_thread_index().map_or(0, |index| index + 1) % self.lookers.len();
+        let number = thread_number() % self.lookers.len();
         if number >= useful {
             return &self.file;
         }

@@ -5,10 +5,10 @@
 //! turn; what a thread then does with its units, it does while the others do the same.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::threads::lock;
+use crate::threads::{POLL_INTERVAL, PanicGuard, Poll, lock};
 
 pub(super) struct Turns {
     unit: usize,
@@ -100,13 +100,19 @@ impl Turns {
 
     /// Puts the item into the stream when it is its turn, and does `also` in that turn. Returns the units that are whole now,
     /// and where in the stream they are.
-    pub(super) fn take<'a>(&self, number: usize, item: &'a mut Item, also: impl FnOnce()) -> Result<(u64, &'a [u8])> {
+    pub(super) fn take<'a>(
+        &self,
+        number: usize,
+        item: &'a mut Item,
+        poll: &mut Poll<'_>,
+        also: impl FnOnce(),
+    ) -> Result<(u64, &'a [u8])> {
         let mut turn = lock(&self.turn);
         while turn.next != number {
             if turn.failed {
                 return Err(Error::interrupted());
             }
-            turn = self.changed.wait(turn).unwrap_or_else(PoisonError::into_inner);
+            turn = wait(&self.changed, turn, &self.turn, poll)?;
         }
         also();
         let units = turn.join(item, self.unit);
@@ -182,6 +188,7 @@ impl Shelf {
         &self,
         number: usize,
         item: Noted,
+        poll: &mut Poll<'_>,
         mut write: impl FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<Noted> {
         let mut shelved = lock(&self.shelved);
@@ -204,7 +211,7 @@ impl Shelf {
             } else if let Some(idle) = self.idle(&mut shelved) {
                 return Ok(idle);
             } else {
-                shelved = self.changed.wait(shelved).unwrap_or_else(PoisonError::into_inner);
+                shelved = wait(&self.changed, shelved, &self.shelved, poll)?;
             }
         }
     }
@@ -225,15 +232,16 @@ impl Shelf {
     }
 }
 
-/// Does something where the thread panics.
-pub(super) struct PanicGuard<F: Fn()>(F);
-
-impl<F: Fn()> Drop for PanicGuard<F> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0();
-        }
-    }
+/// Waits for a change, not for long, and asks whether to go on, without the lock.
+fn wait<'a, T>(
+    changed: &Condvar,
+    guard: MutexGuard<'_, T>,
+    mutex: &'a Mutex<T>,
+    poll: &mut Poll<'_>,
+) -> Result<MutexGuard<'a, T>> {
+    drop(changed.wait_timeout(guard, POLL_INTERVAL));
+    poll.tick()?;
+    Ok(lock(mutex))
 }
 
 #[cfg(test)]
@@ -274,11 +282,12 @@ mod tests {
             let (turns, taken) = (Turns::new(unit, b"start"), Taken::default());
             four_threads(|next| {
                 let _guard = turns.guard();
+                let mut go_on = || Ok(());
                 let mut item = turns.item(100);
                 while let Some(number) = next() {
                     item.clear();
                     fill(&mut item, number);
-                    let (offset, units) = turns.take(number, &mut item, || ()).unwrap();
+                    let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || ()).unwrap();
                     lock(&taken).push((offset, units.to_vec()));
                 }
             });
@@ -293,6 +302,7 @@ mod tests {
             let items = Mutex::new((0..4).map(|_| shelf.item().unwrap()).collect::<Vec<_>>());
             four_threads(|next| {
                 let _guard = shelf.guard();
+                let mut go_on = || Ok(());
                 let (mut item, mut note) = lock(&items).pop().unwrap();
                 while let Some(number) = next() {
                     fill(&mut item, number);
@@ -304,7 +314,7 @@ mod tests {
                         lock(&taken).push((offset, units.to_vec()));
                         Ok(())
                     };
-                    (item, note) = shelf.put(number, (item, note), write).unwrap();
+                    (item, note) = shelf.put(number, (item, note), &mut Poll::new(&mut go_on), write).unwrap();
                 }
             });
             let (rest, notes) = shelf.rest();
@@ -313,16 +323,36 @@ mod tests {
         }
     }
 
+    fn take(turns: &Turns, callback: &mut dyn FnMut() -> Result<()>) -> Error {
+        turns.take(1, &mut turns.item(0), &mut Poll::new(callback), || ()).unwrap_err()
+    }
+
+    fn put(shelf: &Shelf, callback: &mut dyn FnMut() -> Result<()>) -> Error {
+        shelf.put(1, shelf.item().unwrap(), &mut Poll::new(callback), |_, _| Ok(())).map(drop).unwrap_err()
+    }
+
     #[test]
     fn nobody_waits_for_an_item_that_failed() {
         let (turns, shelf) = (Turns::new(4, b""), Shelf::new(4, b"", 10, 1));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| turns.take(1, &mut turns.item(0), || ()).map(|_| ()));
-            let shelving = scope.spawn(|| shelf.put(1, shelf.item().unwrap(), |_, _| Ok(())).map(|_| ()));
+            let waiting = scope.spawn(|| take(&turns, &mut || Ok(())));
+            let shelving = scope.spawn(|| put(&shelf, &mut || Ok(())));
             turns.fail();
             shelf.fail();
-            assert!(waiting.join().unwrap().unwrap_err().is_interrupted());
-            assert!(shelving.join().unwrap().unwrap_err().is_interrupted());
+            assert!(waiting.join().unwrap().is_interrupted());
+            assert!(shelving.join().unwrap().is_interrupted());
         });
+    }
+
+    #[test]
+    fn whoever_waits_for_a_turn_asks_whether_to_go_on() {
+        let mut asked = 0;
+        let mut stop_at_third = || {
+            asked += 1;
+            if asked % 3 == 0 { Err(Error::corrupt("stop")) } else { Ok(()) }
+        };
+        assert!(take(&Turns::new(4, b""), &mut stop_at_third).is_corrupt());
+        assert!(put(&Shelf::new(4, b"", 10, 1), &mut stop_at_third).is_corrupt());
+        assert_eq!(asked, 6);
     }
 }

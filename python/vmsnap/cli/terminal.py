@@ -97,4 +97,10 @@ def progress_so_far(label: str) -> Iterator[Callable[[int, int], None]]:
 
 def _bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    try:
+        bar.start()
+    except RuntimeError:  # the system allows no thread to draw it
+        bar.stop()
+        bar.disable = True
+    return bar

@@ -2,14 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
+from vmsnap.errors import QemuError
 from vmsnap.memory import Progress
 
 Result = TypeVar("Result")
+
+# One thread for what blocks, started before the guest is stopped and kept; in a caller's event loop its own threads.
+_worker: ContextVar[ThreadPoolExecutor | None] = ContextVar("_worker", default=None)
 
 
 def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = lambda _: None) -> Result:
@@ -25,12 +30,22 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
     async def main() -> Result:
         task = asyncio.current_task()
         assert task is not None
+        _worker.set(worker)
         running.append((asyncio.get_running_loop(), task))
         begun.set()
         return await work
 
-    with ThreadPoolExecutor(1, thread_name_prefix="vmsnap-qemu") as thread:
-        future = thread.submit(asyncio.run, main())
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="vmsnap-qemu") as thread,
+        ThreadPoolExecutor(1, thread_name_prefix="vmsnap-qemu-worker") as worker,
+    ):
+        try:
+            for each in (worker, thread):
+                each.submit(int).result()
+        except RuntimeError as error:
+            work.close()
+            raise no_thread(error) from None
+        future = thread.submit(lambda: asyncio.run(main()))
         future.add_done_callback(lambda _: begun.set())
         try:
             return future.result()
@@ -44,7 +59,12 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
             raise
 
 
-async def to_the_end(work: Coroutine[Any, Any, Result], cancel: Callable[[], object] = lambda: None) -> Result:
+def no_thread(error: RuntimeError) -> QemuError:
+    """Return what to say where Python cannot start a thread."""
+    return QemuError(f"{error}: the system allows no more (ulimit -u, or pids.max of the control group)")
+
+
+async def to_the_end(work: Awaitable[Result], cancel: Callable[[], object] = lambda: None) -> Result:
     """Wait for what must not be left half done, even where this task is cancelled; it is cancelled afterwards.
 
     `cancel` is called then, to let the work end sooner.
@@ -67,7 +87,11 @@ async def to_the_end(work: Coroutine[Any, Any, Result], cancel: Callable[[], obj
 
 async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:
     """Run what blocks in a thread, to its end; `cancel` as for `to_the_end`."""
-    return await to_the_end(asyncio.to_thread(call), cancel)
+    try:
+        future = asyncio.get_running_loop().run_in_executor(_worker.get(), copy_context().run, call)
+    except RuntimeError as error:
+        raise no_thread(error) from None
+    return await to_the_end(future, cancel)
 
 
 async def with_progress(call: Callable[[Progress], Result], progress: Progress | None) -> Result:

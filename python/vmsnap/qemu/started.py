@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vmsnap.errors import QemuError
-from vmsnap.qemu.background import in_thread
+from vmsnap.qemu.background import in_thread, no_thread
 from vmsnap.qemu.machine import Ram
 
 # What QEMU said last, when it fails.
@@ -46,7 +46,12 @@ class StartedQemu:
         self._lock = threading.Lock()
         self._runs = False
         self._listener = threading.Thread(target=self._listen, name="vmsnap-qemu-stderr", daemon=True)
-        self._listener.start()
+        try:
+            self._listener.start()
+        except RuntimeError as error:
+            self.connection.close()
+            end(self.process)
+            raise no_thread(error) from None
 
     def _listen(self) -> None:
         """Keep what QEMU says until the guest runs: it may be why it does not. Pass it on from then on."""

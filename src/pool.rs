@@ -1,0 +1,198 @@
+//! The process's threads, and the jobs that they take turns at.
+//!
+//! Each thread takes the job that has waited longest, gives it one turn, and puts it back behind the others where there is
+//! more to do. So every job gets on, however long the others are. A job whose turn has not begun can be withdrawn: nobody
+//! ever waits for a thread that is busy elsewhere.
+//!
+//! The pool is made on first use, and anew in a forked child, which has none of its parent's threads. Where the system
+//! allows fewer threads than wanted, or none at all, there are fewer turns, and callers do the rest themselves.
+
+#![allow(unsafe_code, reason = "a shared call lends its closure to threads that outlive it")]
+
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use crate::process::PerProcess;
+use crate::threads::{POLL_INTERVAL, lock, resolve};
+
+static POOL: PerProcess<Pool> = PerProcess::new();
+
+thread_local! {
+    static NUMBER: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Something that threads of the pool do in turns.
+pub(crate) trait Job: Send + Sync {
+    /// Does some of it, and says whether there is more. A turn does not panic, and ends soon once [`Pool::is_wanted`].
+    fn turn(&self) -> bool;
+}
+
+pub(crate) struct Pool {
+    most: usize,
+    state: Mutex<State>,
+    /// A job was added.
+    added: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Turns to be taken, in this order.
+    jobs: VecDeque<Arc<dyn Job>>,
+    threads: usize,
+}
+
+/// The pool of this process.
+pub(crate) fn pool() -> &'static Pool {
+    let Ok(pool) = POOL.get(|| {
+        let most = resolve(None).unwrap_or(1);
+        Ok::<_, Infallible>(Pool { most, state: Mutex::default(), added: Condvar::new() })
+    });
+    pool
+}
+
+/// The number of this thread in the pool, from 1 on; 0 for a thread that is not one of the pool's.
+pub(crate) fn thread_number() -> usize {
+    NUMBER.get()
+}
+
+impl Pool {
+    /// Asks up to `count` threads for turns at a job; returns how many were asked, 0 where no thread can be started.
+    pub(crate) fn invite(&'static self, job: &Arc<dyn Job>, count: usize) -> usize {
+        let mut state = lock(&self.state);
+        while state.threads < self.most && self.start(state.threads) {
+            state.threads += 1;
+        }
+        let count = count.min(state.threads);
+        state.jobs.extend(std::iter::repeat_n(job, count).map(Arc::clone));
+        drop(state);
+        (0..count).for_each(|_| self.added.notify_one());
+        count
+    }
+
+    /// Takes back all invitations to turns that have not begun.
+    pub(crate) fn withdraw(&self, job: &Arc<dyn Job>) {
+        lock(&self.state).jobs.retain(|other| !Arc::ptr_eq(other, job));
+    }
+
+    /// Whether a job waits for a thread.
+    pub(crate) fn is_wanted(&self) -> bool {
+        !lock(&self.state).jobs.is_empty()
+    }
+
+    fn start(&'static self, index: usize) -> bool {
+        let thread = std::thread::Builder::new().name(format!("vmsnap-{index}"));
+        let started = thread.spawn(move || {
+            NUMBER.set(index + 1);
+            self.serve();
+        });
+        started.is_ok()
+    }
+
+    fn serve(&self) {
+        let mut state = lock(&self.state);
+        loop {
+            let Some(job) = state.jobs.pop_front() else {
+                state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            let unfinished = job.turn().then_some(job);
+            state = lock(&self.state);
+            state.jobs.extend(unfinished);
+        }
+    }
+
+    /// Calls `own` on this thread and, meanwhile, `help` on up to `helpers` threads of the pool, again and again while it
+    /// returns true. When this returns, or panics, no thread is in `help`, nor will be.
+    ///
+    /// # Panics
+    ///
+    /// With the panic of `own`, or of a call of `help`.
+    pub(crate) fn share(&'static self, helpers: usize, help: &(dyn Fn() -> bool + Sync), own: impl FnOnce(&Helpers)) {
+        // SAFETY: only the lifetime changes. `Call::turn` alone uses the reference, between counting itself as running and
+        // counting itself out, and begins only while `Lent::help` is there. `Helpers::wait` takes that away and returns when
+        // nobody is running; dropping `helpers` calls it, so this function is not left, by a panic either, before that.
+        let help =
+            unsafe { std::mem::transmute::<&(dyn Fn() -> bool + Sync), &'static (dyn Fn() -> bool + Sync)>(help) };
+        let lent = Lent { help: Some(help), running: 0, panic: None };
+        let call = Arc::new(Call { lent: Mutex::new(lent), ended: Condvar::new() });
+        let job: Arc<dyn Job> = Arc::<Call>::clone(&call);
+        let invited = Helpers { pool: self, job, call: Arc::clone(&call) };
+        self.invite(&invited.job, helpers);
+        own(&invited);
+        drop(invited);
+        let panic = lock(&call.lent).panic.take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// The threads that help in [`Pool::share`].
+pub(crate) struct Helpers {
+    pool: &'static Pool,
+    job: Arc<dyn Job>,
+    call: Arc<Call>,
+}
+
+impl Helpers {
+    /// Withdraws the turns that have not begun, and waits for those that have; calls `meanwhile` again and again.
+    pub(crate) fn wait(&self, mut meanwhile: impl FnMut()) {
+        lock(&self.call.lent).help = None;
+        self.pool.withdraw(&self.job);
+        loop {
+            let lent = lock(&self.call.lent);
+            if lent.running == 0 {
+                return;
+            }
+            drop(self.call.ended.wait_timeout(lent, POLL_INTERVAL));
+            meanwhile();
+        }
+    }
+}
+
+impl Drop for Helpers {
+    fn drop(&mut self) {
+        self.wait(|| ());
+    }
+}
+
+/// A closure that [`Pool::share`] lends to threads of the pool.
+struct Call {
+    lent: Mutex<Lent>,
+    /// A turn ended.
+    ended: Condvar,
+}
+
+struct Lent {
+    /// Of a shorter life than it says: until [`Helpers::wait`] takes it away.
+    help: Option<&'static (dyn Fn() -> bool + Sync)>,
+    /// Threads that are in it.
+    running: usize,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+impl Job for Call {
+    fn turn(&self) -> bool {
+        let help = {
+            let mut lent = lock(&self.lent);
+            let Some(help) = lent.help else { return false };
+            lent.running += 1;
+            help
+        };
+        let turn = catch_unwind(AssertUnwindSafe(help));
+        let mut lent = lock(&self.lent);
+        lent.running -= 1;
+        let more = turn.unwrap_or_else(|panic| {
+            lent.panic.get_or_insert(panic);
+            false
+        });
+        drop(lent);
+        self.ended.notify_all();
+        more
+    }
+}
