@@ -51,6 +51,7 @@ def write_memory(
     min_gap_bytes: int,
     zero_unreadable: bool,
     sparse: bool,
+    stable: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
     """Write guest memory: of each region base; descriptor, buffer or process; offset in it; size."""

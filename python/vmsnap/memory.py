@@ -81,6 +81,7 @@ def write(
     progress: Progress | None,
     on_error: Literal["raise", "zero"],
     sparse: bool,
+    stable: bool,
     detect_zeros: bool,
     min_gap_bytes: int,
     chunk_size_bytes: int,
@@ -102,6 +103,7 @@ def write(
             min_gap_bytes,
             on_error == "zero",
             sparse,
+            stable,
             progress,
         )
     addresses = [range(start, end) for start, end in unreadable]

@@ -242,6 +242,7 @@ class SnapshotWriter(_Handle):
         progress: memory.Progress | None = None,
         on_error: Literal["raise", "zero"] = "raise",
         sparse: bool = True,
+        stable: bool = False,
         detect_zeros: bool = True,
         min_gap_bytes: int = 4096,
         chunk_size_bytes: int = 65536,
@@ -266,6 +267,10 @@ class SnapshotWriter(_Handle):
             Whether holes are left out unread, as the file system or the page table of the process tells of them.
             ``False`` reads everything: for a file system that tells of holes where there are none. Pages of zeros are
             left out all the same.
+        stable
+            The promise that no buffer among the sources changes during the call, as the memory of a paused guest does not.
+            Such buffers are stored without a copy, which is faster. Where the promise is broken, what is stored is
+            undefined; a ``bytes`` object cannot change, and needs no promise.
         detect_zeros
             Whether pages that were touched and are zero are left out too.
         min_gap_bytes
@@ -292,6 +297,7 @@ class SnapshotWriter(_Handle):
             progress=progress,
             on_error=on_error,
             sparse=sparse,
+            stable=stable,
             detect_zeros=detect_zeros,
             min_gap_bytes=min_gap_bytes,
             chunk_size_bytes=chunk_size_bytes,

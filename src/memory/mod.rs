@@ -41,4 +41,6 @@ pub(crate) use layout::Metadata;
 #[cfg(feature = "python")]
 pub(crate) use pages::{populate, readable};
 pub use process::{ProcessMemory, ProcessRange};
+#[cfg(feature = "python")]
+pub(crate) use source::ChangingBytes;
 pub use source::GuestMemorySource;

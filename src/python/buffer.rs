@@ -123,11 +123,18 @@ impl Room<'_> {
 pub(super) struct Readable {
     view: View,
     on_heap: bool,
+    immutable: bool,
 }
 
 impl Readable {
     pub(super) fn get(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Ok(Self { view: View::get(object, ffi::PyBUF_SIMPLE)?, on_heap: is_on_heap(object) })
+        let immutable = object.is_exact_instance_of::<PyBytes>();
+        Ok(Self { view: View::get(object, ffi::PyBUF_SIMPLE)?, on_heap: is_on_heap(object), immutable })
+    }
+
+    /// Whether nobody can change the bytes.
+    pub(super) fn is_immutable(&self) -> bool {
+        self.immutable
     }
 
     /// All bytes, and whether they may be mapped.

@@ -14,6 +14,7 @@ use super::buffer::{Readable, Writable};
 use super::writer::SnapshotWriter;
 use super::{check_signals, interruptible, number};
 use crate::error::{Error, Result};
+use crate::memory::ChangingBytes;
 use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 
 /// A user looks at progress so often at most.
@@ -126,6 +127,7 @@ pub(super) fn write_memory(
     min_gap_bytes: &Bound<'_, PyAny>,
     zero_unreadable: bool,
     sparse: bool,
+    stable: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Report> {
     let options = MemoryOptions::new()
@@ -153,8 +155,11 @@ pub(super) fn write_memory(
         }
         Held::Descriptor(descriptor) => Ok(GuestRegion::new(*base, FileMemory::new(*descriptor, *offset, *size)?)),
         Held::Buffer(buffer) => {
-            let buffer = buffer.as_slice();
-            Ok(GuestRegion::new(*base, &buffer[part(buffer.len(), *offset, *size)?]))
+            let bytes = buffer.as_slice();
+            let bytes = &bytes[part(bytes.len(), *offset, *size)?];
+            // Where the caller promises that nobody changes them, or nobody can.
+            let stable = stable || buffer.is_immutable();
+            Ok(if stable { GuestRegion::new(*base, bytes) } else { GuestRegion::new(*base, ChangingBytes(bytes)) })
         }
     });
     let regions = regions.collect::<Result<Vec<_>>>()?;
