@@ -268,8 +268,8 @@ class SnapshotWriter(_Handle):
             ``False`` reads everything: for a file system that tells of holes where there are none. Pages of zeros are
             left out all the same.
         stable
-            The promise that no buffer among the sources changes during the call, as the memory of a paused guest does not.
-            Such buffers are stored without a copy, which is faster. Where the promise is broken, what is stored is
+            The promise that no buffer among the sources changes during the call, as the memory of a paused guest does
+            not. Such buffers are stored without a copy, which is faster. Where the promise is broken, what is stored is
             undefined; a ``bytes`` object cannot change, and needs no promise.
         detect_zeros
             Whether pages that were touched and are zero are left out too.
