@@ -3,6 +3,8 @@
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
 #![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -138,6 +140,8 @@ pub(super) fn write_memory(
         };
         held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
+    // One open file for all regions of a descriptor.
+    let mut files = HashMap::new();
     let regions = held.iter().map(|(base, held, offset, size)| match held {
         Held::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
         Held::Process(process) => {
@@ -145,7 +149,11 @@ pub(super) fn write_memory(
             Ok(GuestRegion::new(*base, process.range(*offset, size)?))
         }
         Held::Descriptor(descriptor) => {
-            Ok(GuestRegion::new(*base, FileMemory::new(borrowed(*descriptor), *offset, *size)?))
+            let file: &FileMemory = match files.entry(*descriptor) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(FileMemory::new(borrowed(*descriptor), 0, None)?),
+            };
+            Ok(GuestRegion::new(*base, file.part(*offset, *size)?))
         }
         Held::Buffer(buffer) => Ok(GuestRegion::new(*base, part(buffer.as_slice(), *offset, *size)?)),
     });
