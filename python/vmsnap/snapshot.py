@@ -285,7 +285,9 @@ class SnapshotWriter(_Handle):
         FileExistsError
             There is a ``mem`` or ``mem_metadata`` in this namespace.
         InvalidArgumentError
-            Regions overlap, a source is too short, or a size is not allowed.
+            Regions overlap, a source is too short or does not tell its size, or a size is not allowed.
+        TypeError
+            A source is not one of those that `GuestRegion` names.
         OSError
             Memory cannot be read, and the text has its guest-physical address; or the disk is full. After any error
             neither fragment is there.

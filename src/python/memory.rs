@@ -3,8 +3,10 @@
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
 #![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -147,13 +149,21 @@ pub(super) fn write_memory(
         };
         held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
+    // One open file for all regions of a descriptor.
+    let mut files = HashMap::new();
     let regions = held.iter().map(|(base, held, offset, size)| match held {
         Held::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
         Held::Process(process) => {
             let size = size.ok_or_else(|| Error::invalid_argument("of a process' memory, the size is needed"))?;
             Ok(GuestRegion::new(*base, process.range(*offset, size)?))
         }
-        Held::Descriptor(descriptor) => Ok(GuestRegion::new(*base, FileMemory::new(*descriptor, *offset, *size)?)),
+        Held::Descriptor(descriptor) => {
+            let file: &FileMemory = match files.entry(descriptor.as_raw_fd()) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(FileMemory::new(*descriptor, 0, None)?),
+            };
+            Ok(GuestRegion::new(*base, file.part(*offset, *size)?))
+        }
         Held::Buffer(buffer) => {
             let bytes = buffer.as_slice();
             let bytes = &bytes[part(bytes.len(), *offset, *size)?];
