@@ -3,7 +3,7 @@
 //! The format is LZ4's own, `lz4_Frame_format.md` version 1.6.4 in its repository: a header, blocks with their stored length
 //! before them, an end mark. What crosvm's decoder needs: no block is empty but the end mark, and there is one frame.
 
-use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
 use crate::error::{Error, Result};
 
@@ -95,11 +95,28 @@ pub(super) fn unpack(block: &[u8], raw: bool, out: &mut [u8]) -> Result<()> {
         out.copy_from_slice(block);
         return Ok(());
     }
-    match decompress_into(block, out) {
-        Ok(length) if length == out.len() => Ok(()),
-        Ok(length) => Err(Error::corrupt(format!("a block holds {length} bytes, and was to hold {}", out.len()))),
-        Err(error) => Err(Error::corrupt(format!("a block does not decompress: {error}"))),
+    match decompress(block, out) {
+        Some(length) if length == out.len() => Ok(()),
+        Some(length) => Err(Error::corrupt(format!("a block holds {length} bytes, and was to hold {}", out.len()))),
+        None => Err(Error::corrupt("a block does not decompress")),
     }
+}
+
+/// Decompresses a block, and returns how long it is; None where it is not one, or longer than `out`.
+#[cfg(not(feature = "c-lz4"))]
+fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    lz4_flex::block::decompress_into(block, out).ok()
+}
+
+/// Decompresses a block, and returns how long it is; None where it is not one, or longer than `out`.
+#[cfg(feature = "c-lz4")]
+#[allow(unsafe_code, reason = "a C library")]
+fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    let (from, to) = (i32::try_from(block.len()).ok()?, i32::try_from(out.len()).ok()?);
+    // SAFETY: it reads no more than `from` bytes of `block` and writes no more than `to` of `out`, whatever the block says;
+    // lz4.h, LZ4_decompress_safe: "protected against malicious data packets".
+    let length = unsafe { lz4_sys::LZ4_decompress_safe(block.as_ptr().cast(), out.as_mut_ptr().cast(), from, to) };
+    usize::try_from(length).ok()
 }
 
 #[cfg(test)]

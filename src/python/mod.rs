@@ -72,7 +72,8 @@ mod _vmsnap {
 
 /// Cargo's features that this was built with.
 fn features() -> Vec<&'static str> {
-    let features = [("age", cfg!(feature = "age")), ("aws-lc", cfg!(feature = "aws-lc"))];
+    let features =
+        [("age", cfg!(feature = "age")), ("aws-lc", cfg!(feature = "aws-lc")), ("c-lz4", cfg!(feature = "c-lz4"))];
     features.into_iter().filter_map(|(name, chosen)| chosen.then_some(name)).collect()
 }
 
