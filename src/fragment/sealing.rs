@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::{not_written, strip_bytes};
+use crate::buffer;
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
@@ -88,7 +89,7 @@ impl Sealers {
     /// Seals and writes the last chunk.
     pub(super) fn seal_last(&self, file: &File, index: u64, chunk: &[u8]) -> Result<()> {
         let Worker { mut sealer, mut segments } = self.worker();
-        segments.resize(chunk.len() + SEGMENT_OVERHEAD_BYTES, 0);
+        buffer::fit(&mut segments, chunk.len() + SEGMENT_OVERHEAD_BYTES)?;
         sealer.seal_last(index, chunk, &mut segments)?;
         file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
     }
@@ -112,15 +113,17 @@ impl Sealers {
 
     /// An empty buffer for the next strip.
     pub(super) fn buffer(&self, poll: &mut Poll<'_>) -> Result<Vec<u8>> {
-        self.help_until(poll, |queue| {
+        let mut buffer = self.help_until(poll, |queue| {
             let idle = queue.idle_buffers.pop();
             // One is filled, one waits, and each thread has one.
             if idle.is_none() && queue.buffers < self.threads + 2 {
                 queue.buffers += 1;
-                return Some(Vec::with_capacity(strip_bytes(self.chunk_size_bytes)));
+                return Some(Vec::new());
             }
             idle
-        })
+        })?;
+        buffer::reserve(&mut buffer, strip_bytes(self.chunk_size_bytes))?;
+        Ok(buffer)
     }
 
     /// Until all strips are written.
@@ -182,7 +185,7 @@ impl Sealers {
         let Worker { sealer, segments } = worker;
         let stored = strip.len() / self.chunk_size_bytes * segment_size(self.chunk_size_bytes);
         if segments.len() < stored {
-            segments.resize(stored, 0);
+            buffer::fit(segments, stored)?;
         }
         let places = segments.chunks_exact_mut(segment_size(self.chunk_size_bytes));
         for ((index, chunk), segment) in (first_index..).zip(strip.chunks_exact(self.chunk_size_bytes)).zip(places) {

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::layout::{BlockIndex, Layout};
 use super::lz4;
+use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::FragmentReader;
 use crate::threads::lock;
@@ -140,7 +141,7 @@ impl Data {
     fn read_pieces<'a>(&self, strip: &'a mut Strip, first: u64, last: u64) -> Result<&'a [u8]> {
         let length = usize::try_from(last - first).unwrap_or(usize::MAX);
         let Strip { stored, data } = strip;
-        data.resize(length, 0);
+        buffer::fit(data, length)?;
         match &self.frame {
             None => self.fill(first, data)?,
             Some(frame) => frame.read(&self.fragment, self.size, first, stored, data)?,
@@ -175,7 +176,7 @@ impl Frame {
                 offset += lz4::SIZE_WORD_BYTES as u64 + u64::from(length);
                 offset
             }));
-            let found: Vec<_> = found.collect();
+            let found = buffer::collect(found)?;
             check_end(fragment, found.last().copied().unwrap_or(0))?;
             let _ = offsets.set(found);
         }
@@ -190,6 +191,7 @@ impl Frame {
         let mut offsets = Vec::new();
         let mut offset = lz4::HEADER_BYTES as u64;
         loop {
+            buffer::reserve(&mut offsets, 1)?;
             offsets.push(offset);
             let mut word = [0; lz4::SIZE_WORD_BYTES];
             let read = fragment.read_at_alone(offset, &mut word)?;
@@ -229,7 +231,7 @@ impl Frame {
         if length > blocks * lz4::most_stored(block_size) {
             return Err(Error::corrupt("a block is longer than any can be"));
         }
-        stored.resize(length, 0);
+        buffer::fit(stored, length)?;
         if fragment.read_at_alone(offsets[0], stored)? < length {
             return Err(Error::corrupt("a block goes beyond the end"));
         }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::buffer;
 use crate::error::{Error, Result};
 use crate::threads::{POLL_INTERVAL, PanicGuard, Poll, lock};
 
@@ -30,18 +31,19 @@ struct Turn {
 
 impl Turn {
     /// Puts an item, whose turn it is, into the stream.
-    fn join<'a>(&mut self, item: &'a mut Item, unit: usize) -> (u64, &'a [u8]) {
+    fn join<'a>(&mut self, item: &'a mut Item, unit: usize) -> Result<(u64, &'a [u8])> {
         let start = item.room - self.carry.len();
         item.bytes[start..item.room].copy_from_slice(&self.carry);
         let bytes = &item.bytes[start..item.room + item.length];
         // A byte always stays: whether a unit is the last shows only when more follows.
         let (units, rest) = bytes.split_at(bytes.len().saturating_sub(1) / unit * unit);
         self.carry.clear();
+        buffer::reserve(&mut self.carry, rest.len())?;
         self.carry.extend_from_slice(rest);
         let offset = self.offset;
         self.offset += units.len() as u64;
         self.next += 1;
-        (offset, units)
+        Ok((offset, units))
     }
 }
 
@@ -53,8 +55,8 @@ pub(super) struct Item {
 }
 
 impl Item {
-    fn new(room: usize, capacity: usize) -> Self {
-        Self { room, bytes: vec![0; room + capacity], length: 0 }
+    fn new(room: usize, capacity: usize) -> Result<Self> {
+        Ok(Self { room, bytes: buffer::zeros(room + capacity)?, length: 0 })
     }
 
     pub(super) fn clear(&mut self) {
@@ -94,7 +96,7 @@ impl Turns {
     }
 
     /// An empty item for so many bytes.
-    pub(super) fn item(&self, capacity: usize) -> Item {
+    pub(super) fn item(&self, capacity: usize) -> Result<Item> {
         Item::new(self.room, capacity)
     }
 
@@ -105,7 +107,7 @@ impl Turns {
         number: usize,
         item: &'a mut Item,
         poll: &mut Poll<'_>,
-        also: impl FnOnce(),
+        also: impl FnOnce() -> Result<()>,
     ) -> Result<(u64, &'a [u8])> {
         let mut turn = lock(&self.turn);
         while turn.next != number {
@@ -114,8 +116,8 @@ impl Turns {
             }
             turn = wait(&self.changed, turn, &self.turn, poll)?;
         }
-        also();
-        let units = turn.join(item, self.unit);
+        also()?;
+        let units = turn.join(item, self.unit)?;
         drop(turn);
         self.changed.notify_all();
         Ok(units)
@@ -168,18 +170,16 @@ impl Shelf {
     }
 
     /// An empty item, and a note for it; none where there are enough.
-    pub(super) fn item(&self) -> Option<Noted> {
+    pub(super) fn item(&self) -> Result<Option<Noted>> {
         self.idle(&mut lock(&self.shelved))
     }
 
-    fn idle(&self, shelved: &mut Shelved) -> Option<Noted> {
-        if let Some(idle) = shelved.idle.pop() {
-            return Some(idle);
-        }
-        (shelved.made < self.most).then(|| {
+    fn idle(&self, shelved: &mut Shelved) -> Result<Option<Noted>> {
+        if shelved.idle.is_empty() && shelved.made < self.most {
+            shelved.idle.push((Item::new(self.room, self.capacity)?, Vec::new()));
             shelved.made += 1;
-            (Item::new(self.room, self.capacity), Vec::new())
-        })
+        }
+        Ok(shelved.idle.pop())
     }
 
     /// Leaves an item, lets `write` have the units that are whole now, and returns an empty item. A thread has one whenever it
@@ -199,8 +199,9 @@ impl Shelf {
             }
             let next = shelved.turn.next;
             if let Some((mut item, mut note)) = shelved.waiting.remove(&next) {
+                buffer::reserve(&mut shelved.notes, note.len())?;
                 shelved.notes.extend_from_slice(&note);
-                let (offset, units) = shelved.turn.join(&mut item, self.unit);
+                let (offset, units) = shelved.turn.join(&mut item, self.unit)?;
                 drop(shelved);
                 write(offset, units)?;
                 item.clear();
@@ -208,7 +209,7 @@ impl Shelf {
                 shelved = lock(&self.shelved);
                 shelved.idle.push((item, note));
                 self.changed.notify_all();
-            } else if let Some(idle) = self.idle(&mut shelved) {
+            } else if let Some(idle) = self.idle(&mut shelved)? {
                 return Ok(idle);
             } else {
                 shelved = wait(&self.changed, shelved, &self.shelved, poll)?;
@@ -283,11 +284,11 @@ mod tests {
             four_threads(|next| {
                 let _guard = turns.guard();
                 let mut go_on = || Ok(());
-                let mut item = turns.item(100);
+                let mut item = turns.item(100).unwrap();
                 while let Some(number) = next() {
                     item.clear();
                     fill(&mut item, number);
-                    let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || ()).unwrap();
+                    let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || Ok(())).unwrap();
                     lock(&taken).push((offset, units.to_vec()));
                 }
             });
@@ -299,7 +300,7 @@ mod tests {
     fn from_a_shelf_too() {
         for (unit, most) in [(1, 4), (3, 5), (8, 9), (64, 200)] {
             let (shelf, taken) = (Shelf::new(unit, b"start", 100, most), Taken::default());
-            let items = Mutex::new((0..4).map(|_| shelf.item().unwrap()).collect::<Vec<_>>());
+            let items = Mutex::new((0..4).map(|_| shelf.item().unwrap().unwrap()).collect::<Vec<_>>());
             four_threads(|next| {
                 let _guard = shelf.guard();
                 let mut go_on = || Ok(());
@@ -324,11 +325,11 @@ mod tests {
     }
 
     fn take(turns: &Turns, callback: &mut dyn FnMut() -> Result<()>) -> Error {
-        turns.take(1, &mut turns.item(0), &mut Poll::new(callback), || ()).unwrap_err()
+        turns.take(1, &mut turns.item(0).unwrap(), &mut Poll::new(callback), || Ok(())).unwrap_err()
     }
 
     fn put(shelf: &Shelf, callback: &mut dyn FnMut() -> Result<()>) -> Error {
-        shelf.put(1, shelf.item().unwrap(), &mut Poll::new(callback), |_, _| Ok(())).map(drop).unwrap_err()
+        shelf.put(1, shelf.item().unwrap().unwrap(), &mut Poll::new(callback), |_, _| Ok(())).map(drop).unwrap_err()
     }
 
     #[test]
