@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from commands import write_private
+from refusals import refused_elsewhere
 from support import MIB, pattern, run_python
 
 KEY = bytes(range(32))
@@ -91,6 +92,18 @@ READS: dict[str, Callable[[vmsnap.SnapshotReader], object]] = {
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_snapshots_are_read(stored: Path, read: Callable[[vmsnap.SnapshotReader], object]) -> None:
     try_with_less_and_less(lambda: read(vmsnap.open(stored, key=KEY, threads=4)))
+
+
+def test_what_is_asked_for_is_said(stored: Path) -> None:
+    script = f"""
+import resource
+fragment = vmsnap.open(sys.argv[1], key={KEY!r}).raw_fragment("ram")
+with open("/proc/self/statm") as file:
+    pages = int(file.read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (30 << 20),) * 2)
+fragment.read_at(0, 16)
+"""
+    refused_elsewhere("out-of-memory", 'fragment "ram" of .*there is not enough memory for 67', stored, script, stored)
 
 
 def test_verify_takes_no_want_of_memory_for_a_fault_of_the_snapshot(stored: Path) -> None:
