@@ -72,10 +72,10 @@ def with_threads(allowed: int, *command: str | Path) -> list[str | Path]:
     return [strace, "-f", "-qq", "-o", os.devnull, "-e", "trace=clone,clone3", "-e", refusal, *command]
 
 
-def outcome(command: list[str | Path], **options: int) -> tuple[int, str]:
+def outcome(command: list[str | Path]) -> tuple[int, str]:
     """Run a command with four threads wanted: its status, and what it wrote to standard error."""
     environment = os.environ | {"VMSNAP_THREADS": "4", "TERM": "xterm"}
-    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, text=True, check=False, **options)
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, text=True, check=False)
     if "ptrace" in done.stderr:
         pytest.skip(f"strace may not trace here: {done.stderr}")
     return done.returncode, done.stderr
