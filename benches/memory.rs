@@ -314,11 +314,8 @@ impl Bench {
             self.warm(guest.data_bytes);
             seconds(|| {
                 let stored = options.open(self.snapshot()).unwrap().memory().unwrap();
-                let destination = if into_file {
-                    GuestDestination::file(&file, None).unwrap()
-                } else {
-                    GuestDestination::buffer(memory)
-                };
+                let destination =
+                    if into_file { GuestDestination::file(&file, None) } else { GuestDestination::buffer(memory) };
                 stored.restore(&mut [destination]).unwrap();
             })
         };

@@ -103,14 +103,10 @@ fn memory(root: &SnapshotReader, namespace: &str, folder: &Path) -> Result<Value
         reader = reader.namespace(name)?;
     }
     let memory = reader.memory()?;
-    let mut destinations = Vec::new();
-    let mut files = Vec::new();
-    for region in memory.regions() {
-        let file = folder.join(format!("{:016x}", region.start));
-        let created = File::options().read(true).write(true).create_new(true).open(&file).unwrap();
-        destinations.push(GuestDestination::file(&created, None)?);
-        files.push(file);
-    }
+    let files: Vec<_> = memory.regions().iter().map(|region| folder.join(format!("{:016x}", region.start))).collect();
+    let create = |file| File::options().read(true).write(true).create_new(true).open(file).unwrap();
+    let created: Vec<_> = files.iter().map(create).collect();
+    let mut destinations: Vec<_> = created.iter().map(|file| GuestDestination::file(file, None)).collect();
     memory.restore(&mut destinations)?;
     let regions = files.iter().map(|file| {
         let name = file.file_name().unwrap().to_str().unwrap().to_owned();

@@ -78,7 +78,7 @@ fn check(memory: &GuestMemory, expected: &[&[u8]], bases: &[u64], seed: usize) {
             let fill = |(file, bytes): (&File, &&[u8])| file.write_all_at(&vec![0xee; bytes.len()], 0).unwrap();
             files.iter().zip(expected).for_each(fill);
         }
-        let mut destinations: Vec<_> = files.iter().map(|file| GuestDestination::file(file, None).unwrap()).collect();
+        let mut destinations: Vec<_> = files.iter().map(|file| GuestDestination::file(file, None)).collect();
         memory.restore(&mut destinations).unwrap();
         for (file, bytes) in files.iter().zip(expected) {
             let mut back = vec![1; bytes.len()];
@@ -224,8 +224,8 @@ fn wrong_destinations_are_refused_and_nothing_is_written() {
         (vec![], "expected 1 memory regions"),
         (vec![GuestDestination::buffer(&mut long)], "has 8193 bytes"),
         (vec![GuestDestination::buffer(&mut right).at(0x2000)], "is at 0x2000"),
-        (vec![GuestDestination::file(&file, None).unwrap()], "has 4096 bytes"),
-        (vec![GuestDestination::file(&read_only, None).unwrap()], "is no file"),
+        (vec![GuestDestination::file(&file, None)], "has 4096 bytes"),
+        (vec![GuestDestination::file(&read_only, None)], "is no file"),
     ];
     for (destinations, text) in &mut cases {
         let error = memory.restore(destinations).unwrap_err();
@@ -234,7 +234,7 @@ fn wrong_destinations_are_refused_and_nothing_is_written() {
     drop(cases);
     assert!(right.iter().chain(&long).all(|byte| *byte == 1));
     assert_eq!(file.metadata().unwrap().len(), 4096);
-    let at = GuestDestination::file(&file, Some(4096)).unwrap();
+    let at = GuestDestination::file(&file, Some(4096));
     memory.restore(&mut [at]).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 4096 + 8192);
     for (address, size) in [(0, 1), (0x0fff, 2), (0x1000, 8193), (u64::MAX, 1)] {
@@ -308,7 +308,7 @@ fn a_region_of_an_exabyte_takes_no_memory() {
         let mut page = [0; 4096];
         memory.read_at((1 << 41) + (9 << 20), &mut page).unwrap();
         assert_eq!(page, [7; 4096]);
-        let restored = memory.restore(&mut [GuestDestination::file(&file, None).unwrap()]);
+        let restored = memory.restore(&mut [GuestDestination::file(&file, None)]);
         // Most file systems hold no exabyte; all that are in use hold some terabytes of holes.
         if sparse {
             restored.unwrap();

@@ -50,6 +50,8 @@ def write_memory(
     detect_zeros: bool,
     min_gap_bytes: int,
     zero_unreadable: bool,
+    sparse: bool,
+    stable: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
     """Write guest memory: of each region base; descriptor, buffer or process; offset in it; size."""
@@ -93,10 +95,10 @@ class GuestMemory:
     def read(self, guest_address: int, size: int) -> bytes: ...
     def restore(
         self,
-        destinations: Sequence[tuple[int | None, object, int | None]],
+        destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         progress: Callable[[int, int], object] | None,
     ) -> None:
-        """Restore to descriptors or buffers, with the base each is to have and the offset in a file."""
+        """Restore to descriptors or buffers: with the base each is to have, the offset in it, and the size."""
 
 def generate_key() -> bytes:
     """Return 32 random bytes from the operating system: a key that a snapshot can be written with."""

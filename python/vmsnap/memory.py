@@ -1,21 +1,21 @@
 """Guest memory: which there is, where it comes from, and reading it back."""
 
-import io
-import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vmsnap import _vmsnap
+from vmsnap._backing import Handles
 from vmsnap._vmsnap import ProcessMemory
 from vmsnap.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
-    _Source: TypeAlias = ReadableBuffer | StrPath | int | io.IOBase | ProcessMemory
-    _Target: TypeAlias = "WriteableBuffer | StrPath | int | io.IOBase | GuestRegion | None"
+    from vmsnap._backing import OpenFile
+
+    _Source: TypeAlias = ReadableBuffer | StrPath | int | OpenFile | ProcessMemory
+    _Target: TypeAlias = WriteableBuffer | StrPath | int | OpenFile | "GuestRegion" | None
 
 __all__ = ["GuestMemory", "GuestRegion", "MemoryReport", "ProcessMemory"]
 
@@ -34,6 +34,9 @@ class GuestRegion:
         A buffer (mmap, memoryview, numpy array); or a file, memfd or block device: its path, its descriptor, or an open
         file; or a live process: a `ProcessMemory`. Of a file, holes are not read, and its position stays what it is; of
         a process, pages that it never touched are neither read nor made resident.
+
+        ``bytes`` are memory, not a path. An open file is what ``open`` or ``tempfile`` returns, and is flushed first.
+        An object that decompresses, or reads from an archive or a socket, is not one, though it may have a ``fileno``.
     offset
         Where in the source the region begins, in bytes; of a process, the virtual address.
     size
@@ -64,15 +67,6 @@ class MemoryReport:
     """Guest-physical addresses of what could not be read, and was taken for zeros."""
 
 
-def _handle(stack: ExitStack, where: "_Source | _Target", flags: int) -> object:
-    """Return what the core takes: a descriptor, open as long as the stack is, or a buffer."""
-    if isinstance(where, str | os.PathLike):
-        descriptor = os.open(where, flags | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, descriptor)
-        return descriptor
-    return where.fileno() if isinstance(where, io.IOBase) else where
-
-
 def write(
     raw: _vmsnap.SnapshotWriter,
     regions: Iterable[GuestRegion],
@@ -80,6 +74,8 @@ def write(
     compress: 'Literal["lz4"] | None',
     progress: Progress | None,
     on_error: Literal["raise", "zero"],
+    sparse: bool,
+    stable: bool,
     detect_zeros: bool,
     min_gap_bytes: int,
     chunk_size_bytes: int,
@@ -90,16 +86,18 @@ def write(
         raise InvalidArgumentError(f'compress is "lz4" or None, not {compress!r}')
     if on_error not in ("raise", "zero"):
         raise InvalidArgumentError(f'on_error is "raise" or "zero", not {on_error!r}')
-    with ExitStack() as stack:
+    with Handles(writable=False) as handles:
         logical_bytes, data_bytes, stored_bytes, ranges, seconds, unreadable = _vmsnap.write_memory(
             raw,
-            [(each.guest_base, _handle(stack, each.source, os.O_RDONLY), each.offset, each.size) for each in regions],
+            [(each.guest_base, handles.of(each.source), each.offset, each.size) for each in regions],
             compress is not None,
             block_size_bytes,
             chunk_size_bytes,
             detect_zeros,
             min_gap_bytes,
             on_error == "zero",
+            sparse,
+            stable,
             progress,
         )
     addresses = [range(start, end) for start, end in unreadable]
@@ -169,7 +167,8 @@ class GuestMemory:
             For each region, in their order: a buffer of its size that can be written to; a file or memfd (a path, a
             descriptor, an open file) of its size, or an empty or new one; or a `GuestRegion`, whose address is checked
             and whose offset may be anywhere in a file; or None, for a region that is left out. What lies between the
-            data becomes holes where it can.
+            data becomes holes where it can. An open file is flushed first, keeps its position, and reads what was
+            restored afterwards.
         progress
             Called with the bytes done and all bytes, ten times a second at most, and at the end.
 
@@ -178,25 +177,22 @@ class GuestMemory:
         InvalidArgumentError
             The destinations are not those of the regions. Nothing was written.
         AuthenticationError, CorruptSnapshotError, OSError
-            As for any read, or the destination cannot be written. It holds anything then.
+            As for any read, or the destination cannot be written. It holds anything then; a file that this call made
+            is removed.
+        TypeError
+            A destination is not one of these.
         """
-        with ExitStack() as stack:
-            self._raw.restore([_destination(stack, each) for each in destinations], progress)
+        with Handles(writable=True) as handles:
+            self._raw.restore([_destination(handles, each) for each in destinations], progress)
 
     def __repr__(self) -> str:
         regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])
         return f"<vmsnap.GuestMemory {regions}{', ...' if len(self.regions) > 4 else ''}>"
 
 
-def _destination(stack: ExitStack, target: "_Target") -> tuple[int | None, object, int | None]:
-    flags = os.O_RDWR | os.O_CREAT
+def _destination(handles: Handles, target: "_Target") -> tuple[int | None, object, int | None, int | None]:
+    if target is None:
+        return None, None, None, None
     if not isinstance(target, GuestRegion):
-        return None, _handle(stack, target, flags), None
-    handle = _handle(stack, target.source, flags)
-    if isinstance(handle, ProcessMemory):
-        raise InvalidArgumentError("guest memory is not restored into a process: give it a memfd that both map")
-    if isinstance(handle, int):
-        return target.guest_base, handle, target.offset
-    whole = memoryview(handle).cast("B")  # type: ignore[arg-type]
-    end = None if target.size is None else target.offset + target.size
-    return target.guest_base, whole[target.offset : end], None
+        return None, handles.of(target), None, None
+    return target.guest_base, handles.of(target.source), target.offset, target.size

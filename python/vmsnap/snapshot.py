@@ -241,6 +241,8 @@ class SnapshotWriter(_Handle):
         compress: Literal["lz4"] | None = None,
         progress: memory.Progress | None = None,
         on_error: Literal["raise", "zero"] = "raise",
+        sparse: bool = True,
+        stable: bool = False,
         detect_zeros: bool = True,
         min_gap_bytes: int = 4096,
         chunk_size_bytes: int = 65536,
@@ -261,6 +263,14 @@ class SnapshotWriter(_Handle):
             the dump.
         on_error
             Whether pages that cannot be read are an error, or zeros that the report tells of.
+        sparse
+            Whether holes are left out unread, as the file system or the page table of the process tells of them.
+            ``False`` reads everything: for a file system that tells of holes where there are none. Pages of zeros are
+            left out all the same.
+        stable
+            The promise that no buffer among the sources changes during the call, as the memory of a paused guest does
+            not. Such buffers are stored without a copy, which is faster. Where the promise is broken, what is stored is
+            undefined; a ``bytes`` object cannot change, and needs no promise.
         detect_zeros
             Whether pages that were touched and are zero are left out too.
         min_gap_bytes
@@ -275,7 +285,9 @@ class SnapshotWriter(_Handle):
         FileExistsError
             There is a ``mem`` or ``mem_metadata`` in this namespace.
         InvalidArgumentError
-            Regions overlap, a source is too short, or a size is not allowed.
+            Regions overlap, a source is too short or does not tell its size, or a size is not allowed.
+        TypeError
+            A source is not one of those that `GuestRegion` names.
         OSError
             Memory cannot be read, and the text has its guest-physical address; or the disk is full. After any error
             neither fragment is there.
@@ -286,6 +298,8 @@ class SnapshotWriter(_Handle):
             compress=compress,
             progress=progress,
             on_error=on_error,
+            sparse=sparse,
+            stable=stable,
             detect_zeros=detect_zeros,
             min_gap_bytes=min_gap_bytes,
             chunk_size_bytes=chunk_size_bytes,

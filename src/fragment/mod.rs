@@ -5,6 +5,7 @@
 //! reading.rs   FragmentReader (Read, Seek, read_at)
 //! plain.rs     the bytes themselves
 //! parts.rs     a fragment written in parts, by several threads
+//! rope.rs      bytes that follow each other, and lie apart in memory
 //! sealed_sink.rs, sealing.rs    one FLOE message, sealed by all threads
 //! sealed_source.rs, pieces.rs   the same, opened by all threads
 //! digest.rs, ledger.rs          what the manifest is to say of a fragment
@@ -20,6 +21,7 @@ pub(crate) mod parts;
 mod pieces;
 mod plain;
 mod reading;
+pub(crate) mod rope;
 mod sealed_sink;
 mod sealed_source;
 mod sealing;

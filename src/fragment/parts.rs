@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex};
 
+use rustix::io::{Errno, pwritev};
+
 use super::digest::{Digest, PIECE_BYTES, Subtree, subtree};
+use super::not_written;
+use super::rope::Rope;
 use super::sealing::{self, Sealers};
-use super::{STRIP_BYTES, not_written, strip_bytes};
 use crate::error::Result;
 use crate::threads::lock;
 
@@ -32,7 +35,11 @@ pub(super) struct Collected {
 }
 
 /// What one thread needs to write parts.
-pub(crate) struct PartWorker(Option<sealing::Worker>);
+pub(crate) struct PartWorker {
+    sealing: Option<sealing::Worker>,
+    /// For a unit that does not lie together.
+    room: Vec<u8>,
+}
 
 impl Parts {
     /// Bytes of which a part has some number.
@@ -45,34 +52,31 @@ impl Parts {
     }
 
     pub(crate) fn worker(&self) -> PartWorker {
-        match &self.kind {
-            Kind::Plain(_) => PartWorker(None),
-            Kind::Sealed { sealers, .. } => PartWorker(Some(sealers.worker())),
-        }
+        let sealing = match &self.kind {
+            Kind::Plain(_) => None,
+            Kind::Sealed { sealers, .. } => Some(sealers.worker()),
+        };
+        PartWorker { sealing, room: Vec::new() }
     }
 
     /// Writes a part to `offset`, in bytes of plaintext.
-    pub(crate) fn write(&self, worker: &mut PartWorker, offset: u64, data: &[u8]) -> Result<()> {
-        match (&self.kind, &mut worker.0) {
+    pub(crate) fn write(&self, worker: &mut PartWorker, offset: u64, part: &Rope<'_>) -> Result<()> {
+        let PartWorker { sealing, room } = worker;
+        match (&self.kind, sealing) {
             (Kind::Sealed { sealers, chunk_size_bytes }, Some(worker)) => {
-                let strip_bytes = strip_bytes(*chunk_size_bytes);
-                let mut index = offset / *chunk_size_bytes as u64;
-                for strip in data.chunks(strip_bytes) {
-                    sealers.seal_strip(worker, &self.file, index, strip)?;
-                    index += (strip.len() / chunk_size_bytes) as u64;
-                }
-                Ok(())
+                sealers.seal_rope(worker, &self.file, offset / *chunk_size_bytes as u64, part, room)
             }
             (Kind::Plain(digest), _) => {
-                for (number, strip) in data.chunks(STRIP_BYTES).enumerate() {
-                    self.file.write_all_at(strip, offset + (number * STRIP_BYTES) as u64).map_err(not_written)?;
-                }
+                write_runs(&self.file, part.runs(), offset).map_err(not_written)?;
                 if let Some(collected) = digest
-                    && !data.is_empty()
+                    && part.len() > 0
                 {
                     let first = offset / PIECE_BYTES as u64;
-                    let pieces = data.chunks(PIECE_BYTES).zip(first..);
-                    let subtrees = pieces.map(|(piece, index)| subtree(index, piece)).collect();
+                    let mut subtrees = Vec::with_capacity(part.len() / PIECE_BYTES);
+                    part.units(PIECE_BYTES, room, |piece| {
+                        subtrees.push(subtree(first + subtrees.len() as u64, piece));
+                        Result::Ok(())
+                    })?;
                     lock(collected).add(first, subtrees);
                 }
                 Ok(())
@@ -81,6 +85,29 @@ impl Parts {
         }
     }
 }
+
+/// Writes runs one after the other.
+fn write_runs(file: &File, runs: &[&[u8]], mut offset: u64) -> io::Result<()> {
+    for runs in runs.chunks(IOV_MAX) {
+        let mut slices: Vec<_> = runs.iter().map(|run| IoSlice::new(run)).collect();
+        let mut left = &mut slices[..];
+        while !left.is_empty() {
+            match pwritev(file, left, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    offset += count as u64;
+                    IoSlice::advance_slices(&mut left, count);
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `IOV_MAX` of linux/uio.h: what one call takes.
+const IOV_MAX: usize = 1024;
 
 impl Collected {
     fn add(&mut self, first: u64, subtrees: Vec<Subtree>) {

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use super::rope::Rope;
 use super::{not_written, strip_bytes};
 use crate::buffer;
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
@@ -60,6 +61,39 @@ struct Strip {
 pub(super) struct Worker {
     sealer: Sealer,
     segments: Vec<u8>,
+}
+
+/// Segments that are gathered, to be written together.
+struct SealedStrip<'a> {
+    worker: &'a mut Worker,
+    file: &'a File,
+    first_index: u64,
+    chunk_size_bytes: usize,
+    chunks: usize,
+}
+
+impl SealedStrip<'_> {
+    fn push(&mut self, chunk: &[u8]) -> Result<()> {
+        let size = segment_size(self.chunk_size_bytes);
+        let at = self.chunks * size;
+        let segment = &mut self.worker.segments[at..at + size];
+        self.worker.sealer.seal(self.first_index + self.chunks as u64, chunk, segment)?;
+        self.chunks += 1;
+        if (self.chunks + 1) * self.chunk_size_bytes > strip_bytes(self.chunk_size_bytes) {
+            self.write()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn write(&mut self) -> Result<()> {
+        let stored = self.chunks * segment_size(self.chunk_size_bytes);
+        let offset = segment_offset(self.first_index, self.chunk_size_bytes);
+        self.file.write_all_at(&self.worker.segments[..stored], offset).map_err(not_written)?;
+        self.first_index += self.chunks as u64;
+        self.chunks = 0;
+        Ok(())
+    }
 }
 
 impl Sealers {
@@ -181,17 +215,33 @@ impl Sealers {
     }
 
     /// Seals whole chunks, none of them the last, and writes them.
-    pub(super) fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
-        let Worker { sealer, segments } = worker;
-        let stored = strip.len() / self.chunk_size_bytes * segment_size(self.chunk_size_bytes);
-        if segments.len() < stored {
-            buffer::fit(segments, stored)?;
+    fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
+        let mut strip_writer = self.strip(worker, file, first_index)?;
+        strip.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| strip_writer.push(chunk))?;
+        strip_writer.write()
+    }
+
+    /// The same of chunks that may lie apart; `room` is for one that does.
+    pub(super) fn seal_rope(
+        &self,
+        worker: &mut Worker,
+        file: &File,
+        first_index: u64,
+        rope: &Rope<'_>,
+        room: &mut Vec<u8>,
+    ) -> Result<()> {
+        let mut strip = self.strip(worker, file, first_index)?;
+        rope.units(self.chunk_size_bytes, room, |chunk| strip.push(chunk))?;
+        strip.write()
+    }
+
+    fn strip<'a>(&self, worker: &'a mut Worker, file: &'a File, first_index: u64) -> Result<SealedStrip<'a>> {
+        let chunk_size_bytes = self.chunk_size_bytes;
+        let stored = strip_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
+        if worker.segments.len() < stored {
+            buffer::fit(&mut worker.segments, stored)?;
         }
-        let places = segments.chunks_exact_mut(segment_size(self.chunk_size_bytes));
-        for ((index, chunk), segment) in (first_index..).zip(strip.chunks_exact(self.chunk_size_bytes)).zip(places) {
-            sealer.seal(index, chunk, segment)?;
-        }
-        file.write_all_at(&segments[..stored], segment_offset(first_index, self.chunk_size_bytes)).map_err(not_written)
+        Ok(SealedStrip { worker, file, first_index, chunk_size_bytes, chunks: 0 })
     }
 
     pub(super) fn worker(&self) -> Worker {

@@ -268,6 +268,16 @@ impl Fragment {
         Ok(self.written())
     }
 
+    /// Poisons the fragment, as a write does that fails for `error`.
+    #[cfg(feature = "python")]
+    pub(crate) fn fail(&mut self, error: Error) -> Error {
+        if matches!(self.state, State::Open(_)) {
+            self.state = State::Failed;
+            return error.context(&self.place);
+        }
+        error
+    }
+
     /// Lets `work` use the sink, and poisons the fragment where that fails.
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
         let result = self.home.check().and_then(|()| {

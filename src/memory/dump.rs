@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use super::layout::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::lz4::{self, Packer};
+use super::pages::readable;
 use super::source::GuestMemorySource;
 use super::turns::{Item, Noted, Rest, Shelf, Turns};
 use super::zeros::{PAGE_BYTES, is_zero};
 use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::parts::{PartWorker, Parts};
+use crate::fragment::rope::Rope;
 use crate::threads::{Poll, for_each_polled, lock};
 use crate::writer::SnapshotWriter;
 
@@ -57,6 +59,7 @@ impl std::fmt::Debug for GuestRegion<'_> {
 
 /// How guest memory is stored.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct MemoryOptions {
     compress: bool,
     block_size_bytes: usize,
@@ -64,6 +67,7 @@ pub struct MemoryOptions {
     detect_zeros: bool,
     min_gap_bytes: u64,
     zero_unreadable: bool,
+    sparse: bool,
 }
 
 impl Default for MemoryOptions {
@@ -75,6 +79,7 @@ impl Default for MemoryOptions {
             detect_zeros: true,
             min_gap_bytes: PAGE_BYTES as u64,
             zero_unreadable: false,
+            sparse: true,
         }
     }
 }
@@ -118,6 +123,14 @@ impl MemoryOptions {
     #[must_use]
     pub fn min_gap_bytes(mut self, min_gap_bytes: u64) -> Self {
         self.min_gap_bytes = min_gap_bytes;
+        self
+    }
+
+    /// Whether holes are taken from what the source says of them; they are by default. Without, all of it is read: for file
+    /// systems whose answers are not to be trusted.
+    #[must_use]
+    pub fn sparse(mut self, sparse: bool) -> Self {
+        self.sparse = sparse;
         self
     }
 
@@ -275,6 +288,9 @@ struct Worker {
     found: Vec<Range<u64>>,
     ranges: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
+    /// What the slice before left over, and a unit that does not lie together.
+    head: Vec<u8>,
+    room: Vec<u8>,
     /// And the buffer for compressed blocks, with their lengths; it is with the shelf meanwhile.
     packing: Option<(Packer, Option<Noted>)>,
     part: PartWorker,
@@ -341,6 +357,8 @@ impl<'a> Dump<'a> {
             found: Vec::new(),
             ranges: Vec::new(),
             unreadable: Vec::new(),
+            head: Vec::new(),
+            room: Vec::new(),
             packing,
             part: parts.worker(),
         })
@@ -351,9 +369,9 @@ impl<'a> Dump<'a> {
         let (mut region, mut at, mut number) = (0, 0, 0);
         std::iter::from_fn(move || {
             loop {
-                let source = &self.regions.get(region)?.source;
+                let source = &*self.regions.get(region)?.source;
                 let size = source.size();
-                let next = match if at < size { source.next_data(at) } else { Ok(None) } {
+                let next = match if at < size { self.next_data(source, at) } else { Ok(None) } {
                     // Slices begin where they would without holes, so that the list of ranges does not depend on them.
                     Ok(next) => next.map(|next| next.max(at)).filter(|next| *next < size),
                     Err(error) => {
@@ -375,6 +393,10 @@ impl<'a> Dump<'a> {
         })
     }
 
+    fn next_data(&self, source: &dyn GuestMemorySource, at: u64) -> io::Result<Option<u64>> {
+        if self.options.sparse { source.next_data(at) } else { Ok(Some(at)) }
+    }
+
     fn in_region(&self, region: usize, error: Error) -> Error {
         error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
     }
@@ -387,39 +409,95 @@ impl<'a> Dump<'a> {
         slice: &Slice,
         poll: &mut Poll<'_>,
     ) -> Result<()> {
-        let &Slice { number, region, range: Range { start, end } } = slice;
+        let Slice { number, region, range: Range { start, end } } = *slice;
         worker.slice.clear();
         worker.ranges.clear();
-        self.gather(region, start..end, worker).map_err(|error| self.in_region(region, error))?;
-        let Worker { slice, ranges, unreadable, packing, part, .. } = worker;
+        let bytes = self.regions[region].source.bytes();
+        let in_place = bytes.is_some_and(|bytes| self.scan(region, start..end, bytes, worker));
+        if !in_place {
+            self.gather(region, start..end, worker).map_err(|error| self.in_region(region, error))?;
+        }
+        let Worker { slice, ranges, unreadable, head, packing, part, room, .. } = worker;
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
-        let (offset, units) =
-            stages.data.take(number, slice, poll, || lock(&self.found).add(region, ranges, unreadable))?;
+        let found = || lock(&self.found).add(region, ranges, unreadable);
+        let mut units = Rope::new();
+        let offset;
+        if let Some(bytes) = bytes.filter(|_| in_place) {
+            ranges.iter().filter_map(|range| part_of(bytes, range)).for_each(|run| units.push(run));
+            (offset, units) = stages.data.take_in_place(number, &units, head, poll, found)?;
+        } else {
+            let (at, taken) = stages.data.take(number, slice, poll, found)?;
+            units.push(taken);
+            offset = at;
+        }
         match (packing, &stages.frame) {
             (Some((packer, buffer)), Some(shelf)) => {
                 let (mut packed, mut lengths) = buffer.take().ok_or_else(Error::interrupted)?;
-                for block in units.chunks(self.options.block_size_bytes) {
+                units.units(self.options.block_size_bytes, room, |block| {
                     let length = packer.pack(block, packed.spare())?;
                     packed.grow(lz4::SIZE_WORD_BYTES + length);
                     lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
-                }
-                let write = |offset, units: &[u8]| parts.write(part, offset, units);
+                    Result::Ok(())
+                })?;
+                let write = |offset, units: &[u8]| {
+                    let mut rope = Rope::new();
+                    rope.push(units);
+                    parts.write(part, offset, &rope)
+                };
                 *buffer = Some(shelf.put(number, (packed, lengths), poll, write)?);
             }
-            _ => parts.write(part, offset, units)?,
+            _ => parts.write(part, offset, &units)?,
         }
         self.done.fetch_add(end - start, Ordering::Relaxed);
         Ok(())
     }
 
+    /// Finds what is to be stored of a slice of bytes that do not change; false where not all of them can be read.
+    fn scan(&self, region: usize, slice: Range<u64>, bytes: &[u8], worker: &mut Worker) -> bool {
+        let source = &*self.regions[region].source;
+        let min_gap = self.min_gap();
+        worker.found.clear();
+        if !self.options.sparse || source.data_ranges(slice.clone(), &mut worker.found).is_err() {
+            worker.found.clear();
+            worker.found.push(slice.clone());
+        }
+        let mut at = slice.start;
+        for data in &worker.found {
+            let range = data.start.max(at)..data.end.min(slice.end);
+            let Some(part) = part_of(bytes, &range) else { continue };
+            // A mapping may have pages that must not be touched.
+            if !readable(part).is_ok_and(|readable| readable == part.len()) {
+                worker.ranges.clear();
+                return false;
+            }
+            if self.options.detect_zeros {
+                find_data(part, range.start, min_gap, &mut worker.ranges);
+            } else {
+                append_near(&mut worker.ranges, range.clone(), min_gap);
+            }
+            at = range.end;
+        }
+        true
+    }
+
+    /// Shorter gaps are stored as zeros.
+    fn min_gap(&self) -> u64 {
+        let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_A_DOUBLING;
+        self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20))
+    }
+
     /// Reads the data of a slice into the worker's buffer, without zeros.
     fn gather(&self, region: usize, slice: Range<u64>, worker: &mut Worker) -> Result<()> {
         let source = &*self.regions[region].source;
-        let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_A_DOUBLING;
-        let min_gap = self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20));
+        let min_gap = self.min_gap();
         let mut found = std::mem::take(&mut worker.found);
         found.clear();
-        let looked = source.data_ranges(slice.clone(), &mut found);
+        let looked = if self.options.sparse {
+            source.data_ranges(slice.clone(), &mut found)
+        } else {
+            found.push(slice.clone());
+            Ok(())
+        };
         looked.map_err(|error| Error::io("cannot be searched for holes", error))?;
         let mut at = slice.start;
         for data in &found {
@@ -492,32 +570,49 @@ fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     }
 }
 
-/// Moves what is not zero to the beginning of `data`, which is at `start` of its region, and adds its ranges; returns how much
-/// that is. Zeros between two ranges of less than `min_gap` stay.
-fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) -> usize {
-    let (mut kept, mut from) = (0, 0);
+/// Adds a range after the others, to the last of them where less than `min_gap` is between.
+fn append_near(ranges: &mut Vec<Range<u64>>, range: Range<u64>, min_gap: u64) {
+    match ranges.last_mut() {
+        Some(last) if range.start - last.end < min_gap => last.end = range.end,
+        _ => append(ranges, range),
+    }
+}
+
+/// Adds the ranges of pages in `data` that are not zero, which is at `start` of its region.
+fn find_data(data: &[u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) {
+    let mut from = 0;
     while from < data.len() {
         let at = start + from as u64;
         let end = page_end(at).min(start + data.len() as u64);
         let to = usize::try_from(end - start).unwrap_or(0);
         if !is_zero(&data[from..to]) {
-            match ranges.last_mut() {
-                Some(last) if at - last.end < min_gap => {
-                    let gap = usize::try_from(at - last.end).unwrap_or(0);
-                    data[kept..kept + gap].fill(0);
-                    kept += gap;
-                    last.end = end;
-                }
-                _ => append(ranges, at..end),
-            }
-            if kept != from {
-                data.copy_within(from..to, kept);
-            }
-            kept += to - from;
+            append_near(ranges, at..end, min_gap);
         }
         from = to;
     }
+}
+
+/// Moves what is not zero to the beginning of `data`, which is at `start` of its region, and adds its ranges; returns how much
+/// that is. Zeros between two ranges of less than `min_gap` stay.
+fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) -> usize {
+    let first = ranges.len().saturating_sub(1);
+    find_data(data, start, min_gap, ranges);
+    let mut kept = 0;
+    for range in &ranges[first..] {
+        let from = usize::try_from(range.start.max(start) - start).unwrap_or(0);
+        let to = usize::try_from(range.end.max(start) - start).unwrap_or(0);
+        if from != kept && to > from {
+            data.copy_within(from..to, kept);
+        }
+        kept += to.saturating_sub(from);
+    }
     kept
+}
+
+/// Some of a region's bytes; None where there are none.
+fn part_of<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
+    let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
+    bytes.get(start..end).filter(|part| !part.is_empty())
 }
 
 impl Stages {

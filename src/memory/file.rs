@@ -49,40 +49,93 @@ pub(super) struct OpenFile {
 impl FileMemory {
     /// `size` bytes from `offset`, or all from there. The position of `file` stays what it is.
     ///
+    /// Several parts of one file share a descriptor where [`FileMemory::part`] makes them.
+    ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where the file does not reach so far, [`Error::is_io`] where it cannot be looked at.
+    /// [`Error::is_invalid_argument`] where the file does not reach so far, where nothing is left from `offset` on and no size
+    /// is given, and where it is not a file that tells its size: a directory, FIFO, socket or character device, an empty file,
+    /// or one like those of `/proc` that has a size of 0 whatever it holds. [`Error::is_io`] where it cannot be looked at.
     pub fn new(file: impl AsFd, offset: u64, size: Option<u64>) -> Result<Self> {
-        let file = OpenFile::new(file)?;
-        let length = file.length;
-        let rest = length.checked_sub(offset);
+        let open = OpenFile::new(&file)?;
+        let length = open.length;
+        if length == 0 {
+            let text = "has a size of 0: it is empty, or like files of /proc does not tell its size; \
+                        a process' memory is a ProcessMemory";
+            return Err(Error::invalid_argument(text).context(name_of(&file)));
+        }
+        Self::within(Arc::new(open), 0, length).part(offset, size)
+    }
+
+    /// A part of this memory, `size` bytes from `offset` or all from there, that shares the open file with it: one descriptor
+    /// is enough for any number of regions of a file.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("ram");
+    /// std::fs::write(&path, [7; 8192])?;
+    /// let whole = vmsnap::FileMemory::open(&path, 0, None)?;
+    /// let high = whole.part(4096, None)?;
+    /// assert_eq!(vmsnap::GuestMemorySource::size(&high), 4096);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] where this memory does not reach so far, or nothing is left from `offset` on and no size
+    /// is given.
+    pub fn part(&self, offset: u64, size: Option<u64>) -> Result<Self> {
+        let rest = self.size.checked_sub(offset);
         let size = match (rest, size) {
-            (Some(rest), None) => rest,
+            (Some(rest), None) if rest > 0 => rest,
             (Some(rest), Some(size)) if size <= rest => size,
             _ => {
                 let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
-                let text = format!("the file of guest memory has {length} bytes, not {wanted}offset {offset}");
-                return Err(Error::invalid_argument(text));
+                let text = format!("has {} bytes, not {wanted}offset {offset}", self.size);
+                return Err(Error::invalid_argument(text).context(name_of(&self.file.file)));
             }
         };
-        Ok(Self::part(Arc::new(file), offset, size))
+        Ok(Self::within(Arc::clone(&self.file), self.offset + offset, size))
     }
 
-    pub(super) fn part(file: Arc<OpenFile>, offset: u64, size: u64) -> Self {
+    pub(super) fn within(file: Arc<OpenFile>, offset: u64, size: u64) -> Self {
         Self { file, offset, size, known: Mutex::new(0..0) }
     }
 
-    /// The file at `path`, as [`FileMemory::new`].
+    /// The file at `path`, as [`FileMemory::new`] takes it. A FIFO is refused without waiting for whoever writes to it.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// Those of [`FileMemory::new`], and [`Error::is_io`] where the file cannot be opened.
     pub fn open(path: impl AsRef<Path>, offset: u64, size: Option<u64>) -> Result<Self> {
         let path = path.as_ref();
-        let file =
-            File::open(path).map_err(|error| Error::io(format!("{} cannot be opened", path.display()), error))?;
-        Self::new(file, offset, size).map_err(|error| error.context(path.display()))
+        let failed = |error: io::Error| Error::io(format!("{} cannot be opened", path.display()), error);
+        // Looked at first: to open a FIFO waits, and to open a device may do anything.
+        let stat = fs::stat(path).map_err(|errno| failed(errno.into()))?;
+        check_kind(fs::FileType::from_raw_mode(stat.st_mode)).map_err(|error| error.context(path.display()))?;
+        Self::new(File::open(path).map_err(failed)?, offset, size)
     }
+}
+
+/// The file's path as the kernel knows it, for an error.
+fn name_of(file: &impl AsFd) -> String {
+    let descriptor = file.as_fd().as_raw_fd();
+    std::fs::read_link(format!("/proc/self/fd/{descriptor}"))
+        .map_or_else(|_| format!("file descriptor {descriptor}"), |path| path.display().to_string())
+}
+
+/// Refuses what has no size.
+fn check_kind(kind: fs::FileType) -> Result<()> {
+    let kind = match kind {
+        fs::FileType::RegularFile | fs::FileType::BlockDevice => return Ok(()),
+        fs::FileType::Directory => "a directory",
+        fs::FileType::Fifo => "a FIFO or a pipe",
+        fs::FileType::Socket => "a socket",
+        fs::FileType::CharacterDevice => "a character device",
+        _ => "neither a file nor a device",
+    };
+    let text = format!("is {kind}; guest memory is in a file, a memfd or a block device");
+    Err(Error::invalid_argument(text))
 }
 
 /// The same file with a position of its own.
@@ -92,15 +145,19 @@ fn reopen(file: &impl AsFd) -> io::Result<File> {
 
 impl OpenFile {
     fn new(file: impl AsFd) -> Result<Self> {
-        let failed = |error: io::Error| Error::io("the file of guest memory cannot be opened", error);
+        let failed = |error: io::Error| Error::io("cannot be opened as guest memory", error).context(name_of(&file));
+        // Looked at first: to open a FIFO anew waits.
+        let stat = fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
+        check_kind(fs::FileType::from_raw_mode(stat.st_mode)).map_err(|error| error.context(name_of(&file)))?;
         // A description of our own: looking for holes moves the position.
-        let (file, own) = match reopen(&file) {
+        let (own_file, own) = match reopen(&file) {
             Ok(file) => (file, true),
             Err(_) => (file.as_fd().try_clone_to_owned().map_err(failed)?.into(), false),
         };
-        Self::of(file, own)
-            .map_err(failed)?
-            .ok_or_else(|| Error::invalid_argument("guest memory comes from a file, a memfd or a block device"))
+        Self::of(own_file, own).map_err(failed)?.ok_or_else(|| {
+            Error::invalid_argument("the size of a block device is only found where it can be opened anew")
+                .context(name_of(&file))
+        })
     }
 
     /// None where it is nothing that has a length. `own`: whether nobody else moves its position.
@@ -111,7 +168,13 @@ impl OpenFile {
             fs::FileType::BlockDevice if own => fs::seek(&file, SeekFrom::End(0))?,
             _ => return Ok(None),
         };
-        let tells_holes = own && !matches!(fs::seek(&file, SeekFrom::Data(0)), Err(errno) if errno != Errno::NXIO);
+        let tells_holes = own
+            && match fs::seek(&file, SeekFrom::Data(0)) {
+                Ok(_) => true,
+                // No data at all, and blocks of it: one of the two is wrong, or there is space set aside.
+                Err(Errno::NXIO) => stat.st_blocks == 0,
+                Err(_) => false,
+            };
         Ok(Some(Self { file, length, tells_holes, lookers: Default::default() }))
     }
 
@@ -242,9 +305,52 @@ mod tests {
         let mut buf = [9; 8192];
         assert_eq!(memory.read_at(61_440, &mut buf).unwrap(), 8192);
         assert_eq!((buf[0], buf[4096]), (1, 0));
-        for (offset, size) in [(1 << 21, None), (1 << 19, Some(1 << 20))] {
+        for (offset, size) in [(1 << 21, None), (1 << 19, Some(1 << 20)), (1 << 20, None)] {
             assert!(FileMemory::new(&file, offset, size).unwrap_err().is_invalid_argument());
         }
+    }
+
+    #[test]
+    fn parts_of_a_file_share_its_descriptor() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1, 2, 3, 4], 0).unwrap();
+        let whole = FileMemory::new(&file, 1, None).unwrap();
+        let parts: Vec<_> = (0..3).map(|offset| whole.part(offset, Some(1)).unwrap()).collect();
+        for (part, expected) in parts.iter().zip([2, 3, 4]) {
+            let mut byte = [0];
+            assert_eq!(part.read_at(0, &mut byte).unwrap(), 1);
+            assert_eq!(byte, [expected]);
+            assert!(Arc::ptr_eq(&part.file, &whole.file));
+        }
+        assert_eq!(whole.part(3, Some(0)).unwrap().size(), 0);
+        for (offset, size) in [(3, None), (4, Some(0)), (0, Some(4)), (u64::MAX, Some(u64::MAX))] {
+            assert!(whole.part(offset, size).unwrap_err().is_invalid_argument());
+        }
+    }
+
+    #[test]
+    fn what_does_not_tell_its_size_is_refused_by_name_and_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        fs::mknodat(fs::CWD, &fifo, fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let empty = folder.path().join("empty");
+        File::create(&empty).unwrap();
+        for (path, why) in [
+            (fifo.as_path(), "a FIFO"),
+            (folder.path(), "a directory"),
+            (Path::new("/dev/zero"), "a character device"),
+            (Path::new("/proc/self/maps"), "size of 0"),
+            (empty.as_path(), "size of 0"),
+        ] {
+            let error = FileMemory::open(path, 0, None).unwrap_err();
+            assert!(error.is_invalid_argument());
+            let text = error.to_string();
+            assert!(text.contains(why), "{text}");
+            assert!(text.contains(path.file_name().unwrap().to_str().unwrap()), "{text}");
+        }
+        // Open for reading and writing, which waits for nobody.
+        let both = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+        assert!(FileMemory::new(&both, 0, None).unwrap_err().to_string().contains("fifo: "));
     }
 
     #[test]

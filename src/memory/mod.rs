@@ -10,15 +10,21 @@
 //! layout.rs    the metadata: which memory is where
 //! dump.rs      SnapshotWriter::write_memory
 //! data.rs      the data in `mem`, whatever form that has
-//! pages.rs     pages of this process
-//! restore.rs   GuestMemory: all of it at once, or some of it at random
+//! pages.rs     pages of this process, before they are touched and after
+//! mapping.rs   what is behind a buffer of this process
+//! guest_memory.rs  GuestMemory: which there is, and some of it at random
+//! destination.rs   where regions are restored to
+//! restore.rs   all of it at once
 //! ```
 
 mod data;
+mod destination;
 mod dump;
 mod file;
+mod guest_memory;
 mod layout;
 mod lz4;
+mod mapping;
 mod pages;
 mod process;
 mod restore;
@@ -26,10 +32,15 @@ mod source;
 mod turns;
 mod zeros;
 
+pub use destination::GuestDestination;
 pub use dump::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 pub use file::FileMemory;
+pub use guest_memory::GuestMemory;
 #[cfg(any(test, fuzzing))]
 pub(crate) use layout::Metadata;
+#[cfg(feature = "python")]
+pub(crate) use pages::{populate, readable};
 pub use process::{ProcessMemory, ProcessRange};
-pub use restore::{GuestDestination, GuestMemory};
+#[cfg(feature = "python")]
+pub(crate) use source::ChangingBytes;
 pub use source::GuestMemorySource;

@@ -1,103 +1,140 @@
-//! Pages of this process: made resident, and given back.
+//! Pages of this process: asked for before they are touched, and given back.
+//!
+//! A caller's buffer may be a mapping: of a file that was cut meanwhile, on a full file system, of huge pages that there are
+//! none of, with guard pages in it. Touching such a page ends the process by SIGBUS or SIGSEGV. `MADV_POPULATE_READ` and
+//! `MADV_POPULATE_WRITE` (Linux 5.14, madvise(2)) report an error instead, and fault in many pages at the cost of few.
 
 #![allow(unsafe_code, reason = "madvise")]
 
+use std::io;
 use std::ops::Range;
+use std::sync::OnceLock;
 
+use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
+use super::mapping::{Backing, is_permitted};
 use super::zeros::{PAGE_BYTES, is_zero};
-use crate::process;
-
-/// What becomes of pages of a buffer that are given back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Backing {
-    /// Private and of no file: they are zeros when they are next looked at.
-    Anonymous,
-    /// Shared with others: a hole can be made in what is behind it.
-    Shared,
-    /// The contents of a file would come back, or it cannot be known.
-    Other,
-}
-
-impl Backing {
-    /// What `/proc/self/maps` says of all of the buffer.
-    pub(super) fn of(buffer: &[u8]) -> Self {
-        if !process::advice_is_taken() {
-            return Self::Other;
-        }
-        let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return Self::Other };
-        let wanted = buffer.as_ptr_range();
-        let (mut at, end) = (wanted.start as usize, wanted.end as usize);
-        let mut kinds = Vec::new();
-        for line in maps.lines() {
-            let Some((range, kind)) = parse(line) else { continue };
-            if range.contains(&at) && at < end {
-                kinds.push(kind);
-                at = range.end;
-            }
-        }
-        match kinds.split_first() {
-            Some((first, rest)) if at >= end && rest.iter().all(|kind| kind == first) => *first,
-            _ => Self::Other,
-        }
-    }
-}
-
-/// The addresses of a mapping, and what is behind it; `proc_pid_maps(5)`.
-fn parse(line: &str) -> Option<(Range<usize>, Backing)> {
-    let mut words = line.split_ascii_whitespace();
-    let (start, end) = words.next()?.split_once('-')?;
-    let address = |text| usize::from_str_radix(text, 16).ok();
-    let shared = words.next()?.ends_with('s');
-    let inode = words.nth(2)?;
-    let backing = match (shared, inode) {
-        (true, _) => Backing::Shared,
-        (false, "0") => Backing::Anonymous,
-        (false, _) => Backing::Other,
-    };
-    Some((address(start)?..address(end)?, backing))
-}
 
 /// Makes a part of a buffer zero, and gives its pages back where that can be.
-pub(super) fn make_zero(part: &mut [u8], backing: Backing) {
+pub(super) fn make_zero(part: &mut [u8], backing: Backing) -> io::Result<()> {
     let advice = match backing {
+        Backing::Zeros => return Ok(()),
         Backing::Anonymous => Advice::LinuxDontNeed,
         Backing::Shared => Advice::LinuxRemove,
         Backing::Other => return fill_with_zeros(part),
     };
     let (head, pages, tail) = whole_pages(part);
-    head.fill(0);
-    tail.fill(0);
+    for edge in [head, tail] {
+        fill_with_zeros(edge)?;
+    }
     if pages.is_empty() {
-        return;
+        return Ok(());
     }
     // SAFETY: whole pages of a slice that is ours alone, so that nobody else sees them change, in a mapping where, as its
     // backing says, both kinds of advice leave zeros.
-    if unsafe { madvise(pages.as_mut_ptr().cast(), pages.len(), advice) }.is_err() {
+    match unsafe { madvise(pages.as_mut_ptr().cast(), pages.len(), advice) } {
+        Ok(()) => Ok(()),
         // Locked pages; a file system that makes no holes.
-        fill_with_zeros(pages);
+        Err(_) => fill_with_zeros(pages),
     }
 }
 
 /// Makes pages resident that are going to be written, all at once: half the time of a fault for each.
-pub(super) fn populate(part: &mut [u8]) {
-    let (_, pages, _) = whole_pages(part);
-    if !pages.is_empty() {
-        // SAFETY: whole pages of a slice that is ours; this changes none of their bytes. Where the kernel cannot (before 5.14),
-        // each is faulted in when it is written.
-        let _ = unsafe { madvise(pages.as_mut_ptr().cast(), pages.len(), Advice::LinuxPopulateWrite) };
-    }
+///
+/// # Errors
+///
+/// Where one of them cannot be had; it must not be touched then.
+pub(crate) fn populate(part: &mut [u8]) -> io::Result<()> {
+    advise(part.as_ptr_range(), Advice::LinuxPopulateWrite)
 }
 
-/// Writes only to pages that are not zero: the others may not be resident, or be a file's.
-fn fill_with_zeros(part: &mut [u8]) {
-    for page in part.chunks_mut(PAGE_BYTES) {
-        if !is_zero(page) {
-            page.fill(0);
+/// How many bytes from the beginning of a part can be read, at least one.
+///
+/// # Errors
+///
+/// Why the first of them cannot be; it must not be touched then.
+pub(crate) fn readable(part: &[u8]) -> io::Result<usize> {
+    let Err(error) = advise(part.as_ptr_range(), Advice::LinuxPopulateRead) else { return Ok(part.len()) };
+    // The pages before the first bad one are there now, so that this costs little more than looking at them.
+    let mut good = 0;
+    while good < part.len() {
+        let page = page_after(&part[good..]);
+        match advise(part[good..good + page].as_ptr_range(), Advice::LinuxPopulateRead) {
+            Ok(()) => good += page,
+            Err(_) if good > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    if good == 0 { Err(error) } else { Ok(good) }
+}
+
+/// Asks for all pages of which a part has some; quiet where the kernel cannot.
+fn advise(part: Range<*const u8>, advice: Advice) -> io::Result<()> {
+    let page = rustix::param::page_size();
+    let (first, end) = (part.start.addr() / page * page, part.end.addr());
+    if part.is_empty() {
+        return Ok(());
+    }
+    let (start, length) = (part.start.with_addr(first).cast_mut().cast(), end - first);
+    loop {
+        // SAFETY: both kinds of advice that are given here change no byte of any page, neither of ours nor of a neighbour's on
+        // the same page.
+        match unsafe { madvise(start, length, advice) } {
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            // Linux before 5.14 does not know it; it refuses the memory of a device, which is there, and what is mapped without
+            // the permission.
+            Err(Errno::INVAL) if populates() && !is_permitted(first..end, advice == Advice::LinuxPopulateWrite) => {
+                return Err(Errno::FAULT.into());
+            }
+            Ok(()) | Err(Errno::INVAL) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
+
+/// Whether the kernel knows `MADV_POPULATE_READ`. Looked at once.
+fn populates() -> bool {
+    static POPULATES: OnceLock<bool> = OnceLock::new();
+    *POPULATES.get_or_init(|| {
+        static PAGE: u8 = 0;
+        let page = rustix::param::page_size();
+        let start = (&raw const PAGE).with_addr((&raw const PAGE).addr() / page * page).cast_mut().cast();
+        // SAFETY: a page of our own that is mapped, of which this changes nothing.
+        unsafe { madvise(start, page, Advice::LinuxPopulateRead) }.is_ok()
+    })
+}
+
+/// Bytes up to the next page, or to the end.
+fn page_after(part: &[u8]) -> usize {
+    let page = rustix::param::page_size();
+    (page - part.as_ptr().addr() % page).min(part.len())
+}
+
+/// Writes only to pages that are not zero: the others may not be resident, or be a file's.
+fn fill_with_zeros(part: &mut [u8]) -> io::Result<()> {
+    let mut rest = part;
+    while !rest.is_empty() {
+        let (piece, later) = rest.split_at_mut(rest.len().min(FILLED_BYTES));
+        if readable(piece)? < piece.len() {
+            return Err(Errno::FAULT.into());
+        }
+        let mut pages = piece;
+        while !pages.is_empty() {
+            let (page, others) = pages.split_at_mut(page_after(pages).min(PAGE_BYTES));
+            if !is_zero(page) {
+                populate(page)?;
+                page.fill(0);
+            }
+            pages = others;
+        }
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Looked at together.
+const FILLED_BYTES: usize = 1 << 20;
 
 fn whole_pages(part: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
     let page = rustix::param::page_size();
@@ -110,29 +147,62 @@ fn whole_pages(part: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
 
 #[cfg(test)]
 mod tests {
+    use std::ptr;
+
     use super::*;
+    use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 
     #[test]
     fn whatever_is_behind_a_buffer_it_is_zero_afterwards() {
         let mut heap = vec![1_u8; 1 << 20];
-        assert_eq!(Backing::of(&heap), Backing::Anonymous);
-        make_zero(&mut heap[5000..900_000], Backing::Anonymous);
+        make_zero(&mut heap[5000..900_000], Backing::Anonymous).unwrap();
         assert!(is_zero(&heap[5000..900_000]));
         assert!(heap[..5000].iter().chain(&heap[900_000..]).all(|byte| *byte == 1));
         for backing in [Backing::Shared, Backing::Other] {
             heap.fill(1);
             // Of no file, it cannot be punched: filled then.
-            make_zero(&mut heap[5000..900_000], backing);
+            make_zero(&mut heap[5000..900_000], backing).unwrap();
             assert!(is_zero(&heap[5000..900_000]));
         }
-        populate(&mut heap);
+        populate(&mut heap).unwrap();
+        assert_eq!(readable(&heap).unwrap(), heap.len());
     }
 
     #[test]
-    fn lines_of_maps_are_understood() {
-        let of = |line| parse(line).unwrap();
-        assert_eq!(of("7f00-7f80 rw-p 00000000 00:00 0 "), (0x7f00..0x7f80, Backing::Anonymous));
-        assert_eq!(of("7f00-7f80 rw-s 00000000 00:01 2057 /memfd:ram (deleted)").1, Backing::Shared);
-        assert_eq!(of("7f00-7f80 rw-p 00000000 fe:00 99 /usr/lib/x").1, Backing::Other);
+    fn pages_that_must_not_be_touched_are_found() {
+        let page = rustix::param::page_size();
+        // SAFETY: new memory of this test's alone.
+        let start = unsafe { mmap_anonymous(ptr::null_mut(), 8 * page, ProtFlags::READ, MapFlags::PRIVATE) }.unwrap();
+        // SAFETY: within it.
+        unsafe { mprotect(start.byte_add(3 * page), page, MprotectFlags::empty()) }.unwrap();
+        // SAFETY: mapped until the end of the test.
+        let memory = unsafe { std::slice::from_raw_parts(start.cast::<u8>(), 8 * page) };
+        assert_eq!(readable(&memory[100..]).unwrap(), 3 * page - 100);
+        assert_eq!(readable(&memory[3 * page + 5..]).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        assert_eq!(readable(&memory[4 * page..]).unwrap(), 4 * page);
+        // SAFETY: as above; it is not written to.
+        let read_only = unsafe { std::slice::from_raw_parts_mut(start.cast::<u8>(), page) };
+        assert!(populate(read_only).is_err());
+        // SAFETY: nobody looks at it any more.
+        unsafe { munmap(start, 8 * page) }.unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_file_that_was_cut_is_found() {
+        let page = rustix::param::page_size();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * page as u64).unwrap();
+        // SAFETY: a new mapping.
+        let start =
+            unsafe { mmap(ptr::null_mut(), 4 * page, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0) };
+        let start = start.unwrap();
+        file.set_len(page as u64).unwrap();
+        // SAFETY: mapped until the end of the test, and touched only where there is something of the file.
+        let memory = unsafe { std::slice::from_raw_parts_mut(start.cast::<u8>(), 4 * page) };
+        assert_eq!(readable(memory).unwrap(), page);
+        assert_eq!(populate(&mut memory[page..]).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        assert!(make_zero(&mut memory[page..], Backing::Other).is_err());
+        // SAFETY: nobody looks at it any more.
+        unsafe { munmap(start, 4 * page) }.unwrap();
     }
 }

@@ -187,7 +187,7 @@ impl Process {
                     let offset = mapping.file_offset + (start - mapping.addresses.start);
                     // The last page that the file does not fill is the mapping's, and what comes after it nobody's.
                     let pages = file.length().saturating_sub(offset) & !(rustix::param::page_size() as u64 - 1);
-                    let part = FileMemory::part(file, offset, pages.min(end - start));
+                    let part = FileMemory::within(file, offset, pages.min(end - start));
                     let file_end = start + part.size();
                     add(file_end, if mapping.shared { Held::Shared(part) } else { Held::Private(part) });
                     add(end, Held::Opaque);

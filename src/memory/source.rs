@@ -3,13 +3,23 @@
 use std::io;
 use std::ops::Range;
 
+use super::pages::readable;
+
 /// The memory of a guest region, read by several threads at once.
 ///
 /// The memory may change while it is read: what is stored is what one read gave. [`FileMemory`](crate::FileMemory) is a source,
-/// so is a range of a [`ProcessMemory`](crate::ProcessMemory), and so is whatever holds bytes: a `Vec<u8>`, a `&[u8]`.
+/// so is a range of a [`ProcessMemory`](crate::ProcessMemory), and so is whatever holds bytes: a `Vec<u8>`, a `&[u8]`. Bytes
+/// that are borrowed do not change, which is what makes it sound to store them without a copy.
 pub trait GuestMemorySource: Sync {
     /// Bytes of the region.
     fn size(&self) -> u64;
+
+    /// All bytes, where they lie in this process and do not change while they are borrowed: those are searched for zeros,
+    /// compressed, encrypted and written where they are. Memory that others may write to meanwhile, such as a guest's that
+    /// runs, is not borrowed but read, by [`GuestMemorySource::read_at`], into a buffer. None by default.
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
 
     /// Adds to `found` the ranges `within` that may hold anything but zeros, in ascending order. By default all of it.
     ///
@@ -45,10 +55,31 @@ impl<T: AsRef<[u8]> + Sync> GuestMemorySource for T {
         self.as_ref().len() as u64
     }
 
+    fn bytes(&self) -> Option<&[u8]> {
+        Some(self.as_ref())
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let rest = usize::try_from(offset).ok().and_then(|offset| self.as_ref().get(offset..)).unwrap_or_default();
         let length = rest.len().min(buf.len());
+        // A mapping may have pages that must not be touched.
+        let length = readable(&rest[..length])?;
         buf[..length].copy_from_slice(&rest[..length]);
         Ok(length)
+    }
+}
+
+/// Bytes in this process that others may change while they are read.
+#[cfg(feature = "python")]
+pub(crate) struct ChangingBytes<'a>(pub(crate) &'a [u8]);
+
+#[cfg(feature = "python")]
+impl GuestMemorySource for ChangingBytes<'_> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read_at(offset, buf)
     }
 }

@@ -9,6 +9,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer;
 use crate::error::{Error, Result};
+use crate::fragment::rope::Rope;
 use crate::threads::{POLL_INTERVAL, PanicGuard, Poll, lock};
 
 pub(super) struct Turns {
@@ -109,6 +110,42 @@ impl Turns {
         poll: &mut Poll<'_>,
         also: impl FnOnce() -> Result<()>,
     ) -> Result<(u64, &'a [u8])> {
+        let mut turn = self.turn_of(number, poll)?;
+        also()?;
+        let units = turn.join(item, self.unit)?;
+        drop(turn);
+        self.changed.notify_all();
+        Ok(units)
+    }
+
+    /// As [`Turns::take`], of bytes that stay where they are: only what is carried over is copied, to `head` and from the end.
+    pub(super) fn take_in_place<'a>(
+        &self,
+        number: usize,
+        runs: &Rope<'a>,
+        head: &'a mut Vec<u8>,
+        poll: &mut Poll<'_>,
+        also: impl FnOnce() -> Result<()>,
+    ) -> Result<(u64, Rope<'a>)> {
+        let mut turn = self.turn_of(number, poll)?;
+        also()?;
+        head.clear();
+        std::mem::swap(head, &mut turn.carry);
+        let mut rope = Rope::new();
+        rope.push(head);
+        runs.runs().iter().for_each(|run| rope.push(run));
+        let units = rope.len().saturating_sub(1) / self.unit * self.unit;
+        buffer::reserve(&mut turn.carry, rope.len() - units)?;
+        rope.split_off(units, |rest| turn.carry.extend_from_slice(rest));
+        let offset = turn.offset;
+        turn.offset += units as u64;
+        turn.next += 1;
+        drop(turn);
+        self.changed.notify_all();
+        Ok((offset, rope))
+    }
+
+    fn turn_of(&self, number: usize, poll: &mut Poll<'_>) -> Result<MutexGuard<'_, Turn>> {
         let mut turn = lock(&self.turn);
         while turn.next != number {
             if turn.failed {
@@ -116,11 +153,7 @@ impl Turns {
             }
             turn = wait(&self.changed, turn, &self.turn, poll)?;
         }
-        also()?;
-        let units = turn.join(item, self.unit)?;
-        drop(turn);
-        self.changed.notify_all();
-        Ok(units)
+        Ok(turn)
     }
 
     /// Lets nobody wait for a turn that never comes, where this thread panics.
@@ -290,6 +323,28 @@ mod tests {
                     fill(&mut item, number);
                     let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || Ok(())).unwrap();
                     lock(&taken).push((offset, units.to_vec()));
+                }
+            });
+            check(unit, taken, turns.rest());
+        }
+    }
+
+    #[test]
+    fn bytes_that_stay_where_they_are_make_the_same_stream() {
+        let items: Vec<Vec<u8>> = (0..200_usize)
+            .map(|number| (0..number % 50).map(|at| u8::try_from(number ^ at).unwrap()).collect())
+            .collect();
+        for unit in [1, 3, 8, 64] {
+            let (turns, taken) = (Turns::new(unit, b"start"), Taken::default());
+            four_threads(|next| {
+                let mut go_on = || Ok(());
+                let mut head = Vec::new();
+                while let Some(number) = next() {
+                    let mut runs = Rope::new();
+                    items[number].chunks(7).for_each(|run| runs.push(run));
+                    let poll = &mut Poll::new(&mut go_on);
+                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, poll, || ()).unwrap();
+                    lock(&taken).push((offset, rope.runs().concat()));
                 }
             });
             check(unit, taken, turns.rest());

@@ -5,6 +5,11 @@
 use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyBytes};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::memory::{populate, readable};
 
 /// A buffer as `hashlib` and sockets ask for it, by `PyBUF_SIMPLE`: what does not lie in one piece is a `BufferError`.
 struct View(Box<ffi::Py_buffer>);
@@ -43,37 +48,134 @@ impl Drop for View {
     }
 }
 
-pub(super) struct Readable(View);
+/// Of what may be a mapping, so many bytes are made sure of, and then used, at a time.
+const PIECE_BYTES: usize = 32 << 20;
+
+/// Whether an object's bytes are on the heap: pages that are there. Any other may be a mapping, of which pages cannot be had.
+fn is_on_heap(object: &Bound<'_, PyAny>) -> bool {
+    object.is_exact_instance_of::<PyBytes>() || object.is_exact_instance_of::<PyByteArray>()
+}
+
+fn cannot_be_touched(error: std::io::Error) -> Error {
+    Error::io("the buffer cannot be used: a page of it cannot be had, or is not to be touched", error)
+}
+
+/// What is written from a buffer.
+#[derive(Clone, Copy)]
+pub(super) struct Bytes<'a> {
+    bytes: &'a [u8],
+    on_heap: bool,
+}
+
+impl Bytes<'_> {
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Lets `take` have all bytes, in pieces that can be read.
+    pub(super) fn in_pieces(&self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        if self.on_heap || self.bytes.is_empty() {
+            return take(self.bytes);
+        }
+        self.bytes.chunks(PIECE_BYTES).try_for_each(|piece| {
+            let readable = readable(piece).map_err(cannot_be_touched)?;
+            if readable < piece.len() {
+                return Err(cannot_be_touched(Errno::FAULT.into()));
+            }
+            take(piece)
+        })
+    }
+}
+
+/// What a buffer is filled by.
+pub(super) struct Room<'a> {
+    bytes: &'a mut [u8],
+    on_heap: bool,
+}
+
+impl Room<'_> {
+    /// Fills the first `length` bytes by `read`, in pieces that can be written to: it is given where each begins, and returns how
+    /// much of it there was. After an error all is zeros.
+    pub(super) fn fill(self, length: usize, mut read: impl FnMut(u64, &mut [u8]) -> Result<usize>) -> Result<usize> {
+        let Self { bytes, on_heap } = self;
+        let (length, piece_bytes) = (length.min(bytes.len()), if on_heap { usize::MAX } else { PIECE_BYTES });
+        let mut done = 0_usize;
+        loop {
+            let piece = &mut bytes[done..length.min(done.saturating_add(piece_bytes))];
+            let wanted = piece.len();
+            let result = if on_heap { Ok(()) } else { populate(piece).map_err(cannot_be_touched) };
+            match result.and_then(|()| read(done as u64, piece)) {
+                Ok(count) => {
+                    done += count;
+                    if count < wanted || done == length {
+                        return Ok(done);
+                    }
+                }
+                Err(error) => {
+                    bytes[..done].fill(0);
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+pub(super) struct Readable {
+    view: View,
+    on_heap: bool,
+    immutable: bool,
+}
 
 impl Readable {
     pub(super) fn get(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        View::get(object, ffi::PyBUF_SIMPLE).map(Self)
+        let immutable = object.is_exact_instance_of::<PyBytes>();
+        Ok(Self { view: View::get(object, ffi::PyBUF_SIMPLE)?, on_heap: is_on_heap(object), immutable })
     }
 
+    /// Whether nobody can change the bytes.
+    pub(super) fn is_immutable(&self) -> bool {
+        self.immutable
+    }
+
+    /// All bytes, and whether they may be mapped.
+    pub(super) fn bytes(&self) -> Bytes<'_> {
+        Bytes { bytes: self.as_slice(), on_heap: self.on_heap }
+    }
+
+    /// All bytes. Whoever reads them makes sure before that they can be, unless they are of a few bytes of the heap's.
     pub(super) fn as_slice(&self) -> &[u8] {
-        if self.0.len() == 0 {
+        if self.view.len() == 0 {
             return &[]; // its pointer may be null
         }
         // SAFETY: the exporter keeps `buf` valid for `len` bytes in one piece until the release, which is when `self` is
         // dropped. Another Python thread may write to the memory meanwhile: a race that every user of the buffer protocol
         // without the interpreter's lock accepts (hashlib, sockets), and that only gets that caller other bytes: none of
         // our decisions depends on what a buffer holds.
-        unsafe { std::slice::from_raw_parts(self.0.0.buf.cast(), self.0.len()) }
+        unsafe { std::slice::from_raw_parts(self.view.0.buf.cast(), self.view.len()) }
     }
 }
 
-pub(super) struct Writable(View);
+pub(super) struct Writable {
+    view: View,
+    on_heap: bool,
+}
 
 impl Writable {
     pub(super) fn get(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        View::get(object, ffi::PyBUF_WRITABLE).map(Self)
+        Ok(Self { view: View::get(object, ffi::PyBUF_WRITABLE)?, on_heap: is_on_heap(object) })
+    }
+
+    /// All bytes, and whether they may be mapped.
+    pub(super) fn room(&mut self) -> Room<'_> {
+        let on_heap = self.on_heap;
+        Room { bytes: self.as_mut_slice(), on_heap }
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
-        if self.0.len() == 0 {
+        if self.view.len() == 0 {
             return &mut [];
         }
         // SAFETY: as in Readable::as_slice, and writable as asked for.
-        unsafe { std::slice::from_raw_parts_mut(self.0.0.buf.cast(), self.0.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.view.0.buf.cast(), self.view.len()) }
     }
 }

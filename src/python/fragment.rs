@@ -48,11 +48,20 @@ impl Fragment {
 impl Fragment {
     fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
         let data = Readable::get(data)?;
-        let data = data.as_slice();
-        let gathered =
-            data.len() <= KEEP_INTERPRETER_BYTES && self.slot.try_with(|fragment| fragment.gather(data)) == Some(true);
+        let data = data.bytes();
+        let mut gathered = false;
+        if data.len() <= KEEP_INTERPRETER_BYTES {
+            data.in_pieces(|piece| {
+                gathered = self.slot.try_with(|fragment| fragment.gather(piece)) == Some(true);
+                Ok(())
+            })?;
+        }
         if !gathered {
-            self.with(py, |fragment, poll| fragment.write_all_polled(data, poll))?;
+            self.with(py, |fragment, poll| {
+                let written = data.in_pieces(|piece| fragment.write_all_polled(piece, poll));
+                // As after a failed write: what came before the page that cannot be read is in it.
+                written.map_err(|error| fragment.fail(error))
+            })?;
         }
         Ok(data.len())
     }

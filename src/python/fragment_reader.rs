@@ -71,14 +71,26 @@ impl FragmentReader {
     fn readinto_at(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let offset = number(offset, "offset")?;
         let mut buffer = Writable::get(buffer)?;
-        let slice = buffer.as_mut_slice();
-        interruptible(py, |poll| self.reader.read_at_polled(offset, slice, poll))
+        let room = buffer.room();
+        let length = usize::try_from(self.reader.size().saturating_sub(offset)).unwrap_or(usize::MAX);
+        interruptible(py, |poll| {
+            room.fill(length, |done, piece| self.reader.read_at_polled(offset + done, piece, poll))
+        })
     }
 
     fn readinto(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let mut buffer = Writable::get(buffer)?;
-        let slice = buffer.as_mut_slice();
-        self.with_cursor(py, |cursor, poll| cursor.read_polled(slice, poll))
+        let room = buffer.room();
+        self.with_cursor(py, |cursor, poll| {
+            let position = cursor.stream_position()?;
+            let length = usize::try_from(cursor.size().saturating_sub(position)).unwrap_or(usize::MAX);
+            let read = room.fill(length, |_, piece| cursor.read_polled(piece, poll));
+            if read.is_err() {
+                // The pieces before are not given out.
+                cursor.seek(SeekFrom::Start(position))?;
+            }
+            read
+        })
     }
 
     /// `size` bytes from the position, or all to the end.

@@ -3,8 +3,10 @@
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
 #![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -14,6 +16,7 @@ use super::buffer::{Readable, Writable};
 use super::writer::SnapshotWriter;
 use super::{check_signals, interruptible, number};
 use crate::error::{Error, Result};
+use crate::memory::ChangingBytes;
 use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 
 /// A user looks at progress so often at most.
@@ -22,8 +25,9 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// Guest base; descriptor, buffer or process; offset in it; size.
 type Source<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
-/// Guest base, descriptor or buffer, offset in a file.
-type Destination<'py> = (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+/// Guest base, descriptor or buffer, offset in it, size.
+type Destination<'py> =
+    (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
 
 /// The fields of `vmsnap.MemoryReport`.
 type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
@@ -31,7 +35,7 @@ type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
 /// Memory that Python holds for the time of a call.
 enum Held<T> {
     Buffer(T),
-    Descriptor(i32),
+    Descriptor(BorrowedFd<'static>),
     Process(crate::ProcessMemory),
     Nowhere,
 }
@@ -43,13 +47,13 @@ impl<T> Held<T> {
             if descriptor < 0 {
                 return Err(Error::invalid_argument("a file descriptor is not negative").into());
             }
-            return Ok(Self::Descriptor(descriptor));
+            return Ok(Self::Descriptor(borrowed(descriptor)));
         }
         Ok(Self::Buffer(buffer(object)?))
     }
 }
 
-fn borrowed<'a>(descriptor: i32) -> BorrowedFd<'a> {
+fn borrowed(descriptor: i32) -> BorrowedFd<'static> {
     // SAFETY: not -1, and the caller, in Python, keeps it open for the time of the call; one that is not open is an error of
     // every system call with it.
     unsafe { BorrowedFd::borrow_raw(descriptor) }
@@ -109,7 +113,11 @@ impl ProcessMemory {
 }
 
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the options of SnapshotWriter.write_memory")]
+#[expect(
+    clippy::too_many_arguments,
+    clippy::fn_params_excessive_bools,
+    reason = "the options of SnapshotWriter.write_memory"
+)]
 pub(super) fn write_memory(
     py: Python<'_>,
     writer: &SnapshotWriter,
@@ -120,6 +128,8 @@ pub(super) fn write_memory(
     detect_zeros: bool,
     min_gap_bytes: &Bound<'_, PyAny>,
     zero_unreadable: bool,
+    sparse: bool,
+    stable: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Report> {
     let options = MemoryOptions::new()
@@ -128,7 +138,8 @@ pub(super) fn write_memory(
         .chunk_size_bytes(number(chunk_size_bytes, "chunk_size_bytes")?)
         .detect_zeros(detect_zeros)
         .min_gap_bytes(number(min_gap_bytes, "min_gap_bytes")?)
-        .zero_unreadable(zero_unreadable);
+        .zero_unreadable(zero_unreadable)
+        .sparse(sparse);
     let mut held = Vec::new();
     for (base, source, offset, size) in &regions {
         let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;
@@ -138,6 +149,8 @@ pub(super) fn write_memory(
         };
         held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
+    // One open file for all regions of a descriptor.
+    let mut files = HashMap::new();
     let regions = held.iter().map(|(base, held, offset, size)| match held {
         Held::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
         Held::Process(process) => {
@@ -145,9 +158,19 @@ pub(super) fn write_memory(
             Ok(GuestRegion::new(*base, process.range(*offset, size)?))
         }
         Held::Descriptor(descriptor) => {
-            Ok(GuestRegion::new(*base, FileMemory::new(borrowed(*descriptor), *offset, *size)?))
+            let file: &FileMemory = match files.entry(descriptor.as_raw_fd()) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(FileMemory::new(*descriptor, 0, None)?),
+            };
+            Ok(GuestRegion::new(*base, file.part(*offset, *size)?))
         }
-        Held::Buffer(buffer) => Ok(GuestRegion::new(*base, part(buffer.as_slice(), *offset, *size)?)),
+        Held::Buffer(buffer) => {
+            let bytes = buffer.as_slice();
+            let bytes = &bytes[part(bytes.len(), *offset, *size)?];
+            // Where the caller promises that nobody changes them, or nobody can.
+            let stable = stable || buffer.is_immutable();
+            Ok(if stable { GuestRegion::new(*base, bytes) } else { GuestRegion::new(*base, ChangingBytes(bytes)) })
+        }
     });
     let regions = regions.collect::<Result<Vec<_>>>()?;
     let report = reporting(py, progress, |poll| writer.writer.write_memory_polled(&regions, &options, poll))?;
@@ -156,17 +179,16 @@ pub(super) fn write_memory(
     Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
 }
 
-/// A part of a buffer.
-fn part(buffer: &[u8], offset: u64, size: Option<u64>) -> Result<&[u8]> {
+/// A part of a buffer that has so many bytes.
+fn part(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize>> {
     let range = || {
         let start = usize::try_from(offset).ok()?;
-        let end = size.map_or(Some(buffer.len()), |size| start.checked_add(usize::try_from(size).ok()?))?;
-        buffer.get(start..end)
+        let end = size.map_or(Some(length), |size| start.checked_add(usize::try_from(size).ok()?))?;
+        (start <= end && end <= length).then_some(start..end)
     };
     range().ok_or_else(|| {
         let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
-        let text = format!("the buffer of guest memory has {} bytes, not {wanted}offset {offset}", buffer.len());
-        Error::invalid_argument(text)
+        Error::invalid_argument(format!("the buffer of guest memory has {length} bytes, not {wanted}offset {offset}"))
     })
 }
 
@@ -229,24 +251,32 @@ impl GuestMemory {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Vec::new();
-        for (base, destination, offset) in &destinations {
-            let base = base.as_ref().map(|base| number::<u64>(base, "guest_base")).transpose()?;
-            let offset = offset.as_ref().map(|offset| number::<u64>(offset, "offset")).transpose()?;
+        for (base, destination, offset, size) in &destinations {
+            let optional = |value: &Option<Bound<'_, PyAny>>, name| {
+                value.as_ref().map(|value| number::<u64>(value, name)).transpose()
+            };
             let to = if destination.is_none() { Held::Nowhere } else { Held::get(destination, Writable::get)? };
-            held.push((base, to, offset));
+            held.push((optional(base, "guest_base")?, to, optional(offset, "offset")?, optional(size, "size")?));
         }
-        refuse_overlaps(held.iter_mut().filter_map(|(_, held, _)| match held {
+        refuse_overlaps(held.iter_mut().filter_map(|(_, held, _, _)| match held {
             Held::Buffer(buffer) => Some(buffer.as_mut_slice().as_ptr_range()),
             _ => None,
         }))?;
-        let opened = held.iter_mut().map(|(base, held, offset)| {
-            let destination = match held {
+        let opened = held.iter_mut().map(|(base, held, offset, size)| {
+            let mut destination = match held {
                 Held::Process(_) | Held::Nowhere => GuestDestination::nowhere(),
-                Held::Descriptor(descriptor) => GuestDestination::file(borrowed(*descriptor), *offset)?,
-                Held::Buffer(buffer) => GuestDestination::buffer(buffer.as_mut_slice()),
+                Held::Descriptor(descriptor) => GuestDestination::file(descriptor, *offset),
+                Held::Buffer(buffer) => {
+                    let buffer = buffer.as_mut_slice();
+                    let range = part(buffer.len(), offset.unwrap_or(0), *size)?;
+                    GuestDestination::buffer(&mut buffer[range])
+                }
             };
-            Ok(match base {
-                Some(base) => destination.at(*base),
+            if let Some(base) = base {
+                destination = destination.at(*base);
+            }
+            Ok(match size {
+                Some(size) => destination.of_size(*size),
                 None => destination,
             })
         });

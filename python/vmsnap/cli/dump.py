@@ -1,7 +1,6 @@
 """``vmsnap dump``: a process' memory, or a file, into a new snapshot."""
 
 import os
-import stat
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ import click
 
 from vmsnap import SnapshotWriter
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.image import Image, format_option, open_image, refuse_format
 from vmsnap.cli.keys import WritingKeys, threads_option, writing_options
 from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
@@ -45,21 +45,19 @@ class Summary:
             click.echo(f"vmsnap: left out: {printable(text)}", err=True)
 
 
-def store_file(writer: SnapshotWriter, path: Path, chunk_size_bytes: int) -> Summary:
-    """Store a file as the fragment ``ram``."""
+def store_file(writer: SnapshotWriter, image: Image, chunk_size_bytes: int) -> Summary:
+    """Store a file, or what a pipe gives, as the fragment ``ram``."""
     buffer = memoryview(bytearray(PIECE_BYTES))
-    summary = Summary(fragments=1)
-    with open(path, "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        total = status.st_size if stat.S_ISREG(status.st_mode) else None
-        with (
-            writer.raw_fragment("ram", chunk_size_bytes=chunk_size_bytes) as fragment,
-            progress("dump", total) as advance,
-        ):
-            while count := file.readinto(buffer):
-                fragment.write(buffer[:count])
-                advance(count)
-                summary.size += count
+    summary = Summary(fragments=1, size=len(image.head))
+    with (
+        writer.raw_fragment("ram", chunk_size_bytes=chunk_size_bytes) as fragment,
+        progress("dump", image.size) as advance,
+    ):
+        fragment.write(image.head)
+        while count := image.read_into(buffer):
+            fragment.write(buffer[:count])
+            advance(count)
+            summary.size += count
     return summary
 
 
@@ -134,18 +132,26 @@ def process_of(target: str) -> int | None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
 @writing_options()
+@format_option
 @chunk_size_option
 @threads_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 def dump(
-    target: str, directory: Path, new_keys: WritingKeys, chunk_size: int, threads: int | None, no_stop: bool
+    target: str,
+    directory: Path,
+    new_keys: WritingKeys,
+    form: str,
+    chunk_size: int,
+    threads: int | None,
+    no_stop: bool,
 ) -> None:
     """Store a process' memory, or a raw RAM file, in a new folder DIR.
 
     A number is a process, unless there is none of that number but a file. Anything with a slash in it is a file, so
     write ./1234 for a file beside a process 1234.
 
-    A file becomes the fragment "ram". Of a process each mapping becomes a fragment mem/START-END, named by its
+    A file becomes the fragment "ram"; it may be a pipe, which is read to its end. A file that begins as another format
+    is refused, unless it is told to be raw. Of a process each mapping becomes a fragment mem/START-END, named by its
     addresses, and "maps" holds the text of /proc/PID/maps. Pages that cannot be read are left out and named. The
     process is stopped meanwhile, and goes on afterwards if it was running before.
 
@@ -154,9 +160,13 @@ def dump(
     pid = process_of(target)
     started = time.perf_counter()
     if pid is None:
-        with new_keys.stage(directory, threads=threads) as writer:
-            summary = store_file(writer, Path(target), chunk_size)
+        with (
+            open_image(target, form, may_be_pipe=True) as image,
+            new_keys.stage(directory, threads=threads) as writer,
+        ):
+            summary = store_file(writer, image, chunk_size)
     else:
+        refuse_format(form)
         with (
             Process(pid) as process,
             new_keys.stage(directory, threads=threads) as writer,

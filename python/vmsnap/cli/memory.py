@@ -16,6 +16,7 @@ from vmsnap.cli.copy import new_file, refuse_inside
 from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option, process_of
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hexdump import hexdump
+from vmsnap.cli.image import Image, format_option, open_image, refuse_format
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
 from vmsnap.cli.places import directory_argument, enter, json_option, namespace_option
 from vmsnap.cli.process import Process, parse_maps
@@ -73,10 +74,10 @@ def open_memory(directory: Path, namespace: str, keys: OpeningKeys, threads: int
     return enter(keys.open(directory, threads=threads), namespace).memory()
 
 
-def _regions_of_file(path: str, ranges: tuple[tuple[int, int, int], ...]) -> list[GuestRegion]:
+def _regions_of_file(image: Image, ranges: tuple[tuple[int, int, int], ...]) -> list[GuestRegion]:
     if not ranges:
-        return [GuestRegion(0, path)]
-    return [GuestRegion(guest, path, offset=start, size=end - start) for start, end, guest in ranges]
+        return [GuestRegion(0, image.file)]
+    return [GuestRegion(guest, image.file, offset=start, size=end - start) for start, end, guest in ranges]
 
 
 def _regions_of_process(process: Process, ranges: tuple[tuple[int, int, int], ...]) -> list[GuestRegion]:
@@ -95,6 +96,7 @@ def _write(
     compress: str,
     chunk_size: int,
     on_error: Literal["raise", "zero"],
+    sparse: bool,
 ) -> MemoryReport:
     with progress_so_far("dump") as show:
         return writer.write_memory(
@@ -102,6 +104,7 @@ def _write(
             compress="lz4" if compress == "lz4" else None,
             chunk_size_bytes=chunk_size,
             on_error=on_error,
+            sparse=sparse,
             progress=show,
         )
 
@@ -135,11 +138,15 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
     metavar="START-END[@ADDRESS]",
     help="A region, in hexadecimal: where it is in FILE or PID, and its guest-physical address (by default the same).",
 )
+@format_option
 @compress_option
 @click.option(
     "--on-error",
     type=click.Choice(["raise", "zero"]),
     help="Pages that cannot be read: an error, or zeros.  [default: zeros where all of a process is stored]",
+)
+@click.option(
+    "--no-sparse", is_flag=True, help="Read everything: do not trust what the file system or the kernel says of holes."
 )
 @chunk_size_option
 @threads_option
@@ -150,8 +157,10 @@ def dump_memory(
     directory: Path,
     new_keys: WritingKeys,
     ranges: tuple[tuple[int, int, int], ...],
+    form: str,
     compress: str,
     on_error: Literal["raise", "zero"] | None,
+    no_sparse: bool,
     chunk_size: int,
     threads: int | None,
     no_stop: bool,
@@ -160,7 +169,8 @@ def dump_memory(
     """Store guest memory, of a raw RAM file or of a live process, in a new folder DIR.
 
     Without --range, a file is one region at address 0; of a process each mapping is a region at its virtual address.
-    Holes and pages of zeros are not stored; what the process never touched is not read.
+    Holes and pages of zeros are not stored; what the process never touched is not read. A file that begins as another
+    format is refused, unless it is told to be raw.
 
     A number is a process, unless there is none of that number but a file. The process is stopped meanwhile, and goes on
     afterwards if it was running before. Pages that cannot be read are named with their guest-physical address.
@@ -169,17 +179,19 @@ def dump_memory(
     """
     pid = process_of(target)
     if pid is None:
-        regions = _regions_of_file(target, ranges)
-        with new_keys.stage(directory, threads=threads) as writer:
-            report = _write(writer, regions, compress, chunk_size, on_error or "raise")
+        with open_image(target, form) as image, new_keys.stage(directory, threads=threads) as writer:
+            regions = _regions_of_file(image, ranges)
+            report = _write(writer, regions, compress, chunk_size, on_error or "raise", not no_sparse)
     else:
+        refuse_format(form)
         with (
             Process(pid) as process,
             new_keys.stage(directory, threads=threads) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             regions = _regions_of_process(process, ranges)
-            report = _write(writer, regions, compress, chunk_size, on_error or ("raise" if ranges else "zero"))
+            otherwise: Literal["raise", "zero"] = "raise" if ranges else "zero"
+            report = _write(writer, regions, compress, chunk_size, on_error or otherwise, not no_sparse)
             if not no_stop:
                 process.check_still_stopped()
     _tell(report, as_json=as_json)
@@ -208,19 +220,19 @@ def restore_memory(
     regions = memory.regions
     if region is not None and region >= len(regions):
         raise CommandError(f"{directory}: has {len(regions)} memory regions, numbered from 0, and no region {region}")
-    wanted = regions if region is None else [regions[region]]
-    lowest = min((each.start for each in wanted), default=0)
+    wanted = range(len(regions)) if region is None else range(region, region + 1)
+    lowest = min((regions[number].start for number in wanted), default=0)
     with new_file(file, force=force) as out, progress_so_far("restore") as show:
         targets = [
-            GuestRegion(each.start, out.fileno(), offset=each.start - lowest) if each in wanted else None
-            for each in regions
+            GuestRegion(each.start, out.fileno(), offset=each.start - lowest) if number in wanted else None
+            for number, each in enumerate(regions)
         ]
         try:
             memory.restore(targets, progress=show)
         except OSError as error:
             if error.errno not in (errno.EFBIG, errno.EINVAL):
                 raise
-            span = human_size(max(each.stop for each in wanted) - lowest)
+            span = human_size(max(regions[number].stop for number in wanted) - lowest)
             raise CommandError(
                 f"{file}: cannot have {span}, from the lowest address to the highest: --region N"
             ) from error

@@ -1,0 +1,357 @@
+//! Where guest regions are restored to: buffers and files, checked before a byte of any is changed.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
+use rustix::io::{Errno, pwrite};
+
+use super::layout::Region;
+use super::mapping::{Backing, Mapping, OwnMappings};
+use super::pages::make_zero;
+use crate::error::{Error, Result};
+
+/// Where a guest region is restored to.
+pub struct GuestDestination<'a> {
+    guest_base: Option<u64>,
+    size: Option<u64>,
+    kind: Kind<'a>,
+}
+
+enum Kind<'a> {
+    Nowhere,
+    Buffer(&'a mut [u8]),
+    File { file: BorrowedFd<'a>, offset: Option<u64> },
+}
+
+impl<'a> GuestDestination<'a> {
+    /// A buffer of the region's size. Where it is anonymous or shared memory, holes are given back to the system.
+    pub fn buffer(buffer: &'a mut [u8]) -> Self {
+        Self { guest_base: None, size: None, kind: Kind::Buffer(buffer) }
+    }
+
+    /// A file or memfd of the region's size, or an empty one, which gets it; or, from `offset` on, a part of one, which is
+    /// extended if need be. Holes are punched.
+    ///
+    /// A file that is open with `O_APPEND` or `O_DIRECT` is opened anew without. One on hugetlbfs is written through a mapping.
+    pub fn file(file: &'a (impl AsFd + ?Sized), offset: Option<u64>) -> Self {
+        Self { guest_base: None, size: None, kind: Kind::File { file: file.as_fd(), offset } }
+    }
+
+    /// Nowhere: the region is left out.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        Self { guest_base: None, size: None, kind: Kind::Nowhere }
+    }
+
+    /// The guest-physical address that the region is to have.
+    #[must_use]
+    pub fn at(mut self, guest_base: u64) -> Self {
+        self.guest_base = Some(guest_base);
+        self
+    }
+
+    /// The bytes that the region is to have.
+    #[must_use]
+    pub fn of_size(mut self, size: u64) -> Self {
+        self.size = Some(size);
+        self
+    }
+
+    pub(super) fn is_nowhere(&self) -> bool {
+        matches!(self.kind, Kind::Nowhere)
+    }
+}
+
+impl fmt::Debug for GuestDestination<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Nowhere => "nowhere",
+            Kind::Buffer(_) => "buffer",
+            Kind::File { .. } => "file",
+        };
+        f.debug_struct("GuestDestination")
+            .field("guest_base", &self.guest_base)
+            .field("kind", &kind)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A destination that was checked.
+pub(super) enum Prepared<'a> {
+    Nowhere,
+    Buffer(&'a mut [u8], Backing),
+    File(OpenFile<'a>, u64),
+    /// A file that can only be written through a mapping.
+    Mapped(Mapping),
+}
+
+/// A file to be written at any position: the caller's, or the same opened anew, where the caller's cannot be used so.
+#[derive(Clone)]
+pub(super) enum OpenFile<'a> {
+    Given(BorrowedFd<'a>),
+    Anew(Arc<File>),
+}
+
+impl AsFd for OpenFile<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Given(file) => *file,
+            Self::Anew(file) => file.as_fd(),
+        }
+    }
+}
+
+impl OpenFile<'_> {
+    pub(super) fn write_all_at(&self, mut data: &[u8], mut offset: u64) -> Result<()> {
+        while !data.is_empty() {
+            match pwrite(self, data, offset) {
+                Ok(0) => return Err(not_written(io::ErrorKind::WriteZero.into())),
+                Ok(count) => {
+                    data = &data[count..];
+                    offset += count as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(not_written(errno.into())),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn not_written(error: io::Error) -> Error {
+    Error::io("the destination cannot be written", error)
+}
+
+/// What a file is, as far as it matters here.
+struct Examined {
+    identity: (u64, u64),
+    length: u64,
+    kind: fs::FileType,
+    /// Bytes of a page, where the file is on hugetlbfs.
+    huge_page: Option<u64>,
+}
+
+impl Examined {
+    fn of(file: &impl AsFd) -> Result<Self> {
+        let failed = |errno| Error::io("the destination cannot be examined", errno);
+        let stat = fs::fstat(file).map_err(failed)?;
+        let kind = fs::FileType::from_raw_mode(stat.st_mode);
+        let length = match kind {
+            fs::FileType::BlockDevice => fs::seek(file, SeekFrom::End(0)).map_err(failed)?,
+            _ => u64::try_from(stat.st_size).unwrap_or(0),
+        };
+        let on_hugetlbfs = kind == fs::FileType::RegularFile
+            && fs::fstatfs(file)
+                .is_ok_and(|system| u64::try_from(system.f_type).is_ok_and(|kind| kind == HUGETLBFS_MAGIC));
+        let huge_page = on_hugetlbfs.then(|| u64::try_from(stat.st_blksize).unwrap_or(1).max(1));
+        Ok(Self { identity: (stat.st_dev, stat.st_ino), length, kind, huge_page })
+    }
+
+    fn is_regular(&self) -> bool {
+        self.kind == fs::FileType::RegularFile
+    }
+}
+
+/// `HUGETLBFS_MAGIC` of linux/magic.h.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// A range of a file that a region is restored to: device and inode, start, end, the region's number.
+type Taken = ((u64, u64), u64, u64, usize);
+
+/// Checks everything that can be wrong with destinations, and only then makes files long enough, and zero where they are
+/// restored to.
+pub(super) fn prepare<'a>(
+    regions: &[Region],
+    destinations: &'a mut [GuestDestination<'_>],
+) -> Result<Vec<Prepared<'a>>> {
+    if regions.len() != destinations.len() {
+        // In crosvm's words.
+        return Err(Error::invalid_argument(format!(
+            "snapshot expected {} memory regions but there are {} destinations",
+            regions.len(),
+            destinations.len()
+        )));
+    }
+    let mappings = destinations.iter().any(|each| matches!(each.kind, Kind::Buffer(_))).then(OwnMappings::read);
+    let mappings = mappings.unwrap_or_default();
+    let (mut taken, mut anew, mut prepared) = (Vec::new(), HashMap::new(), Vec::with_capacity(regions.len()));
+    let mut files = Vec::new();
+    for (number, (region, destination)) in regions.iter().zip(destinations).enumerate() {
+        let refuse = |text: String| Error::invalid_argument(format!("the destination of region {number} {text}"));
+        if let Some(base) = destination.guest_base.filter(|base| *base != region.guest_base) {
+            return Err(refuse(format!("is at {base:#x}, and the region at {:#x}", region.guest_base)));
+        }
+        if let Some(size) = destination.size.filter(|size| *size != region.size) {
+            return Err(refuse(format!("has {size} bytes, and the region {}", region.size)));
+        }
+        prepared.push(match &mut destination.kind {
+            Kind::Nowhere => Prepared::Nowhere,
+            Kind::Buffer(buffer) => {
+                if buffer.len() as u64 != region.size {
+                    return Err(refuse(format!("has {} bytes, and the region {}", buffer.len(), region.size)));
+                }
+                taken.extend(mappings.of_files(buffer).map(|(file, Range { start, end })| (file, start, end, number)));
+                let backing = mappings.backing(buffer);
+                Prepared::Buffer(buffer, backing)
+            }
+            Kind::File { file, offset } => {
+                let examined = check_file(*file, *offset, region.size).map_err(|error| match error {
+                    Refused::Text(text) => refuse(text),
+                    Refused::Error(error) => error,
+                })?;
+                let start = offset.unwrap_or(0);
+                taken.push((examined.identity, start, start + region.size, number));
+                let file = usable(*file, &mut anew).map_err(refuse)?;
+                files.push(number);
+                if let Some(huge_page) = examined.huge_page {
+                    // Before anything is changed: what cannot be mapped cannot be restored to.
+                    let mapping = Mapping::of_file(&file, start, region.size, huge_page);
+                    mapping.map_err(|error| Error::io("the destination, on hugetlbfs, cannot be mapped", error))?;
+                }
+                Prepared::File(file, start)
+            }
+        });
+    }
+    check_apart(taken)?;
+    for number in files {
+        if let Prepared::File(file, offset) = &prepared[number]
+            && let Some(mapping) = make_zero_and_long_enough(file, *offset, regions[number].size)?
+        {
+            prepared[number] = Prepared::Mapped(mapping);
+        }
+    }
+    Ok(prepared)
+}
+
+enum Refused {
+    /// Why, as what follows the destination's name.
+    Text(String),
+    Error(Error),
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+fn check_file(file: BorrowedFd<'_>, offset: Option<u64>, size: u64) -> std::result::Result<Examined, Refused> {
+    let refuse = |text: String| Err(Refused::Text(text));
+    let examined = Examined::of(&file)?;
+    let length = examined.length;
+    if !examined.is_regular() && examined.kind != fs::FileType::BlockDevice {
+        return refuse("is no file, memfd or block device".to_owned());
+    }
+    let fits = match offset {
+        None => length == size || (length == 0 && examined.is_regular()),
+        Some(offset) => match offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()) {
+            Some(end) => examined.is_regular() || end <= length,
+            None => false,
+        },
+    };
+    if !fits {
+        return refuse(format!("has {length} bytes, and the region {size}"));
+    }
+    let end = offset.unwrap_or(0) + size;
+    if let Some(page) = examined.huge_page
+        && length < end
+        && !end.is_multiple_of(page)
+    {
+        return refuse(format!("would end at {end}: on hugetlbfs a file has whole pages of {page} bytes"));
+    }
+    let flags = fs::fcntl_getfl(file).unwrap_or(OFlags::empty());
+    if (flags & OFlags::RWMODE).is_empty() || flags.contains(OFlags::PATH) {
+        return refuse("is not open for writing".to_owned());
+    }
+    if examined.huge_page.is_some() && !flags.contains(OFlags::RDWR) {
+        return refuse("is on hugetlbfs, and not open for reading and writing".to_owned());
+    }
+    Ok(examined)
+}
+
+/// The file without flags that change what a write at a position does: with `O_APPEND` Linux appends (pwrite(2), BUGS), with
+/// `O_DIRECT` it refuses what is not aligned.
+fn usable<'a>(file: BorrowedFd<'a>, anew: &mut HashMap<i32, Arc<File>>) -> std::result::Result<OpenFile<'a>, String> {
+    let flags = fs::fcntl_getfl(file).unwrap_or(OFlags::empty());
+    if !flags.intersects(OFlags::APPEND | OFlags::DIRECT) {
+        return Ok(OpenFile::Given(file));
+    }
+    if let Some(file) = anew.get(&file.as_raw_fd()) {
+        return Ok(OpenFile::Anew(Arc::clone(file)));
+    }
+    let mode = if flags.contains(OFlags::RDWR) { OFlags::RDWR } else { OFlags::WRONLY };
+    let opened = fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), mode | OFlags::CLOEXEC, fs::Mode::empty());
+    let opened = opened.map_err(|errno| {
+        let flag = if flags.contains(OFlags::APPEND) { "O_APPEND" } else { "O_DIRECT" };
+        format!("is open with {flag}, and cannot be opened anew ({errno}): open it without")
+    })?;
+    let opened = Arc::new(File::from(opened));
+    anew.insert(file.as_raw_fd(), Arc::clone(&opened));
+    Ok(OpenFile::Anew(opened))
+}
+
+fn check_apart(mut taken: Vec<Taken>) -> Result<()> {
+    taken.sort_unstable();
+    let overlaps = |pair: &&[Taken]| pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2;
+    match taken.windows(2).find(overlaps) {
+        None => Ok(()),
+        Some(pair) => {
+            let (one, other) = (pair[0].3.min(pair[1].3), pair[0].3.max(pair[1].3));
+            Err(Error::invalid_argument(format!(
+                "the destinations of regions {one} and {other} overlap: they are the same part of a file"
+            )))
+        }
+    }
+}
+
+/// Extends a file where it is too short, and makes a hole of the part where the region goes. Returns a mapping of the part if
+/// the file can only be written through one.
+fn make_zero_and_long_enough(file: &OpenFile<'_>, offset: u64, size: u64) -> Result<Option<Mapping>> {
+    let examined = Examined::of(file)?;
+    let end = offset + size;
+    if examined.is_regular() && examined.length < end {
+        fs::ftruncate(file, end).map_err(|errno| not_written(errno.into()))?;
+    }
+    let used = if examined.is_regular() { examined.length.min(end) } else { end };
+    let Some(page) = examined.huge_page else {
+        if offset < used && !punch(file, offset, used)? {
+            write_zeros(file, offset, used)?;
+        }
+        return Ok(None);
+    };
+    let mut mapping = Mapping::of_file(file, offset, size, page).map_err(not_written)?;
+    // Whole pages as holes; what is left at both ends is written.
+    let (first, last) = (offset.next_multiple_of(page), end / page * page);
+    let holed = if first < last && punch(file, first, last)? { first - offset..last - offset } else { size..size };
+    let part = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+    let bytes = mapping.as_mut_slice();
+    make_zero(&mut bytes[..part(holed.start)], Backing::Other).map_err(not_written)?;
+    make_zero(&mut bytes[part(holed.end)..], Backing::Other).map_err(not_written)?;
+    Ok(Some(mapping))
+}
+
+/// Makes a hole of a part of a file, and returns whether that could be.
+fn punch(file: &OpenFile<'_>, start: u64, end: u64) -> Result<bool> {
+    match fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::INVAL) => Ok(false),
+        Err(errno) => Err(not_written(errno.into())),
+    }
+}
+
+/// Writes zeros to a part of a file.
+fn write_zeros(file: &OpenFile<'_>, mut start: u64, end: u64) -> Result<()> {
+    let zeros = vec![0; 64 << 10];
+    while start < end {
+        let length = usize::try_from(end - start).map_or(zeros.len(), |rest| rest.min(zeros.len()));
+        file.write_all_at(&zeros[..length], start)?;
+        start += length as u64;
+    }
+    Ok(())
+}

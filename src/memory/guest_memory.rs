@@ -1,0 +1,184 @@
+//! The guest memory in a snapshot: which there is, and reading some of it at random.
+
+use std::fmt;
+use std::ops::Range;
+
+use super::data::Data;
+use super::layout::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
+use crate::error::{Error, Result};
+use crate::reader::SnapshotReader;
+
+/// Reads up to this size go through the cache of pieces: they are of a caller who looks here and there.
+const SMALL_BYTES: usize = 256 << 10;
+
+/// The guest memory in a snapshot, vmsnap's or crosvm's.
+///
+/// It may be read by many threads at once.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("vm1");
+/// use vmsnap::{GuestDestination, GuestRegion, MemoryOptions, SnapshotOptions};
+///
+/// let options = SnapshotOptions::new();
+/// let mut ram = vec![0; 1 << 20];
+/// ram[0x1000..0x1004].copy_from_slice(b"boot");
+/// options.create(&path)?.write_memory(&[GuestRegion::new(0, &ram)], &MemoryOptions::new())?;
+///
+/// let memory = options.open(&path)?.memory()?;
+/// let mut word = [0; 4];
+/// memory.read_at(0x1000, &mut word)?;
+/// assert_eq!(&word, b"boot");
+/// assert_eq!(memory.data_ranges(0), [0x1000..0x2000]);
+/// let mut back = vec![0; 1 << 20];
+/// memory.restore(&mut [GuestDestination::buffer(&mut back)])?;
+/// assert_eq!(back, ram);
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+pub struct GuestMemory {
+    pub(super) layout: Layout,
+    pub(super) data: Data,
+    compressed: bool,
+    pub(super) threads: usize,
+    pub(super) place: String,
+}
+
+impl SnapshotReader {
+    /// The guest memory that [`crate::SnapshotWriter::write_memory`], or crosvm, wrote into this namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where there is none, [`Error::is_corrupt`] where its regions and ranges contradict each other or do not
+    /// fit the data; [`Error::is_authentication`] where it is not what was written.
+    pub fn memory(&self) -> Result<GuestMemory> {
+        let metadata = Metadata::read(self)?;
+        let layout = metadata.check();
+        let layout = layout.map_err(|error| error.context(self.place(METADATA).unwrap_or_default()))?;
+        let place = self.place(MEMORY)?;
+        let Metadata { compressed, lz4, .. } = metadata;
+        let data = Data::open(self.raw_fragment(MEMORY)?, &layout, compressed, lz4);
+        let data = data.map_err(|error| error.context(&place))?;
+        Ok(GuestMemory { layout, data, compressed, threads: self.threads(), place })
+    }
+}
+
+impl GuestMemory {
+    /// Guest-physical addresses of the regions, in the order in which they are stored.
+    #[must_use]
+    pub fn regions(&self) -> Vec<Range<u64>> {
+        self.layout.regions.iter().map(|region| region.guest_base..region.end()).collect()
+    }
+
+    /// The data ranges of a region, in bytes from its start; between them it is zero.
+    ///
+    /// # Panics
+    ///
+    /// Where there is no such region.
+    #[must_use]
+    pub fn data_ranges(&self, region: usize) -> Vec<Range<u64>> {
+        self.layout.regions[region].ranges.iter().map(|range| range.start..range.end).collect()
+    }
+
+    /// Bytes of all data ranges.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        self.layout.data_bytes
+    }
+
+    /// Whether it is compressed.
+    #[must_use]
+    pub fn is_compressed(&self) -> bool {
+        self.compressed
+    }
+
+    /// Fills `buf` with the memory at a guest-physical address, all of which lies in one region.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] where there is no such memory; [`Error::is_authentication`] and [`Error::is_corrupt`] where
+    /// it is not what was written; `buf` is all zeros then.
+    pub fn read_at(&self, guest_address: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_at_polled(guest_address, buf, &mut || Ok(()))
+    }
+
+    pub(crate) fn read_at_polled(
+        &self,
+        guest_address: u64,
+        buf: &mut [u8],
+        poll: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let (region, offset) = self.find(guest_address, buf.len() as u64)?;
+        let result = if buf.len() <= SMALL_BYTES {
+            self.read_here_and_there(region, offset, buf)
+        } else {
+            self.read_by_all(region, offset, buf, poll)
+        };
+        result.map_err(|error| {
+            buf.fill(0);
+            error.context(&self.place)
+        })
+    }
+
+    /// Whether there is such memory, before room is made for it.
+    #[cfg(feature = "python")]
+    pub(crate) fn check_address(&self, guest_address: u64, size: u64) -> Result<()> {
+        self.find(guest_address, size).map(drop)
+    }
+
+    /// The region of an address, and the offset in it.
+    fn find(&self, guest_address: u64, size: u64) -> Result<(&Region, u64)> {
+        let region = self.layout.regions.iter().find(|region| {
+            guest_address
+                .checked_sub(region.guest_base)
+                .is_some_and(|offset| offset < region.size || size == 0 && offset == region.size)
+        });
+        match region {
+            Some(region) if region.end() - guest_address >= size => Ok((region, guest_address - region.guest_base)),
+            Some(region) => Err(Error::invalid_argument(format!(
+                "{size} bytes from guest-physical address {guest_address:#x} go beyond their region, which ends at {:#x}",
+                region.end()
+            ))),
+            None => {
+                let all: Vec<_> = self
+                    .layout
+                    .regions
+                    .iter()
+                    .take(8)
+                    .map(|r| format!("{:#x} to {:#x}", r.guest_base, r.end()))
+                    .collect();
+                let text =
+                    format!("no memory at guest-physical address {guest_address:#x}: there is {}", all.join(", "));
+                Err(Error::invalid_argument(text))
+            }
+        }
+    }
+
+    fn read_here_and_there(&self, region: &Region, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        buf.fill(0);
+        for range in ranges_in(region, offset, end) {
+            let (from, to) = (range.start.max(offset), range.end.min(end));
+            let place = usize::try_from(from - offset).unwrap_or(usize::MAX)
+                ..usize::try_from(to - offset).unwrap_or(usize::MAX);
+            self.data.read_small(range.data + (from - range.start), &mut buf[place])?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory")
+            .field("place", &self.place)
+            .field("regions", &self.regions())
+            .field("data_bytes", &self.data_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The stored ranges of which something lies between two offsets of a region.
+pub(super) fn ranges_in(region: &Region, start: u64, end: u64) -> &[StoredRange] {
+    let first = region.ranges.partition_point(|range| range.end <= start);
+    let last = region.ranges.partition_point(|range| range.start < end);
+    region.ranges.get(first..last).unwrap_or_default()
+}
