@@ -42,6 +42,11 @@ pub(crate) fn fit(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
     Ok(())
 }
 
+/// Makes a buffer at least so long; where it was not, what it held is lost.
+pub(crate) fn at_least(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
+    if buffer.len() < length { fit(buffer, length) } else { Ok(()) }
+}
+
 /// Makes room for so many more elements.
 pub(crate) fn reserve<T>(list: &mut Vec<T>, more: usize) -> Result<()> {
     list.try_reserve(more).map_err(|_| out_of_memory(list.len().saturating_add(more).saturating_mul(size_of::<T>())))
@@ -97,6 +102,8 @@ mod tests {
             for other in [length / 2, length, 2 * length + 1] {
                 fit(&mut buffer, other).unwrap();
                 assert_eq!(buffer.len(), other);
+                at_least(&mut buffer, length).unwrap();
+                assert_eq!(buffer.len(), length.max(other));
             }
         }
     }

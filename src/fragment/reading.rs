@@ -208,9 +208,7 @@ impl FragmentReader {
         let wanted = usize::try_from(self.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
         // Whole chunks: a part of one would be decrypted twice.
         let wanted = self.chunk_size_bytes().map_or(wanted, |chunk| wanted.next_multiple_of(chunk));
-        if buffer.len() < wanted {
-            buffer::fit(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
-        }
+        buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
         let mut offset = 0;
         while offset < self.size() {
             let read = self.read_at_polled(offset, &mut buffer[..wanted], poll)?;

@@ -154,9 +154,7 @@ impl OpenWorker {
     fn load(&mut self, source: &SealedSource, first: u64, last: u64) -> Result<()> {
         let full = usize::try_from(last - first).unwrap_or(usize::MAX);
         let stored = full * segment_size(source.chunk_size_bytes) + source.chunk_bytes(last) + SEGMENT_OVERHEAD_BYTES;
-        if self.segments.len() < stored {
-            buffer::fit(&mut self.segments, stored)?;
-        }
+        buffer::at_least(&mut self.segments, stored)?;
         let offset = segment_offset(first, source.chunk_size_bytes);
         source.file.read_exact_at(&mut self.segments[..stored], offset).map_err(not_read)
     }

@@ -238,9 +238,7 @@ impl Sealers {
     fn strip<'a>(&self, worker: &'a mut Worker, file: &'a File, first_index: u64) -> Result<SealedStrip<'a>> {
         let chunk_size_bytes = self.chunk_size_bytes;
         let stored = strip_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
-        if worker.segments.len() < stored {
-            buffer::fit(&mut worker.segments, stored)?;
-        }
+        buffer::at_least(&mut worker.segments, stored)?;
         Ok(SealedStrip { worker, file, first_index, chunk_size_bytes, chunks: 0 })
     }
 

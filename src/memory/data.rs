@@ -1,5 +1,6 @@
 //! The data of all ranges one after the other, out of `mem`, whatever form that has.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::layout::{BlockIndex, Layout};
@@ -11,6 +12,12 @@ use crate::threads::lock;
 
 /// What is read at a time at least, where the data is read in order.
 const STRIP_BYTES: usize = 512 << 10;
+
+/// Data of which so much belongs together is read where it belongs.
+const DIRECT_BYTES: u64 = 128 << 10;
+
+/// Places that are looked at ahead: as many pages as a strip has.
+const MOST_PLACES: usize = STRIP_BYTES / 4096;
 
 /// Pieces that are decrypted and decompressed for a small read are kept, as the next read is mostly near.
 const CACHED_PIECES: usize = 16;
@@ -41,6 +48,8 @@ struct Frame {
 pub(super) struct Strip {
     stored: Vec<u8>,
     data: Vec<u8>,
+    /// Which data that is, from its beginning on.
+    holds: Range<u64>,
 }
 
 impl Data {
@@ -85,6 +94,55 @@ impl Data {
             let to = usize::try_from(last.min(end) - first).unwrap_or(usize::MAX);
             take(&data[from..to])?;
             start = last;
+        }
+        Ok(())
+    }
+
+    /// Fills places one after the other with the data from `at` on; `ready` is asked before one is written to. What is long
+    /// enough is read, decrypted or decompressed where it belongs, and the rest is copied there.
+    pub(super) fn scatter(
+        &self,
+        strip: &mut Strip,
+        mut at: u64,
+        places: &mut [&mut [u8]],
+        mut ready: impl FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let piece_bytes = self.piece_bytes();
+        let strip_bytes = (STRIP_BYTES as u64 / piece_bytes).max(1) * piece_bytes;
+        let direct_bytes = piece_bytes.max(DIRECT_BYTES);
+        let mut first = 0;
+        while let Some(place) = places.get_mut(first) {
+            let left = place.len() as u64;
+            let whole = left.min(strip_bytes) / piece_bytes * piece_bytes;
+            let length = if left == 0 {
+                first += 1;
+                continue;
+            } else if left >= direct_bytes && at.is_multiple_of(piece_bytes) {
+                let now = split_off_front(place, whole);
+                ready(now)?;
+                self.fill_pieces(&mut strip.stored, at, now)?;
+                whole
+            } else {
+                if !strip.holds.contains(&at) {
+                    // Up to where data is next that is read where it belongs.
+                    let short = places[first..].iter().map(|place| place.len() as u64);
+                    let wanted: u64 = match left {
+                        left if left > direct_bytes + piece_bytes => 1,
+                        _ => short.take_while(|length| *length <= direct_bytes + piece_bytes).take(MOST_PLACES).sum(),
+                    };
+                    let start = at - at % piece_bytes;
+                    let end = (at + wanted).min(start + strip_bytes).next_multiple_of(piece_bytes).min(self.size);
+                    self.read_pieces(strip, start, end)?;
+                }
+                let place = &mut places[first];
+                let length = left.min(strip.holds.end - at);
+                let now = split_off_front(place, length);
+                ready(now)?;
+                let from = usize::try_from(at - strip.holds.start).unwrap_or(usize::MAX);
+                now.copy_from_slice(&strip.data[from..from + now.len()]);
+                length
+            };
+            at += length;
         }
         Ok(())
     }
@@ -140,13 +198,22 @@ impl Data {
     /// Whole pieces from `first` to `last`.
     fn read_pieces<'a>(&self, strip: &'a mut Strip, first: u64, last: u64) -> Result<&'a [u8]> {
         let length = usize::try_from(last - first).unwrap_or(usize::MAX);
-        let Strip { stored, data } = strip;
-        buffer::fit(data, length)?;
-        match &self.frame {
-            None => self.fill(first, data)?,
-            Some(frame) => frame.read(&self.fragment, self.size, first, stored, data)?,
+        let Strip { stored, data, holds } = strip;
+        if *holds != (first..last) {
+            *holds = 0..0;
+            buffer::at_least(data, length)?;
+            self.fill_pieces(stored, first, &mut data[..length])?;
+            *holds = first..last;
         }
-        Ok(data)
+        Ok(&data[..length])
+    }
+
+    /// Fills `buf` with whole pieces from `first` on.
+    fn fill_pieces(&self, stored: &mut Vec<u8>, first: u64, buf: &mut [u8]) -> Result<()> {
+        match &self.frame {
+            None => self.fill(first, buf),
+            Some(frame) => frame.read(&self.fragment, self.size, first, stored, buf),
+        }
     }
 
     fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
@@ -231,11 +298,12 @@ impl Frame {
         if length > blocks * lz4::most_stored(block_size) {
             return Err(Error::corrupt("a block is longer than any can be"));
         }
-        buffer::fit(stored, length)?;
+        buffer::at_least(stored, length)?;
+        let stored = &mut stored[..length];
         if fragment.read_at_alone(offsets[0], stored)? < length {
             return Err(Error::corrupt("a block goes beyond the end"));
         }
-        let mut rest = &stored[..];
+        let mut rest = &*stored;
         for (out, at) in data.chunks_mut(block_size).zip(offsets.windows(2)) {
             let (block, others) = rest.split_at(usize::try_from(at[1] - at[0]).unwrap_or(usize::MAX));
             let (word, block) = block.split_at(lz4::SIZE_WORD_BYTES);
@@ -247,6 +315,13 @@ impl Frame {
         }
         Ok(())
     }
+}
+
+/// Takes the first `length` bytes of a place.
+fn split_off_front<'a>(place: &mut &'a mut [u8], length: u64) -> &'a mut [u8] {
+    let (now, later) = std::mem::take(place).split_at_mut(usize::try_from(length).unwrap_or(usize::MAX));
+    *place = later;
+    now
 }
 
 /// Nothing may follow the end mark.

@@ -86,43 +86,77 @@ impl GuestMemory {
     }
 
     /// What lies from `start` of a region on, as far as the target goes.
-    fn restore_slice(&self, strip: &mut Strip, region: &Region, start: u64, mut target: Target<'_>) -> Result<()> {
+    fn restore_slice(&self, strip: &mut Strip, region: &Region, start: u64, target: Target<'_>) -> Result<()> {
         let end = match &target {
             Target::Buffer(part, _) => start + part.len() as u64,
             Target::File(..) => region.size.min(start + SLICE_BYTES as u64),
         };
         let ranges = ranges_in(region, start, end);
-        if ranges.len() > MAX_HOLES {
-            target.zero(region, start, start..end)?;
-        } else {
-            let mut at = start;
-            for range in ranges {
-                target.zero(region, start, at..range.start.max(start))?;
-                at = range.end.min(end);
-            }
-            target.zero(region, start, at..end)?;
-        }
-        let [first, ..] = ranges else { return Ok(()) };
-        let last = &ranges[ranges.len() - 1];
+        let parts = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
         // All data of a slice lies together.
-        let from = first.data + (first.start.max(start) - first.start);
-        let to = last.data + (last.end.min(end) - last.start);
-        let mut ranges = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
-        let mut current = start..start;
-        self.data.read(strip, from, to, |mut data| {
-            while !data.is_empty() {
-                if current.is_empty() {
-                    current = ranges.next().unwrap_or_default();
-                }
-                let left = usize::try_from(current.end - current.start).unwrap_or(usize::MAX);
-                let (now, later) = data.split_at(left.min(data.len()));
-                target.write(region, start, current.start, now)?;
-                current.start += now.len() as u64;
-                data = later;
+        let from = ranges.first().map_or(0, |first| first.data + (first.start.max(start) - first.start));
+        match target {
+            Target::Buffer(buffer, backing) => {
+                let failed = |at: u64, place: &[u8], error| not_written(region, at, place, error);
+                let base = buffer.as_ptr().addr();
+                let mut places = cut(buffer, start, parts, ranges.len() > MAX_HOLES, |at, hole| {
+                    make_zero(hole, backing).map_err(|error| failed(at, hole, error))
+                })?;
+                self.data.scatter(strip, from, &mut places, |place| {
+                    populate(place).map_err(|error| failed(start + (place.as_ptr().addr() - base) as u64, place, error))
+                })
             }
-            Ok(())
-        })
+            Target::File(file, offset) => {
+                let Some(last) = ranges.last() else { return Ok(()) };
+                let to = last.data + (last.end.min(end) - last.start);
+                let mut parts = parts;
+                let mut current = start..start;
+                self.data.read(strip, from, to, |mut data| {
+                    while !data.is_empty() {
+                        if current.is_empty() {
+                            current = parts.next().unwrap_or_default();
+                        }
+                        let left = usize::try_from(current.end - current.start).unwrap_or(usize::MAX);
+                        let (now, later) = data.split_at(left.min(data.len()));
+                        file.write_all_at(now, offset + current.start)?;
+                        current.start += now.len() as u64;
+                        data = later;
+                    }
+                    Ok(())
+                })
+            }
+        }
     }
+}
+
+/// Cuts a buffer, which begins at `start` of its region, into the places of data ranges; `zero` is given what lies between, or,
+/// with `all`, the whole of it first.
+fn cut<'a>(
+    buffer: &'a mut [u8],
+    start: u64,
+    ranges: impl ExactSizeIterator<Item = Range<u64>>,
+    all: bool,
+    mut zero: impl FnMut(u64, &mut [u8]) -> Result<()>,
+) -> Result<Vec<&'a mut [u8]>> {
+    if all {
+        zero(start, buffer)?;
+    }
+    let mut places = Vec::with_capacity(ranges.len());
+    let (mut rest, mut at) = (buffer, start);
+    for range in ranges {
+        let length = |from: u64, to: u64| usize::try_from(to - from).unwrap_or(usize::MAX);
+        let (hole, more) = rest.split_at_mut(length(at, range.start));
+        let (place, more) = more.split_at_mut(length(range.start, range.end));
+        if !all && !hole.is_empty() {
+            zero(at, hole)?;
+        }
+        places.push(place);
+        (rest, at) = (more, range.end);
+    }
+    if !all && !rest.is_empty() {
+        zero(at, rest)?;
+    }
+    Ok(places)
 }
 
 /// Where a slice of a region goes.
@@ -130,30 +164,6 @@ enum Target<'a> {
     Buffer(&'a mut [u8], Backing),
     /// The file, which is zero where nothing was written, and where in it the region begins.
     File(&'a OpenFile<'a>, u64),
-}
-
-impl Target<'_> {
-    /// Writes data to `at` of the region, of which the slice begins at `start`.
-    fn write(&mut self, region: &Region, start: u64, at: u64, data: &[u8]) -> Result<()> {
-        match self {
-            Self::Buffer(part, _) => {
-                let from = usize::try_from(at - start).unwrap_or(usize::MAX);
-                let place = &mut part[from..from + data.len()];
-                populate(place).map_err(|error| not_written(region, at, place, error))?;
-                place.copy_from_slice(data);
-                Ok(())
-            }
-            Self::File(file, offset) => file.write_all_at(data, *offset + at),
-        }
-    }
-
-    /// Makes a part of the region zero, where it is not yet.
-    fn zero(&mut self, region: &Region, start: u64, range: Range<u64>) -> Result<()> {
-        let Self::Buffer(part, backing) = self else { return Ok(()) };
-        let at = |offset: u64| usize::try_from(offset - start).unwrap_or(usize::MAX);
-        let place = &mut part[at(range.start)..at(range.end)];
-        make_zero(place, *backing).map_err(|error| not_written(region, range.start, place, error))
-    }
 }
 
 /// Why the memory at an offset of a region, of which `place` is the destination, cannot be written.

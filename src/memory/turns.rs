@@ -343,7 +343,7 @@ mod tests {
                     let mut runs = Rope::new();
                     items[number].chunks(7).for_each(|run| runs.push(run));
                     let poll = &mut Poll::new(&mut go_on);
-                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, poll, || ()).unwrap();
+                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, poll, || Ok(())).unwrap();
                     lock(&taken).push((offset, rope.runs().concat()));
                 }
             });
