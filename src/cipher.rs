@@ -15,6 +15,7 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
+use crate::buffer;
 use crate::error::{Error, Kind, Result};
 
 /// Bytes of every key: AES-256.
@@ -396,6 +397,8 @@ impl Opener {
 
 /// Seals a short message whole.
 pub(crate) fn seal_message(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize, message: &[u8]) -> Result<Vec<u8>> {
+    let segments = message.len() / chunk_size_bytes + 1;
+    buffer::probe(HEADER_BYTES + segments.saturating_mul(segment_size(chunk_size_bytes)))?;
     fast_floe::encrypt(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, message).map_err(provider_failure)
 }
 
@@ -406,6 +409,7 @@ pub(crate) fn open_message(
     chunk_size_bytes: usize,
     sealed: &[u8],
 ) -> Result<Zeroizing<Vec<u8>>> {
+    buffer::probe(sealed.len())?;
     fast_floe::decrypt_with_parameters(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, sealed)
         .map(Zeroizing::new)
         .map_err(|_| not_authentic())

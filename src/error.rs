@@ -56,6 +56,8 @@ pub(crate) enum Kind {
     Interrupted,
     /// The cryptographic provider failed (no randomness, say).
     Provider,
+    /// There is not enough memory for a buffer.
+    OutOfMemory,
 }
 
 impl Error {
@@ -73,7 +75,10 @@ impl Error {
 
     /// An operating system's error with what was tried, errno kept.
     pub(crate) fn io(message: impl Into<String>, source: impl Into<io::Error>) -> Self {
-        Self::with_source(Kind::Io, message, source.into())
+        let source = source.into();
+        // std's own, of a buffer: the system's has an errno.
+        let is_memory = source.kind() == io::ErrorKind::OutOfMemory && source.raw_os_error().is_none();
+        Self::with_source(if is_memory { Kind::OutOfMemory } else { Kind::Io }, message, source)
     }
 
     pub(crate) fn invalid_argument(message: impl Into<String>) -> Self {
@@ -166,6 +171,13 @@ impl Error {
         self.0.kind == Kind::Interrupted
     }
 
+    /// There is not enough memory for what is asked: a chunk, a block, a list of ranges, a passphrase's scrypt. Nothing was
+    /// changed, or it was undone, as after any other error.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        self.0.kind == Kind::OutOfMemory
+    }
+
     /// The errno, where the operating system was the cause.
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
@@ -191,6 +203,7 @@ impl Error {
             Kind::KeyUnavailable | Kind::NotEncrypted | Kind::NotSealed => io::ErrorKind::PermissionDenied,
             // Not io::ErrorKind::Interrupted: std's loops would try again, and a stop was asked for.
             Kind::State | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,
+            Kind::OutOfMemory => io::ErrorKind::OutOfMemory,
         }
     }
 }
@@ -200,7 +213,9 @@ impl fmt::Display for Error {
         f.write_str(&self.0.message)?;
         // The operating system's words belong to the text: "…: No space left on device (os error 28)".
         match &self.0.source {
-            Some(source) if matches!(self.0.kind, Kind::Io | Kind::Serialization) => write!(f, ": {source}"),
+            Some(source) if matches!(self.0.kind, Kind::Io | Kind::Serialization | Kind::OutOfMemory) => {
+                write!(f, ": {source}")
+            }
             _ => Ok(()),
         }
     }

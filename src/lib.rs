@@ -30,6 +30,7 @@
 #![deny(unsafe_code)]
 
 mod any_snapshot;
+mod buffer;
 mod cipher;
 mod clean;
 mod error;

@@ -7,6 +7,7 @@ use serde::de::Deserializer;
 use serde::{Deserialize, Serialize};
 use serde_bytes::Bytes;
 
+use crate::buffer::{self, Growing};
 use crate::cipher::{self, SecretKey, check_chunk_size};
 use crate::error::{Error, Kind, Result};
 use crate::name::{self, SnapshotPath, shown};
@@ -17,6 +18,9 @@ const SCHEMA: Schema =
 
 /// A larger one is neither written nor read: some two million fragments.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+
+/// A manifest in memory takes at most so many times its bytes: a path and some numbers, in two maps while it is checked.
+const MEMORY_PER_BYTE: usize = 4;
 
 /// In an encrypted snapshot the manifest is a FLOE message with chunks of this size.
 const CHUNK_SIZE_BYTES: usize = 64 << 10;
@@ -84,9 +88,14 @@ impl Manifest {
             namespaces: &self.namespaces,
             fragments: self.fragments.iter().map(|(path, entry)| (path.as_str(), FieldsOfEntry::of(entry))).collect(),
         };
-        let mut bytes = Vec::new();
-        ciborium::into_writer(&fields, &mut bytes)
-            .map_err(|error| Error::with_source(Kind::Serialization, "the manifest cannot be written", error))?;
+        let mut bytes = Growing::default();
+        ciborium::into_writer(&fields, &mut bytes).map_err(|error| match error {
+            ciborium::ser::Error::Io(error) => Error::from(error),
+            error @ ciborium::ser::Error::Value(_) => {
+                Error::with_source(Kind::Serialization, "the manifest cannot be written", error)
+            }
+        })?;
+        let Growing(bytes) = bytes;
         let digest = *blake3::hash(&bytes).as_bytes();
         let stored = match data_key {
             None => bytes,
@@ -109,6 +118,8 @@ impl Manifest {
                 &opened[..]
             }
         };
+        // What serde makes of it is many small things, which cannot fail one by one.
+        buffer::probe(bytes.len().saturating_mul(MEMORY_PER_BYTE))?;
         let manifest = Self::check(SCHEMA.decode(bytes)?)?;
         if manifest.encrypted != data_key.is_some() {
             return Err(SCHEMA.malformed("it is that of another kind of snapshot: one is encrypted, the other is not"));

@@ -92,8 +92,13 @@ impl SnapshotReader {
     ///
     /// As [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] where it holds anything but one such value.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        self.decode(name, self.raw_fragment(name)?)
+    }
+
+    /// The value in an open fragment.
+    pub(crate) fn decode<T: DeserializeOwned>(&self, name: &str, fragment: FragmentReader) -> Result<T> {
         // In pieces: how much memory a value takes is for the value to say, not for the file's size.
-        let fragment = BufReader::with_capacity(PIECE_BYTES, self.raw_fragment(name)?);
+        let fragment = BufReader::with_capacity(PIECE_BYTES, fragment);
         serialization::decode(fragment, self.format, &self.place(name)?)
     }
 

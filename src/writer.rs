@@ -109,6 +109,10 @@ impl SnapshotWriter {
         let path = self.namespace.join(name)?;
         serialization::encode(value, self.format).map_err(|error| {
             let place = format!("{path} of {}", self.root.display());
+            let error = match error.downcast::<Error>() {
+                Ok(own) => return own.context(place),
+                Err(error) => error,
+            };
             Error::with_source(Kind::Serialization, format!("{place} cannot be serialized"), error)
         })
     }

@@ -71,6 +71,7 @@ def test_the_table_names_exceptions_and_predicates_that_belong_together() -> Non
         "FragmentStateError": "is_state",
         "InvalidArgumentError": "is_invalid_argument",
         "KeyUnavailableError": "is_key_unavailable",
+        "MemoryError": "is_out_of_memory",
         "NotEncryptedError": "is_not_encrypted",
         "NotSealedError": "is_not_sealed",
         "SerializationError": "is_serialization",

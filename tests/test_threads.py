@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 import vmsnap.qemu.started
+from refusals import refused
 from support import pattern, run_python_well
 
 # Two calls that go on for as long as a third has not read; each writes 100 GiB, if they have to wait for it.
@@ -71,10 +72,10 @@ def with_threads(allowed: int, *command: str | Path) -> list[str | Path]:
     return [strace, "-f", "-qq", "-o", os.devnull, "-e", "trace=clone,clone3", "-e", refusal, *command]
 
 
-def outcome(command: list[str | Path], **options: int) -> tuple[int, str]:
+def outcome(command: list[str | Path]) -> tuple[int, str]:
     """Run a command with four threads wanted: its status, and what it wrote to standard error."""
     environment = os.environ | {"VMSNAP_THREADS": "4", "TERM": "xterm"}
-    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, text=True, check=False, **options)
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, text=True, check=False)
     if "ptrace" in done.stderr:
         pytest.skip(f"strace may not trace here: {done.stderr}")
     return done.returncode, done.stderr
@@ -137,9 +138,18 @@ def test_a_dump_without_a_thread_for_its_progress_bar_is_complete(tmp_path: Path
     assert vmsnap.verify(tmp_path / "vm1").ok
 
 
+def refuse(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 @ALLOWED
-def test_a_guest_is_not_touched_where_the_threads_for_it_cannot_be_started(tmp_path: Path, allowed: int) -> None:
+def test_a_guest_is_not_touched_where_the_threads_for_it_cannot_be_started(
+    tmp_path: Path, allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Before there is a connection to QEMU: there is none here.
+    with monkeypatch.context() as patch, refused("qemu-no-thread", "the system allows no more", tmp_path):
+        patch.setattr(threading.Thread, "start", refuse)
+        vmsnap.qemu.save(tmp_path / "qmp", tmp_path / "vm1")
     for arguments in (("save", "--qmp", tmp_path / "qmp", tmp_path / "vm1"), ("load", tmp_path / "vm1", "--", "true")):
         status, said = outcome(with_threads(allowed, sys.executable, "-m", "vmsnap", "qemu", *arguments))
         assert (status, said.count("\n")) == (1, 1), said
@@ -154,9 +164,6 @@ def test_a_qemu_that_cannot_be_listened_to_is_ended(monkeypatch: pytest.MonkeyPa
         def __init__(self, *arguments: object, **options: object) -> None:
             super().__init__(*arguments, **options)  # type: ignore[call-overload]
             processes.append(self)
-
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(subprocess, "Popen", Noted)
     monkeypatch.setattr(threading.Thread, "start", refuse)

@@ -7,6 +7,7 @@ use blake3::Hasher;
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 
 use super::STRIP_BYTES;
+use crate::buffer;
 use crate::error::Result;
 use crate::threads::{Poll, for_each};
 
@@ -85,10 +86,11 @@ impl Digest {
             also(head.len() + number * STRIP_BYTES, strip)?;
             // Afterwards: it is in the cache now.
             let pieces = strip.chunks(PIECE_BYTES).zip(first + (number * (STRIP_BYTES / PIECE_BYTES)) as u64..);
+            buffer::reserve(done, STRIP_BYTES / PIECE_BYTES)?;
             done.extend(pieces.map(|(piece, index)| (index, subtree(index, piece))));
             Ok(())
         })?;
-        let mut subtrees: Vec<_> = workers.into_iter().flatten().collect();
+        let mut subtrees = buffer::collect(workers.into_iter().flatten())?;
         subtrees.sort_unstable_by_key(|(index, _)| *index);
         if !subtrees.is_empty() {
             self.push(subtrees.into_iter().map(|(_, subtree)| subtree));

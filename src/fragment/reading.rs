@@ -9,6 +9,7 @@ use super::digest::Digest;
 use super::plain::PlainSource;
 use super::sealed_source::SealedSource;
 use super::{Home, Place, folder};
+use crate::buffer;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
@@ -207,9 +208,7 @@ impl FragmentReader {
         let wanted = usize::try_from(self.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
         // Whole chunks: a part of one would be decrypted twice.
         let wanted = self.chunk_size_bytes().map_or(wanted, |chunk| wanted.next_multiple_of(chunk));
-        if buffer.len() < wanted {
-            buffer.resize(wanted, 0);
-        }
+        buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
         let mut offset = 0;
         while offset < self.size() {
             let read = self.read_at_polled(offset, &mut buffer[..wanted], poll)?;
@@ -272,10 +271,9 @@ impl FragmentReader {
         self.file.home.check().map_err(|error| error.context(&self.file.place))?;
         if self.current.as_ref().is_none_or(|(held, _)| *held != start) {
             let mut chunk = self.current.take().map(|(_, chunk)| chunk).unwrap_or_default();
-            chunk.resize(
-                usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes)),
-                0,
-            );
+            let length =
+                usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes));
+            buffer::fit(&mut chunk, length).map_err(|error| error.context(&self.file.place))?;
             self.read_at_polled(start, &mut chunk, poll)?;
             self.current = Some((start, chunk));
         }

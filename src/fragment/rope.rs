@@ -1,5 +1,8 @@
 //! Bytes that follow each other in a fragment and lie apart in memory.
 
+use crate::buffer;
+use crate::error::Result;
+
 /// Runs of bytes, one after the other. None is empty.
 pub(crate) struct Rope<'a> {
     runs: Vec<&'a [u8]>,
@@ -47,17 +50,18 @@ impl<'a> Rope<'a> {
 
     /// Gives `take` all bytes, `unit` at a time (the last may be fewer): as they lie, where they lie together, and otherwise
     /// out of `room`.
-    pub(crate) fn units<E>(
+    pub(crate) fn units(
         &self,
         unit: usize,
         room: &mut Vec<u8>,
-        mut take: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+        mut take: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         room.clear();
         for run in &self.runs {
             let mut rest = *run;
             if !room.is_empty() {
                 let (now, later) = rest.split_at((unit - room.len()).min(rest.len()));
+                buffer::reserve(room, now.len())?;
                 room.extend_from_slice(now);
                 rest = later;
                 if room.len() < unit {
@@ -68,6 +72,7 @@ impl<'a> Rope<'a> {
             }
             let (whole, last) = rest.split_at(rest.len() / unit * unit);
             whole.chunks_exact(unit).try_for_each(&mut take)?;
+            buffer::reserve(room, last.len())?;
             room.extend_from_slice(last);
         }
         if room.is_empty() { Ok(()) } else { take(room) }
@@ -76,8 +81,6 @@ impl<'a> Rope<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
-
     use super::*;
 
     #[test]
@@ -91,10 +94,11 @@ mod tests {
                     at = cut;
                 }
                 let mut found = Vec::new();
-                let Ok(()) = rope.units(unit, &mut Vec::new(), |bytes| {
+                rope.units(unit, &mut Vec::new(), |bytes| {
                     found.push(bytes.to_vec());
-                    Ok::<_, Infallible>(())
-                });
+                    Ok(())
+                })
+                .unwrap();
                 assert_eq!(found, bytes.chunks(unit).map(<[u8]>::to_vec).collect::<Vec<_>>());
                 for length in [256, 255, 100, 17, 16, 1, 0] {
                     let mut rest = Vec::new();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::parts::{Kind, Parts};
 use super::sealing::Sealers;
 use super::{Home, aad, strip_bytes};
+use crate::buffer;
 use crate::cipher::{HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, Sealing, SecretKey, header_tag, segment_offset};
 use crate::error::Result;
 use crate::manifest::{Entry, Proof};
@@ -58,23 +59,29 @@ impl SealedSink {
 
     /// Takes a small write that there is room for.
     pub(super) fn gather(&mut self, data: &[u8]) -> bool {
-        let fits = self.gathered.len() + data.len() <= strip_bytes(self.chunk_size_bytes);
-        if fits {
-            self.gathered.extend_from_slice(data);
-        }
-        fits
+        self.fits(data) && self.append(data).is_ok()
+    }
+
+    fn fits(&self, data: &[u8]) -> bool {
+        self.gathered.len() + data.len() <= strip_bytes(self.chunk_size_bytes)
+    }
+
+    fn append(&mut self, data: &[u8]) -> Result<()> {
+        buffer::reserve(&mut self.gathered, data.len())?;
+        self.gathered.extend_from_slice(data);
+        Ok(())
     }
 
     pub(super) fn write(&mut self, mut data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
         let chunk_size_bytes = self.chunk_size_bytes;
-        while !self.gather(data) {
+        while !self.fits(data) {
             let (now, later) = if data.len() >= DIRECT_BYTES {
                 // What is gathered ends with a whole chunk, the rest is sealed where it is.
                 data.split_at(self.gathered.len().next_multiple_of(chunk_size_bytes) - self.gathered.len())
             } else {
                 data.split_at(strip_bytes(chunk_size_bytes) - self.gathered.len())
             };
-            self.gathered.extend_from_slice(now);
+            self.append(now)?;
             data = later;
             if !self.gathered.is_empty() {
                 let strip = std::mem::replace(&mut self.gathered, self.sealers.buffer(poll)?);
@@ -88,7 +95,7 @@ impl SealedSink {
                 data = tail;
             }
         }
-        Ok(())
+        self.append(data)
     }
 
     /// Parts from the start; `None` where something was written already.
@@ -103,13 +110,15 @@ impl SealedSink {
     }
 
     pub(super) fn finish(&mut self, poll: &mut Poll<'_>) -> Result<()> {
-        let gathered = std::mem::take(&mut self.gathered);
+        let mut gathered = std::mem::take(&mut self.gathered);
         let (body, last) = self.split_last(&gathered);
         let first_index = self.advance(body.len());
         self.sealers.seal(&self.file, first_index, body, poll)?;
         self.sealers.drain(poll)?;
         self.sealers.seal_last(&self.file, self.next_index, last)?;
-        self.gathered = last.to_vec();
+        let body_bytes = body.len();
+        gathered.drain(..body_bytes);
+        self.gathered = gathered;
         Ok(())
     }
 

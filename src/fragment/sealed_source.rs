@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use super::pieces::Pieces;
 use super::{aad, strip_bytes};
+use crate::buffer;
 use crate::cipher::{
     HEADER_BYTES, HEADER_TAG_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, SecretKey, check_declared_chunk_size,
     header_tag, segment_offset, segment_size,
@@ -153,9 +154,7 @@ impl OpenWorker {
     fn load(&mut self, source: &SealedSource, first: u64, last: u64) -> Result<()> {
         let full = usize::try_from(last - first).unwrap_or(usize::MAX);
         let stored = full * segment_size(source.chunk_size_bytes) + source.chunk_bytes(last) + SEGMENT_OVERHEAD_BYTES;
-        if self.segments.len() < stored {
-            self.segments.resize(stored, 0);
-        }
+        buffer::at_least(&mut self.segments, stored)?;
         let offset = segment_offset(first, source.chunk_size_bytes);
         source.file.read_exact_at(&mut self.segments[..stored], offset).map_err(not_read)
     }
@@ -163,7 +162,7 @@ impl OpenWorker {
     /// Opens segment `index` into the worker's own buffer.
     fn open_chunk(&mut self, source: &SealedSource, index: u64, number: usize) -> Result<()> {
         let segment = source.loaded_segment(index, number);
-        self.chunk.resize(source.chunk_bytes(index), 0);
+        buffer::fit(&mut self.chunk, source.chunk_bytes(index))?;
         self.opener.open(index, &self.segments[segment], &mut self.chunk)
     }
 }

@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::rope::Rope;
 use super::{not_written, strip_bytes};
+use crate::buffer;
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
@@ -122,7 +123,7 @@ impl Sealers {
     /// Seals and writes the last chunk.
     pub(super) fn seal_last(&self, file: &File, index: u64, chunk: &[u8]) -> Result<()> {
         let Worker { mut sealer, mut segments } = self.worker();
-        segments.resize(chunk.len() + SEGMENT_OVERHEAD_BYTES, 0);
+        buffer::fit(&mut segments, chunk.len() + SEGMENT_OVERHEAD_BYTES)?;
         sealer.seal_last(index, chunk, &mut segments)?;
         file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
     }
@@ -146,15 +147,17 @@ impl Sealers {
 
     /// An empty buffer for the next strip.
     pub(super) fn buffer(&self, poll: &mut Poll<'_>) -> Result<Vec<u8>> {
-        self.help_until(poll, |queue| {
+        let mut buffer = self.help_until(poll, |queue| {
             let idle = queue.idle_buffers.pop();
             // One is filled, one waits, and each thread has one.
             if idle.is_none() && queue.buffers < self.threads + 2 {
                 queue.buffers += 1;
-                return Some(Vec::with_capacity(strip_bytes(self.chunk_size_bytes)));
+                return Some(Vec::new());
             }
             idle
-        })
+        })?;
+        buffer::reserve(&mut buffer, strip_bytes(self.chunk_size_bytes))?;
+        Ok(buffer)
     }
 
     /// Until all strips are written.
@@ -213,7 +216,7 @@ impl Sealers {
 
     /// Seals whole chunks, none of them the last, and writes them.
     fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
-        let mut strip_writer = self.strip(worker, file, first_index);
+        let mut strip_writer = self.strip(worker, file, first_index)?;
         strip.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| strip_writer.push(chunk))?;
         strip_writer.write()
     }
@@ -227,18 +230,16 @@ impl Sealers {
         rope: &Rope<'_>,
         room: &mut Vec<u8>,
     ) -> Result<()> {
-        let mut strip = self.strip(worker, file, first_index);
+        let mut strip = self.strip(worker, file, first_index)?;
         rope.units(self.chunk_size_bytes, room, |chunk| strip.push(chunk))?;
         strip.write()
     }
 
-    fn strip<'a>(&self, worker: &'a mut Worker, file: &'a File, first_index: u64) -> SealedStrip<'a> {
+    fn strip<'a>(&self, worker: &'a mut Worker, file: &'a File, first_index: u64) -> Result<SealedStrip<'a>> {
         let chunk_size_bytes = self.chunk_size_bytes;
         let stored = strip_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
-        if worker.segments.len() < stored {
-            worker.segments.resize(stored, 0);
-        }
-        SealedStrip { worker, file, first_index, chunk_size_bytes, chunks: 0 }
+        buffer::at_least(&mut worker.segments, stored)?;
+        Ok(SealedStrip { worker, file, first_index, chunk_size_bytes, chunks: 0 })
     }
 
     pub(super) fn worker(&self) -> Worker {

@@ -11,12 +11,16 @@ use zeroize::Zeroizing;
 use super::background::in_background;
 use super::identity::{Identity, is_encrypted};
 use super::secret_text::SecretText;
+use crate::buffer;
 use crate::error::{Error, Kind, Result};
 
 /// scrypt's work factor as a power of two: that of the `age` command, about a second and 256 MiB.
 const WORK_FACTOR: u8 = 18;
 /// A reader's limit, that of the `age` command too: some ten seconds, and 4 GiB.
 const MAX_WORK_FACTOR: u8 = 22;
+
+/// scrypt's memory for each unit of its cost N, with the block size r = 8 that age has: 128 r (RFC 7914, section 5).
+const SCRYPT_BLOCK_BYTES: usize = 1024;
 
 /// A payload is some 130 bytes.
 const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
@@ -157,6 +161,7 @@ pub(super) fn wrap_with_passphrase(
     let mut recipient = scrypt::Recipient::new(SecretString::from(passphrase.as_str()));
     recipient.set_work_factor(WORK_FACTOR);
     finished(in_background(None, poll, move || {
+        probe_scrypt(WORK_FACTOR)?;
         encrypt(Encryptor::with_recipients(std::iter::once(&recipient as &dyn age::Recipient)), &payload)
     })?)
 }
@@ -212,7 +217,22 @@ pub(super) fn unwrap_with_passphrase(
     let mut identity = scrypt::Identity::new(SecretString::from(passphrase()?.as_str()));
     identity.set_max_work_factor(MAX_WORK_FACTOR);
     let file = file.to_vec();
-    finished(in_background(None, poll, move || decrypt(&file, &mut std::iter::once(&identity as &dyn age::Identity)))?)
+    finished(in_background(None, poll, move || decrypt_by_scrypt(&file, &identity))?)
+}
+
+/// Finds out whether there is the memory for scrypt, which the crate takes as if there were.
+fn probe_scrypt(work_factor: u8) -> Result<()> {
+    buffer::probe(SCRYPT_BLOCK_BYTES << work_factor)
+}
+
+/// As [`decrypt`], with the key of a passphrase.
+fn decrypt_by_scrypt(file: &[u8], key: &scrypt::Identity) -> Result<Zeroizing<Vec<u8>>> {
+    let shown = stanzas(file)?;
+    let work_factor = shown.iter().find_map(|stanza| stanza.strip_prefix("scrypt ")?.parse::<u8>().ok());
+    if let Some(work_factor) = work_factor.filter(|work_factor| *work_factor <= MAX_WORK_FACTOR) {
+        probe_scrypt(work_factor)?;
+    }
+    decrypt(file, &mut std::iter::once(key as &dyn age::Identity))
 }
 
 fn decrypt(file: &[u8], identities: &mut dyn Iterator<Item = &dyn age::Identity>) -> Result<Zeroizing<Vec<u8>>> {
@@ -300,7 +320,7 @@ fn decrypted(identity: &Identity) -> Result<Zeroizing<Vec<u8>>> {
     }
     let mut key = scrypt::Identity::new(SecretString::from(identity.passphrase()?.as_str()));
     key.set_max_work_factor(MAX_WORK_FACTOR);
-    decrypt(&file, &mut std::iter::once(&key as &dyn age::Identity)).map_err(context)
+    decrypt_by_scrypt(&file, &key).map_err(context)
 }
 
 fn parse_identities(content: &[u8], identity: &Identity, parsed: &mut Identities) -> Result<()> {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::layout::{BlockIndex, Layout};
 use super::lz4;
+use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::FragmentReader;
 use crate::threads::lock;
@@ -200,9 +201,7 @@ impl Data {
         let Strip { stored, data, holds } = strip;
         if *holds != (first..last) {
             *holds = 0..0;
-            if data.len() < length {
-                data.resize(length, 0);
-            }
+            buffer::at_least(data, length)?;
             self.fill_pieces(stored, first, &mut data[..length])?;
             *holds = first..last;
         }
@@ -244,7 +243,7 @@ impl Frame {
                 offset += lz4::SIZE_WORD_BYTES as u64 + u64::from(length);
                 offset
             }));
-            let found: Vec<_> = found.collect();
+            let found = buffer::collect(found)?;
             check_end(fragment, found.last().copied().unwrap_or(0))?;
             let _ = offsets.set(found);
         }
@@ -259,6 +258,7 @@ impl Frame {
         let mut offsets = Vec::new();
         let mut offset = lz4::HEADER_BYTES as u64;
         loop {
+            buffer::reserve(&mut offsets, 1)?;
             offsets.push(offset);
             let mut word = [0; lz4::SIZE_WORD_BYTES];
             let read = fragment.read_at_alone(offset, &mut word)?;
@@ -298,9 +298,7 @@ impl Frame {
         if length > blocks * lz4::most_stored(block_size) {
             return Err(Error::corrupt("a block is longer than any can be"));
         }
-        if stored.len() < length {
-            stored.resize(length, 0);
-        }
+        buffer::at_least(stored, length)?;
         let stored = &mut stored[..length];
         if fragment.read_at_alone(offsets[0], stored)? < length {
             return Err(Error::corrupt("a block goes beyond the end"));

@@ -16,6 +16,7 @@ use super::pages::readable;
 use super::source::GuestMemorySource;
 use super::turns::{Item, Noted, Rest, Shelf, Turns};
 use super::zeros::{PAGE_BYTES, is_zero};
+use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::parts::{PartWorker, Parts};
 use crate::fragment::rope::Rope;
@@ -331,7 +332,8 @@ impl<'a> Dump<'a> {
             },
         };
         let most = usize::try_from(self.logical_bytes.div_ceil(SLICE_BYTES as u64)).map_or(threads, |most| most.max(1));
-        let mut workers: Vec<_> = (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect();
+        let mut workers: Vec<_> =
+            (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect::<Result<_>>()?;
         let result = for_each_polled(&mut workers, self.slices(), poll, |worker, slice, poll| {
             let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
             slice.and_then(|slice| self.slice(&stages, parts, worker, &slice, poll)).map_err(|error| {
@@ -348,10 +350,10 @@ impl<'a> Dump<'a> {
         stages.finish(self.options)
     }
 
-    fn worker(stages: &Stages, parts: &Parts) -> Worker {
-        let packing = stages.frame.as_ref().map(|shelf| (Packer::new(), shelf.item()));
-        Worker {
-            slice: stages.data.item(SLICE_BYTES),
+    fn worker(stages: &Stages, parts: &Parts) -> Result<Worker> {
+        let packing = stages.frame.as_ref().map(|shelf| Ok::<_, Error>((Packer::new(), shelf.item()?))).transpose()?;
+        Ok(Worker {
+            slice: stages.data.item(SLICE_BYTES)?,
             found: Vec::new(),
             ranges: Vec::new(),
             unreadable: Vec::new(),
@@ -359,7 +361,7 @@ impl<'a> Dump<'a> {
             room: Vec::new(),
             packing,
             part: parts.worker(),
-        }
+        })
     }
 
     /// The slices in which there is data. A hole costs nothing, however long it is.
@@ -629,8 +631,9 @@ impl Stages {
         };
         let (mut rest, mut lengths) = shelf.rest();
         if !data.carry.is_empty() {
-            let mut packed = vec![0; lz4::most_stored(options.block_size_bytes)];
+            let mut packed = buffer::zeros(lz4::most_stored(options.block_size_bytes))?;
             let length = Packer::new().pack(&data.carry, &mut packed)?;
+            buffer::reserve(&mut rest.carry, packed.len() + lz4::END_MARK.len())?;
             rest.carry.extend_from_slice(&packed[..lz4::SIZE_WORD_BYTES + length]);
             lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
         }
@@ -641,13 +644,16 @@ impl Stages {
 
 impl Found {
     /// Adds what is in a slice, in the order of the slices.
-    fn add(&mut self, region: usize, ranges: &[Range<u64>], unreadable: &mut Vec<Range<u64>>) {
+    fn add(&mut self, region: usize, ranges: &[Range<u64>], unreadable: &mut Vec<Range<u64>>) -> Result<()> {
+        buffer::reserve(&mut self.ranges[region], ranges.len())?;
         for range in ranges {
             append(&mut self.ranges[region], range.clone());
         }
+        buffer::reserve(&mut self.unreadable, unreadable.len())?;
         for range in unreadable.drain(..) {
             append(&mut self.unreadable, range);
         }
+        Ok(())
     }
 
     /// What was found, which it takes: the list may be long.

@@ -51,7 +51,7 @@ impl SnapshotReader {
     /// [`Error::is_io`] where there is none, [`Error::is_corrupt`] where its regions and ranges contradict each other or do not
     /// fit the data; [`Error::is_authentication`] where it is not what was written.
     pub fn memory(&self) -> Result<GuestMemory> {
-        let metadata: Metadata = self.read_fragment(METADATA)?;
+        let metadata = Metadata::read(self)?;
         let layout = metadata.check();
         let layout = layout.map_err(|error| error.context(self.place(METADATA).unwrap_or_default()))?;
         let place = self.place(MEMORY)?;

@@ -4,17 +4,22 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::lz4;
+use crate::buffer;
 use crate::error::{Error, Result};
+use crate::reader::SnapshotReader;
 #[cfg(any(test, fuzzing))]
 use crate::serialization;
 
 /// crosvm's names, and the names of its fields.
 pub(super) const MEMORY: &str = "mem";
 pub(super) const METADATA: &str = "mem_metadata";
+
+/// Nobody has a larger list, whatever the size of the file.
+const MOST_PROBED_BYTES: usize = 256 << 20;
 
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Metadata {
@@ -48,6 +53,7 @@ fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std:
         fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<Vec<T>, A::Error> {
             let mut list = Vec::new();
             while let Some(element) = sequence.next_element()? {
+                buffer::reserve(&mut list, 1).map_err(|_| A::Error::custom(buffer::OUT_OF_MEMORY))?;
                 list.push(element);
             }
             Ok(list)
@@ -119,13 +125,24 @@ impl Metadata {
         metadata.check().map(|_| metadata)
     }
 
+    /// Reads the fragment of a snapshot.
+    pub(super) fn read(reader: &SnapshotReader) -> Result<Self> {
+        let fragment = reader.raw_fragment(METADATA)?;
+        // The list of blocks grows in serde's hands, where it cannot fail: 64 MiB for a guest of a terabyte.
+        let bytes = usize::try_from(fragment.size()).unwrap_or(usize::MAX).saturating_mul(2);
+        buffer::probe(bytes.min(MOST_PROBED_BYTES)).map_err(|error| error.context(METADATA))?;
+        reader.decode(METADATA, fragment)
+    }
+
     /// Checks everything that can be without the data.
     pub(super) fn check(&self) -> Result<Layout> {
         check_apart(self.regions.iter().map(|region| (region.guest_base, region.size))).map_err(Error::corrupt)?;
         let mut data_bytes = 0_u64;
-        let mut regions = Vec::with_capacity(self.regions.len());
+        let mut regions = Vec::new();
+        buffer::reserve(&mut regions, self.regions.len())?;
         for region in &self.regions {
-            let mut ranges = Vec::with_capacity(region.data_ranges.len());
+            let mut ranges = Vec::new();
+            buffer::reserve(&mut ranges, region.data_ranges.len())?;
             let mut last = 0;
             for &Range { start, end } in &region.data_ranges {
                 if start < last || start >= end || end > region.size {

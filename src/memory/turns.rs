@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::rope::Rope;
 use crate::threads::{POLL_INTERVAL, PanicGuard, Poll, lock};
@@ -31,18 +32,19 @@ struct Turn {
 
 impl Turn {
     /// Puts an item, whose turn it is, into the stream.
-    fn join<'a>(&mut self, item: &'a mut Item, unit: usize) -> (u64, &'a [u8]) {
+    fn join<'a>(&mut self, item: &'a mut Item, unit: usize) -> Result<(u64, &'a [u8])> {
         let start = item.room - self.carry.len();
         item.bytes[start..item.room].copy_from_slice(&self.carry);
         let bytes = &item.bytes[start..item.room + item.length];
         // A byte always stays: whether a unit is the last shows only when more follows.
         let (units, rest) = bytes.split_at(bytes.len().saturating_sub(1) / unit * unit);
         self.carry.clear();
+        buffer::reserve(&mut self.carry, rest.len())?;
         self.carry.extend_from_slice(rest);
         let offset = self.offset;
         self.offset += units.len() as u64;
         self.next += 1;
-        (offset, units)
+        Ok((offset, units))
     }
 }
 
@@ -54,8 +56,8 @@ pub(super) struct Item {
 }
 
 impl Item {
-    fn new(room: usize, capacity: usize) -> Self {
-        Self { room, bytes: vec![0; room + capacity], length: 0 }
+    fn new(room: usize, capacity: usize) -> Result<Self> {
+        Ok(Self { room, bytes: buffer::zeros(room + capacity)?, length: 0 })
     }
 
     pub(super) fn clear(&mut self) {
@@ -95,7 +97,7 @@ impl Turns {
     }
 
     /// An empty item for so many bytes.
-    pub(super) fn item(&self, capacity: usize) -> Item {
+    pub(super) fn item(&self, capacity: usize) -> Result<Item> {
         Item::new(self.room, capacity)
     }
 
@@ -106,11 +108,11 @@ impl Turns {
         number: usize,
         item: &'a mut Item,
         poll: &mut Poll<'_>,
-        also: impl FnOnce(),
+        also: impl FnOnce() -> Result<()>,
     ) -> Result<(u64, &'a [u8])> {
         let mut turn = self.turn_of(number, poll)?;
-        also();
-        let units = turn.join(item, self.unit);
+        also()?;
+        let units = turn.join(item, self.unit)?;
         drop(turn);
         self.changed.notify_all();
         Ok(units)
@@ -123,16 +125,17 @@ impl Turns {
         runs: &Rope<'a>,
         head: &'a mut Vec<u8>,
         poll: &mut Poll<'_>,
-        also: impl FnOnce(),
+        also: impl FnOnce() -> Result<()>,
     ) -> Result<(u64, Rope<'a>)> {
         let mut turn = self.turn_of(number, poll)?;
-        also();
+        also()?;
         head.clear();
         std::mem::swap(head, &mut turn.carry);
         let mut rope = Rope::new();
         rope.push(head);
         runs.runs().iter().for_each(|run| rope.push(run));
         let units = rope.len().saturating_sub(1) / self.unit * self.unit;
+        buffer::reserve(&mut turn.carry, rope.len() - units)?;
         rope.split_off(units, |rest| turn.carry.extend_from_slice(rest));
         let offset = turn.offset;
         turn.offset += units as u64;
@@ -200,18 +203,16 @@ impl Shelf {
     }
 
     /// An empty item, and a note for it; none where there are enough.
-    pub(super) fn item(&self) -> Option<Noted> {
+    pub(super) fn item(&self) -> Result<Option<Noted>> {
         self.idle(&mut lock(&self.shelved))
     }
 
-    fn idle(&self, shelved: &mut Shelved) -> Option<Noted> {
-        if let Some(idle) = shelved.idle.pop() {
-            return Some(idle);
-        }
-        (shelved.made < self.most).then(|| {
+    fn idle(&self, shelved: &mut Shelved) -> Result<Option<Noted>> {
+        if shelved.idle.is_empty() && shelved.made < self.most {
+            shelved.idle.push((Item::new(self.room, self.capacity)?, Vec::new()));
             shelved.made += 1;
-            (Item::new(self.room, self.capacity), Vec::new())
-        })
+        }
+        Ok(shelved.idle.pop())
     }
 
     /// Leaves an item, lets `write` have the units that are whole now, and returns an empty item. A thread has one whenever it
@@ -231,8 +232,9 @@ impl Shelf {
             }
             let next = shelved.turn.next;
             if let Some((mut item, mut note)) = shelved.waiting.remove(&next) {
+                buffer::reserve(&mut shelved.notes, note.len())?;
                 shelved.notes.extend_from_slice(&note);
-                let (offset, units) = shelved.turn.join(&mut item, self.unit);
+                let (offset, units) = shelved.turn.join(&mut item, self.unit)?;
                 drop(shelved);
                 write(offset, units)?;
                 item.clear();
@@ -240,7 +242,7 @@ impl Shelf {
                 shelved = lock(&self.shelved);
                 shelved.idle.push((item, note));
                 self.changed.notify_all();
-            } else if let Some(idle) = self.idle(&mut shelved) {
+            } else if let Some(idle) = self.idle(&mut shelved)? {
                 return Ok(idle);
             } else {
                 shelved = wait(&self.changed, shelved, &self.shelved, poll)?;
@@ -315,11 +317,11 @@ mod tests {
             four_threads(|next| {
                 let _guard = turns.guard();
                 let mut go_on = || Ok(());
-                let mut item = turns.item(100);
+                let mut item = turns.item(100).unwrap();
                 while let Some(number) = next() {
                     item.clear();
                     fill(&mut item, number);
-                    let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || ()).unwrap();
+                    let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || Ok(())).unwrap();
                     lock(&taken).push((offset, units.to_vec()));
                 }
             });
@@ -341,7 +343,7 @@ mod tests {
                     let mut runs = Rope::new();
                     items[number].chunks(7).for_each(|run| runs.push(run));
                     let poll = &mut Poll::new(&mut go_on);
-                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, poll, || ()).unwrap();
+                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, poll, || Ok(())).unwrap();
                     lock(&taken).push((offset, rope.runs().concat()));
                 }
             });
@@ -353,7 +355,7 @@ mod tests {
     fn from_a_shelf_too() {
         for (unit, most) in [(1, 4), (3, 5), (8, 9), (64, 200)] {
             let (shelf, taken) = (Shelf::new(unit, b"start", 100, most), Taken::default());
-            let items = Mutex::new((0..4).map(|_| shelf.item().unwrap()).collect::<Vec<_>>());
+            let items = Mutex::new((0..4).map(|_| shelf.item().unwrap().unwrap()).collect::<Vec<_>>());
             four_threads(|next| {
                 let _guard = shelf.guard();
                 let mut go_on = || Ok(());
@@ -378,11 +380,11 @@ mod tests {
     }
 
     fn take(turns: &Turns, callback: &mut dyn FnMut() -> Result<()>) -> Error {
-        turns.take(1, &mut turns.item(0), &mut Poll::new(callback), || ()).unwrap_err()
+        turns.take(1, &mut turns.item(0).unwrap(), &mut Poll::new(callback), || Ok(())).unwrap_err()
     }
 
     fn put(shelf: &Shelf, callback: &mut dyn FnMut() -> Result<()>) -> Error {
-        shelf.put(1, shelf.item().unwrap(), &mut Poll::new(callback), |_, _| Ok(())).map(drop).unwrap_err()
+        shelf.put(1, shelf.item().unwrap().unwrap(), &mut Poll::new(callback), |_, _| Ok(())).map(drop).unwrap_err()
     }
 
     #[test]

@@ -79,6 +79,10 @@ fn asked_or_given(given: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
     }))
 }
 
+fn copied(bytes: &[u8]) -> crate::error::Result<Vec<u8>> {
+    crate::buffer::collect(bytes.iter().copied())
+}
+
 fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
     // Python's own error would carry the passphrase.
     let not_utf8 = || PyErr::from(Error::invalid_argument("a passphrase is UTF-8"));
@@ -89,7 +93,7 @@ fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
         let kind = given.get_type().name()?;
         return Err(PyTypeError::new_err(format!("a passphrase is str, bytes or bytearray, not {kind}")));
     }
-    let bytes = buffer::Readable::get(given)?.as_slice().to_vec();
+    let bytes = copied(buffer::Readable::get(given)?.as_slice())?;
     if given.is_instance_of::<PyByteArray>() {
         buffer::Writable::get(given)?.as_mut_slice().fill(0);
     }
@@ -140,7 +144,7 @@ impl Provider {
                 let kind = returned.get_type().name()?;
                 return Err(PyTypeError::new_err(format!("{method} returned {kind}, and not bytes")));
             }
-            Ok(buffer::Readable::get(&returned)?.as_slice().to_vec())
+            Ok(copied(buffer::Readable::get(&returned)?.as_slice())?)
         })
         .map_err(|error: PyErr| Box::new(error) as ProviderError)
     }

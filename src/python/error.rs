@@ -1,6 +1,6 @@
 //! Errors to exceptions.
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
 
 use super::credentials::raised;
@@ -38,6 +38,8 @@ impl From<Error> for PyErr {
         }
         if error.is_io() {
             PyOSError::new_err(text)
+        } else if error.is_out_of_memory() {
+            PyMemoryError::new_err(text)
         } else if error.is_invalid_argument() {
             InvalidArgumentError::new_err(text)
         } else if error.is_authentication() {

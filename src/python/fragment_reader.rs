@@ -108,7 +108,11 @@ impl FragmentReader {
             return Ok(bytes);
         }
         // Another thread moved the position in between.
-        Ok(PyBytes::new(py, bytes.as_bytes().get(..read).unwrap_or_default()))
+        let taken = bytes.as_bytes().get(..read).unwrap_or_default();
+        PyBytes::new_with(py, taken.len(), |copy| {
+            copy.copy_from_slice(taken);
+            Ok(())
+        })
     }
 
     fn seek(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, whence: &Bound<'_, PyAny>) -> PyResult<u64> {

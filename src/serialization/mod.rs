@@ -29,7 +29,8 @@ use std::io::{BufRead, ErrorKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::buffer::{Growing, OUT_OF_MEMORY};
+use crate::error::{Error, Kind, Result};
 
 /// How `write_fragment` and `read_fragment` serialize values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,17 +79,28 @@ impl Format {
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 pub(crate) fn encode<T: Serialize + ?Sized>(value: &T, format: Format) -> std::result::Result<Vec<u8>, Cause> {
-    let mut bytes = Vec::new();
+    let mut bytes = Growing::default();
     match format {
-        Format::Cbor => ciborium::into_writer(value, &mut bytes)?,
-        Format::Json => floats::to_writer(&mut bytes, value)?,
+        Format::Cbor => ciborium::into_writer(value, &mut bytes).map_err(|error| match error {
+            ciborium::ser::Error::Io(error) => Error::from(error).into(),
+            error @ ciborium::ser::Error::Value(_) => Cause::from(error),
+        })?,
+        Format::Json => floats::to_writer(&mut bytes, value).map_err(|error| {
+            if error.is_io() { Cause::from(Error::from(std::io::Error::from(error))) } else { error.into() }
+        })?,
     }
-    Ok(bytes)
+    Ok(bytes.0)
 }
 
 /// Reads one value, which must be all there is at `place`. Without a format it is found out.
 pub(crate) fn decode<T: DeserializeOwned>(mut reader: impl BufRead, format: Option<Format>, place: &str) -> Result<T> {
-    let unfit = |reason: &str| Error::corrupt(format!("{place} does not hold such a value: {}", without_value(reason)));
+    let unfit = |reason: &str| {
+        if reason.starts_with(OUT_OF_MEMORY) {
+            // What a list of ours says that cannot grow.
+            return Error::new(Kind::OutOfMemory, format!("{place}: {OUT_OF_MEMORY} for what it holds"));
+        }
+        Error::corrupt(format!("{place} does not hold such a value: {}", without_value(reason)))
+    };
     let format = match format {
         Some(format) => format,
         None => Format::of(reader.fill_buf()?),

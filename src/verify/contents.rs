@@ -113,7 +113,9 @@ impl Checker<'_> {
         match checked {
             Ok(bytes) => Ok(Ok(bytes)),
             Err(Failure::Problem(kind, text)) => Ok(Err((kind, text))),
-            Err(Failure::Error(error)) if error.is_interrupted() || error.is_state() => Err(error),
+            Err(Failure::Error(error)) if error.is_interrupted() || error.is_state() || error.is_out_of_memory() => {
+                Err(error)
+            }
             Err(Failure::Error(error)) => {
                 let kind = if error.is_authentication() {
                     ProblemKind::NotAuthentic

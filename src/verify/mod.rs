@@ -142,7 +142,7 @@ impl SnapshotOptions {
         drop(folder::open(&root, "")?);
         let mut verifier = Verifier { root, report: Verification::default(), found: BTreeMap::new() };
         let key = verifier.key(self, poll)?;
-        let manifest = verifier.manifest(self, &key);
+        let manifest = verifier.manifest(self, &key)?;
         let namespaces = verifier.walk(poll)?;
         if let Some(seal) = &manifest {
             verifier.compare(seal, &namespaces);
@@ -212,19 +212,20 @@ impl Verifier {
         matches!(exists, Ok(false))
     }
 
-    fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Option<Seal> {
+    fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Result<Option<Seal>> {
         if matches!(key, Key::Lacking) {
             if self.has_no_manifest() {
                 self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
             }
-            return None;
+            return Ok(None);
         }
         let seal = match Seal::read(&self.root, key.payload()) {
             Ok(Some(seal)) => seal,
             Ok(None) => {
                 self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
-                return None;
+                return Ok(None);
             }
+            Err(error) if error.is_out_of_memory() => return Err(error),
             Err(error) => {
                 let absent = self.has_no_manifest();
                 let kind = match absent {
@@ -234,13 +235,13 @@ impl Verifier {
                     false => ProblemKind::BadManifest,
                 };
                 self.problem(MANIFEST, kind, error.to_string());
-                return None;
+                return Ok(None);
             }
         };
         if options.seal_digest.is_some_and(|expected| expected != *seal.digest()) {
             self.problem(MANIFEST, ProblemKind::BadManifest, seal::another(&self.root).to_string());
         }
-        Some(seal)
+        Ok(Some(seal))
     }
 
     fn finish(mut self) -> Verification {

@@ -14,10 +14,12 @@ def describe(error: Exception) -> str:
     Parameters
     ----------
     error
-        A `CommandError`, a `vmsnap.VmsnapError` or an `OSError`.
+        A `CommandError`, a `vmsnap.VmsnapError`, an `OSError` or a `MemoryError`.
     """
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    elif isinstance(error, MemoryError):
+        text = str(error) or "there is not enough memory"  # Python's own has no text
     else:
         text = str(error) or type(error).__name__
     return printable(" ".join(text.split()))

@@ -130,7 +130,7 @@ def run() -> int:
         return error.exit_code
     except click.Abort:
         return 128 + signal.SIGINT
-    except (vmsnap.VmsnapError, CommandError, OSError) as error:
+    except (vmsnap.VmsnapError, CommandError, OSError, MemoryError) as error:
         click.echo(f"vmsnap: error: {describe(error)}", err=True)
         return status_of(error)
     except RecursionError:
