@@ -33,7 +33,6 @@ mod provider;
 mod raw;
 #[cfg_attr(not(feature = "python"), expect(dead_code, reason = "the command line reads these files"))]
 mod recipients_file;
-#[cfg_attr(not(feature = "age"), expect(dead_code, reason = "nothing reads identities"))]
 mod secret_file;
 mod secret_text;
 
