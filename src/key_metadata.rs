@@ -1,7 +1,7 @@
 //! The file `enc_metadata` at the root of an encrypted snapshot: written with it, looked at, opened, and replaced.
 
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::cipher::wipe_stack;
 use crate::error::{Error, Kind, Result};
@@ -75,20 +75,16 @@ pub(crate) fn unlock(
 /// As [`SnapshotOptions::open`] with `old` and [`SnapshotOptions::create`] with `new`; [`Error::is_not_encrypted`] where the
 /// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
 pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
-    let identity = rekey_polled(root, old, new, &mut || Ok(()))?;
-    if let Some(path) = identity {
-        eprintln!("vmsnap: {}", advice(&path));
-    }
-    Ok(())
+    rekey_polled(root, old, new, &mut || Ok(()))
 }
 
-/// The same; returns the file of an identity that was made for it.
+/// [`rekey`], which may be interrupted.
 pub(crate) fn rekey_polled(
     root: impl AsRef<Path>,
     old: &SnapshotOptions,
     new: &SnapshotOptions,
     poll: &mut dyn FnMut() -> Result<()>,
-) -> Result<Option<PathBuf>> {
+) -> Result<()> {
     if !new.is_encrypted() {
         return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
     }
@@ -99,18 +95,9 @@ pub(crate) fn rekey_polled(
     let payload = opener.unwrap(&wrapped, poll).map_err(context)?;
     let wrapped = wrapper.wrap(&payload, poll);
     wipe_stack();
-    let (wrapped, identity) = wrapped.map_err(context)?;
+    let wrapped = wrapped.map_err(context)?;
     poll()?;
-    replace(root, &wrapped, &mut || ())?;
-    Ok(identity)
-}
-
-/// What a user is told once who has a new identity.
-pub(crate) fn advice(identity: &Path) -> String {
-    format!(
-        "a new identity was made in {}: keep a copy of it elsewhere, for without it nobody can open what is written for it",
-        identity.display()
-    )
+    replace(root, &wrapped, &mut || ())
 }
 
 /// Puts new contents in the place of the old. `between` is called between the steps.

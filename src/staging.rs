@@ -73,19 +73,15 @@ impl SnapshotOptions {
     ///
     /// As [`SnapshotOptions::create`]. Nothing is left behind.
     pub fn stage(&self, path: impl AsRef<Path>) -> Result<StagedSnapshot> {
-        let (staged, identity) = self.stage_polled(path, &mut || Ok(()))?;
-        if let Some(path) = identity {
-            eprintln!("vmsnap: {}", key_metadata::advice(&path));
-        }
-        Ok(staged)
+        self.stage_polled(path, &mut || Ok(()))
     }
 
-    /// The same, with the file of an identity that was made for it.
+    /// [`SnapshotOptions::stage`], which may be interrupted.
     pub(crate) fn stage_polled(
         &self,
         path: impl AsRef<Path>,
         poll: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<(StagedSnapshot, Option<PathBuf>)> {
+    ) -> Result<StagedSnapshot> {
         let path = folder::absolute(path.as_ref())?;
         let (Some(parent_path), Some(_)) = (path.parent(), path.file_name()) else {
             return Err(Error::invalid_argument(format!("{} cannot be the path of a new snapshot", path.display())));
@@ -104,7 +100,7 @@ impl SnapshotOptions {
         let parent = folder::open(parent_path, "").map_err(failed)?;
         let (root, locked) = new_staged_root(parent_path).map_err(failed)?;
         let writer = prepared.write_at(root).map_err(failed)?;
-        let staged = StagedSnapshot {
+        Ok(StagedSnapshot {
             writer,
             path,
             parent,
@@ -112,8 +108,7 @@ impl SnapshotOptions {
             durable: self.durable,
             home: Home::here(),
             state: State::Staged(locked),
-        };
-        Ok((staged, prepared.identity))
+        })
     }
 
     /// Seals the snapshot at `root`, which was written in place: from then on it does not change any more, and what is

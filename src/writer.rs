@@ -180,8 +180,6 @@ pub(crate) struct Prepared {
     pub(crate) threads: usize,
     format: Format,
     staged: bool,
-    /// The file of an identity that was made for it.
-    pub(crate) identity: Option<PathBuf>,
 }
 
 impl Prepared {
@@ -232,22 +230,17 @@ impl SnapshotOptions {
     ///
     /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
     pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        let (writer, identity) = self.create_polled(root, &mut || Ok(()))?;
-        if let Some(path) = identity {
-            eprintln!("vmsnap: {}", key_metadata::advice(&path));
-        }
-        Ok(writer)
+        self.create_polled(root, &mut || Ok(()))
     }
 
-    /// The same, with the file of an identity that was made for it.
+    /// [`SnapshotOptions::create`], which may be interrupted.
     pub(crate) fn create_polled(
         &self,
         root: impl AsRef<Path>,
         poll: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<(SnapshotWriter, Option<PathBuf>)> {
+    ) -> Result<SnapshotWriter> {
         let root = folder::absolute(root.as_ref())?;
-        let prepared = self.prepare(&root, false, poll)?;
-        Ok((prepared.create_at(root)?, prepared.identity))
+        self.prepare(&root, false, poll)?.create_at(root)
     }
 
     /// Does all that comes before anything is created for a snapshot at `root`.
@@ -256,19 +249,17 @@ impl SnapshotOptions {
         let wrapper = self.credentials.wrapper()?;
         // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
         folder::check_new(root)?;
-        let mut identity = None;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate(staged)?;
             let wrapped = wrapper.wrap(&payload, poll);
             wipe_stack();
-            let (wrapped, made) = wrapped
+            let wrapped = wrapped
                 .map_err(|error| error.context(format!("cannot create the encrypted snapshot {}", root.display())))?;
-            identity = made;
             Some((payload, wrapped))
         } else {
             None
         };
-        Ok(Prepared { payload, threads, format: self.format.unwrap_or_default(), staged, identity })
+        Ok(Prepared { payload, threads, format: self.format.unwrap_or_default(), staged })
     }
 
     /// Opens the snapshot at `root` to add fragments and namespaces to it, with the key it was written with. A key implies

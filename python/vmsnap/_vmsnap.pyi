@@ -29,6 +29,8 @@ __all__ = [
     "identity_file",
     "key_wrapping",
     "outline",
+    "read_recipients",
+    "read_secret_file",
     "recipients_of",
     "rekey",
     "seal",
@@ -141,12 +143,22 @@ def identity_file(identity: str, recipient: str) -> str:
 def recipients_of(identity: tuple[object, bool, object]) -> list[str]:
     """Return the recipients of an identity: a text or a path, whether it is a path, and its passphrase."""
 
-def rekey(root: str, old: Credentials, new: Credentials) -> str | None:
-    """Wrap a snapshot's data key anew; returns what to tell of an identity that was made for it."""
+def read_recipients(path: str) -> tuple[list[str], list[str]]:
+    """Return the recipients in a file, at least one, and a warning for each line that is ignored."""
+
+def read_secret_file(path: str) -> bytearray:
+    """Return the contents of a file with a secret; refused where others may use the file."""
+
+def rekey(root: str, old: Credentials, new: Credentials) -> None:
+    """Wrap a snapshot's data key anew."""
 
 @final
 class Credentials:
-    """What was passed to write or open a snapshot with. An identity is as for `recipients_of`."""
+    """What was passed to write or open a snapshot with.
+
+    An identity is as for `recipients_of`. `announce` is called with a text before a default identity is made; what it
+    raises is passed on, and nothing is made.
+    """
 
     def __new__(
         cls,
@@ -156,6 +168,7 @@ class Credentials:
         identities: Sequence[tuple[object, bool, object]] | None,
         passphrase: object,
         key_provider: object,
+        announce: Callable[[str], object] | None,
     ) -> Credentials: ...
 
 def outline(root: str) -> tuple[list[str], list[tuple[str, int, datetime | None]]]:
@@ -170,8 +183,6 @@ class SnapshotWriter:
     def __new__(cls, root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     @staticmethod
     def open(root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
-    @property
-    def advice(self) -> str | None: ...
     def raw_fragment(self, name: str, chunk_size_bytes: int) -> Fragment: ...
     def write_whole(self, name: str, data: bytes) -> None: ...
     def add_namespace(self, name: str) -> SnapshotWriter: ...
@@ -224,8 +235,6 @@ class StagedSnapshot:
     def __new__(
         cls, path: str, credentials: Credentials, threads: int | None, format: str, durable: bool
     ) -> StagedSnapshot: ...
-    @property
-    def advice(self) -> str | None: ...
     @property
     def path(self) -> Path: ...
     @property

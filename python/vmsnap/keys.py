@@ -116,7 +116,7 @@ def rekey(
     """
     old = reading(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
     new = writing(key=new_key, recipients=recipients, passphrase=new_passphrase, key_provider=new_key_provider)
-    warn(_vmsnap.rekey(os.fsdecode(root), old, new))
+    _vmsnap.rekey(os.fsdecode(root), old, new)
 
 
 def writing(
@@ -129,7 +129,7 @@ def writing(
 ) -> _vmsnap.Credentials:
     """Return what a snapshot is to be written for."""
     texts = None if recipients is None else [recipients] if isinstance(recipients, str) else list(recipients)
-    return _vmsnap.Credentials(encrypt, key, texts, None, passphrase, key_provider)
+    return _vmsnap.Credentials(encrypt, key, texts, None, passphrase, key_provider, _announce)
 
 
 def reading(
@@ -144,13 +144,13 @@ def reading(
     if isinstance(identities, (str, os.PathLike, IdentityFile)):
         identities = [identities]
     listed = None if identities is None else [_identity(identity) for identity in identities]
-    return _vmsnap.Credentials(require_encrypted, key, None, listed, passphrase, key_provider)
+    return _vmsnap.Credentials(require_encrypted, key, None, listed, passphrase, key_provider, None)
 
 
-def warn(advice: str | None) -> None:
-    """Tell of an identity that was made for the caller of this module's caller."""
-    if advice is not None:
-        warnings.warn(advice, NewIdentityWarning, stacklevel=3)
+def _announce(text: str) -> None:
+    """Warn the caller of this package that an identity is about to be made; as an error this prevents it."""
+    # This function was called from Rust, which has no frame, and that from a function of this package.
+    warnings.warn(text, NewIdentityWarning, stacklevel=3)
 
 
 def _identity(identity: Identity) -> "tuple[str | Path, bool, Passphrase | None]":

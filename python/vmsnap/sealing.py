@@ -137,9 +137,7 @@ def create(
     credentials = keys.writing(
         encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider
     )
-    raw = _vmsnap.StagedSnapshot(os.fsdecode(path), credentials, threads, format, durable)
-    keys.warn(raw.advice)
-    return StagedSnapshot(raw)
+    return StagedSnapshot(_vmsnap.StagedSnapshot(os.fsdecode(path), credentials, threads, format, durable))
 
 
 # Opens a snapshot to read it; the class by the name that goes with `create`.

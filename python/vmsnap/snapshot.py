@@ -133,7 +133,6 @@ class SnapshotWriter(_Handle):
             encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider
         )
         self._raw = _vmsnap.SnapshotWriter(os.fsdecode(root), credentials, threads, format)
-        keys.warn(self._raw.advice)
 
     @property
     def format(self) -> "_Format":

@@ -9,7 +9,8 @@ use age::{DecryptError, Decryptor, EncryptError, Encryptor, IdentityFile, NoCall
 use zeroize::Zeroizing;
 
 use super::background::in_background;
-use super::identity::{Identity, is_encrypted};
+use super::identity::{Identity, is_encrypted, plain_text};
+use super::recipients_file::{IS_IDENTITY, IS_MALFORMED, NoRecipient};
 use super::secret_text::SecretText;
 use crate::buffer;
 use crate::error::{Error, Kind, Result};
@@ -50,14 +51,30 @@ pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
     format!("# created: {created}\n# public key: {recipient}\n{identity}\n")
 }
 
+/// One recipient, parsed.
+enum OneRecipient {
+    Own(Box<dyn age::Recipient + Send>),
+    OfPlugin(plugin::Recipient),
+}
+
 /// Parses recipients of the caller's.
 pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
     let mut recipients: Recipients = Vec::new();
     let mut plugins: BTreeMap<String, Vec<plugin::Recipient>> = BTreeMap::new();
     for text in texts {
-        match parse_recipient(text.trim())? {
-            Ok(recipient) => recipients.push(recipient),
-            Err(recipient) => plugins.entry(recipient.plugin().to_owned()).or_default().push(recipient),
+        match parse_recipient(text.trim()) {
+            Ok(OneRecipient::Own(recipient)) => recipients.push(recipient),
+            Ok(OneRecipient::OfPlugin(recipient)) => {
+                plugins.entry(recipient.plugin().to_owned()).or_default().push(recipient);
+            }
+            // Not quoted: it is a secret.
+            Err(NoRecipient::Identity) => return Err(Error::invalid_argument(format!("what was given {IS_IDENTITY}"))),
+            Err(NoRecipient::Malformed) => {
+                return Err(Error::invalid_argument(format!("{text:?} {IS_MALFORMED}")));
+            }
+            Err(NoRecipient::Unusable(why)) => {
+                return Err(Error::invalid_argument(format!("{text:?} cannot be used as a recipient: {why}")));
+            }
         }
     }
     for (name, of_plugin) in plugins {
@@ -71,35 +88,39 @@ pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
     Ok(Parsed(recipients))
 }
 
-/// A recipient, or one of a plugin's.
-fn parse_recipient(text: &str) -> Result<std::result::Result<Box<dyn age::Recipient + Send>, plugin::Recipient>> {
+/// Whether a text is a recipient that can be used.
+pub(super) fn check_recipient(text: &str) -> std::result::Result<(), NoRecipient> {
+    parse_recipient(text).map(|_| ())
+}
+
+fn parse_recipient(text: &str) -> std::result::Result<OneRecipient, NoRecipient> {
     if let Ok(recipient) = text.parse::<x25519::Recipient>() {
-        return Ok(Ok(Box::new(recipient)));
+        return Ok(OneRecipient::Own(Box::new(recipient)));
     }
     if let Ok(recipient) = text.parse::<age::tag::Recipient>() {
-        return Ok(Ok(Box::new(recipient)));
+        return Ok(OneRecipient::Own(Box::new(recipient)));
     }
     if let Ok(recipient) = text.parse::<age::tagpq::Recipient>() {
-        return Ok(Ok(Box::new(recipient)));
+        return Ok(OneRecipient::Own(Box::new(recipient)));
     }
     if let Ok(recipient) = text.parse::<plugin::Recipient>() {
-        return Ok(Err(recipient));
+        return Ok(OneRecipient::OfPlugin(recipient));
     }
     if text.starts_with("AGE-SECRET-KEY-") || text.starts_with("AGE-PLUGIN-") {
-        // Not quoted: it is a secret.
-        return Err(Error::invalid_argument(
-            "an identity (AGE-…) was given as a recipient (age1…), which is its public half",
-        ));
+        return Err(NoRecipient::Identity);
     }
-    let refused = |why: &str| Err(Error::invalid_argument(format!("{text:?} is no recipient of age's: {why}")));
     match text.parse::<ssh::Recipient>() {
-        Ok(recipient) => Ok(Ok(Box::new(recipient))),
-        Err(ParseRecipientKeyError::RsaModulusTooSmall) => refused("an RSA key has at least 2048 bits"),
-        Err(ParseRecipientKeyError::RsaModulusTooLarge) => refused("an RSA key has at most 4096 bits"),
-        Err(ParseRecipientKeyError::Unsupported(kind)) => {
-            refused(&format!("age knows ssh-ed25519 and ssh-rsa, and not {kind}"))
+        Ok(recipient) => Ok(OneRecipient::Own(Box::new(recipient))),
+        Err(ParseRecipientKeyError::RsaModulusTooSmall) => {
+            Err(NoRecipient::Unusable("age encrypts to RSA keys of at least 2048 bits".to_owned()))
         }
-        Err(_) => refused("it looks like age1… or ssh-ed25519 AAAA…"),
+        Err(ParseRecipientKeyError::RsaModulusTooLarge) => {
+            Err(NoRecipient::Unusable("age encrypts to RSA keys of at most 4096 bits".to_owned()))
+        }
+        Err(ParseRecipientKeyError::Unsupported(kind)) => Err(NoRecipient::Unusable(format!(
+            "age encrypts to SSH keys of the types ssh-ed25519 and ssh-rsa, and not {kind}"
+        ))),
+        Err(_) => Err(NoRecipient::Malformed),
     }
 }
 
@@ -121,8 +142,8 @@ pub(super) fn recipients_of(content: &[u8], place: &str) -> Result<Parsed> {
 }
 
 /// The recipients of identities as texts, those of age alone.
-pub(super) fn public_halves(identity: &Identity) -> Result<Vec<String>> {
-    let content = decrypted(identity)?;
+pub(super) fn public_halves(identity: &Identity, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
+    let content = decrypted(identity, poll)?;
     let context = |error: Error| error.context(identity.place());
     if is_ssh(&content) {
         let key = parse_ssh(&content).map_err(context)?;
@@ -283,10 +304,10 @@ pub(super) fn stanzas(file: &[u8]) -> Result<Vec<String>> {
 }
 
 /// Reads and parses identities of the caller's.
-pub(super) fn load(identities: &[Identity]) -> Result<Identities> {
+pub(super) fn load(identities: &[Identity], poll: &mut dyn FnMut() -> Result<()>) -> Result<Identities> {
     let mut parsed = Vec::new();
     for identity in identities {
-        parse_identities(&decrypted(identity)?, identity, &mut parsed)
+        parse_identities(&decrypted(identity, poll)?, identity, &mut parsed)
             .map_err(|error| error.context(identity.place()))?;
     }
     if parsed.is_empty() {
@@ -304,8 +325,8 @@ pub(super) fn parse_default(content: &[u8], place: &str) -> Result<Identities> {
 }
 
 /// The bytes of an identity, of which those that `age -p` encrypted are opened.
-fn decrypted(identity: &Identity) -> Result<Zeroizing<Vec<u8>>> {
-    let content = identity.load()?;
+fn decrypted(identity: &Identity, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+    let content = identity.load(poll)?;
     if !is_encrypted(&content) {
         return Ok(content);
     }
@@ -320,7 +341,7 @@ fn decrypted(identity: &Identity) -> Result<Zeroizing<Vec<u8>>> {
     }
     let mut key = scrypt::Identity::new(SecretString::from(identity.passphrase()?.as_str()));
     key.set_max_work_factor(MAX_WORK_FACTOR);
-    decrypt_by_scrypt(&file, &key).map_err(context)
+    decrypt_by_scrypt(&file, &key).and_then(plain_text).map_err(context)
 }
 
 fn parse_identities(content: &[u8], identity: &Identity, parsed: &mut Identities) -> Result<()> {

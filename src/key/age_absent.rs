@@ -7,6 +7,7 @@ use std::sync::Arc;
 use zeroize::Zeroizing;
 
 use super::identity::Identity;
+use super::recipients_file::NoRecipient;
 use super::secret_text::SecretText;
 use crate::error::{Error, Kind, Result};
 
@@ -38,11 +39,15 @@ pub(super) fn parse_recipients(_texts: &[String]) -> Result<Parsed> {
     absent()
 }
 
+pub(super) fn check_recipient(_text: &str) -> std::result::Result<(), NoRecipient> {
+    absent().map_err(NoRecipient::NoAge)
+}
+
 pub(super) fn recipients_of(_content: &[u8], _place: &str) -> Result<Parsed> {
     absent()
 }
 
-pub(super) fn public_halves(_identity: &Identity) -> Result<Vec<String>> {
+pub(super) fn public_halves(_identity: &Identity, _poll: Poll<'_>) -> Result<Vec<String>> {
     absent()
 }
 
@@ -70,7 +75,7 @@ pub(super) fn stanzas(_file: &[u8]) -> Result<Vec<String>> {
     Ok(Vec::new())
 }
 
-pub(super) fn load(_identities: &[Identity]) -> Result<Identities> {
+pub(super) fn load(_identities: &[Identity], _poll: Poll<'_>) -> Result<Identities> {
     absent()
 }
 

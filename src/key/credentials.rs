@@ -1,10 +1,10 @@
 //! What a caller passed to write or open a snapshot with, and what it comes to.
 
 use std::fmt;
-use std::path::PathBuf;
 
 use zeroize::Zeroizing;
 
+use super::announce::Announce;
 use super::identity::Identity;
 use super::payload::KeyPayload;
 use super::provider::{self, SharedProvider};
@@ -21,6 +21,8 @@ pub(crate) struct Credentials {
     pub(crate) identities: Option<Vec<Identity>>,
     pub(crate) passphrase: Option<Passphrase>,
     pub(crate) key_provider: Option<SharedProvider>,
+    /// Used where none of these was passed, and an identity is made.
+    pub(crate) announce: Announce,
 }
 
 /// What wraps a new data key.
@@ -29,7 +31,7 @@ pub(crate) enum Wrapper<'a> {
     Recipients(&'a [String]),
     Passphrase(&'a Passphrase),
     Provider(&'a SharedProvider),
-    DefaultIdentity,
+    DefaultIdentity(&'a Announce),
 }
 
 /// What unwraps a data key.
@@ -83,7 +85,7 @@ impl Credentials {
                     "identities open a snapshot; it is written for recipients, which recipients_of() tells of them",
                 ));
             }
-            _ => Wrapper::DefaultIdentity,
+            _ => Wrapper::DefaultIdentity(&self.announce),
         })
     }
 
@@ -106,26 +108,20 @@ impl Credentials {
 }
 
 impl Wrapper<'_> {
-    /// The contents of `enc_metadata` for a payload, and the file of an identity that had to be made for it.
-    pub(crate) fn wrap(
-        &self,
-        payload: &KeyPayload,
-        poll: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<(Vec<u8>, Option<PathBuf>)> {
+    /// The contents of `enc_metadata` for a payload.
+    pub(crate) fn wrap(&self, payload: &KeyPayload, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
         let bytes = payload.bytes();
-        let wrapped = match self {
-            Self::Key(key) => raw::wrap(bytes, key)?,
-            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, poll)?,
-            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, poll)?,
-            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, poll)?,
-            Self::DefaultIdentity => {
+        match self {
+            Self::Key(key) => raw::wrap(bytes, key),
+            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, poll),
+            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, poll),
+            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, poll),
+            Self::DefaultIdentity(announce) => {
                 age::check_present()?;
-                let found = default_identity::find_or_make()?;
-                let wrapped = age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, poll)?;
-                return Ok((wrapped, found.made_at));
+                let found = default_identity::find_or_make(announce, poll)?;
+                age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, poll)
             }
-        };
-        Ok((wrapped, None))
+        }
     }
 }
 
@@ -135,11 +131,11 @@ impl Opener<'_> {
         let payload: Zeroizing<Vec<u8>> = match (super::wrapping(wrapped)?, self) {
             (KeyWrapping::RawKey, Self::Key(key)) => raw::unwrap(wrapped, key)?,
             (KeyWrapping::Age { .. }, Self::Identities(identities)) => {
-                age::unwrap(wrapped, age::load(identities)?, poll)?
+                age::unwrap(wrapped, age::load(identities, poll)?, poll)?
             }
             (KeyWrapping::Age { .. }, Self::DefaultIdentity) => {
                 age::check_present()?;
-                let found = default_identity::find()?;
+                let found = default_identity::find(poll)?;
                 let identities = age::parse_default(&found.content, &found.place)?;
                 age::unwrap(wrapped, identities, poll).map_err(|error| error.context(&found.place))?
             }

@@ -3,15 +3,18 @@
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use super::age;
-use super::identity::{OTHERS, read_file};
+use super::announce::Announce;
+use super::background::in_background;
+use super::identity::plain_text;
+use super::secret_file::{OTHERS, STRANGERS, read_secret};
 use crate::cipher::fill_random;
 use crate::error::{Error, Kind, Result};
 
@@ -19,27 +22,27 @@ const TEXT_VARIABLE: &str = "VMSNAP_IDENTITY";
 const FILE_VARIABLE: &str = "VMSNAP_IDENTITY_FILE";
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 
-/// A credential of systemd's belongs to the service; an access control list shows as bits of the group.
-const STRANGERS: u32 = 0o007;
+type Poll<'a> = &'a mut dyn FnMut() -> Result<()>;
 
 /// An identity, or several, as a text.
 pub(crate) struct Found {
     pub(super) content: Zeroizing<Vec<u8>>,
     /// As errors name it.
     pub(super) place: String,
-    /// Where it has just been made.
-    pub(crate) made_at: Option<PathBuf>,
 }
 
 impl Found {
-    fn at(path: &Path, content: Zeroizing<Vec<u8>>) -> Self {
-        Self { content, place: place(path), made_at: None }
+    fn new(content: Zeroizing<Vec<u8>>, place: String) -> Result<Self> {
+        match plain_text(content) {
+            Ok(content) => Ok(Self { content, place }),
+            Err(error) => Err(error.context(place)),
+        }
     }
 }
 
 /// The default identity; an error that tells all places where there is none.
-pub(super) fn find() -> Result<Found> {
-    look()?.ok_or_else(|| {
+pub(super) fn find(poll: Poll<'_>) -> Result<Found> {
+    look(poll)?.ok_or_else(|| {
         let own = own_file().map_or_else(|_| "a home folder".to_owned(), |path| path.display().to_string());
         Error::new(
             Kind::KeyUnavailable,
@@ -52,47 +55,60 @@ pub(super) fn find() -> Result<Found> {
 }
 
 /// The default identity, made where there is none.
-pub(super) fn find_or_make() -> Result<Found> {
-    match look()? {
+pub(super) fn find_or_make(announce: &Announce, poll: Poll<'_>) -> Result<Found> {
+    match look(poll)? {
         Some(found) => Ok(found),
-        None => make(&own_file()?),
+        None => make(&own_file()?, announce, poll),
     }
 }
 
-fn look() -> Result<Option<Found>> {
-    if let Some(text) = variable(TEXT_VARIABLE) {
+fn look(poll: Poll<'_>) -> Result<Option<Found>> {
+    if let Some(text) = variable_of_ours(TEXT_VARIABLE)? {
         let place = format!("${TEXT_VARIABLE}");
         let text = text.into_string().map_err(|_| Error::invalid_argument(format!("{place} is not UTF-8")))?;
-        return Ok(Some(Found { content: Zeroizing::new(text.into_bytes()), place, made_at: None }));
+        return Found::new(Zeroizing::new(text.into_bytes()), place).map(Some);
     }
-    if let Some(path) = variable(FILE_VARIABLE) {
+    if let Some(path) = variable_of_ours(FILE_VARIABLE)? {
         let path = PathBuf::from(path);
         let place = format!("{} (from ${FILE_VARIABLE})", place(&path));
-        let content = read_file(&path, OTHERS).map_err(|error| error.context(&place))?;
-        return Ok(Some(Found { content, place, made_at: None }));
+        let content = read_secret(&path, OTHERS, poll).map_err(|error| error.context(&place))?;
+        return Found::new(content, place).map(Some);
     }
+    // A credential belongs to the service, whatever the mode says: an access control list shows as bits of the group.
     if let Some(folder) = variable(CREDENTIALS_VARIABLE)
-        && let Some(found) = read_if_there(&Path::new(&folder).join("vmsnap-identity"), STRANGERS)?
+        && let Some(found) = read_if_there(&Path::new(&folder).join("vmsnap-identity"), STRANGERS, poll)?
     {
         return Ok(Some(found));
     }
     match own_file() {
-        Ok(path) => read_if_there(&path, OTHERS),
+        Ok(path) => read_if_there(&path, OTHERS, poll),
         Err(_) => Ok(None),
     }
 }
 
+/// A variable that others define, where empty means unset.
 fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+/// A variable that is set for vmsnap alone. Whoever set it meant an identity: an empty one, as of a command that failed, is not
+/// to be replaced by another one.
+fn variable_of_ours(name: &str) -> Result<Option<OsString>> {
+    match std::env::var_os(name) {
+        Some(value) if value.is_empty() => {
+            Err(Error::invalid_argument(format!("${name} is set, but empty: set it to an identity, or unset it")))
+        }
+        value => Ok(value),
+    }
 }
 
 fn place(path: &Path) -> String {
     format!("the identity file {}", path.display())
 }
 
-fn read_if_there(path: &Path, forbidden: u32) -> Result<Option<Found>> {
-    match read_file(path, forbidden) {
-        Ok(content) => Ok(Some(Found::at(path, content))),
+fn read_if_there(path: &Path, forbidden: u32, poll: Poll<'_>) -> Result<Option<Found>> {
+    match read_secret(path, forbidden, poll) {
+        Ok(content) => Found::new(content, place(path)).map(Some),
         Err(error)
             if [Errno::NOENT, Errno::NOTDIR]
                 .map(|errno| Some(errno.raw_os_error()))
@@ -117,16 +133,49 @@ fn own_file() -> Result<PathBuf> {
     Ok(config.join("vmsnap").join("identity.txt"))
 }
 
-/// Makes an identity at `path`, or finds the one that another process has made there meanwhile.
-fn make(path: &Path) -> Result<Found> {
+/// Makes an identity at `path`, or finds the one that another process has made there meanwhile. It is announced before, so that
+/// nothing was made where that is refused.
+fn make(path: &Path, announce: &Announce, poll: Poll<'_>) -> Result<Found> {
     let failed = |error: std::io::Error| {
         Error::io(format!("cannot make {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)
     };
+    let folder = path.parent().unwrap_or(path);
+    let missing: Vec<_> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
+    // One process at a time, so that one alone announces it.
+    let mut attempts = 0..100;
+    let locked = loop {
+        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+        let locked = lock(File::open(folder).map_err(failed)?, poll)?;
+        // The one before may have failed, and removed the folder again.
+        if is_at(&locked, folder) || attempts.next().is_none() {
+            break locked;
+        }
+    };
+    let made = match read_if_there(path, OTHERS, poll) {
+        Ok(None) => announce.announce(path).and_then(|()| make_in(folder, &locked, path, failed, poll)),
+        Ok(Some(found)) => Ok(found),
+        Err(error) => Err(error),
+    };
+    if made.is_err() {
+        for folder in missing {
+            // One that holds something by now stays.
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+    // At once, though a process that was forked meanwhile keeps the descriptor.
+    let _ = flock(&locked, FlockOperation::Unlock);
+    made
+}
+
+fn make_in(
+    folder: &Path,
+    locked: &File,
+    path: &Path,
+    failed: impl Fn(std::io::Error) -> Error,
+    poll: Poll<'_>,
+) -> Result<Found> {
     let (identity, recipient) = age::generate()?;
     let content = Zeroizing::new(age::identity_file(&identity, &recipient).into_bytes());
-    let folder = path.parent().unwrap_or(path);
-    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
-
     // Under a name of its own until it is whole, so that nobody reads a part of it.
     let mut number = [0; 8];
     fill_random(&mut number)?;
@@ -141,13 +190,31 @@ fn make(path: &Path) -> Result<Found> {
     let _ = std::fs::remove_file(&unfinished);
     match written {
         Ok(()) => {
-            File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
-            Ok(Found { made_at: Some(path.to_owned()), ..Found::at(path, content) })
+            locked.sync_all().map_err(failed)?;
+            Found::new(content, place(path))
         }
+        // On a file system without locks.
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            read_file(path, OTHERS).map(|content| Found::at(path, content)).map_err(|error| error.context(place(path)))
+            let content = read_secret(path, OTHERS, poll).map_err(|error| error.context(place(path)))?;
+            Found::new(content, place(path))
         }
         Err(error) => Err(failed(error)),
+    }
+}
+
+/// Waits until nobody else has the folder locked. Some network file systems have no locks: there several may go on at once.
+fn lock(folder: File, poll: Poll<'_>) -> Result<File> {
+    let locked = in_background(None, poll, move || {
+        let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockExclusive));
+        folder
+    })?;
+    locked.ok_or_else(|| Error::new(Kind::Provider, "a lock took too long"))
+}
+
+fn is_at(folder: &File, path: &Path) -> bool {
+    match (folder.metadata(), path.metadata()) {
+        (Ok(own), Ok(there)) => (own.dev(), own.ino()) == (there.dev(), there.ino()),
+        _ => false,
     }
 }
 

@@ -1,22 +1,16 @@
 //! Where age identities come from: a text or a file, read when they are needed.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
+use super::secret_file::{OTHERS, read_secret};
 use super::secret_text::{Passphrase, SecretText};
 use crate::error::{Error, Kind, Result};
 
-/// As in age.
-const MAX_FILE_BYTES: u64 = 16 << 20;
-
-/// Bits of the mode that let others than the owner read or write.
-pub(super) const OTHERS: u32 = 0o077;
+const AGE_BINARY: &[u8] = b"age-encryption.org/";
 
 /// What opens snapshots that were encrypted to an age recipient: one identity or several, of age, of a plugin or an SSH key.
 ///
@@ -50,7 +44,8 @@ impl Identity {
         Self { source: Source::Text(Arc::new(text.into())), passphrase: None }
     }
 
-    /// A file with such a text, or one that `age -p` encrypted. Unless it is encrypted, only its owner may be able to read it.
+    /// A file with such a text, or one that `age -p` encrypted. Unless it is encrypted, only its owner may be able to read it; a
+    /// group may read another owner's file, and anybody one on a read-only file system, for its mode cannot be changed.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self { source: Source::File(path.into()), passphrase: None }
@@ -79,11 +74,12 @@ impl Identity {
     }
 
     /// The bytes of it.
-    pub(super) fn load(&self) -> Result<Zeroizing<Vec<u8>>> {
-        match &self.source {
+    pub(super) fn load(&self, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+        let content = match &self.source {
             Source::Text(text) => Ok(Zeroizing::new(text.as_bytes().to_vec())),
-            Source::File(path) => read_file(path, OTHERS).map_err(|error| error.context(self.place())),
-        }
+            Source::File(path) => read_secret(path, OTHERS, poll),
+        };
+        content.and_then(plain_text).map_err(|error| error.context(self.place()))
     }
 }
 
@@ -96,37 +92,35 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// Reads a file with secrets. `forbidden` are the bits that its mode must not have, unless it is encrypted.
-pub(super) fn read_file(path: &Path, forbidden: u32) -> Result<Zeroizing<Vec<u8>>> {
-    // Non-blocking: opening a FIFO that nobody writes to would wait for ever.
-    let flags = (rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY).bits().cast_signed();
-    let mut options = File::options();
-    options.read(true).custom_flags(flags);
-    let failed = |error| Error::io("cannot be read", error);
-    let file = options.open(path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    let size = metadata.len();
-    if metadata.is_dir() {
-        return Err(Error::io("cannot be read", rustix::io::Errno::ISDIR));
+/// The text of identities without what an editor of another system adds to it: a byte order mark, line ends of two bytes, spaces
+/// around a line.
+pub(super) fn plain_text(content: Zeroizing<Vec<u8>>) -> Result<Zeroizing<Vec<u8>>> {
+    if content.starts_with(AGE_BINARY) {
+        return Ok(content);
     }
-    if size > MAX_FILE_BYTES {
-        return Err(Error::invalid_argument(format!("{size} bytes are too many for a file of identities")));
+    if is_utf16(&content) {
+        return Err(Error::invalid_argument("it is in UTF-16: save it in UTF-8"));
     }
-    // One byte more than there is, so that the vector does not grow and leave a copy behind.
-    let room = if metadata.is_file() { size + 1 } else { MAX_FILE_BYTES };
-    let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(room).unwrap_or_default()));
-    file.take(room).read_to_end(&mut content).map_err(failed)?;
-    let mode = metadata.mode() & 0o7777;
-    if mode & forbidden != 0 && metadata.is_file() && !is_encrypted(&content) {
-        return Err(Error::new(
-            Kind::KeyUnavailable,
-            format!("others may use it (mode {mode:04o}): chmod 600 '{}'", path.display()),
-        ));
+    // With room for all, so that it does not grow and leave a copy behind.
+    let mut text = Zeroizing::new(Vec::with_capacity(content.len() + 1));
+    for line in without_mark(&content).split(|byte| *byte == b'\n') {
+        text.extend_from_slice(line.trim_ascii());
+        text.push(b'\n');
     }
-    Ok(content)
+    Ok(text)
+}
+
+/// Whether a text begins with the byte order mark of UTF-16, in which some editors and shells save by default.
+pub(super) fn is_utf16(content: &[u8]) -> bool {
+    content.starts_with(b"\xff\xfe") || content.starts_with(b"\xfe\xff")
+}
+
+/// A text without the byte order mark that it may have in UTF-8.
+pub(super) fn without_mark(content: &[u8]) -> &[u8] {
+    content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content)
 }
 
 /// Whether a file was encrypted by age, in binary or armored.
 pub(super) fn is_encrypted(content: &[u8]) -> bool {
-    content.starts_with(b"age-encryption.org/") || content.starts_with(b"-----BEGIN AGE ENCRYPTED FILE-----")
+    content.starts_with(AGE_BINARY) || content.starts_with(b"-----BEGIN AGE ENCRYPTED FILE-----")
 }

@@ -8,6 +8,9 @@
 //! credentials.rs       which of these a caller asks for
 //! identity.rs          age identities, and the files they are in
 //! default_identity.rs  the identity of somebody who did not say which
+//! announce.rs          how the user is told of an identity that is made
+//! recipients_file.rs   files of recipients
+//! secret_file.rs       files with secrets, and who may use them
 //! secret_text.rs       passphrases
 //! background.rs        work that may take long
 //! ```
@@ -19,6 +22,7 @@ mod age;
 #[cfg(not(feature = "age"))]
 #[path = "age_absent.rs"]
 mod age;
+mod announce;
 mod background;
 mod credentials;
 mod default_identity;
@@ -27,12 +31,19 @@ mod identity;
 mod payload;
 mod provider;
 mod raw;
+#[cfg_attr(not(feature = "python"), expect(dead_code, reason = "the command line reads these files"))]
+mod recipients_file;
+mod secret_file;
 mod secret_text;
 
+#[cfg(feature = "python")]
+pub(crate) use announce::Announce;
 pub(crate) use credentials::Credentials;
 pub use identity::Identity;
 pub(crate) use payload::KeyPayload;
 pub use provider::{KeyProvider, ProviderError};
+#[cfg(feature = "python")]
+pub(crate) use recipients_file::RecipientsFile;
 pub use secret_text::Passphrase;
 
 use zeroize::Zeroizing;
@@ -100,5 +111,20 @@ pub fn identity_file(identity: &str, recipient: &str) -> Zeroizing<String> {
 ///
 /// [`Error::is_invalid_argument`] where it is no identity or one of a plugin's, and as for opening a snapshot with it.
 pub fn recipients_of(identity: &Identity) -> Result<Vec<String>> {
-    age::public_halves(identity)
+    recipients_of_polled(identity, &mut || Ok(()))
+}
+
+/// [`recipients_of`], which may be interrupted.
+pub(crate) fn recipients_of_polled(identity: &Identity, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
+    age::public_halves(identity, poll)
+}
+
+/// The contents of a file with a secret, which only its owner may be able to use.
+#[cfg(feature = "python")]
+pub(crate) fn read_secret_file(
+    path: impl AsRef<std::path::Path>,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let path = path.as_ref();
+    secret_file::read_secret(path, secret_file::OTHERS, poll).map_err(|error| error.context(path.display()))
 }

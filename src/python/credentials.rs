@@ -1,4 +1,4 @@
-//! `_vmsnap.Credentials`, `rekey` and identities.
+//! `_vmsnap.Credentials`, `rekey`, identities, recipients, and files with secrets.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use zeroize::{Zeroize, Zeroizing};
 use super::{buffer, interruptible};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind};
+use crate::key::{self, Announce, RecipientsFile};
 use crate::key_metadata;
 use crate::options::SnapshotOptions;
 use crate::{Identity, KeyProvider, Passphrase, ProviderError};
@@ -33,8 +34,20 @@ impl Credentials {
         identities: Option<Vec<IdentityArguments<'_>>>,
         passphrase: Option<&Bound<'_, PyAny>>,
         key_provider: Option<&Bound<'_, PyAny>>,
+        announce: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let mut options = SnapshotOptions::new().encrypt(encrypt);
+        if let Some(announce) = announce {
+            options.credentials.announce = Announce::by(move |text| {
+                Python::attach(|py| announce.call1(py, (text,))).map(drop).map_err(|error| {
+                    Error::with_source(
+                        Kind::KeyUnavailable,
+                        "the user could not be told of a new identity",
+                        Raised(error),
+                    )
+                })
+            });
+        }
         if let Some(key) = key {
             options = options.key(SecretKey::from_slice(buffer::Readable::get(key)?.as_slice())?);
         }
@@ -180,11 +193,10 @@ pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
     Some((raised, passed_on))
 }
 
-/// Wraps a snapshot's data key anew; returns what to tell the user of an identity that was made for it.
+/// Wraps a snapshot's data key anew.
 #[pyfunction]
-pub(super) fn rekey(py: Python<'_>, root: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<Option<String>> {
-    let identity = interruptible(py, |poll| key_metadata::rekey_polled(root, &old.0, &new.0, poll))?;
-    Ok(identity.map(|path| key_metadata::advice(&path)))
+pub(super) fn rekey(py: Python<'_>, root: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<()> {
+    interruptible(py, |poll| key_metadata::rekey_polled(root, &old.0, &new.0, poll))
 }
 
 /// A new identity and its recipient.
@@ -201,6 +213,21 @@ pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
 }
 
 #[pyfunction]
-pub(super) fn recipients_of(identity: IdentityArguments<'_>) -> PyResult<Vec<String>> {
-    Ok(crate::recipients_of(&parse_identity(identity)?)?)
+pub(super) fn recipients_of(py: Python<'_>, identity: IdentityArguments<'_>) -> PyResult<Vec<String>> {
+    let identity = parse_identity(identity)?;
+    interruptible(py, |poll| key::recipients_of_polled(&identity, poll))
+}
+
+/// The recipients in a file, and what to warn of.
+#[pyfunction]
+pub(super) fn read_recipients(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<String>, Vec<String>)> {
+    let file = interruptible(py, |poll| RecipientsFile::read(path, poll))?;
+    Ok((file.recipients, file.ignored))
+}
+
+/// The contents of a file with a secret, in something that can be cleared.
+#[pyfunction]
+pub(super) fn read_secret_file(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyByteArray>> {
+    let content = interruptible(py, |poll| key::read_secret_file(path, poll))?;
+    Ok(PyByteArray::new(py, &content))
 }

@@ -4,7 +4,7 @@
 //! error.rs            errors to the exceptions of vmsnap/errors.py
 //! buffer.rs           Python buffers as slices
 //! slot.rs             one caller at a time, without holding the interpreter
-//! credentials.rs      Credentials, rekey, identities
+//! credentials.rs      Credentials, rekey, identities, recipients
 //! writer.rs           SnapshotWriter
 //! reader.rs           SnapshotReader
 //! fragment.rs         Fragment
@@ -41,7 +41,9 @@ use crate::serialization::{self, Format};
 #[pymodule]
 mod _vmsnap {
     #[pymodule_export]
-    use super::credentials::{Credentials, generate_identity, identity_file, recipients_of, rekey};
+    use super::credentials::{
+        Credentials, generate_identity, identity_file, read_recipients, read_secret_file, recipients_of, rekey,
+    };
     #[pymodule_export]
     use super::fragment::Fragment;
     #[pymodule_export]

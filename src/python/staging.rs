@@ -9,7 +9,6 @@ use super::credentials::Credentials;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
 use super::{interruptible, options, parse_format, sealed_options};
-use crate::key_metadata;
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -24,7 +23,6 @@ pub(super) struct StagedSnapshot {
     slot: Slot<crate::StagedSnapshot>,
     writer: crate::SnapshotWriter,
     path: PathBuf,
-    advice: Option<String>,
 }
 
 #[pymethods]
@@ -39,18 +37,8 @@ impl StagedSnapshot {
         durable: bool,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
-        let (staged, identity) = interruptible(py, |poll| options.stage_polled(path, poll))?;
-        Ok(Self {
-            writer: staged.writer().clone(),
-            path: staged.path().to_owned(),
-            advice: identity.map(|path| key_metadata::advice(&path)),
-            slot: Slot::new(staged),
-        })
-    }
-
-    #[getter]
-    fn advice(&self) -> Option<&str> {
-        self.advice.as_deref()
+        let staged = interruptible(py, |poll| options.stage_polled(path, poll))?;
+        Ok(Self { writer: staged.writer().clone(), path: staged.path().to_owned(), slot: Slot::new(staged) })
     }
 
     #[getter]

@@ -8,18 +8,15 @@ use pyo3::types::PyBytes;
 use super::credentials::Credentials;
 use super::fragment::Fragment;
 use super::{from_state, interruptible, number, options, parse_format, to_state};
-use crate::key_metadata;
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotWriter {
     pub(super) writer: crate::SnapshotWriter,
-    /// What to tell the user of an identity that was made for it.
-    advice: Option<String>,
 }
 
 impl From<crate::SnapshotWriter> for SnapshotWriter {
     fn from(writer: crate::SnapshotWriter) -> Self {
-        Self { writer, advice: None }
+        Self { writer }
     }
 }
 
@@ -34,8 +31,7 @@ impl SnapshotWriter {
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        let (writer, identity) = interruptible(py, |poll| options.create_polled(root, poll))?;
-        Ok(Self { writer, advice: identity.map(|path| key_metadata::advice(&path)) })
+        Ok(interruptible(py, |poll| options.create_polled(root, poll))?.into())
     }
 
     #[staticmethod]
@@ -48,11 +44,6 @@ impl SnapshotWriter {
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
         Ok(interruptible(py, |poll| options.append_polled(root, poll))?.into())
-    }
-
-    #[getter]
-    fn advice(&self) -> Option<&str> {
-        self.advice.as_deref()
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {

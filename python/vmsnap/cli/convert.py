@@ -7,6 +7,7 @@ import click
 from vmsnap import SnapshotReader, SnapshotWriter
 from vmsnap.cli.dump import CHUNK_BYTES
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
+from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import pieces, walk
 from vmsnap.cli.terminal import human_size, progress
 
@@ -42,8 +43,8 @@ def _convert(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKey
     click.echo(f"vmsnap: copied {human_size(size)}, fragments: {count}", err=True)
 
 
-_source = click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-_target = click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+_source = click.argument("source", metavar="SRC", type=PATH)
+_target = click.argument("target", metavar="DST", type=PATH)
 
 
 @click.command()

@@ -17,6 +17,7 @@ from vmsnap import SnapshotWriter
 from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options, threads_option
+from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.places import locate, pieces, write_all
 from vmsnap.cli.terminal import printable, progress
 
@@ -150,8 +151,8 @@ def copy_in(
 
 
 @click.command()
-@click.argument("source", type=click.Path())
-@click.argument("target", type=click.Path())
+@click.argument("source", type=TEXT_PATH)
+@click.argument("target", type=TEXT_PATH)
 @opening_options
 @recipient_options
 @click.option("--force", is_flag=True, help="Replace an existing plain file outside of the snapshot.")
@@ -162,7 +163,7 @@ def cp(
     source: str,
     target: str,
     keys: OpeningKeys,
-    recipients: tuple[str, ...],
+    recipients: tuple[str, ...] | None,
     force: bool,
     create: bool,
     chunk_size: int,
@@ -184,7 +185,7 @@ def cp(
     outward, inward = fragment_in(source), fragment_in(target)
     if outward and inward:
         raise click.UsageError("both are fragments: one has to be a file, or - for standard input and output")
-    if outward and (create or recipients):
+    if outward and (create or recipients is not None):
         raise click.UsageError("--create, -r and -R are for a copy into a snapshot")
     if outward:
         copy_out(*outward, target, keys, threads=threads, force=force)
@@ -193,7 +194,7 @@ def cp(
     if inward:
         if force:
             raise click.UsageError("--force is for a copy out: a fragment is never written over another")
-        if recipients and not create:
+        if recipients is not None and not create:
             raise click.UsageError("recipients are for a new snapshot: --create")
         new = keys.for_new(recipients) if create else keys
         copy_in(source, *inward, new, threads=threads, chunk_size=chunk_size)

@@ -24,6 +24,7 @@ from vmsnap import GuestMemory, GuestRegion, MemoryReport, ProcessMemory
 from vmsnap.cli.dump import PIECE_BYTES
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import WritingKeys, threads_option
+from vmsnap.cli.paths import PATH
 from vmsnap.cli.process import Process
 from vmsnap.cli.terminal import human_size, print_table, printable, progress_so_far, to_terminal
 
@@ -146,9 +147,7 @@ def race_plain_write(
 
 @click.command()
 @click.option("--size-mib", type=click.IntRange(1, 1 << 20), default=256, show_default=True, help="The child's memory.")
-@click.option(
-    "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the snapshot, and its key in DIR.key."
-)
+@click.option("--keep", type=PATH, metavar="DIR", help="Keep the snapshot, and its key in DIR.key.")
 @threads_option
 def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
     """Dump a child's memory as a guest's, restore it, compare and measure.

@@ -13,6 +13,7 @@ from vmsnap import SnapshotWriter
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
 from vmsnap.cli.keys import WritingKeys, threads_option, writing_options
+from vmsnap.cli.paths import PATH
 from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
 
@@ -129,7 +130,7 @@ def process_of(target: str) -> int | None:
 
 @click.command()
 @click.argument("target", metavar="PID|FILE")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
 @writing_options()
 @format_option

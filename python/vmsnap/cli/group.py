@@ -116,6 +116,8 @@ def run() -> int:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
     warnings.showwarning = show_warning
+    # That an identity must be kept is for whoever runs the command, whatever Python is told about warnings.
+    warnings.filterwarnings("always", category=vmsnap.NewIdentityWarning)
     if sys.stdout is None:
         print("vmsnap: error: standard output is closed", file=sys.stderr)
         return 1
@@ -130,7 +132,7 @@ def run() -> int:
         return error.exit_code
     except click.Abort:
         return 128 + signal.SIGINT
-    except (vmsnap.VmsnapError, CommandError, OSError, MemoryError) as error:
+    except (vmsnap.VmsnapError, CommandError, OSError, MemoryError, Warning) as error:
         click.echo(f"vmsnap: error: {describe(error)}", err=True)
         return status_of(error)
     except RecursionError:

@@ -1,15 +1,30 @@
-"""The file that a key is read from."""
+"""Files with secrets on the command line, and the key in one."""
 
-import os
 import re
-import stat
+from os import PathLike, fspath
 from pathlib import Path
 
+import vmsnap
+from vmsnap._vmsnap import read_secret_file
 from vmsnap.cli.failure import CommandError
 
 KEY_BYTES = 32
-# Hex digits and "\r\n", and one byte more to find out that a file is longer.
-_READ_BYTES = 2 * KEY_BYTES + 3
+
+
+def read_private(path: "str | PathLike[str]") -> bytearray:
+    """Return the contents of a file with a secret.
+
+    Raises
+    ------
+    CommandError
+        If others than the owner may read or change the file.
+    OSError
+        If the file cannot be read.
+    """
+    try:
+        return read_secret_file(fspath(path))
+    except vmsnap.KeyUnavailableError as refused:
+        raise CommandError(str(refused)) from None
 
 
 def read_key_file(path: Path) -> bytes:
@@ -22,14 +37,7 @@ def read_key_file(path: Path) -> bytes:
     OSError
         If the file cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
-        # The open file is asked, not its path, which may be another file by now.
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        if mode & 0o077:
-            raise CommandError(f"{path}: others may use this key file (mode {mode:04o}): chmod 600 '{path}'")
-        content = b""
-        while len(content) < _READ_BYTES and (piece := file.read(_READ_BYTES - len(content))):
-            content += piece
+    content = bytes(read_private(path))
     # A raw key may itself end in the byte of a newline.
     if len(content) != KEY_BYTES:
         content = re.sub(rb"\r?\n\Z", b"", content)

@@ -12,14 +12,21 @@ from typing import Any
 import click
 
 import vmsnap
-from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
+from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot, _vmsnap
 from vmsnap._vmsnap import key_wrapping
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keyfile import read_key_file
+from vmsnap.cli.keyfile import read_key_file, read_private
+from vmsnap.cli.paths import PATH, TEXT_PATH
+from vmsnap.cli.terminal import printable
 from vmsnap.keys import Passphrase
 
 # Of a passphrase and its newline: the rest of a longer file is no passphrase.
 _MAX_PASSPHRASE_BYTES = 4096
+
+
+def _any_given(*options: object) -> bool:
+    """Return whether any option is given, which an empty one is too."""
+    return any(option is not None for option in options)
 
 
 @dataclass(frozen=True)
@@ -27,28 +34,28 @@ class OpeningKeys:
     """What opens a snapshot: at most one is given."""
 
     key: bytes | None = None
-    identities: tuple[Path, ...] = ()
+    identities: tuple[Path, ...] | None = None
     passphrase: Passphrase | None = None
 
     @property
     def given(self) -> bool:
         """Whether any is."""
-        return bool(self.key or self.identities or self.passphrase)
+        return _any_given(self.key, self.identities, self.passphrase)
 
     def arguments(self, root: str | Path) -> dict[str, Any]:
         """Return the keyword arguments for the snapshot at `root`."""
         if self.key is not None:
             return {"key": self.key}
-        if self.identities:
+        if self.identities is not None:
             return {"identities": [identity_of(path) for path in self.identities]}
         passphrase = self.passphrase
         if passphrase is None and _is_passphrase(root):
             passphrase = _asker(f"Passphrase of {root}: ")
         return {} if passphrase is None else {"passphrase": passphrase}
 
-    def for_new(self, recipients: tuple[str, ...]) -> "WritingKeys":
+    def for_new(self, recipients: tuple[str, ...] | None) -> "WritingKeys":
         """Return the same, or recipients, as what a new snapshot is written for."""
-        if self.identities or (recipients and self.given):
+        if self.identities is not None or (recipients is not None and self.given):
             raise click.UsageError("a new snapshot is for recipients, with a key or with a passphrase: one of them")
         return WritingKeys(False, self.key, recipients, self.passphrase)
 
@@ -63,12 +70,21 @@ class OpeningKeys:
 
 @dataclass(frozen=True)
 class WritingKeys:
-    """What a snapshot is written for: at most one is given; the default identity where none is, and `encrypt`."""
+    """What a snapshot is written for: at most one is given; the default identity where none is, and `encrypt`.
+
+    None is what is not given. What is given and empty is left for the library to refuse: taken for not given, it would
+    make a plain snapshot.
+    """
 
     encrypt: bool = False
     key: bytes | None = None
-    recipients: tuple[str, ...] = ()
+    recipients: tuple[str, ...] | None = None
     passphrase: Passphrase | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any is."""
+        return _any_given(self.key, self.recipients, self.passphrase)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -76,7 +92,7 @@ class WritingKeys:
         return {
             "encrypt": self.encrypt,
             "key": self.key,
-            "recipients": self.recipients or None,
+            "recipients": self.recipients,
             "passphrase": self.passphrase,
         }
 
@@ -122,25 +138,29 @@ def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
 
 
 def _read_passphrase(source: str | int) -> bytearray:
-    """Return the first line of a file, or of what a descriptor is open for."""
-    with open(source, "rb", buffering=0, closefd=not isinstance(source, int)) as file:
-        content = bytearray()
-        while len(content) <= _MAX_PASSPHRASE_BYTES and (piece := file.read(_MAX_PASSPHRASE_BYTES + 1)):
-            content += piece
+    """Return the first line of a file that only its owner may use, or of what a descriptor is open for."""
+    content = _read_descriptor(source) if isinstance(source, int) else read_private(source)
     line = content.split(b"\n", 1)[0].removesuffix(b"\r")
     if not line or len(line) > _MAX_PASSPHRASE_BYTES:
-        raise CommandError(f"{_named(source)}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes, in the first line")
+        named = f"file descriptor {source}" if isinstance(source, int) else source
+        raise CommandError(f"{named}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes, in the first line")
     return line
 
 
-def _named(source: str | int) -> str:
-    return f"file descriptor {source}" if isinstance(source, int) else source
+def _read_descriptor(number: int) -> bytearray:
+    with open(number, "rb", buffering=0, closefd=False) as file:
+        content = bytearray()
+        while len(content) <= _MAX_PASSPHRASE_BYTES and (piece := file.read(_MAX_PASSPHRASE_BYTES + 1)):
+            content += piece
+    return content
 
 
-def read_recipients(path: Path) -> list[str]:
-    """Return the recipients in a file: a line each, but for empty ones and comments."""
-    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+def _read_recipients(path: Path) -> list[str]:
+    """Return the recipients in a file, and tell on standard error which lines are ignored."""
+    recipients, ignored = _vmsnap.read_recipients(os.fspath(path))
+    for text in ignored:
+        click.echo(f"vmsnap: {printable(f'{path}: {text}')}", err=True)
+    return recipients
 
 
 def _passphrase(options: dict[str, Any], prefix: str, prompt: str, *, twice: bool) -> Passphrase | None:
@@ -158,30 +178,38 @@ def _key(path: Path | None) -> bytes | None:
     return None if path is None else read_key_file(path)
 
 
-_FILE = click.Path(path_type=Path)
-
 _Command = Callable[..., Any]
 
 
 def _passphrase_options(prefix: str, what: str) -> list[Callable[[_Command], _Command]]:
     return [
         click.option(f"--{prefix}passphrase", is_flag=True, help=f"Ask for {what}, without echo."),
-        click.option(f"--{prefix}passphrase-file", metavar="FILE", help="Take it from the first line of a file."),
-        click.option(f"--{prefix}passphrase-fd", type=int, metavar="N", help="Take it from an open file descriptor."),
+        click.option(
+            f"--{prefix}passphrase-file",
+            type=TEXT_PATH,
+            metavar="FILE",
+            help="Take it from the first line of a file that only you may read.",
+        ),
+        click.option(
+            f"--{prefix}passphrase-fd",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Take it from an open file descriptor.",
+        ),
     ]
 
 
 def _key_file_option(prefix: str) -> Callable[[_Command], _Command]:
     text = "The key: 32 bytes or 64 hex digits, in a file that only you may read."
-    return click.option(f"--{prefix}key-file", type=_FILE, metavar="FILE", help=text)
+    return click.option(f"--{prefix}key-file", type=PATH, metavar="FILE", help=text)
 
 
 _IDENTITY_OPTION = click.option(
-    "-i", "--identity", type=_FILE, multiple=True, metavar="FILE", help="A file of age identities, or an SSH key."
+    "-i", "--identity", type=PATH, multiple=True, metavar="FILE", help="A file of age identities, or an SSH key."
 )
 _RECIPIENT_OPTIONS = [
     click.option("-r", "--recipient", multiple=True, help="An age recipient (age1...) or SSH public key."),
-    click.option("-R", "--recipients-file", type=_FILE, multiple=True, metavar="FILE", help="Recipients, a line each."),
+    click.option("-R", "--recipients-file", type=PATH, multiple=True, metavar="FILE", help="Recipients, a line each."),
 ]
 
 
@@ -202,9 +230,10 @@ def opening_options(command: _Command) -> _Command:
 
 
 def _opening(options: dict[str, Any]) -> OpeningKeys:
-    key_file, identities = options.pop("key_file"), options.pop("identity")
+    # An option that may be repeated is an empty tuple where it is not given.
+    key_file, identities = options.pop("key_file"), options.pop("identity") or None
     passphrase = _passphrase(options, "", "Passphrase: ", twice=False)
-    if bool(key_file) + bool(identities) + (passphrase is not None) > 1:
+    if (key_file is not None) + (identities is not None) + (passphrase is not None) > 1:
         raise click.UsageError("--key-file, --identity and a passphrase exclude each other: a snapshot has one kind")
     return OpeningKeys(_key(key_file), identities, passphrase)
 
@@ -219,11 +248,12 @@ def recipient_options(command: _Command) -> _Command:
     return _with(_RECIPIENT_OPTIONS, wrapped)
 
 
-def _recipients(options: dict[str, Any]) -> tuple[str, ...]:
-    recipients = [*options.pop("recipient")]
-    for path in options.pop("recipients_file"):
-        recipients += read_recipients(path)
-    return tuple(recipients)
+def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return the recipients, None where no option gives any. Each file gives at least one, or it is an error."""
+    texts, files = options.pop("recipient"), options.pop("recipients_file")
+    if not texts and not files:
+        return None
+    return (*texts, *(recipient for path in files for recipient in _read_recipients(path)))
 
 
 def writing_options(prefix: str = "") -> Callable[[_Command], _Command]:
@@ -245,7 +275,7 @@ def _writing(options: dict[str, Any], prefix: str) -> WritingKeys:
     key_file = options.pop(f"{name}key_file")
     recipients = _recipients(options)
     passphrase = _passphrase(options, name, "New passphrase: ", twice=True)
-    if bool(key_file) + bool(recipients) + (passphrase is not None) > 1:
+    if (key_file is not None) + (recipients is not None) + (passphrase is not None) > 1:
         raise click.UsageError("a key file, recipients and a passphrase exclude each other: a snapshot has one kind")
     return WritingKeys(options.pop("encrypt", False), _key(key_file), recipients, passphrase)
 

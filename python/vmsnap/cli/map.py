@@ -14,6 +14,7 @@ from vmsnap.cli.copy import new_file, refuse_inside
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, opening_options, threads_option
 from vmsnap.cli.memory import open_memory
+from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.places import directory_argument, json_option, namespace_option
 from vmsnap.cli.terminal import human_size, printable, progress
 
@@ -139,7 +140,7 @@ def draw(title: str, regions: list[_Region]) -> "Image":
 
 @click.command("map")
 @directory_argument
-@click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="The picture, a PNG file.")
+@click.option("-o", "--output", required=True, type=TEXT_PATH, metavar="FILE", help="The picture, a PNG file.")
 @namespace_option
 @opening_options
 @click.option("--force", is_flag=True, help="Replace an existing plain file outside of the snapshot.")

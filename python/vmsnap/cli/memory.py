@@ -18,6 +18,7 @@ from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hexdump import hexdump
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
+from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.places import directory_argument, enter, json_option, namespace_option
 from vmsnap.cli.process import Process, parse_maps
 from vmsnap.cli.terminal import human_size, print_lines, progress_so_far
@@ -127,7 +128,7 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
 
 @click.command("dump-memory")
 @click.argument("target", metavar="FILE|PID")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
 @writing_options()
 @click.option(
@@ -199,7 +200,7 @@ def dump_memory(
 
 @click.command("restore-memory")
 @directory_argument
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.argument("file", metavar="FILE", type=TEXT_PATH)
 @namespace_option
 @opening_options
 @click.option("--region", type=click.IntRange(min=0), metavar="N", help="Only the region of that number, from 0 on.")

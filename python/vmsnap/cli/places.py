@@ -13,6 +13,7 @@ from vmsnap import FragmentReader, SnapshotReader
 from vmsnap._vmsnap import outline
 from vmsnap.cli.dump import PIECE_BYTES
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.paths import PATH
 
 
 def enter(snapshot: SnapshotReader, path: str) -> SnapshotReader:
@@ -90,9 +91,7 @@ def _complete_namespace(context: click.Context, _parameter: click.Parameter, beg
     return _complete(context, begun, namespaces=True)
 
 
-directory_argument = click.argument(
-    "directory", metavar="DIR", type=click.Path(path_type=Path), shell_complete=_complete_folder
-)
+directory_argument = click.argument("directory", metavar="DIR", type=PATH, shell_complete=_complete_folder)
 fragment_argument = click.argument("path", metavar="PATH", shell_complete=_complete_fragment)
 namespace_argument = click.argument("path", metavar="[PATH]", default="", shell_complete=_complete_namespace)
 namespace_option = click.option(

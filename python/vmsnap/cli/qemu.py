@@ -12,6 +12,7 @@ import click
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
 from vmsnap.cli.memory import compress_option
+from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import directory_argument, json_option
 from vmsnap.cli.terminal import human_size, progress_so_far
 
@@ -47,10 +48,8 @@ def qemu() -> None:
 
 
 @qemu.command()
-@click.option(
-    "--qmp", required=True, metavar="SOCKET", type=click.Path(path_type=Path), help="The Unix socket of QEMU's monitor."
-)
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--qmp", required=True, metavar="SOCKET", type=PATH, help="The Unix socket of QEMU's monitor.")
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
 @writing_options()
 @compress_option

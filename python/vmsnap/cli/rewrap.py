@@ -9,12 +9,13 @@ import click
 import vmsnap
 from vmsnap import _vmsnap
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, identity_of, opening_options, writing_options
+from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import directory_argument
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write it to a new file.")
-@click.option("--recipient", type=click.Path(path_type=Path), metavar="FILE", help="Print the recipients of a file.")
+@click.option("-o", "--output", type=PATH, metavar="FILE", help="Write it to a new file.")
+@click.option("--recipient", type=PATH, metavar="FILE", help="Print the recipients of a file.")
 def keygen(output: Path | None, recipient: Path | None) -> None:
     """Make an age identity, or tell the recipient of one.
 
@@ -61,12 +62,12 @@ def rekey(directory: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
     It takes nothing back from those who could open the snapshot before: they may have kept its key. To lock somebody
     out, copy it into a new one with "vmsnap encrypt".
     """
-    if not (new_keys.key or new_keys.recipients or new_keys.passphrase):
+    if not new_keys.given:
         raise click.UsageError("say what is to open it: -r, -R, --new-key-file or --new-passphrase")
     vmsnap.rekey(
         directory,
         **keys.arguments(directory),
-        recipients=new_keys.recipients or None,
+        recipients=new_keys.recipients,
         new_key=new_keys.key,
         new_passphrase=new_keys.passphrase,
     )

@@ -7,6 +7,7 @@ import click
 
 import vmsnap
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import directory_argument, json_option
 from vmsnap.cli.terminal import human_size, printable
 
@@ -75,7 +76,7 @@ def seal(directory: Path, keys: OpeningKeys) -> None:
 
 
 @click.command()
-@click.argument("parent", type=click.Path(path_type=Path))
+@click.argument("parent", type=PATH)
 def clean(parent: Path) -> None:
     """Remove what killed writers left behind in a folder; what a living process holds stays.
 

@@ -120,7 +120,7 @@ async def save_async(
         stack.callback(connection.close)
         async with connected(connection, os.fspath(qmp)) as monitor:
             ran = await _check_state(monitor)
-            ram = await survey(monitor, pid or monitor.peer_pid, stack, to_fill=False)
+            ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
             staged = await _staged(
                 lambda: create(
                     path,

@@ -1,0 +1,21 @@
+"""Paths on the command line. An empty one is refused: pathlib would take it for the current directory."""
+
+import os
+from pathlib import Path
+
+import click
+
+
+class _NonEmptyPath(click.Path):
+    """A path, such as ``"$VARIABLE"`` in a script is not where the variable is not set."""
+
+    def convert(
+        self, value: "str | os.PathLike[str]", parameter: click.Parameter | None, context: click.Context | None
+    ) -> "str | bytes | os.PathLike[str]":
+        if not os.fspath(value):
+            self.fail("the path is empty", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+PATH = _NonEmptyPath(path_type=Path)
+TEXT_PATH = _NonEmptyPath()

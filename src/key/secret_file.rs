@@ -1,0 +1,107 @@
+//! Files with secrets: read as a whole, and refused where others than their owner may use them.
+
+use std::fs::{File, Metadata};
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll as wait_for};
+use rustix::fs::{OFlags, StatVfsMountFlags, fstatvfs};
+use zeroize::Zeroizing;
+
+use super::identity::is_encrypted;
+use crate::error::{Error, Kind, Result};
+use crate::threads::POLL_INTERVAL;
+
+/// As in age, for identities and recipients.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+
+/// Bits of the mode that let others than the owner read or write.
+pub(super) const OTHERS: u32 = 0o077;
+/// Bits of the mode that let strangers read or write: a file that belongs to root may be meant for a group.
+pub(super) const STRANGERS: u32 = 0o007;
+/// Bits of the mode that let others than the owner write.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// Reads a file, or a pipe until its other end is closed.
+pub(super) fn read(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+    read_opened(path, poll).map(|(_, _, content)| content)
+}
+
+/// Reads a file with secrets. `forbidden` are the bits that its mode must not have, unless it is encrypted itself.
+///
+/// A mode says nothing about a pipe, which is in nobody's way. Where the caller cannot change the mode, as is usual for what an
+/// orchestrator or a service manager provides, less is asked for: on a read-only file system (secrets of Kubernetes, credentials
+/// of systemd) that nobody else may write; of another owner's file that nobody but a group may use it.
+pub(crate) fn read_secret(
+    path: &Path,
+    forbidden: u32,
+    poll: &mut dyn FnMut() -> Result<()>,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let (file, metadata, content) = read_opened(path, poll)?;
+    let mode = metadata.mode() & 0o7777;
+    if metadata.is_file() && mode & forbidden_bits(&file, &metadata, forbidden) != 0 && !is_encrypted(&content) {
+        let path = path.display();
+        return Err(Error::new(
+            Kind::KeyUnavailable,
+            format!(
+                "others may use it (mode {mode:04o}): chmod 600 '{path}', or where that is not possible give its content \
+                 instead, in a shell as <(cat '{path}')"
+            ),
+        ));
+    }
+    Ok(content)
+}
+
+fn forbidden_bits(file: &File, metadata: &Metadata, forbidden: u32) -> u32 {
+    // The file that was opened is asked, not its path, which may be another file by now.
+    let is_read_only = fstatvfs(file).is_ok_and(|file_system| file_system.f_flag.contains(StatVfsMountFlags::RDONLY));
+    if is_read_only {
+        forbidden & OTHERS_WRITE
+    } else if metadata.uid() != rustix::process::geteuid().as_raw() {
+        forbidden & (STRANGERS | OTHERS_WRITE)
+    } else {
+        forbidden
+    }
+}
+
+fn read_opened(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<(File, Metadata, Zeroizing<Vec<u8>>)> {
+    let failed = |error| Error::io("cannot be read", error);
+    // Non-blocking: opening a FIFO that nobody writes to would wait for ever.
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if metadata.is_dir() {
+        return Err(Error::io("cannot be read", rustix::io::Errno::ISDIR));
+    }
+    // One byte more than there is, so that the vector does not grow and leave a copy behind.
+    let room = if metadata.is_file() { metadata.len().min(MAX_FILE_BYTES) } else { MAX_FILE_BYTES } + 1;
+    let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(room).unwrap_or_default()));
+    let mut limited = (&file).take(room);
+    loop {
+        match limited.read_to_end(&mut content) {
+            Ok(_) => break,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                poll()?;
+                wait(&file).map_err(failed)?;
+            }
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    if u64::try_from(content.len()).is_ok_and(|length| length > MAX_FILE_BYTES) {
+        return Err(Error::invalid_argument(format!(
+            "has more than {MAX_FILE_BYTES} bytes, too many for a file of keys"
+        )));
+    }
+    Ok((file, metadata, content))
+}
+
+/// Waits until there is something to read, for a moment.
+fn wait(file: &File) -> std::io::Result<()> {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: POLL_INTERVAL.subsec_nanos().into() };
+    match wait_for(&mut [PollFd::new(file, PollFlags::IN)], Some(&timeout)) {
+        // A signal: what it is to do is asked next.
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
