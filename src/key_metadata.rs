@@ -1,5 +1,6 @@
 //! The file `enc_metadata` at the root of an encrypted snapshot: written with it, looked at, opened, and replaced.
 
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -76,9 +77,7 @@ pub(crate) fn unlock(
 /// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
 pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
     let identity = rekey_polled(root, old, new, &mut || Ok(()))?;
-    if let Some(path) = identity {
-        eprintln!("vmsnap: {}", advice(&path));
-    }
+    advise(identity.as_deref());
     Ok(())
 }
 
@@ -113,11 +112,18 @@ pub(crate) fn advice(identity: &Path) -> String {
     )
 }
 
+/// Tells so on standard error, where an identity was made. Nothing fails where that cannot be written.
+pub(crate) fn advise(made: Option<&Path>) {
+    if let Some(identity) = made {
+        let _ = writeln!(std::io::stderr(), "vmsnap: {}", advice(identity));
+    }
+}
+
 /// Puts new contents in the place of the old. `between` is called between the steps.
 fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()> {
     let locked = LockedRoot::shared_even_sealed(root)?;
     folder::place_file(locked.folder(), KEY_METADATA, wrapped, true, true, between)
-        .map_err(|error| Error::io(format!("cannot replace {}", place(root)), error))
+        .map_err(|error| error.context(format!("cannot replace {}", place(root))))
 }
 
 fn plain(root: &Path) -> Error {

@@ -32,6 +32,7 @@
 mod any_snapshot;
 mod cipher;
 mod clean;
+mod durability;
 mod error;
 mod fragment;
 #[cfg(any(test, fuzzing))]

@@ -3,6 +3,7 @@
 //! The pool is ours (rayon's global one hangs in a forked child) and is made on first use, anew after a fork. The calling
 //! thread always works too, and it is the caller that looks for an interruption.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -139,7 +140,8 @@ where
         run(own, Some(&mut *poll));
         if poll.is_elsewhere() {
             // A child forked by the callback, in which the other threads do not exist: waiting for them would be for ever.
-            eprintln!("vmsnap: forked in the middle of a call that uses several threads; this child cannot go on");
+            let text = "forked in the middle of a call that uses several threads; this child cannot go on";
+            let _ = writeln!(std::io::stderr(), "vmsnap: {text}");
             std::process::abort();
         }
     });

@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 use super::age;
 use super::identity::{OTHERS, read_file};
 use crate::cipher::fill_random;
+use crate::durability;
 use crate::error::{Error, Kind, Result};
 
 const TEXT_VARIABLE: &str = "VMSNAP_IDENTITY";
@@ -134,14 +135,14 @@ fn make(path: &Path) -> Result<Found> {
     let written = write_new(&unfinished, &content).and_then(|()| {
         match renameat_with(CWD, &unfinished, CWD, path, RenameFlags::NOREPLACE) {
             // A file system that does not know how to.
-            Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(&unfinished, path),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => std::fs::hard_link(&unfinished, path),
             renamed => renamed.map_err(Into::into),
         }
     });
     let _ = std::fs::remove_file(&unfinished);
     match written {
         Ok(()) => {
-            File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+            File::open(folder).and_then(|opened| Ok(durability::sync_directory(opened)?)).map_err(failed)?;
             Ok(Found { made_at: Some(path.to_owned()), ..Found::at(path, content) })
         }
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {

@@ -12,7 +12,8 @@ import click
 
 from vmsnap import SnapshotWriter
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keys import WritingKeys, threads_option, writing_options
+from vmsnap.cli.files import NamedFile
+from vmsnap.cli.keys import WritingKeys, no_durable_option, threads_option, writing_options
 from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
 
@@ -49,7 +50,7 @@ def store_file(writer: SnapshotWriter, path: Path, chunk_size_bytes: int) -> Sum
     """Store a file as the fragment ``ram``."""
     buffer = memoryview(bytearray(PIECE_BYTES))
     summary = Summary(fragments=1)
-    with open(path, "rb", buffering=0) as file:
+    with NamedFile(path, "rb", str(path)) as file:
         status = os.fstat(file.fileno())
         total = status.st_size if stat.S_ISREG(status.st_mode) else None
         with (
@@ -136,9 +137,16 @@ def process_of(target: str) -> int | None:
 @writing_options()
 @chunk_size_option
 @threads_option
+@no_durable_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 def dump(
-    target: str, directory: Path, new_keys: WritingKeys, chunk_size: int, threads: int | None, no_stop: bool
+    target: str,
+    directory: Path,
+    new_keys: WritingKeys,
+    chunk_size: int,
+    threads: int | None,
+    no_durable: bool,
+    no_stop: bool,
 ) -> None:
     """Store a process' memory, or a raw RAM file, in a new folder DIR.
 
@@ -154,12 +162,12 @@ def dump(
     pid = process_of(target)
     started = time.perf_counter()
     if pid is None:
-        with new_keys.stage(directory, threads=threads) as writer:
+        with new_keys.stage(directory, threads=threads, durable=not no_durable) as writer:
             summary = store_file(writer, Path(target), chunk_size)
     else:
         with (
             Process(pid) as process,
-            new_keys.stage(directory, threads=threads) as writer,
+            new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             summary = store_process(writer, process, chunk_size)

@@ -15,7 +15,9 @@ import vmsnap
 from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
 from vmsnap._vmsnap import key_wrapping
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file
+from vmsnap.cli.names import NAME
 from vmsnap.keys import Passphrase
 
 # Of a passphrase and its newline: the rest of a longer file is no passphrase.
@@ -80,9 +82,9 @@ class WritingKeys:
             "passphrase": self.passphrase,
         }
 
-    def stage(self, path: str | Path, *, threads: int | None = None) -> StagedSnapshot:
+    def stage(self, path: str | Path, *, threads: int | None = None, durable: bool = True) -> StagedSnapshot:
         """Begin a snapshot that is sealed when it is complete, and not there before."""
-        return vmsnap.create(path, **self.arguments, threads=threads)
+        return vmsnap.create(path, **self.arguments, threads=threads, durable=durable)
 
     def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
         """Make a snapshot in place, to which more can be added."""
@@ -123,7 +125,7 @@ def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
 
 def _read_passphrase(source: str | int) -> bytearray:
     """Return the first line of a file, or of what a descriptor is open for."""
-    with open(source, "rb", buffering=0, closefd=not isinstance(source, int)) as file:
+    with NamedFile(source, "rb", _named(source), closefd=not isinstance(source, int)) as file:
         content = bytearray()
         while len(content) <= _MAX_PASSPHRASE_BYTES and (piece := file.read(_MAX_PASSPHRASE_BYTES + 1)):
             content += piece
@@ -180,7 +182,7 @@ _IDENTITY_OPTION = click.option(
     "-i", "--identity", type=_FILE, multiple=True, metavar="FILE", help="A file of age identities, or an SSH key."
 )
 _RECIPIENT_OPTIONS = [
-    click.option("-r", "--recipient", multiple=True, help="An age recipient (age1...) or SSH public key."),
+    click.option("-r", "--recipient", type=NAME, multiple=True, help="An age recipient (age1...) or SSH public key."),
     click.option("-R", "--recipients-file", type=_FILE, multiple=True, metavar="FILE", help="Recipients, a line each."),
 ]
 
@@ -250,6 +252,9 @@ def _writing(options: dict[str, Any], prefix: str) -> WritingKeys:
     return WritingKeys(options.pop("encrypt", False), _key(key_file), recipients, passphrase)
 
 
+no_durable_option = click.option(
+    "--no-durable", is_flag=True, help="Do not wait until it is on the disk: it may be lost in a power failure."
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all processors]")
 
 

@@ -16,7 +16,14 @@ from vmsnap.cli.copy import new_file, refuse_inside
 from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option, process_of
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hexdump import hexdump
-from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
+from vmsnap.cli.keys import (
+    OpeningKeys,
+    WritingKeys,
+    no_durable_option,
+    opening_options,
+    threads_option,
+    writing_options,
+)
 from vmsnap.cli.places import directory_argument, enter, json_option, namespace_option
 from vmsnap.cli.process import Process, parse_maps
 from vmsnap.cli.terminal import human_size, print_lines, progress_so_far
@@ -143,6 +150,7 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
 )
 @chunk_size_option
 @threads_option
+@no_durable_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 @json_option
 def dump_memory(
@@ -154,6 +162,7 @@ def dump_memory(
     on_error: Literal["raise", "zero"] | None,
     chunk_size: int,
     threads: int | None,
+    no_durable: bool,
     no_stop: bool,
     as_json: bool,
 ) -> None:
@@ -170,12 +179,12 @@ def dump_memory(
     pid = process_of(target)
     if pid is None:
         regions = _regions_of_file(target, ranges)
-        with new_keys.stage(directory, threads=threads) as writer:
+        with new_keys.stage(directory, threads=threads, durable=not no_durable) as writer:
             report = _write(writer, regions, compress, chunk_size, on_error or "raise")
     else:
         with (
             Process(pid) as process,
-            new_keys.stage(directory, threads=threads) as writer,
+            new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             regions = _regions_of_process(process, ranges)
