@@ -30,7 +30,8 @@ pub struct Cleaned {
 /// # Errors
 ///
 /// [`Error::is_io`] where `parent` is no folder, or something in it cannot be removed; [`Error::is_state`] where the file system
-/// has no locks that would tell whether somebody holds it.
+/// has no locks that would tell whether somebody holds it: on NFS, SMB, 9p, FUSE and others that several hosts write to, a lock on
+/// a directory does not reach the other hosts. What is left there is for the user to remove.
 pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
     let parent = folder::absolute(parent.as_ref())?;
     let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);

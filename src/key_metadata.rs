@@ -104,7 +104,7 @@ pub(crate) fn rekey_polled(
 fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()> {
     let locked = LockedRoot::shared_even_sealed(root)?;
     folder::place_file(locked.folder(), KEY_METADATA, wrapped, true, true, between)
-        .map_err(|error| Error::io(format!("cannot replace {}", place(root)), error))
+        .map_err(|error| error.context(format!("cannot replace {}", place(root))))
 }
 
 fn plain(root: &Path) -> Error {

@@ -33,6 +33,7 @@ mod any_snapshot;
 mod buffer;
 mod cipher;
 mod clean;
+mod durability;
 mod error;
 mod fragment;
 #[cfg(any(test, fuzzing))]

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -11,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use crate::cipher::{SecretKey, fill_random};
+use crate::durability;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::ledger::Ledger;
 use crate::fragment::lock::LockedRoot;
@@ -98,7 +98,7 @@ impl SnapshotOptions {
         };
         let failed = |error: Error| error.context(format!("cannot create the snapshot {}", path.display()));
         let parent = folder::open(parent_path, "").map_err(failed)?;
-        let (root, locked) = new_staged_root(parent_path).map_err(failed)?;
+        let (root, locked) = new_staged_root(parent_path, &path).map_err(failed)?;
         let writer = prepared.write_at(root).map_err(failed)?;
         Ok(StagedSnapshot {
             writer,
@@ -144,7 +144,7 @@ impl SnapshotOptions {
         if self.durable {
             // The name of the snapshot itself.
             folder::parent_of(locked.folder())
-                .and_then(rustix::fs::fsync)
+                .and_then(durability::sync_directory)
                 .map_err(|errno| not_durable(&root, errno))?;
         }
         Ok(id)
@@ -157,6 +157,19 @@ fn not_durable(path: &Path, errno: Errno) -> Error {
         "the snapshot {} is complete and in place, but whether it outlives a power failure is not certain",
         path.display()
     );
+    Error::io(text, errno)
+}
+
+/// What was staged cannot be renamed to its path.
+fn not_placed(errno: Errno) -> Error {
+    let text = match errno {
+        Errno::EXIST => "a snapshot needs a path at which nothing is yet",
+        Errno::XDEV => {
+            "the file system does not rename what was staged into place, as if both were on different ones; create the \
+             snapshot in another directory"
+        }
+        _ => "what was staged cannot be renamed into place",
+    };
     Error::io(text, errno)
 }
 
@@ -173,10 +186,10 @@ fn remove_all(folder: &Path) -> std::io::Result<()> {
 }
 
 /// A hidden folder below `parent`, locked before anything is in it.
-fn new_staged_root(parent: &Path) -> Result<(PathBuf, LockedRoot)> {
+fn new_staged_root(parent: &Path, path: &Path) -> Result<(PathBuf, LockedRoot)> {
     loop {
         let root = parent.join(folder::temporary_name()?);
-        folder::create_root(&root)?;
+        folder::create_root(&root, path)?;
         let locked = LockedRoot::of_new(&root).inspect_err(|_| {
             let _ = std::fs::remove_dir(&root);
         })?;
@@ -235,7 +248,7 @@ impl StagedSnapshot {
         // From here on it is there. The lock's descriptor is that of the same folder, under its new name.
         self.state = State::Committed;
         if self.durable {
-            rustix::fs::fsync(&self.parent).map_err(|errno| not_durable(&self.path, errno))?;
+            durability::sync_directory(&self.parent).map_err(|errno| not_durable(&self.path, errno))?;
         }
         Ok(id)
     }
@@ -252,7 +265,7 @@ impl StagedSnapshot {
         poll()?;
         let name = self.path.file_name().unwrap_or_default();
         folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, name)
-            .map_err(|errno| folder::not_created(&self.path, errno))?;
+            .map_err(not_placed)?;
         Ok(id)
     }
 
@@ -275,10 +288,15 @@ impl StagedSnapshot {
         let (root, parent) = (self.writer.root(), self.path.parent().unwrap_or(Path::new("/")));
         let failed = |error| Error::io(format!("cannot remove what was staged in {}", root.display()), error);
         let name = folder::temporary_name()?;
-        folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, &name)
-            .map_err(|errno| failed(errno.into()))?;
+        let renamed = folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, &name);
+        let removed = match renamed {
+            Ok(()) => parent.join(name),
+            Err(Errno::NOENT) => return Err(failed(Errno::NOENT.into())),
+            // Where the file system renames nothing it goes under its own name.
+            Err(_) => root.to_owned(),
+        };
         let _locked = std::mem::replace(&mut self.state, State::Discarded);
-        remove_all(&parent.join(name)).map_err(failed)
+        remove_all(&removed).map_err(failed)
     }
 }
 
@@ -353,23 +371,25 @@ impl Scanned {
 
     /// All that was found reaches the disk, as do the names of it.
     fn sync(&self, root: &Path, threads: usize, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let failed = |what: &str, error: std::io::Error| Error::io(format!("cannot sync {what:?}"), error);
+        let failed = |what: &str, error: Error| error.context(format!("cannot sync {what:?}"));
+        let sync_file = |opened: &OwnedFd, name: &str| durability::sync_file(&folder::open_file(opened, name)?.0);
+        let sync_directory = |opened: &OwnedFd, what: &str| {
+            durability::sync_directory(opened).map_err(|errno| Error::io(format!("cannot sync {what}"), errno))
+        };
         let paths: Vec<_> = self.fragments.keys().collect();
         let mut workers = vec![(); threads.min(paths.len())];
         for_each(&mut workers, paths.into_iter(), &mut Poll::new(poll), |(), path| {
             let (namespace, name) = path.rsplit_once('/').unwrap_or(("", path));
-            let (file, _) = folder::open_file(&folder::open(root, namespace)?, name)?;
-            file.sync_all().map_err(|error| failed(path, error))
+            sync_file(&folder::open(root, namespace)?, name).map_err(|error| failed(path, error))
         })?;
         for namespace in self.namespaces.iter().rev() {
-            File::from(folder::open(root, namespace)?).sync_all().map_err(|error| failed(namespace, error))?;
+            sync_directory(&folder::open(root, namespace)?, &format!("{namespace:?}"))?;
         }
         let root_folder = folder::open(root, "")?;
         if folder::exists(&root_folder, KEY_METADATA)? {
-            let (file, _) = folder::open_file(&root_folder, KEY_METADATA)?;
-            file.sync_all().map_err(|error| failed(KEY_METADATA, error))?;
+            sync_file(&root_folder, KEY_METADATA).map_err(|error| failed(KEY_METADATA, error))?;
         }
-        File::from(root_folder).sync_all().map_err(|error| failed("the root", error))
+        sync_directory(&root_folder, "the root")
     }
 
     fn write_manifest(
@@ -383,7 +403,7 @@ impl Scanned {
         let manifest = Manifest::new(snapshot_id, data_key.is_some(), self.namespaces, self.fragments);
         let (stored, seal_digest) = manifest.encode(data_key)?;
         folder::place_file(root_folder, MANIFEST, &stored, false, durable, &mut || ())
-            .map_err(|error| Error::io(format!("cannot write {MANIFEST} of {}", root.display()), error))?;
+            .map_err(|error| error.context(format!("{MANIFEST} of {}", root.display())))?;
         Ok(SealId { snapshot_id, seal_digest })
     }
 }

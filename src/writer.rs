@@ -132,7 +132,10 @@ impl SnapshotWriter {
     pub fn add_namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
         let locked = LockedRoot::shared(&self.root)?;
-        let root_folder = locked.folder().try_clone().map_err(|error| Error::io("no descriptor", error))?;
+        let root_folder = locked.folder().try_clone().map_err(|error| {
+            let (name, root) = (namespace.as_str(), self.root.display());
+            Error::io(format!("namespace {name:?} of {root} cannot be created"), error)
+        })?;
         folder::create(root_folder, &self.root, &namespace)?;
         Ok(Self { namespace, ..self.clone() })
     }
@@ -184,7 +187,7 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     pub(crate) fn create_at(&self, root: PathBuf) -> Result<SnapshotWriter> {
-        folder::create_root(&root)?;
+        folder::create_root(&root, &root)?;
         self.write_at(root)
     }
 

@@ -4,6 +4,7 @@ Each line is ``count N SHA256``, the digest being that of 8 MiB which the guest 
 fetched by `apt-get download` and unpacked, not installed, into target/guest/.
 """
 
+import asyncio
 import functools
 import hashlib
 import os
@@ -16,9 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from qemu.qmp import QMPClient
 from support import MIB, pattern
 
 QEMU = "qemu-system-x86_64"
@@ -178,6 +180,21 @@ def listens(qmp: Path) -> bool:
     """Whether somebody listens at a socket: it is there a moment before."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(qmp)) == 0
+
+
+def ask(qmp: Path, command: str, **arguments: object) -> Any:
+    """Ask a QEMU one thing, by a connection that is closed again."""
+
+    async def asking() -> object:
+        client = QMPClient()
+        await client.connect(str(qmp))
+        try:
+            named = {name.replace("_", "-"): value for name, value in arguments.items()}
+            return await client.execute(command, named or None)
+        finally:
+            await client.disconnect()
+
+    return asyncio.run(asking())
 
 
 @contextmanager

@@ -351,7 +351,7 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path: Path, ram: Path) ->
             command = [sys.executable, "-m", "vmsnap", *map(str, arguments)]
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60)
             assert done.returncode == 1
-            assert done.stderr == b"vmsnap: error: No space left on device\n"
+            assert done.stderr == b"vmsnap: error: standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize("path", ["missing", "missing/ram", "../vm/ram", "/ram", "", "ram/"])

@@ -463,6 +463,7 @@ def test_options_that_do_not_apply_are_refused(place: Place, image: Path, tmp_pa
 
 @pytest.mark.parametrize("command", ["ls", "tree", "info"])
 def test_a_closed_standard_output_is_an_error(plain: vmsnap.SnapshotWriter, command: str) -> None:
+    write(plain, "sda", b"x")
     done = subprocess.run(
         ["sh", "-c", f"'{sys.executable}' -m vmsnap {command} '{plain.root}' >&-"], capture_output=True, text=True
     )

@@ -22,8 +22,7 @@ import pytest
 import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
-from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ended, listens, need_qemu, qemu_command, running
-from qemu.qmp import QMPClient
+from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ask, ended, listens, need_qemu, qemu_command, running
 from refusals import refused, refused_elsewhere
 from support import MIB, run_python
 from vmsnap.qemu import Machine, RamRange, monitor
@@ -54,21 +53,6 @@ def console(tmp_path: Path) -> Iterator[Console]:
     made = Console(tmp_path, "console")
     yield made
     made.close()
-
-
-def ask(qmp: Path, command: str, **arguments: object) -> Any:
-    """Ask a QEMU one thing, by a connection that is closed again."""
-
-    async def asking() -> object:
-        client = QMPClient()
-        await client.connect(str(qmp))
-        try:
-            named = {name.replace("_", "-"): value for name, value in arguments.items()}
-            return await client.execute(command, named or None)
-        finally:
-            await client.disconnect()
-
-    return asyncio.run(asking())
 
 
 def state(qmp: Path) -> str:

@@ -93,7 +93,7 @@ class StagedSnapshot:
         try:
             self.discard()
         except OSError as left:
-            error.add_note(f"{left}; vmsnap.clean removes it")
+            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
 
     def __reduce__(self) -> str:
         raise TypeError("a StagedSnapshot stays in the process that made it; its writers can be copied and pickled")
@@ -127,7 +127,7 @@ def create(
         As for `SnapshotWriter`.
     durable
         Whether the commit waits until everything is on the disk, so that it outlives a power failure. Nothing else
-        depends on it.
+        depends on it. Where the file system cannot sync directories, only the files are waited for.
 
     Raises
     ------
@@ -191,7 +191,8 @@ def clean(parent: "StrOrBytesPath") -> Cleaned:
     OSError
         There is no such folder, or something in it cannot be removed.
     FragmentStateError
-        The file system has no locks that would tell whether somebody holds it.
+        The file system has no locks that would tell whether somebody holds it: several hosts write to it (NFS, SMB, 9p,
+        FUSE and others), and a lock on a directory does not reach the other hosts. Remove ``.vmsnap-*`` by hand.
     """
     return Cleaned(*_vmsnap.clean(os.fsdecode(parent)))
 

@@ -11,6 +11,7 @@ use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::cipher::fill_random;
+use crate::durability;
 use crate::error::{Error, Result};
 use crate::name::{self, SnapshotPath};
 
@@ -33,9 +34,9 @@ pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Creates the root folder of a new snapshot.
-pub(crate) fn create_root(root: &Path) -> Result<()> {
-    fs::mkdirat(CWD, root, FOLDER_MODE).map_err(|errno| not_created(root, errno))
+/// Creates the root folder of a new snapshot, which is to be at `path` in the end.
+pub(crate) fn create_root(root: &Path, path: &Path) -> Result<()> {
+    fs::mkdirat(CWD, root, FOLDER_MODE).map_err(|errno| not_created(path, errno))
 }
 
 /// Finds out what would keep [`create_root`] from it, as far as that can be known before.
@@ -49,7 +50,7 @@ pub(crate) fn check_new(root: &Path) -> Result<()> {
     fs::statat(CWD, parent, AtFlags::empty()).map(drop).map_err(|errno| not_created(root, errno))
 }
 
-pub(crate) fn not_created(root: &Path, errno: Errno) -> Error {
+fn not_created(root: &Path, errno: Errno) -> Error {
     let reason = match errno {
         Errno::EXIST => "a snapshot needs a path at which nothing is yet",
         Errno::NOENT => "the folder it is to lie in does not exist",
@@ -80,7 +81,7 @@ pub(crate) fn open_below(mut folder: OwnedFd, root: &Path, namespace: &str) -> R
             let place = format!("namespace {namespace:?} of {}", root.display());
             match (errno, kind_of(&folder, name)) {
                 (Errno::NOTDIR | Errno::LOOP, Some(kind)) if kind != FileType::RegularFile => {
-                    stray(name, kind).context(place)
+                    stray_named(name, kind).context(place)
                 }
                 (Errno::NOENT, _) => Error::io(format!("{place} does not exist"), errno),
                 _ => Error::io(format!("cannot open {place}"), errno),
@@ -183,23 +184,23 @@ pub(crate) fn place_file(
     replace: bool,
     durable: bool,
     between: &mut dyn FnMut(),
-) -> io::Result<()> {
+) -> Result<()> {
     let temporary = temporary_name()?;
-    let file = create_file(folder, &temporary)?;
-    let mut written = || -> io::Result<()> {
+    let file = create_file(folder, &temporary).map_err(|errno| Error::io("cannot be created", errno))?;
+    let mut written = || -> Result<()> {
         between();
-        file.write_all_at(contents, 0)?;
+        file.write_all_at(contents, 0).map_err(|error| Error::io("cannot be written", error))?;
         between();
         if durable {
-            file.sync_all()?;
+            durability::sync_file(&file)?;
         }
         between();
-        if replace {
-            fs::renameat(folder, &temporary, folder, name)?;
+        let renamed = if replace {
+            fs::renameat(folder, &temporary, folder, name)
         } else {
-            rename_new(folder, &temporary, folder, name)?;
-        }
-        Ok(())
+            rename_new(folder, &temporary, folder, name)
+        };
+        renamed.map_err(|errno| Error::io("cannot be renamed into place", errno))
     };
     written().inspect_err(|_| {
         // The cause says more than that this could not be removed either.
@@ -207,7 +208,7 @@ pub(crate) fn place_file(
     })?;
     between();
     if durable {
-        fs::fsync(folder)?;
+        durability::sync_directory(folder).map_err(|errno| Error::io("its directory cannot be synced", errno))?;
     }
     Ok(())
 }
@@ -237,7 +238,7 @@ pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file =
         fs::openat(folder, name, flags, Mode::empty()).map_err(|errno| match (errno, kind_of(folder, name)) {
-            (Errno::LOOP | Errno::NXIO, Some(kind)) if kind != FileType::RegularFile => stray(name, kind),
+            (Errno::LOOP | Errno::NXIO, Some(kind)) if kind != FileType::RegularFile => stray(kind),
             (Errno::NOENT, _) => Error::io("does not exist", errno),
             _ => Error::io("cannot be opened", errno),
         })?;
@@ -248,7 +249,7 @@ pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
             Ok((File::from(file), size))
         }
         FileType::Directory => Err(Error::io("is a namespace, not a fragment", Errno::ISDIR)),
-        kind => Err(stray(name, kind)),
+        kind => Err(stray(kind)),
     }
 }
 
@@ -303,7 +304,7 @@ pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<Str
             }
             FileType::RegularFile => fragments.push(name.to_owned()),
             FileType::Directory => namespaces.push(name.to_owned()),
-            kind => return Err(stray(name, kind).context(place())),
+            kind => return Err(stray_named(name, kind).context(place())),
         }
     }
     fragments.sort_unstable();
@@ -325,15 +326,26 @@ fn kind_of(folder: impl AsFd, name: &str) -> Option<FileType> {
     Some(FileType::from_raw_mode(stat.st_mode))
 }
 
-fn stray(name: &str, kind: FileType) -> Error {
-    let kind = match kind {
+/// Of something that the error is told of by whoever asked for it.
+fn stray(kind: FileType) -> Error {
+    Error::corrupt(format!("is {}, {NEVER_HELD}", kind_text(kind)))
+}
+
+/// Of something in a folder.
+fn stray_named(name: &str, kind: FileType) -> Error {
+    Error::corrupt(format!("{name:?} is {}, {NEVER_HELD}", kind_text(kind)))
+}
+
+const NEVER_HELD: &str = "which a snapshot never holds and vmsnap never follows";
+
+fn kind_text(kind: FileType) -> &'static str {
+    match kind {
         FileType::Symlink => "a symbolic link",
         FileType::Fifo => "a FIFO",
         FileType::Socket => "a socket",
         FileType::CharacterDevice | FileType::BlockDevice => "a device",
         _ => "a special file",
-    };
-    Error::corrupt(format!("{name:?} is {kind}, which a snapshot never holds and vmsnap never follows"))
+    }
 }
 
 /// A root's path in a serialized handle: serde's own form must be UTF-8, which Linux's need not be.

@@ -1,7 +1,7 @@
 //! Who uses a snapshot's folder now: `flock` on the root.
 //!
 //! Every fragment being written holds it shared, in whatever process; sealing, committing and cleaning take it alone. A lock
-//! goes with its process, however that ends.
+//! goes with its process, however that ends. On network file systems it does not reach beyond its host (`file_system.rs`).
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use super::file_system::{self, Locking};
 use super::{Home, folder};
 use crate::error::{Error, Kind, Result};
 use crate::name::MANIFEST;
@@ -89,6 +90,20 @@ impl LockedRoot {
     /// A folder that nobody uses; none where somebody does.
     pub(crate) fn abandoned(root: &Path) -> Result<Option<Self>> {
         let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        let unknown = |why: &str| {
+            let text = format!("whether somebody uses {} cannot be known: {why}", root.display());
+            Error::new(Kind::State, text)
+        };
+        match file_system::locking(&locked.folder) {
+            Ok(Locking::AllWriters) => {}
+            Ok(Locking::ThisHost(name)) => {
+                return Err(unknown(&format!(
+                    "it lies on {name}, where a lock tells nothing of writers on other hosts; when none of them writes \
+                     there, remove .vmsnap-* by hand"
+                )));
+            }
+            Err(errno) => return Err(unknown(&format!("its file system cannot be asked what it is ({errno})"))),
+        }
         let lock = || flock(&locked.folder, FlockOperation::NonBlockingLockExclusive);
         // Twice, a while apart: a living process is without its lock for an instant when it has just made the folder, and
         // when a commit was refused.
@@ -100,11 +115,7 @@ impl LockedRoot {
         match held {
             Ok(()) => Ok(Some(locked)),
             Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(errno) => {
-                let text =
-                    format!("whether somebody uses {} cannot be known: no locks there ({errno})", root.display());
-                Err(Error::new(Kind::State, text))
-            }
+            Err(errno) => Err(unknown(&format!("no locks there ({errno})"))),
         }
     }
 

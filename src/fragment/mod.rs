@@ -10,10 +10,12 @@
 //! sealed_source.rs, pieces.rs   the same, opened by all threads
 //! digest.rs, ledger.rs          what the manifest is to say of a fragment
 //! lock.rs      who writes into a snapshot now
+//! file_system.rs                where a lock on a directory reaches all writers
 //! folder.rs    files and folders below the root, no link ever followed
 //! ```
 
 pub(crate) mod digest;
+mod file_system;
 pub(crate) mod folder;
 pub(crate) mod ledger;
 pub(crate) mod lock;

@@ -66,7 +66,7 @@ impl Fragment {
         let (namespace, name) = path.split();
         let lock = LockedRoot::shared(root)?;
         let folder = folder::open_below(
-            lock.folder().try_clone().map_err(|error| Error::io("no descriptor", error))?,
+            lock.folder().try_clone().map_err(|error| Error::io(format!("{place} cannot be created"), error))?,
             root,
             namespace,
         )?;

@@ -16,6 +16,7 @@ use super::background::in_background;
 use super::identity::plain_text;
 use super::secret_file::{OTHERS, STRANGERS, read_secret};
 use crate::cipher::fill_random;
+use crate::durability;
 use crate::error::{Error, Kind, Result};
 
 const TEXT_VARIABLE: &str = "VMSNAP_IDENTITY";
@@ -183,14 +184,14 @@ fn make_in(
     let written = write_new(&unfinished, &content).and_then(|()| {
         match renameat_with(CWD, &unfinished, CWD, path, RenameFlags::NOREPLACE) {
             // A file system that does not know how to.
-            Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(&unfinished, path),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => std::fs::hard_link(&unfinished, path),
             renamed => renamed.map_err(Into::into),
         }
     });
     let _ = std::fs::remove_file(&unfinished);
     match written {
         Ok(()) => {
-            locked.sync_all().map_err(failed)?;
+            durability::sync_directory(locked).map_err(|errno| failed(errno.into()))?;
             Found::new(content, place(path))
         }
         // On a file system without locks.

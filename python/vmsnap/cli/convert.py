@@ -6,7 +6,14 @@ import click
 
 from vmsnap import SnapshotReader, SnapshotWriter
 from vmsnap.cli.dump import CHUNK_BYTES
-from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
+from vmsnap.cli.keys import (
+    OpeningKeys,
+    WritingKeys,
+    no_durable_option,
+    opening_options,
+    threads_option,
+    writing_options,
+)
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import pieces, walk
 from vmsnap.cli.terminal import human_size, progress
@@ -36,9 +43,11 @@ def copy_snapshot(source: SnapshotReader, target: SnapshotWriter) -> tuple[int, 
     return count, total
 
 
-def _convert(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys, threads: int | None) -> None:
+def _convert(
+    source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys, *, threads: int | None, durable: bool
+) -> None:
     reader = keys.open(source, threads=threads)
-    with new_keys.stage(target, threads=threads) as writer:
+    with new_keys.stage(target, threads=threads, durable=durable) as writer:
         count, size = copy_snapshot(reader, writer)
     click.echo(f"vmsnap: copied {human_size(size)}, fragments: {count}", err=True)
 
@@ -53,7 +62,10 @@ _target = click.argument("target", metavar="DST", type=PATH)
 @opening_options
 @writing_options("new-")
 @threads_option
-def encrypt(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys, threads: int | None) -> None:
+@no_durable_option
+def encrypt(
+    source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys, threads: int | None, no_durable: bool
+) -> None:
     """Copy a snapshot into a new one DST that is encrypted.
 
     For whom is said by -r, -R, --new-key-file or one of --new-passphrase...; your own identity otherwise. SRC may be
@@ -63,7 +75,7 @@ def encrypt(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys
     DST appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
     given = WritingKeys(True, new_keys.key, new_keys.recipients, new_keys.passphrase)
-    _convert(source, target, keys, given, threads)
+    _convert(source, target, keys, given, threads=threads, durable=not no_durable)
 
 
 @click.command()
@@ -71,9 +83,10 @@ def encrypt(source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys
 @_target
 @opening_options
 @threads_option
-def decrypt(source: Path, target: Path, keys: OpeningKeys, threads: int | None) -> None:
+@no_durable_option
+def decrypt(source: Path, target: Path, keys: OpeningKeys, threads: int | None, no_durable: bool) -> None:
     """Copy an encrypted snapshot into a new one DST that is plain: readable by all who may read its files.
 
     DST appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
-    _convert(source, target, keys, WritingKeys(), threads)
+    _convert(source, target, keys, WritingKeys(), threads=threads, durable=not no_durable)

@@ -16,9 +16,12 @@ import click
 from vmsnap import SnapshotWriter
 from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options, threads_option
+from vmsnap.cli.names import as_name
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.places import locate, pieces, write_all
+from vmsnap.cli.streams import standard_input
 from vmsnap.cli.terminal import printable, progress
 
 _STREAM = "-"
@@ -61,14 +64,21 @@ def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
         path = target
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with open(descriptor, "wb", buffering=0) as file:
+        with NamedFile(descriptor, "wb", target) as file:
             yield file
         if path != target:
-            os.replace(path, target)
+            _replace(path, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
+
+
+def _replace(path: str, target: str) -> None:
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be replaced: {error.strerror}", target) from None
 
 
 @contextmanager
@@ -107,9 +117,10 @@ def copy_out(root: str, path: str, target: str, keys: OpeningKeys, *, threads: i
     """Write a fragment to a file, or to standard output."""
     if not path:
         raise click.UsageError(f"name the fragment: {root}:PATH")
+    path = as_name(path)
     namespace, name = locate(keys.open(root, threads=threads), path)
     if target != _STREAM and os.path.isdir(target):
-        target = os.path.join(target, name)
+        target = os.path.join(target, os.fsdecode(name.encode()))
     if target != _STREAM:
         refuse_inside(target, root)
     with (
@@ -131,11 +142,9 @@ def copy_in(
         if source == _STREAM:
             raise click.UsageError("name the fragment that standard input becomes: SNAPSHOT:PATH")
         path += os.path.basename(source)
-    *names, name = path.split("/")
+    *names, name = as_name(path).split("/")
     buffer = memoryview(bytearray(PIECE_BYTES))
-    with open(
-        sys.stdin.fileno() if source == _STREAM else source, "rb", buffering=0, closefd=source != _STREAM
-    ) as file:
+    with standard_input() if source == _STREAM else NamedFile(source, "rb", source) as file:
         status = os.fstat(file.fileno())
         with (
             new_snapshot(Path(root), keys, threads=threads)

@@ -12,7 +12,7 @@ import click
 from vmsnap import SnapshotWriter
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
-from vmsnap.cli.keys import WritingKeys, threads_option, writing_options
+from vmsnap.cli.keys import WritingKeys, no_durable_option, threads_option, writing_options
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
@@ -136,6 +136,7 @@ def process_of(target: str) -> int | None:
 @format_option
 @chunk_size_option
 @threads_option
+@no_durable_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 def dump(
     target: str,
@@ -144,6 +145,7 @@ def dump(
     form: str,
     chunk_size: int,
     threads: int | None,
+    no_durable: bool,
     no_stop: bool,
 ) -> None:
     """Store a process' memory, or a raw RAM file, in a new folder DIR.
@@ -163,14 +165,14 @@ def dump(
     if pid is None:
         with (
             open_image(target, form, may_be_pipe=True) as image,
-            new_keys.stage(directory, threads=threads) as writer,
+            new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
         ):
             summary = store_file(writer, image, chunk_size)
     else:
         refuse_format(form)
         with (
             Process(pid) as process,
-            new_keys.stage(directory, threads=threads) as writer,
+            new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             summary = store_process(writer, process, chunk_size)

@@ -22,7 +22,8 @@ def describe(error: Exception) -> str:
         text = str(error) or "there is not enough memory"  # Python's own has no text
     else:
         text = str(error) or type(error).__name__
-    return printable(" ".join(text.split()))
+    # What could not be cleared away because of it, say.
+    return printable(" ".join("; ".join([text, *getattr(error, "__notes__", ())]).split()))
 
 
 def status_of(error: Exception) -> int:

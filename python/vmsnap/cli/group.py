@@ -1,10 +1,8 @@
 """The command ``vmsnap``: its subcommands, and how an error of any of them is reported."""
 
-import os
 import signal
 import sys
 import warnings
-from io import TextIOWrapper
 from types import FrameType
 
 import click
@@ -26,6 +24,8 @@ from vmsnap.cli.qemu import qemu
 from vmsnap.cli.rewrap import keygen, rekey
 from vmsnap.cli.seals import clean, seal, verify
 from vmsnap.cli.show import show
+from vmsnap.cli.streams import ReaderGoneError
+from vmsnap.cli.terminal import printable
 from vmsnap.cli.tree import tree
 
 _EXIT_CODES = """\b
@@ -48,18 +48,10 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 
 
 class _Commands(click.Group):
-    """Commands in the order in which they were added, quiet where the other end of a pipe goes away."""
+    """Commands in the order in which they were added."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(self.commands)
-
-    def invoke(self, context: click.Context) -> object:
-        try:
-            return super().invoke(context)
-        except BrokenPipeError:
-            # What is still in a buffer is written when Python ends, and would fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
@@ -118,23 +110,25 @@ def run() -> int:
     warnings.showwarning = show_warning
     # That an identity must be kept is for whoever runs the command, whatever Python is told about warnings.
     warnings.filterwarnings("always", category=vmsnap.NewIdentityWarning)
-    if sys.stdout is None:
-        print("vmsnap: error: standard output is closed", file=sys.stderr)
-        return 1
-    if isinstance(sys.stdout, TextIOWrapper):
-        # A name that the locale's encoding has not is shown escaped.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # None from a command, a status from click's own exits.
-        return group.main(prog_name="vmsnap", standalone_mode=False) or 0
+        status = group.main(prog_name="vmsnap", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return status
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except click.Abort:
         return 128 + signal.SIGINT
+    except ReaderGoneError:
+        return 128 + signal.SIGPIPE
     except (vmsnap.VmsnapError, CommandError, OSError, MemoryError, Warning) as error:
         click.echo(f"vmsnap: error: {describe(error)}", err=True)
         return status_of(error)
+    except UnicodeEncodeError as error:
+        # Names are looked at as arguments; this is whatever else was given to the library as text.
+        click.echo(f"vmsnap: error: {printable(str(error.object))}: is not UTF-8", err=True)
+        return 1
     except RecursionError:
         click.echo("vmsnap: error: it is nested too deeply to be shown", err=True)
         return 1

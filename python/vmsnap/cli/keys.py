@@ -16,6 +16,7 @@ from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot,
 from vmsnap._vmsnap import key_wrapping
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keyfile import read_key_file, read_private
+from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.terminal import printable
 from vmsnap.keys import Passphrase
@@ -96,9 +97,9 @@ class WritingKeys:
             "passphrase": self.passphrase,
         }
 
-    def stage(self, path: str | Path, *, threads: int | None = None) -> StagedSnapshot:
+    def stage(self, path: str | Path, *, threads: int | None = None, durable: bool = True) -> StagedSnapshot:
         """Begin a snapshot that is sealed when it is complete, and not there before."""
-        return vmsnap.create(path, **self.arguments, threads=threads)
+        return vmsnap.create(path, **self.arguments, threads=threads, durable=durable)
 
     def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
         """Make a snapshot in place, to which more can be added."""
@@ -208,7 +209,7 @@ _IDENTITY_OPTION = click.option(
     "-i", "--identity", type=PATH, multiple=True, metavar="FILE", help="A file of age identities, or an SSH key."
 )
 _RECIPIENT_OPTIONS = [
-    click.option("-r", "--recipient", multiple=True, help="An age recipient (age1...) or SSH public key."),
+    click.option("-r", "--recipient", type=NAME, multiple=True, help="An age recipient (age1...) or SSH public key."),
     click.option("-R", "--recipients-file", type=PATH, multiple=True, metavar="FILE", help="Recipients, a line each."),
 ]
 
@@ -280,6 +281,9 @@ def _writing(options: dict[str, Any], prefix: str) -> WritingKeys:
     return WritingKeys(options.pop("encrypt", False), _key(key_file), recipients, passphrase)
 
 
+no_durable_option = click.option(
+    "--no-durable", is_flag=True, help="Do not wait until it is on the disk: it may be lost in a power failure."
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all processors]")
 
 

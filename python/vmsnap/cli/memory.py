@@ -17,7 +17,14 @@ from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option, process_of
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hexdump import hexdump
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
-from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
+from vmsnap.cli.keys import (
+    OpeningKeys,
+    WritingKeys,
+    no_durable_option,
+    opening_options,
+    threads_option,
+    writing_options,
+)
 from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.places import directory_argument, enter, json_option, namespace_option
 from vmsnap.cli.process import Process, parse_maps
@@ -151,6 +158,7 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
 )
 @chunk_size_option
 @threads_option
+@no_durable_option
 @click.option("--no-stop", is_flag=True, help="Let the process run. What it changes meanwhile may be torn.")
 @json_option
 def dump_memory(
@@ -164,6 +172,7 @@ def dump_memory(
     no_sparse: bool,
     chunk_size: int,
     threads: int | None,
+    no_durable: bool,
     no_stop: bool,
     as_json: bool,
 ) -> None:
@@ -180,14 +189,17 @@ def dump_memory(
     """
     pid = process_of(target)
     if pid is None:
-        with open_image(target, form) as image, new_keys.stage(directory, threads=threads) as writer:
+        with (
+            open_image(target, form) as image,
+            new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
+        ):
             regions = _regions_of_file(image, ranges)
             report = _write(writer, regions, compress, chunk_size, on_error or "raise", not no_sparse)
     else:
         refuse_format(form)
         with (
             Process(pid) as process,
-            new_keys.stage(directory, threads=threads) as writer,
+            new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
             nullcontext() if no_stop else process.stopped(),
         ):
             regions = _regions_of_process(process, ranges)

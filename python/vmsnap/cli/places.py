@@ -13,6 +13,7 @@ from vmsnap import FragmentReader, SnapshotReader
 from vmsnap._vmsnap import outline
 from vmsnap.cli.dump import PIECE_BYTES
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH
 
 
@@ -92,11 +93,12 @@ def _complete_namespace(context: click.Context, _parameter: click.Parameter, beg
 
 
 directory_argument = click.argument("directory", metavar="DIR", type=PATH, shell_complete=_complete_folder)
-fragment_argument = click.argument("path", metavar="PATH", shell_complete=_complete_fragment)
-namespace_argument = click.argument("path", metavar="[PATH]", default="", shell_complete=_complete_namespace)
+fragment_argument = click.argument("path", metavar="PATH", type=NAME, shell_complete=_complete_fragment)
+namespace_argument = click.argument("path", metavar="[PATH]", type=NAME, default="", shell_complete=_complete_namespace)
 namespace_option = click.option(
     "--namespace",
     metavar="PATH",
+    type=NAME,
     default="",
     shell_complete=_complete_namespace,
     help="The namespace that the memory is in, where it is not the snapshot itself.",

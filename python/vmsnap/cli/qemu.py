@@ -10,7 +10,14 @@ from typing import Any, Literal
 import click
 
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, threads_option, writing_options
+from vmsnap.cli.keys import (
+    OpeningKeys,
+    WritingKeys,
+    no_durable_option,
+    opening_options,
+    threads_option,
+    writing_options,
+)
 from vmsnap.cli.memory import compress_option
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import directory_argument, json_option
@@ -57,6 +64,7 @@ def qemu() -> None:
 @click.option("--quit", "then", flag_value="quit", help="End QEMU, once the snapshot is complete.")
 @click.option("--pid", type=click.IntRange(min=1), help="QEMU's process. [default: who listens at SOCKET]")
 @threads_option
+@no_durable_option
 @json_option
 def save(
     qmp: Path,
@@ -66,6 +74,7 @@ def save(
     then: Literal["continue", "quit"] | None,
     pid: int | None,
     threads: int | None,
+    no_durable: bool,
     as_json: bool,
 ) -> None:
     """Save a running guest in a new folder DIR: its memory, the state of its devices, and what it ran on.
@@ -84,6 +93,7 @@ def save(
             then=then or "as-before",
             pid=pid,
             threads=threads,
+            durable=not no_durable,
             progress=show,
         )
     memory = report.memory

@@ -6,13 +6,17 @@ from pathlib import Path
 import click
 
 import vmsnap
-from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.keys import OpeningKeys, no_durable_option, opening_options
+from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import directory_argument, json_option
 from vmsnap.cli.terminal import human_size, printable
 
 _expect_option = click.option(
-    "--expect-seal-digest", metavar="HEX", help="Accept only the snapshot with this seal digest, kept elsewhere."
+    "--expect-seal-digest",
+    metavar="HEX",
+    type=NAME,
+    help="Accept only the snapshot with this seal digest, kept elsewhere.",
 )
 
 
@@ -51,7 +55,7 @@ def verify(
         for path, state in report.fragments.items():
             click.echo(f"{state:<{width}}  {printable(path)}")
         for problem in report.problems:
-            click.echo(f"{problem.kind}: {printable(problem.path)}: {printable(problem.text)}", err=True)
+            click.echo(f"{problem.kind}: {printable(problem.path) or '.'}: {printable(problem.text)}", err=True)
         for text in report.not_checked:
             click.echo(f"not checked: {printable(text)}", err=True)
         if report.ok:
@@ -66,13 +70,14 @@ def verify(
 @click.command()
 @directory_argument
 @opening_options
-def seal(directory: Path, keys: OpeningKeys) -> None:
+@no_durable_option
+def seal(directory: Path, keys: OpeningKeys, no_durable: bool) -> None:
     """Seal a snapshot that was written in place, and print its seal digest.
 
     From then on nothing can be added to it, and "vmsnap verify" finds whatever is changed. Kept elsewhere, the digest
     tells whether it is still the same.
     """
-    click.echo(vmsnap.seal(directory, **keys.arguments(directory)).hex())
+    click.echo(vmsnap.seal(directory, **keys.arguments(directory), durable=not no_durable).hex())
 
 
 @click.command()
@@ -80,7 +85,8 @@ def seal(directory: Path, keys: OpeningKeys) -> None:
 def clean(parent: Path) -> None:
     """Remove what killed writers left behind in a folder; what a living process holds stays.
 
-    Those are hidden folders of snapshots that were never completed, named .vmsnap- and 16 hexadecimal digits.
+    Those are hidden folders of snapshots that were never completed, named .vmsnap- and 16 hexadecimal digits. On file
+    systems that several hosts write to (NFS, SMB, 9p, FUSE and others) nothing is removed, for no lock tells of them.
     """
     cleaned = vmsnap.clean(parent)
     for path in cleaned.removed:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 from rich.cells import cell_len
@@ -17,6 +17,9 @@ def printable(text: str) -> str:
     Names come from snapshots and processes that nobody vouches for. A backslash cannot be part of a fragment's name,
     so that the escapes of those are not ambiguous.
     """
+    # A path that is not UTF-8, or is none in this locale, is shown by its bytes.
+    with suppress(UnicodeEncodeError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,5 +1,6 @@
 """A QEMU that vmsnap starts."""
 
+import fcntl
 import os
 import re
 import socket
@@ -16,6 +17,8 @@ from vmsnap.qemu.machine import Ram
 # What QEMU said last, when it fails.
 _LAST_LINES = 20
 _EXIT_SECONDS = 10.0
+# Below are the numbers of the standard streams.
+_FIRST_FREE = 3
 
 
 class StartedQemu:
@@ -26,7 +29,7 @@ class StartedQemu:
         paths = [path.replace(",,", ",") for each in command for path in re.findall(r"mem-path=((?:[^,]|,,)+)", each)]
         self._new_paths = {os.path.realpath(path) for path in paths if not os.path.exists(path)}
         self._filled: list[tuple[str, int]] = []
-        self.connection, theirs = socket.socketpair()
+        self.connection, theirs = map(_above_standard, socket.socketpair())
         with theirs:
             try:
                 self.process = subprocess.Popen(
@@ -36,15 +39,19 @@ class StartedQemu:
                         *("-chardev", f"socket,id=vmsnap-monitor,fd={theirs.fileno()}"),
                         *("-mon", "chardev=vmsnap-monitor,mode=control"),
                     ],
+                    stdin=_inherited(0),
+                    stdout=_inherited(1),
                     stderr=subprocess.PIPE,
                     pass_fds=[theirs.fileno()],
                 )
             except BaseException:
                 self.connection.close()
                 raise
+        # A copy: the number may be another file's by the time that QEMU says something.
+        self._stderr = None if _inherited(2) is not None else fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
         self._said: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._lock = threading.Lock()
-        self._runs = False
+        self._runs = self._ended = False
         self._listener = threading.Thread(target=self._listen, name="vmsnap-qemu-stderr", daemon=True)
         try:
             self._listener.start()
@@ -62,11 +69,22 @@ class StartedQemu:
                     self._said.append(line)
                     if self._runs:
                         self._pass_on()
+        with self._lock:
+            self._ended = True
+            self._let_go()
 
     def _pass_on(self) -> None:
-        with suppress(OSError):
-            while self._said:
-                os.write(2, self._said.popleft())
+        while self._said:
+            line = self._said.popleft()
+            if self._stderr is not None:
+                with suppress(OSError):
+                    os.write(self._stderr, line)
+
+    def _let_go(self) -> None:
+        """Close standard error's copy where nothing is to be passed on any more."""
+        if self._runs and self._ended and self._stderr is not None:
+            os.close(self._stderr)
+            self._stderr = None
 
     def fills(self, ram: Ram) -> None:
         """Note the files that the guest's memory goes into: none of it stays there where the block fails."""
@@ -80,6 +98,7 @@ class StartedQemu:
         with self._lock:
             self._runs = True
             self._pass_on()
+            self._let_go()
 
     async def __aenter__(self) -> "StartedQemu":
         return self
@@ -91,6 +110,8 @@ class StartedQemu:
                 os.close(file)
             return
         await in_thread(self._undo)
+        if self._stderr is not None:
+            os.close(self._stderr)
         said = " ".join(b"".join(self._said).decode("utf-8", "replace").split())
         if isinstance(error, QemuError) and said:
             raise QemuError(f"{error}; QEMU said: {said}") from None
@@ -108,6 +129,26 @@ class StartedQemu:
                 if path in self._new_paths and (there.st_ino, there.st_dev) == (found.st_ino, found.st_dev):
                     os.unlink(path)
             os.close(file)
+
+
+def _inherited(number: int) -> int | None:
+    """Return what a child is to get as this standard stream: None for that of this process, else `DEVNULL`.
+
+    Where a standard stream is closed, the next file that this program opens has its number. That is not for children to
+    read or write, and is told by not being inheritable, as nothing is that Python opens.
+    """
+    try:
+        return None if os.get_inheritable(number) else subprocess.DEVNULL
+    except OSError:
+        return subprocess.DEVNULL
+
+
+def _above_standard(connection: socket.socket) -> socket.socket:
+    """Return a connection under a number that no standard stream of a child takes away."""
+    if connection.fileno() >= _FIRST_FREE:
+        return connection
+    with connection:
+        return socket.socket(fileno=fcntl.fcntl(connection, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
