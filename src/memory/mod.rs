@@ -4,6 +4,9 @@
 //! source.rs    where guest memory comes from: bytes at hand,
 //! file.rs      a file,
 //! process.rs   a live process
+//! mappings.rs  what is mapped in it
+//! pagemap.rs   which pages it has
+//! stop.rs      StoppedProcess: it stands still meanwhile
 //! zeros.rs     pages of zeros
 //! turns.rs     one stream of bytes, brought by several threads
 //! lz4.rs       one LZ4 frame, made and read block by block
@@ -19,10 +22,13 @@ mod dump;
 mod file;
 mod layout;
 mod lz4;
+mod mappings;
+mod pagemap;
 mod pages;
 mod process;
 mod restore;
 mod source;
+mod stop;
 mod turns;
 mod zeros;
 
@@ -33,3 +39,4 @@ pub(crate) use layout::Metadata;
 pub use process::{ProcessMemory, ProcessRange};
 pub use restore::{GuestDestination, GuestMemory};
 pub use source::GuestMemorySource;
+pub use stop::StoppedProcess;
