@@ -19,8 +19,8 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const GUARD: u64 = 1 << 58;
 
-/// Entries that are read together: those of 4 MiB.
-const ENTRIES: usize = 1024;
+/// Entries that are read together at most: those of 128 MiB.
+const ENTRIES: usize = 1 << 15;
 
 /// Ranges that the kernel tells together: all that a slice of 128 pages can have.
 const REGIONS: usize = 64;
@@ -111,9 +111,7 @@ impl PageMap {
     /// How many bytes from an address on are of guard pages, which hold nothing.
     pub(super) fn guards(&self, addresses: Range<u64>) -> io::Result<u64> {
         let Some(file) = &self.file else { return Ok(0) };
-        let mut buffer = [[0; ENTRY_BYTES]; ENTRIES];
-        let entries = entries(file, &addresses, &mut buffer)?;
-        let guards = entries.iter().take_while(|entry| u64::from_ne_bytes(**entry) & GUARD != 0).count() as u64;
+        let guards = entries(file, &addresses)?.iter().take_while(|entry| **entry & GUARD != 0).count() as u64;
         Ok((page_start(addresses.start) + guards * page_bytes()).clamp(addresses.start, addresses.end)
             - addresses.start)
     }
@@ -131,12 +129,11 @@ impl PageMap {
                 looked => return looked,
             }
         }
-        let mut buffer = [[0; ENTRY_BYTES]; ENTRIES];
         let mut at = page_start(addresses.start);
-        for entry in entries(file, &addresses, &mut buffer)? {
+        for entry in entries(file, &addresses)? {
             let page = at.max(addresses.start)..(at + page_bytes()).min(addresses.end);
             at += page_bytes();
-            if u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) == 0 {
+            if entry & (PRESENT | SWAPPED) == 0 {
                 continue;
             }
             match there.last_mut() {
@@ -166,21 +163,15 @@ pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T>
     }
 }
 
-/// Reads the entries of the first of the addresses.
-fn entries<'a>(
-    file: &File,
-    addresses: &Range<u64>,
-    buffer: &'a mut [[u8; ENTRY_BYTES]; ENTRIES],
-) -> io::Result<&'a [[u8; ENTRY_BYTES]]> {
+/// Reads the entries of the first of the addresses: at least one.
+fn entries(file: &File, addresses: &Range<u64>) -> io::Result<Vec<u64>> {
     let first = addresses.start / page_bytes();
-    let wanted =
-        usize::try_from(addresses.end.div_ceil(page_bytes()) - first).map_or(ENTRIES, |count| count.min(ENTRIES));
-    let bytes = buffer[..wanted].as_flattened_mut();
-    match retry(|| file.read_at(bytes, first * ENTRY_BYTES as u64))? / ENTRY_BYTES {
-        // It has ended.
-        0 => Err(io::Error::from_raw_os_error(libc::ESRCH)),
-        count => Ok(&buffer[..count]),
-    }
+    let wanted = addresses.end.div_ceil(page_bytes()) - first;
+    let mut bytes = vec![0; usize::try_from(wanted).map_or(ENTRIES, |count| count.min(ENTRIES)) * ENTRY_BYTES];
+    let length = retry(|| file.read_at(&mut bytes, first * ENTRY_BYTES as u64))?;
+    let entries: Vec<_> = bytes[..length].as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect();
+    // Of a process that has ended there is none.
+    if entries.is_empty() { Err(io::Error::from_raw_os_error(libc::ESRCH)) } else { Ok(entries) }
 }
 
 /// As [`PageMap::look`], by the kernel.
