@@ -106,9 +106,8 @@ def test_of_a_very_long_hole_there_is_no_fragment(tmp_path: Path) -> None:
     with child(tmp_path, VAST) as process:
         tables = page_tables(process.pid)
         told = run("dump", process.pid, tmp_path / "vm1").stderr.decode()
-        assert (
-            f"left out: {process.address:016x}-{process.address + (1 << 39):016x} anonymous (nothing but zeros)" in told
-        )
+        middle = process.address + (1 << 39)
+        assert f"left out: {process.address:016x}-{middle:016x} anonymous (nothing but zeros)" in told
         assert page_tables(process.pid) < tables + MIB
         memory = vmsnap.open(tmp_path / "vm1").namespace("mem")
         [name] = [each for each in memory.list_fragments() if covers(each, middle)]

@@ -179,13 +179,21 @@ impl Threads {
     }
 
     fn not_traced(&self, thread: i32, error: &io::Error) -> Error {
-        let status = fs::read_to_string(format!("/proc/{}/task/{thread}/status", self.pid)).unwrap_or_default();
-        let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:")).map_or("0", str::trim);
-        let why = if tracer == "0" {
-            format!("it may not be traced; stop it yourself ('kill -STOP {}'), or let it run (--no-stop)", self.pid)
-        } else {
-            let name = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
-            format!("process {tracer} ({}) traces it; stop it there, or let it run (--no-stop)", name.trim_end())
+        let field = |path: &str, name: &str| {
+            let status = fs::read_to_string(path).ok()?;
+            status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
+        };
+        // One of its threads, as ours.
+        let tracer = field(&format!("/proc/{}/task/{thread}/status", self.pid), "TracerPid:");
+        let tracer = tracer.and_then(|tracer| field(&format!("/proc/{tracer}/status"), "Tgid:"));
+        let why = match tracer {
+            Some(tracer) => {
+                let name = field(&format!("/proc/{tracer}/status"), "Name:").unwrap_or_default();
+                format!("process {tracer} ({name}) traces it; stop it there, or let it run (--no-stop)")
+            }
+            None => {
+                format!("it may not be traced; stop it yourself ('kill -STOP {}'), or let it run (--no-stop)", self.pid)
+            }
         };
         self.failed(&why, error.raw_os_error().unwrap_or(libc::EPERM))
     }
