@@ -4,6 +4,7 @@
 //! source.rs    where guest memory comes from: bytes at hand,
 //! file.rs      a file,
 //! process.rs   a live process
+//! range.rs     a range of its addresses
 //! mappings.rs  what is mapped in it
 //! pagemap.rs   which pages it has
 //! stop.rs      StoppedProcess: it stands still meanwhile
@@ -26,6 +27,7 @@ mod mappings;
 mod pagemap;
 mod pages;
 mod process;
+mod range;
 mod restore;
 mod source;
 mod stop;
@@ -36,7 +38,8 @@ pub use dump::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 pub use file::FileMemory;
 #[cfg(any(test, fuzzing))]
 pub(crate) use layout::Metadata;
-pub use process::{ProcessMemory, ProcessRange};
+pub use process::ProcessMemory;
+pub use range::ProcessRange;
 pub use restore::{GuestDestination, GuestMemory};
 pub use source::GuestMemorySource;
 pub use stop::StoppedProcess;

@@ -208,19 +208,27 @@ mod tests {
     use super::*;
     use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-    /// The runs, and the next page from each page on, of a mapping of 64 pages.
-    fn told(map: &PageMap, start: u64) -> (Vec<(bool, Range<u64>)>, Vec<Option<u64>>) {
-        let page = page_bytes();
+    /// The pages of a run, in a mapping that begins at `start`.
+    fn pages(start: u64, run: &Range<u64>) -> Range<u64> {
+        (run.start - start) / page_bytes()..(run.end - start) / page_bytes()
+    }
+
+    /// The runs of pages of a mapping of 64.
+    fn runs(map: &PageMap, start: u64) -> Vec<(bool, Range<u64>)> {
         let mut runs = Vec::new();
-        let pages = |range: Range<u64>| (range.start - start) / page..(range.end - start) / page;
-        map.runs(start..start + 64 * page, |held, run| {
-            runs.push((held, pages(run)));
+        let add = |held, run: Range<u64>| {
+            runs.push((held, pages(start, &run)));
             Ok(())
-        })
-        .unwrap();
-        let end = start + 64 * page;
-        let next = |from: u64| map.next(start + from * page..end).unwrap().map(|next| (next - start) / page);
-        (runs, (0..64).map(next).collect())
+        };
+        map.runs(start..start + 64 * page_bytes(), add).unwrap();
+        runs
+    }
+
+    /// The next page that is there, from each of the 64 on.
+    fn next(map: &PageMap, start: u64) -> Vec<Option<u64>> {
+        let end = start + 64 * page_bytes();
+        let next = |page: u64| map.next(start + page * page_bytes()..end).unwrap();
+        (0..64).map(|page| next(page).map(|next| (next - start) / page_bytes())).collect()
     }
 
     #[test]
@@ -237,15 +245,15 @@ mod tests {
         }
         let map = PageMap::open(Path::new("/proc/self"));
         let start = memory as u64;
-        let scanned = told(&map, start);
+        let scanned = (runs(&map, start), next(&map, start));
         map.scans.store(false, Ordering::Relaxed);
-        assert_eq!(told(&map, start), scanned);
+        assert_eq!((runs(&map, start), next(&map, start)), scanned);
         assert_eq!(scanned.0, [(false, 0..3), (true, 3..6), (false, 6..40), (true, 40..41), (false, 41..64)]);
         assert_eq!((scanned.1[0], scanned.1[4], scanned.1[6], scanned.1[41]), (Some(3), Some(4), Some(40), None));
         assert_eq!(map.guards(start..start + 8).unwrap(), 0);
         // Without a map, any page may be there.
         let none = PageMap { file: None, scans: AtomicBool::new(true) };
-        assert_eq!(told(&none, start).0, [(true, 0..64)]);
+        assert_eq!(runs(&none, start), [(true, 0..64)]);
         // SAFETY: as above; nobody has a pointer into it any more.
         unsafe { munmap(memory, 64 * page).unwrap() };
     }

@@ -45,11 +45,12 @@ pub trait GuestMemorySource: Sync {
 
 /// Whether an error of reading is one of that page alone, so that zeros may stand for it.
 pub(super) fn is_of_page(error: &io::Error) -> bool {
-    match error.raw_os_error() {
-        Some(errno) => matches!(errno, libc::EFAULT | libc::EIO | libc::EHWPOISON),
-        // An error of ours tells of a call that was refused.
-        None => error.kind() != io::ErrorKind::NotFound && !error.get_ref().is_some_and(|inner| inner.is::<Error>()),
+    if let Some(errno) = error.raw_os_error() {
+        return matches!(errno, libc::EFAULT | libc::EIO | libc::EHWPOISON);
     }
+    // An error of ours tells of a call that was refused.
+    let ours = error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<Error>);
+    error.kind() != io::ErrorKind::NotFound && !ours
 }
 
 impl<T: AsRef<[u8]> + Sync> GuestMemorySource for T {

@@ -24,6 +24,12 @@ const TICK: Duration = Duration::from_micros(500);
 /// In a status, what comes above the signal is the event (ptrace(2)).
 const EVENT_SHIFT: u32 = 8;
 
+/// The type of a request, which the C libraries have differently.
+#[cfg(not(target_env = "musl"))]
+type Request = std::ffi::c_uint;
+#[cfg(target_env = "musl")]
+type Request = std::ffi::c_int;
+
 /// A process none of whose threads runs, until this is dropped or the process that made it ends, in whatever way.
 ///
 /// One that was stopped by a signal before stays so afterwards. A process that is killed meanwhile ends.
@@ -162,12 +168,12 @@ impl Threads {
                 continue;
             }
             // No PTRACE_O_EXITKILL among the options: it lives on, when we do not.
-            match request(libc::PTRACE_SEIZE.cast_signed(), thread, 0) {
+            match request(libc::PTRACE_SEIZE, thread, 0) {
                 Ok(()) => {
                     new = true;
                     self.states.insert(thread, State::Running);
                     // It may have ended just now.
-                    let _ = request(libc::PTRACE_INTERRUPT.cast_signed(), thread, 0);
+                    let _ = request(libc::PTRACE_INTERRUPT, thread, 0);
                 }
                 Err(_) if matches!(thread_state(self.pid, thread), None | Some('Z' | 'X')) => {
                     self.states.insert(thread, State::Ended);
@@ -217,7 +223,7 @@ impl Threads {
         for (thread, state) in self.states {
             // One that does not stand still is let go when this thread of ours ends.
             if let State::Stopped(signal) = state {
-                let _ = request(libc::PTRACE_DETACH.cast_signed(), thread, signal);
+                let _ = request(libc::PTRACE_DETACH, thread, signal);
             }
         }
     }
@@ -247,11 +253,10 @@ fn look(thread: i32) -> State {
     }
 }
 
-fn request(request: i32, thread: i32, data: i32) -> io::Result<()> {
+fn request(request: Request, thread: i32, data: i32) -> io::Result<()> {
     let data = ptr::without_provenance_mut::<libc::c_void>(usize::try_from(data).unwrap_or(0));
     // SAFETY: none of the requests made here touches memory of ours; the data is a number to them.
-    let result: c_long =
-        unsafe { libc::ptrace(request.cast_unsigned(), thread, ptr::null_mut::<libc::c_void>(), data) };
+    let result: c_long = unsafe { libc::ptrace(request, thread, ptr::null_mut::<libc::c_void>(), data) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -28,7 +28,10 @@ class _Work(Generic[Result]):
         self._cancelled = False
         self._done = threading.Event()
         self._outcome: tuple[Result | None, BaseException | None] = (None, None)
-        threading.Thread(target=self._run, name="vmsnap-work", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="vmsnap-work", daemon=True).start()
+        except RuntimeError as error:
+            raise CommandError(f"no thread can be had to read a stopped process ({error}): try --no-stop") from error
 
     def _run(self) -> None:
         try:
