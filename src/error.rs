@@ -190,7 +190,9 @@ impl Error {
     /// The errno, where the operating system was the cause.
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
-        self.0.source.as_ref()?.downcast_ref::<io::Error>()?.raw_os_error()
+        let error = self.0.source.as_ref()?.downcast_ref::<io::Error>()?;
+        // One of ours may have come through a trait that has io::Error.
+        error.raw_os_error().or_else(|| error.get_ref()?.downcast_ref::<Self>()?.raw_os_error())
     }
 
     pub(crate) fn is_not_found(&self) -> bool {

@@ -77,7 +77,7 @@ pub use key::{
 pub use key_metadata::{key_wrapping, rekey};
 pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
-    MemoryReport, ProcessMemory, ProcessRange,
+    MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
 pub use options::SnapshotOptions;
 pub use outline::{Outline, OutlinedFragment};

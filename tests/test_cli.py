@@ -55,7 +55,7 @@ class Victim:
     def answers(self) -> bool:
         """Whether it runs, as its state says and as it shows; a stopped one is not asked, for it would never answer."""
         assert self.child.stdin is not None
-        if self.state() == "T":
+        if self.state() in "Tt":
             return False
         self.child.stdin.write("hello\n")
         self.child.stdin.flush()
@@ -163,7 +163,7 @@ def test_a_process_goes_on_after_a_dump_that_failed(tmp_path: Path, victim: Vict
 
 def test_a_process_goes_on_when_ctrl_c_ends_its_stop(victim: Victim) -> None:
     with pytest.raises(KeyboardInterrupt), Process(victim.pid) as process, process.stopped():  # noqa: PT012
-        assert victim.state() == "T"
+        assert victim.state() == "t"  # as a debugger stops it
         raise KeyboardInterrupt
     assert victim.answers()
 

@@ -3,114 +3,17 @@
 import ctypes
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import vmsnap
+from child import ANONYMOUS, GUARDED, MEMFD, PRIVATE_FILE, SHARED, USERFAULT, VAST, Child, child, expected
+from commands import run
 from refusals import refused
 from vmsnap import GuestRegion, ProcessMemory
 
 PAGE = os.sysconf("SC_PAGESIZE")
 MIB = 1 << 20
-
-# Each makes a mapping `memory` of 8 MiB and fills every 16th page of it; `path` is for a file, if it needs one.
-ANONYMOUS = "memory = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); fill(memory)"
-SHARED = "memory = mmap.mmap(-1, 8 << 20); fill(memory)"
-MEMFD = """
-fd = os.memfd_create("guest")
-os.truncate(fd, 9 << 20)
-memory = mmap.mmap(fd, 8 << 20, offset=1 << 20)
-fill(memory)
-"""
-# As Firecracker restores: a private mapping of a file, with some pages the guest's own since.
-PRIVATE_FILE = """
-with open(path, "w+b") as file:
-    file.truncate(8 << 20)
-    for page in range(0, 2048, 32):
-        file.seek(page * 4096)
-        file.write(bytes([page % 251 + 1]) * 4096)
-    file.flush()
-    memory = mmap.mmap(file.fileno(), 8 << 20, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-for page in range(16, 2048, 32):
-    memory[page * 4096 : (page + 1) * 4096] = bytes([page % 251 + 1]) * 4096
-"""
-# Pages that are missing are brought by a handler, as in a lazy restore or a post-copy migration: bytes of 0x42.
-USERFAULT = """
-import fcntl, struct, threading
-memory = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-fill(memory)
-uffd = ctypes.CDLL(None, use_errno=True).syscall(323, os.O_CLOEXEC)
-if uffd < 0:
-    print("refused", os.strerror(ctypes.get_errno()), flush=True)
-    sys.exit()
-start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-fcntl.ioctl(uffd, 0xC018AA3F, struct.pack("QQQ", 0xAA, 0, 0))
-fcntl.ioctl(uffd, 0xC020AA00, struct.pack("QQQQ", start, 8 << 20, 1, 0))
-page = ctypes.create_string_buffer(b"\\x42" * 4096)
-def serve():
-    while True:
-        address = struct.unpack_from("Q", os.read(uffd, 32), 16)[0]
-        copy = struct.pack("QQQQq", address & ~4095, ctypes.addressof(page), 4096, 0, 0)
-        fcntl.ioctl(uffd, 0xC028AA03, bytearray(copy))
-threading.Thread(target=serve, daemon=True).start()
-"""
-CHILD = """
-import ctypes, mmap, os, sys
-path, user = sys.argv[1], int(sys.argv[2])
-if user != os.getuid():
-    os.setgroups([])
-    os.setgid(user)
-    os.setuid(user)
-    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: its owner may look into it again
-def fill(memory):
-    for page in range(0, 2048, 16):
-        memory[page * 4096 : (page + 1) * 4096] = bytes([page % 251 + 1]) * 4096
-{setup}
-print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
-sys.stdin.read()
-"""
-
-
-def expected() -> bytes:
-    memory = bytearray(8 * MIB)
-    for page in range(0, 2048, 16):
-        memory[page * 4096 : (page + 1) * 4096] = bytes([page % 251 + 1]) * 4096
-    return bytes(memory)
-
-
-@dataclass
-class Child:
-    pid: int
-    address: int
-    process: subprocess.Popen[str]
-
-    def resident(self) -> int:
-        """Bytes of the mapping that are in the process' page table, and of its file that are in memory."""
-        text = Path(f"/proc/{self.pid}/smaps").read_text()
-        part = text[text.index(f"{self.address:x}-") :]
-        found = re.search(r"^Rss: +(\d+) kB", part, re.MULTILINE)
-        assert found
-        return int(found[1]) * 1024
-
-
-@contextmanager
-def child(tmp_path: Path, setup: str, user: int | None = None) -> Iterator[Child]:
-    numbers = str(os.getuid() if user is None else user)
-    command = [sys.executable, "-c", CHILD.replace("{setup}", setup), str(tmp_path / "file"), numbers]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if line.startswith("refused"):
-                pytest.skip(f"userfaultfd is {line.strip()}")
-            yield Child(process.pid, int(line), process)
-        finally:
-            process.kill()
 
 
 def stored(tmp_path: Path, process: Child, size: int = 8 * MIB) -> tuple[bytes, vmsnap.MemoryReport]:
@@ -147,6 +50,86 @@ def test_pages_that_a_handler_brings_are_asked_for(tmp_path: Path) -> None:
         if page % 16:
             whole[page * PAGE : (page + 1) * PAGE] = b"\x42" * PAGE
     assert memory == whole
+
+
+def page_tables(pid: int) -> int:
+    """Bytes of a process' page tables."""
+    found = re.search(r"^VmPTE:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+def read_calls() -> int:
+    """How often this process has read from something."""
+    found = re.search(r"^syscr: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def test_what_was_never_touched_costs_nothing_however_long_it_is(tmp_path: Path) -> None:
+    with child(tmp_path, VAST) as process:
+        tables = page_tables(process.pid)
+        region = GuestRegion(0, ProcessMemory(process.pid), offset=process.address, size=1 << 40)
+        before = read_calls()
+        report = vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory([region])
+        assert (report.logical_bytes, report.data_bytes) == (1 << 40, PAGE)
+        # Linux before 6.7 has the page map read, of 128 MiB at a time; a call for each slice would be millions.
+        assert read_calls() - before < 20_000
+        assert vmsnap.open(tmp_path / "vm1").memory().read(1 << 39, PAGE) == b"\7" * PAGE
+        assert page_tables(process.pid) == tables
+
+
+@pytest.mark.parametrize(
+    "setup", [ANONYMOUS, SHARED, MEMFD, PRIVATE_FILE], ids=["anonymous", "shared", "memfd", "file"]
+)
+def test_a_dump_of_all_mappings_touches_nothing_either(tmp_path: Path, setup: str) -> None:
+    with child(tmp_path, setup) as process:
+        # Once before: what is the kernel's own, like the vdso, is made there when it is first read.
+        run("dump", process.pid, tmp_path / "vm0")
+        before = process.resident(), page_tables(process.pid)
+        run("dump", process.pid, tmp_path / "vm1")
+        assert (process.resident(), page_tables(process.pid)) == before
+        assert before[0] < 2 * MIB
+        memory = vmsnap.open(tmp_path / "vm1").namespace("mem")
+        [name] = [each for each in memory.list_fragments() if covers(each, process.address)]
+        with memory.raw_fragment(name) as fragment:
+            assert fragment.read_at(process.address - int(name.split("-")[0], 16), 8 * MIB) == expected()
+
+
+def covers(name: str, address: int) -> bool:
+    """Whether the fragment of that name has the address."""
+    start, end = (int(part, 16) for part in name.split("-"))
+    return start <= address < end
+
+
+def test_of_a_very_long_hole_there_is_no_fragment(tmp_path: Path) -> None:
+    with child(tmp_path, VAST) as process:
+        tables = page_tables(process.pid)
+        told = run("dump", process.pid, tmp_path / "vm1").stderr.decode()
+        middle = process.address + (1 << 39)
+        assert f"left out: {process.address:016x}-{middle:016x} anonymous (nothing but zeros)" in told
+        assert page_tables(process.pid) < tables + MIB
+        memory = vmsnap.open(tmp_path / "vm1").namespace("mem")
+        [name] = [each for each in memory.list_fragments() if covers(each, middle)]
+        with memory.raw_fragment(name) as fragment:
+            assert fragment.size <= 64 * MIB
+            assert fragment.read_at(0, PAGE + 1) == b"\7" * PAGE + b"\0"
+
+
+def test_guard_pages_hold_nothing(tmp_path: Path) -> None:
+    version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    if version < (6, 15):
+        return  # the kernel has none, or does not tell which they are
+    with child(tmp_path, GUARDED) as process:
+        memory, report = stored(tmp_path, process)
+        assert memory == expected()
+        assert report.unreadable == []
+        done = run("dump", process.pid, tmp_path / "all")
+        assert f"{process.address + 3 * PAGE:016x}-" not in done.stderr.decode()
+        fragments = vmsnap.open(tmp_path / "all").namespace("mem")
+        [name] = [each for each in fragments.list_fragments() if covers(each, process.address)]
+        with fragments.raw_fragment(name) as fragment:
+            assert fragment.read_at(process.address - int(name.split("-")[0], 16), 8 * MIB) == expected()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives up being root")

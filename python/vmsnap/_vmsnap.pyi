@@ -16,9 +16,11 @@ __all__ = [
     "FragmentReader",
     "GuestMemory",
     "ProcessMemory",
+    "ProcessRange",
     "SnapshotReader",
     "SnapshotWriter",
     "StagedSnapshot",
+    "StoppedProcess",
     "__version__",
     "aead_provider",
     "are_crowded",
@@ -63,7 +65,8 @@ class ProcessMemory:
     """The memory of a live process, as the source of a `GuestRegion`: its offset is then a virtual address.
 
     Memory mapped from a file or memfd is read from there, and of the rest only what the process has touched; pages that
-    userfaultfd brings are asked for. It is read as it was mapped when this was made; the process is not stopped.
+    userfaultfd brings are asked for. It is read as it was mapped when this was made; the process is not stopped. Of one
+    that is stopped then, pages that it would have to bring itself (by userfaultfd, or as a FUSE server) cannot be read.
 
     Parameters
     ----------
@@ -80,6 +83,32 @@ class ProcessMemory:
     @property
     def pid(self) -> int:
         """Its number."""
+
+@final
+class ProcessRange:
+    """A range of addresses of a process; offsets count from its first."""
+
+    def __new__(cls, memory: ProcessMemory, address: int, size: int) -> Self: ...
+    def next_data(self, offset: int) -> int | None:
+        """Return where the next bytes are that may be other than zero, None where only zeros follow."""
+
+    def next_readable(self, start: int, end: int) -> int:
+        """Return the first of these offsets at which a page can be read, or the end."""
+
+    def read_into(self, offset: int, buffer: WriteableBuffer) -> int:
+        """Fill a buffer up to the first page that cannot be read; what was never touched is zeros, and stays so."""
+
+@final
+class StoppedProcess:
+    """A process none of whose threads runs: until it is let go, or this process ends in whatever way."""
+
+    def __new__(cls, pid: int, patience_seconds: float) -> Self: ...
+    def let_go(self) -> None:
+        """Let it go on; nothing, if it does already."""
+
+    @staticmethod
+    def is_stopped(pid: int) -> bool:
+        """Return whether no thread of a process runs, whatever stopped them."""
 
 @final
 class GuestMemory:

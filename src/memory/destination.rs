@@ -12,7 +12,7 @@ use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, pwrite};
 
 use super::layout::Region;
-use super::mapping::{Backing, Mapping, OwnMappings};
+use super::own_mappings::{Backing, Mapping, OwnMappings};
 use super::pages::make_zero;
 use crate::error::{Error, Result};
 

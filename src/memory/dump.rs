@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::layout::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::lz4::{self, Packer};
 use super::pages::readable;
-use super::source::GuestMemorySource;
+use super::source::{GuestMemorySource, is_of_page};
 use super::turns::{Item, Noted, Rest, Shelf, Turns};
 use super::zeros::{PAGE_BYTES, is_zero};
 use crate::buffer;
@@ -545,7 +545,7 @@ impl<'a> Dump<'a> {
                 Err(error) => error,
             };
             let page = page_end(at).min(start + buf.len() as u64);
-            if !self.options.zero_unreadable || error.kind() == io::ErrorKind::NotFound {
+            if !self.options.zero_unreadable || !is_of_page(&error) {
                 let text = format!("guest-physical address {:#x} cannot be read", guest_base + at);
                 return Err(Error::io(text, error));
             }

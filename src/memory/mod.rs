@@ -4,6 +4,10 @@
 //! source.rs    where guest memory comes from: bytes at hand,
 //! file.rs      a file,
 //! process.rs   a live process
+//! range.rs     a range of its addresses
+//! mappings.rs  what is mapped in it
+//! pagemap.rs   which pages it has
+//! stop.rs      StoppedProcess: it stands still meanwhile
 //! zeros.rs     pages of zeros
 //! turns.rs     one stream of bytes, brought by several threads
 //! lz4.rs       one LZ4 frame, made and read block by block
@@ -11,7 +15,7 @@
 //! dump.rs      SnapshotWriter::write_memory
 //! data.rs      the data in `mem`, whatever form that has
 //! pages.rs     pages of this process, before they are touched and after
-//! mapping.rs   what is behind a buffer of this process
+//! own_mappings.rs  what is behind a buffer of this process
 //! guest_memory.rs  GuestMemory: which there is, and some of it at random
 //! destination.rs   where regions are restored to
 //! restore.rs   all of it at once
@@ -24,11 +28,15 @@ mod file;
 mod guest_memory;
 mod layout;
 mod lz4;
-mod mapping;
+mod mappings;
+mod own_mappings;
+mod pagemap;
 mod pages;
 mod process;
+mod range;
 mod restore;
 mod source;
+mod stop;
 mod turns;
 mod zeros;
 
@@ -40,7 +48,9 @@ pub use guest_memory::GuestMemory;
 pub(crate) use layout::Metadata;
 #[cfg(feature = "python")]
 pub(crate) use pages::{populate, readable};
-pub use process::{ProcessMemory, ProcessRange};
+pub use process::ProcessMemory;
+pub use range::ProcessRange;
 #[cfg(feature = "python")]
 pub(crate) use source::ChangingBytes;
 pub use source::GuestMemorySource;
+pub use stop::StoppedProcess;

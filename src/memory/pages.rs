@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
-use super::mapping::{Backing, is_permitted};
+use super::own_mappings::{Backing, is_permitted};
 use super::zeros::{PAGE_BYTES, is_zero};
 
 /// Makes a part of a buffer zero, and gives its pages back where that can be.

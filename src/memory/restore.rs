@@ -9,7 +9,7 @@ use super::destination::{GuestDestination, OpenFile, Prepared, prepare};
 use super::dump::MemoryProgress;
 use super::guest_memory::{GuestMemory, ranges_in};
 use super::layout::Region;
-use super::mapping::{Backing, is_on_full_file_system};
+use super::own_mappings::{Backing, is_on_full_file_system};
 use super::pages::{make_zero, populate};
 use crate::error::{Error, Result};
 use crate::threads::{Poll, for_each};

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use super::pages::readable;
+use crate::error::Error;
 
 /// The memory of a guest region, read by several threads at once.
 ///
@@ -46,8 +47,19 @@ pub trait GuestMemorySource: Sync {
     /// # Errors
     ///
     /// Why the very first byte cannot be read. One of the kind [`io::ErrorKind::NotFound`] says that the source itself is gone,
-    /// and is never taken for a page that cannot be read.
+    /// and one of the operating system's, but EFAULT, EIO and EHWPOISON, that a call was refused: neither is ever taken for a
+    /// page that cannot be read.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
+}
+
+/// Whether an error of reading is one of that page alone, so that zeros may stand for it.
+pub(super) fn is_of_page(error: &io::Error) -> bool {
+    if let Some(errno) = error.raw_os_error() {
+        return matches!(errno, libc::EFAULT | libc::EIO | libc::EHWPOISON);
+    }
+    // An error of ours tells of a call that was refused.
+    let ours = error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<Error>);
+    error.kind() != io::ErrorKind::NotFound && !ours
 }
 
 impl<T: AsRef<[u8]> + Sync> GuestMemorySource for T {

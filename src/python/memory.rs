@@ -1,4 +1,4 @@
-//! `_vmsnap.GuestMemory` and `_vmsnap.ProcessMemory`, and writing guest memory.
+//! `_vmsnap.GuestMemory`, and writing guest memory.
 
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
 #![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
@@ -13,6 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::{Readable, Writable};
+use super::process::ProcessMemory;
 use super::writer::SnapshotWriter;
 use super::{check_signals, interruptible, number};
 use crate::error::{Error, Result};
@@ -88,28 +89,6 @@ fn reporting<T: Send>(
         })
     });
     raised.map_or(Ok(()), Err).and(result.map_err(PyErr::from))
-}
-
-/// The memory of a process, from which parts of it are taken.
-#[pyclass(frozen, module = "vmsnap")]
-pub(super) struct ProcessMemory(crate::ProcessMemory);
-
-#[pymethods]
-impl ProcessMemory {
-    #[new]
-    fn new(py: Python<'_>, pid: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let pid = number(pid, "pid")?;
-        Ok(Self(py.detach(|| crate::ProcessMemory::open(pid))?))
-    }
-
-    #[getter]
-    fn pid(&self) -> u32 {
-        self.0.pid()
-    }
-
-    fn __repr__(&self) -> String {
-        format!("vmsnap.ProcessMemory({})", self.0.pid())
-    }
 }
 
 #[pyfunction]

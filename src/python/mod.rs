@@ -10,7 +10,8 @@
 //! fragment.rs         Fragment
 //! fragment_reader.rs  FragmentReader
 //! staging.rs          StagedSnapshot, seal, clean, verify
-//! memory.rs           GuestMemory, ProcessMemory, write_memory
+//! memory.rs           GuestMemory, write_memory
+//! process.rs          ProcessMemory, ProcessRange, StoppedProcess
 //! outline.rs          key_wrapping, outline
 //! ```
 
@@ -21,6 +22,7 @@ mod fragment;
 mod fragment_reader;
 mod memory;
 mod outline;
+mod process;
 mod reader;
 mod slot;
 mod staging;
@@ -49,9 +51,11 @@ mod _vmsnap {
     #[pymodule_export]
     use super::fragment_reader::FragmentReader;
     #[pymodule_export]
-    use super::memory::{GuestMemory, ProcessMemory, write_memory};
+    use super::memory::{GuestMemory, write_memory};
     #[pymodule_export]
     use super::outline::{key_wrapping, outline};
+    #[pymodule_export]
+    use super::process::{ProcessMemory, ProcessRange, StoppedProcess};
     #[pymodule_export]
     use super::reader::SnapshotReader;
     #[pymodule_export]

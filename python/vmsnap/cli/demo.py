@@ -84,6 +84,7 @@ def dump(
 def read_at_random(memory: GuestMemory, size: int, address: int, process: Process) -> float:
     """Read pages all over guest memory, compare each with the live memory, and return the mean seconds of a read."""
     live = bytearray(_READ_BYTES)
+    live_memory = process.range(address, address + size)
     seconds = 0.0
     equal = 0
     for _ in range(_READS):
@@ -91,7 +92,7 @@ def read_at_random(memory: GuestMemory, size: int, address: int, process: Proces
         began = perf_counter()
         page = memory.read(at, _READ_BYTES)
         seconds += perf_counter() - began
-        process.read_into(address + at, memoryview(live))
+        live_memory.read_into(at, live)
         equal += page == live
     check(equal == _READS, f"{equal} of {_READS} random reads of 4 KiB equal the child's memory")
     return seconds / _READS

@@ -1,20 +1,22 @@
 """``vmsnap dump``: a process' memory, or a file, into a new snapshot."""
 
+import mmap
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
-from vmsnap import SnapshotWriter
+from vmsnap import InvalidArgumentError, SnapshotWriter
+from vmsnap._vmsnap import ProcessRange
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
 from vmsnap.cli.keys import WritingKeys, no_durable_option, threads_option, writing_options
 from vmsnap.cli.paths import PATH
-from vmsnap.cli.process import Mapping, Process, UnreadableMemoryError, parse_maps, range_name
+from vmsnap.cli.process import Mapping, Process, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
 
 # Fits a second-level cache, and is enough chunks for every thread to have some.
@@ -22,6 +24,11 @@ PIECE_BYTES = 1 << 20
 # As fast as larger ones, and a random read decrypts no more than this.
 CHUNK_BYTES = 1 << 16
 
+# A fragment holds every byte of its range, and some processes map terabytes that they never touch: there is none of a
+# hole that is so long.
+_HOLE_BYTES = 1 << 30
+# Looked for so often: a fragment ends in no more zeros than these.
+_HOLE_STEP_BYTES = 1 << 26
 
 chunk_size_option = click.option(
     "--chunk-size",
@@ -62,11 +69,13 @@ def store_file(writer: SnapshotWriter, image: Image, chunk_size_bytes: int) -> S
     return summary
 
 
-def store_process(writer: SnapshotWriter, process: Process, chunk_size_bytes: int) -> Summary:
+def store_process(
+    writer: SnapshotWriter, process: Process, chunk_size_bytes: int, advance: Callable[[int], None]
+) -> Summary:
     """Store the readable mappings of a process, each a fragment of the namespace ``mem``, and its ``maps``.
 
-    A fragment holds every byte of the range in its name. Where a mapping has pages that cannot be read, the ranges
-    around them are stored, and they are named in the summary; a mapping with none that can be read is left out.
+    A fragment holds every byte of the range in its name. Where a mapping has pages that cannot be read, or a very long
+    hole, the ranges around them are stored, and they are named in the summary; a mapping with nothing else is left out.
     """
     maps = process.maps()
     with writer.raw_fragment("maps", chunk_size_bytes=chunk_size_bytes) as fragment:
@@ -75,9 +84,8 @@ def store_process(writer: SnapshotWriter, process: Process, chunk_size_bytes: in
     readable = [mapping for mapping in mappings if mapping.readable]
     summary = Summary(fragments=1, size=len(maps))
     memory = writer.add_namespace("mem")
-    with progress("dump", sum(mapping.end - mapping.start for mapping in readable)) as advance:
-        for mapping in readable:
-            _store_mapping(memory, process, mapping, chunk_size_bytes, summary, advance)
+    for mapping in readable:
+        _store_mapping(memory, process, mapping, chunk_size_bytes, summary, advance)
     if summary.fragments == 1:
         raise CommandError(f"process {process.pid} has no memory to read: it has ended, or is one of the kernel's")
     if hidden := len(mappings) - len(readable):
@@ -93,28 +101,82 @@ def _store_mapping(
     summary: Summary,
     advance: Callable[[int], None],
 ) -> None:
+    try:
+        source = process.range(mapping.start, mapping.end)
+    except InvalidArgumentError:  # unmapped meanwhile, by a process that is not stopped
+        summary.left_out.append(f"{range_name(mapping.start, mapping.end)} {mapping.label}")
+        return
+    done = mapping.start
+    for start, end in _long_holes(source, mapping):
+        _store_range(memory, source, mapping, (done, start), chunk_size_bytes, summary, advance)
+        summary.left_out.append(f"{range_name(start, end)} {mapping.label} (nothing but zeros)")
+        advance(end - start)
+        done = end
+    _store_range(memory, source, mapping, (done, mapping.end), chunk_size_bytes, summary, advance)
+
+
+def _store_range(
+    memory: SnapshotWriter,
+    source: ProcessRange,
+    mapping: Mapping,
+    addresses: tuple[int, int],
+    chunk_size_bytes: int,
+    summary: Summary,
+    advance: Callable[[int], None],
+) -> None:
     buffer = memoryview(bytearray(PIECE_BYTES))
-    pending = [(mapping.start, mapping.end)]
+    pending = [addresses]
     while pending:
         start, end = pending.pop()
-        stored = 0
-        try:
-            with memory.raw_fragment(range_name(start, end), chunk_size_bytes=chunk_size_bytes) as fragment:
-                for address in range(start, end, PIECE_BYTES):
-                    piece = buffer[: end - address]
-                    process.read_into(address, piece)
-                    fragment.write(piece)
-                    advance(len(piece))
-                    stored += len(piece)
-        except UnreadableMemoryError as bad:
-            # The fragment is discarded. What was before the page is read again, since its name tells how long it is.
-            resume = process.next_readable(bad.address, end)
-            summary.left_out.append(f"{range_name(bad.address, resume)} {mapping.label}")
-            advance(resume - bad.address - stored)
-            pending += [part for part in ((resume, end), (start, bad.address)) if part[0] < part[1]]
-        else:
+        if start == end:
+            continue
+        at = start
+        with memory.raw_fragment(range_name(start, end), chunk_size_bytes=chunk_size_bytes) as fragment:
+            while at < end:
+                piece = buffer[: end - at]
+                count = source.read_into(at - mapping.start, piece)
+                if count < len(piece):
+                    # What was before the page is read again, since its name tells how long it is.
+                    fragment.discard()
+                    break
+                fragment.write(piece)
+                advance(count)
+                at += count
+        if at == end:
             summary.fragments += 1
-            summary.size += stored
+            summary.size += end - start
+            continue
+        advance(start - at)
+        bad = at + count
+        resume = _next_readable(source, mapping, (bad, end), advance)
+        summary.left_out.append(f"{range_name(bad, resume)} {mapping.label}")
+        pending += [(resume, end), (start, bad)]
+
+
+def _next_readable(
+    source: ProcessRange, mapping: Mapping, addresses: tuple[int, int], advance: Callable[[int], None]
+) -> int:
+    at, end = addresses
+    while at < end:
+        # By steps, for a long time may pass.
+        until = min(at + _HOLE_STEP_BYTES, end)
+        found = source.next_readable(at - mapping.start, until - mapping.start) + mapping.start
+        advance(found - at)
+        if found < until:
+            return found
+        at = until
+    return end
+
+
+def _long_holes(source: ProcessRange, mapping: Mapping) -> Iterator[tuple[int, int]]:
+    """Give the ranges of addresses that hold nothing but zeros for very long."""
+    at = mapping.start
+    while at < mapping.end:
+        found = source.next_data(at - mapping.start)
+        data = mapping.end if found is None else mapping.start + found - found % mmap.PAGESIZE
+        if data - at >= _HOLE_BYTES:
+            yield at, data
+        at = max(at, data) + _HOLE_STEP_BYTES
 
 
 def process_of(target: str) -> int | None:
@@ -173,11 +235,22 @@ def dump(
         with (
             Process(pid) as process,
             new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
-            nullcontext() if no_stop else process.stopped(),
+            # Closed when the process has gone on: it may be the one that shows it.
+            progress("dump", process.readable_bytes(), shown=not process.shows_progress()) as show,
         ):
-            summary = store_process(writer, process, chunk_size)
-            if not no_stop:
-                process.check_still_stopped()
+
+            def store(moved: Moved) -> Summary:
+                done = 0
+
+                def advance(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    moved(done)
+                    show(count)
+
+                return store_process(writer, process, chunk_size, advance)
+
+            summary = store(lambda _place: None) if no_stop else while_stopped(process, store)
     seconds = time.perf_counter() - started
     click.echo(
         f"vmsnap: stored {human_size(summary.size)} in {seconds:.2f} s ({human_size(summary.size / seconds)}/s), "

@@ -7,7 +7,6 @@ from pathlib import Path
 import vmsnap
 from vmsnap._vmsnap import read_secret_file
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.files import NamedFile
 
 KEY_BYTES = 32
 

@@ -3,19 +3,19 @@
 import errno
 import json
 import re
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from vmsnap import GuestMemory, GuestRegion, MemoryReport, ProcessMemory, SnapshotWriter
+from vmsnap import GuestMemory, GuestRegion, MemoryReport, SnapshotWriter
 from vmsnap.cli.copy import new_file, refuse_inside
 from vmsnap.cli.dump import PIECE_BYTES, chunk_size_option, process_of
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hexdump import hexdump
+from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
 from vmsnap.cli.keys import (
     OpeningKeys,
@@ -89,7 +89,7 @@ def _regions_of_file(image: Image, ranges: tuple[tuple[int, int, int], ...]) -> 
 
 
 def _regions_of_process(process: Process, ranges: tuple[tuple[int, int, int], ...]) -> list[GuestRegion]:
-    memory = ProcessMemory(process.pid)
+    memory = process.memory
     if not ranges:
         mappings = [each for each in parse_maps(process.maps()) if each.readable]
         ranges = tuple((each.start, each.end, each.start) for each in mappings if not each.label.startswith(_KERNEL))
@@ -105,16 +105,16 @@ def _write(
     chunk_size: int,
     on_error: Literal["raise", "zero"],
     sparse: bool,
+    progress: Callable[[int, int], None],
 ) -> MemoryReport:
-    with progress_so_far("dump") as show:
-        return writer.write_memory(
-            regions,
-            compress="lz4" if compress == "lz4" else None,
-            chunk_size_bytes=chunk_size,
-            on_error=on_error,
-            sparse=sparse,
-            progress=show,
-        )
+    return writer.write_memory(
+        regions,
+        compress="lz4" if compress == "lz4" else None,
+        chunk_size_bytes=chunk_size,
+        on_error=on_error,
+        sparse=sparse,
+        progress=progress,
+    )
 
 
 def _tell(report: MemoryReport, *, as_json: bool) -> None:
@@ -192,21 +192,29 @@ def dump_memory(
         with (
             open_image(target, form) as image,
             new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
+            progress_so_far("dump") as show,
         ):
             regions = _regions_of_file(image, ranges)
-            report = _write(writer, regions, compress, chunk_size, on_error or "raise", not no_sparse)
+            report = _write(writer, regions, compress, chunk_size, on_error or "raise", not no_sparse, show)
     else:
         refuse_format(form)
         with (
             Process(pid) as process,
             new_keys.stage(directory, threads=threads, durable=not no_durable) as writer,
-            nullcontext() if no_stop else process.stopped(),
+            # Closed when the process has gone on: it may be the one that shows it.
+            progress_so_far("dump", shown=not process.shows_progress()) as show,
         ):
-            regions = _regions_of_process(process, ranges)
-            otherwise: Literal["raise", "zero"] = "raise" if ranges else "zero"
-            report = _write(writer, regions, compress, chunk_size, on_error or otherwise, not no_sparse)
-            if not no_stop:
-                process.check_still_stopped()
+
+            def store(moved: Moved) -> MemoryReport:
+                def progress(done: int, total: int) -> None:
+                    moved(done)
+                    show(done, total)
+
+                regions = _regions_of_process(process, ranges)
+                how = on_error or ("raise" if ranges else "zero")
+                return _write(writer, regions, compress, chunk_size, how, not no_sparse, progress)
+
+            report = store(lambda _place: None) if no_stop else while_stopped(process, store)
     _tell(report, as_json=as_json)
 
 

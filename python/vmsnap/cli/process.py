@@ -1,28 +1,24 @@
 """A live process: its mappings, its memory, and holding it still while they are read."""
 
-import errno
-import mmap
 import os
-import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
+from vmsnap import ProcessMemory
+from vmsnap._vmsnap import ProcessRange, StoppedProcess
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import named
 
 # A thread deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
 _STOP_TIMEOUT_SECONDS = 10.0
 
+# An address at which nothing is mapped, that a file offset reaches.
+_NOWHERE = 0x7FFF_FFFF_FFFF_0000
 
-class UnreadableMemoryError(Exception):
-    """The page at `address` can be read by nobody: a device's, the kernel's, beyond the end of its file, a guard."""
-
-    def __init__(self, address: int) -> None:
-        super().__init__(f"{address:#x}")
-        self.address = address
+_STDERR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +61,10 @@ class Process:
             raise CommandError("vmsnap cannot dump itself")
         self.pid = pid
         with ExitStack() as stack, self._explained():
-            self._pidfd = os.pidfd_open(pid)
-            stack.callback(os.close, self._pidfd)
             self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._memory)
+            if not self.maps():
+                raise CommandError(f"process {pid} has no memory to read: it has ended, or is one of the kernel's")
             self._open_files = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -95,82 +91,84 @@ class Process:
         with self._explained(), open(f"/proc/{self.pid}/maps", "rb") as file:
             return file.read()
 
-    def read_into(self, address: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the memory at `address`.
+    def readable_bytes(self) -> int:
+        """Return how much memory it may read itself, touched or not."""
+        return sum(each.end - each.start for each in parse_maps(self.maps()) if each.readable)
 
-        Raises
-        ------
-        UnreadableMemoryError
-            At the first page that cannot be read.
-        CommandError
-            If the process has ended or runs another program now.
-        """
-        filled = 0
-        while filled < len(buffer):
-            try:
-                with named(f"memory of process {self.pid} at {address + filled:#x}"):
-                    count = os.preadv(self._memory, [buffer[filled:]], address + filled)
-            except OverflowError:  # [vsyscall] lies where no file offset reaches
-                raise UnreadableMemoryError(address + filled) from None
-            except OSError as error:
-                if error.errno not in (errno.EIO, errno.EFAULT):
-                    raise
-                raise UnreadableMemoryError(address + filled) from None
-            if count == 0:
-                raise CommandError(f"process {self.pid} has ended, or started another program")
-            filled += count
+    @cached_property
+    def memory(self) -> ProcessMemory:
+        """Its memory, as it is mapped when this is first asked for: when it stands still, if it is to."""
+        return ProcessMemory(self.pid)
 
-    def next_readable(self, address: int, end: int) -> int:
-        """Return the first page after `address` that can be read, or `end`."""
-        byte = memoryview(bytearray(1))
-        for page in range(address + mmap.PAGESIZE, end, mmap.PAGESIZE):
-            with suppress(UnreadableMemoryError):
-                self.read_into(page, byte)
-                return page
-        return end
-
-    def _states(self) -> set[str]:
-        folder = f"/proc/{self.pid}/task"
-        states = set()
-        with self._explained():
-            for thread in os.listdir(folder):
-                # A thread may end while the others are looked at.
-                with suppress(FileNotFoundError, ProcessLookupError), open(f"{folder}/{thread}/stat", "rb") as file:
-                    # The command's name before the state is in parentheses and may itself hold some.
-                    states.add(file.read().rpartition(b")")[2].split()[0].decode())
-        return states
-
-    def is_stopped(self) -> bool:
-        """Return whether no thread runs: all are stopped or traced, apart from those that have ended."""
-        states = self._states()
-        return bool(states & {"T", "t"}) and states <= {"T", "t", "Z", "X"}
+    def range(self, start: int, end: int) -> ProcessRange:
+        """Return the memory at these addresses."""
+        return ProcessRange(self.memory, start, end - start)
 
     def check_still_stopped(self) -> None:
         """Refuse what was read since it was stopped, if it is not stopped any more."""
-        if not self.is_stopped():
-            raise CommandError(
-                f"process {self.pid} went on, or ended, during the dump: that is not one moment's memory"
-            )
+        with self._explained():
+            if not StoppedProcess.is_stopped(self.pid):
+                raise CommandError(
+                    f"process {self.pid} went on, or ended, during the dump: that is not one moment's memory"
+                )
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Hold the process still. One that was stopped already is left as it was found."""
-        if self.is_stopped():
-            yield
-            return
-        try:
-            with self._explained():
-                signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-            self._await_stop()
-            yield
-        finally:
-            with named(f"process {self.pid}"), suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+    def stopped(self) -> Iterator[Callable[[], None]]:
+        """Hold the process still, and give what lets it go on earlier. One that was stopped already is left as it is.
 
-    def _await_stop(self) -> None:
-        deadline = time.monotonic() + _STOP_TIMEOUT_SECONDS
-        while not self.is_stopped():
-            if time.monotonic() > deadline:
-                states = "".join(sorted(self._states()))
-                raise CommandError(f"process {self.pid} does not stay stopped (thread states: {states}): try --no-stop")
-            time.sleep(0.001)
+        However vmsnap ends, the process goes on.
+        """
+        with self._explained():
+            stopped = StoppedProcess.is_stopped(self.pid)
+        if stopped:
+            yield lambda: None
+            return
+        held = StoppedProcess(self.pid, _STOP_TIMEOUT_SECONDS)
+        try:
+            self._check_same()
+            yield held.let_go
+        finally:
+            held.let_go()
+
+    def _check_same(self) -> None:
+        """Refuse another process that has the number by now."""
+        with suppress(OSError):  # there is nothing to be read, but a process to be asked
+            if not os.pread(self._memory, 1, _NOWHERE):
+                raise CommandError(f"process {self.pid} has ended, or started another program")
+
+    def shows_progress(self) -> bool:
+        """Return whether it may be the process that shows our standard error, so that writing may wait for it.
+
+        It is where it has the other end of the terminal open (as a terminal emulator, tmux or sshd has), and may be
+        where it is one of those that started this one.
+        """
+        if not os.isatty(_STDERR):
+            return False
+        if self.pid in _ancestors():
+            return True
+        number = f"tty-index:\t{os.minor(os.fstat(_STDERR).st_rdev)}\n"
+        folder = f"/proc/{self.pid}"
+        with suppress(OSError):
+            for name in os.listdir(f"{folder}/fd"):
+                # One may be closed while the others are looked at.
+                with suppress(OSError):
+                    if not os.readlink(f"{folder}/fd/{name}").endswith("/ptmx"):
+                        continue
+                    with open(f"{folder}/fdinfo/{name}") as file:
+                        if number in file.readlines():
+                            return True
+            return False
+        return True
+
+
+def _ancestors() -> set[int]:
+    """Return the numbers of this process' parent, of that one's, and so on."""
+    found: set[int] = set()
+    pid = os.getppid()
+    with suppress(OSError):
+        while pid > 0 and pid not in found:
+            found.add(pid)
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                # The command's name is in parentheses and may itself hold some; the state and the parent come after it.
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+    return found

@@ -69,7 +69,7 @@ def print_table(
 
 
 @contextmanager
-def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on standard error, where that is a terminal, and give the function that advances it.
 
     Parameters
@@ -78,8 +78,10 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         What is going on.
     total
         The number of bytes to come, or None where nobody knows.
+    shown
+        Whether the terminal can be written to at all.
     """
-    if not sys.stderr.isatty():
+    if not (shown and sys.stderr.isatty()):
         yield lambda _count: None
         return
     with _bar() as bar:
@@ -88,9 +90,9 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def progress_so_far(label: str) -> Iterator[Callable[[int, int], None]]:
+def progress_so_far(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Show the same, for what tells how many bytes are done, and of how many."""
-    if not sys.stderr.isatty():
+    if not (shown and sys.stderr.isatty()):
         yield lambda _done, _total: None
         return
     with _bar() as bar:

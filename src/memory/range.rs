@@ -1,0 +1,232 @@
+//! A range of addresses of a live process as guest memory: of each part of it, what holds its pages.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::file::FileMemory;
+use super::process::{Process, unreadable};
+use super::source::{GuestMemorySource, is_of_page};
+use crate::error::{Error, Result};
+
+/// A range of addresses of a process as guest memory; from [`ProcessMemory::range`](crate::ProcessMemory::range).
+#[derive(Debug)]
+pub struct ProcessRange {
+    pub(super) process: Arc<Process>,
+    pub(super) addresses: Range<u64>,
+    /// All of it, in ascending order.
+    pub(super) pieces: Vec<Piece>,
+}
+
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) addresses: Range<u64>,
+    pub(super) held: Held,
+}
+
+/// What holds the pages of a piece.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// The process alone: what is not there is zero.
+    Anonymous,
+    /// A file, whoever maps it.
+    Shared(FileMemory),
+    /// The process, where it has written, and otherwise a file.
+    Private(FileMemory),
+    /// Only reading tells.
+    Opaque,
+    /// The process, whose page faults and files nobody serves while it stands still: what is not there cannot be read.
+    Awaited,
+    Nowhere,
+}
+
+fn awaited() -> io::Error {
+    let text = "the page is not there, and the process that is to bring it (as the handler of its userfaultfd, or a FUSE \
+                server) stands still: let it run meanwhile (--no-stop)";
+    io::Error::new(io::ErrorKind::WouldBlock, text)
+}
+
+impl ProcessRange {
+    /// The pieces that hold some of a range of offsets, with the addresses they hold.
+    fn held(&self, offsets: Range<u64>) -> impl Iterator<Item = (&Piece, Range<u64>)> {
+        let (start, end) = (self.addresses.start + offsets.start, self.addresses.start + offsets.end);
+        let first = self.pieces.partition_point(|piece| piece.addresses.end <= start);
+        let pieces = self.pieces[first..].iter().take_while(move |piece| piece.addresses.start < end);
+        pieces.map(move |piece| (piece, piece.addresses.start.max(start)..piece.addresses.end.min(end)))
+    }
+}
+
+impl GuestMemorySource for ProcessRange {
+    fn size(&self) -> u64 {
+        self.addresses.end - self.addresses.start
+    }
+
+    fn data_ranges(&self, within: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let base = self.addresses.start;
+        for (piece, addresses) in self.held(within) {
+            // Where the piece begins, in the region: what a file finds is told from there.
+            let first = piece.addresses.start - base;
+            let of_file = |file: &FileMemory, part: Range<u64>, found: &mut Vec<Range<u64>>| {
+                let before = found.len();
+                let start = piece.addresses.start;
+                file.data_ranges(part.start - start..part.end - start, found)?;
+                found[before..].iter_mut().for_each(|range| *range = first + range.start..first + range.end);
+                io::Result::Ok(())
+            };
+            match &piece.held {
+                Held::Shared(file) => of_file(file, addresses, found)?,
+                Held::Anonymous => self.process.runs(addresses, |held, run| {
+                    if held {
+                        found.push(run.start - base..run.end - base);
+                    }
+                    Ok(())
+                })?,
+                Held::Private(file) => self.process.runs(addresses, |held, run| {
+                    if held {
+                        found.push(run.start - base..run.end - base);
+                        return Ok(());
+                    }
+                    of_file(file, run, found)
+                })?,
+                Held::Opaque | Held::Awaited | Held::Nowhere => {
+                    found.push(addresses.start - base..addresses.end - base);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let base = self.addresses.start;
+        for (piece, addresses) in self.held(offset.min(self.size())..self.size()) {
+            let start = piece.addresses.start;
+            let of_file = |file: &FileMemory| {
+                let next = file.next_data(addresses.start - start)?;
+                io::Result::Ok(next.map(|next| start + next))
+            };
+            let next = match &piece.held {
+                Held::Shared(file) => of_file(file)?,
+                Held::Anonymous => self.process.next(addresses)?,
+                Held::Private(file) => {
+                    let of_file = of_file(file)?;
+                    // No further than where the file has some.
+                    let own = self.process.next(addresses.start..of_file.unwrap_or(addresses.end))?;
+                    own.or(of_file)
+                }
+                Held::Opaque | Held::Awaited | Held::Nowhere => Some(addresses.start),
+            };
+            if let Some(next) = next {
+                return Ok(Some(next - base));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let end = self.size().min(offset.saturating_add(buf.len() as u64));
+        let Some((piece, addresses)) = self.held(offset..end).next() else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        let in_buf = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(buf.len());
+        let start = piece.addresses.start;
+        // The first run of pages that are the process' own, or of those that are not.
+        let first_run = |addresses: Range<u64>| {
+            let mut first = None;
+            self.process.runs(addresses, |held, run| {
+                first.get_or_insert((held, run));
+                Ok(())
+            })?;
+            first.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
+        };
+        match &piece.held {
+            Held::Anonymous | Held::Opaque => {
+                let length = in_buf(&addresses);
+                self.process.read(addresses.start, &mut buf[..length])
+            }
+            Held::Shared(file) => {
+                let length = in_buf(&addresses);
+                file.read_at(addresses.start - start, &mut buf[..length])
+            }
+            Held::Nowhere => Err(unreadable()),
+            Held::Private(file) => {
+                let (held, run) = first_run(addresses)?;
+                let length = in_buf(&run);
+                if held {
+                    self.process.read(run.start, &mut buf[..length])
+                } else {
+                    file.read_at(run.start - start, &mut buf[..length])
+                }
+            }
+            // Without a page map, nobody knows what is there.
+            Held::Awaited if !self.process.pages.tells() => Err(awaited()),
+            Held::Awaited => {
+                let (held, run) = first_run(addresses)?;
+                let length = in_buf(&run);
+                if held { self.process.read(run.start, &mut buf[..length]) } else { Err(awaited()) }
+            }
+        }
+    }
+}
+
+impl ProcessRange {
+    /// Fills the beginning of `buf` with what is at `offset`, up to the first page that cannot be read, and returns how much that
+    /// is. What the process never touched is zeros, and stays untouched.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] where the process has ended, or the system refuses to have it read.
+    pub fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let end = self.size().min(offset.saturating_add(buf.len() as u64));
+        let most = buf.len();
+        let in_buf = |at: u64| usize::try_from(at.saturating_sub(offset)).map_or(most, |at| at.min(most));
+        let (mut found, mut done, length) = (Vec::new(), 0, in_buf(end));
+        self.data_ranges(offset..end, &mut found).map_err(|error| self.failed(error))?;
+        for (start, end) in found.iter().map(|data| (in_buf(data.start), in_buf(data.end))) {
+            buf[done..start].fill(0);
+            done = start;
+            while done < end {
+                match self.read_at(offset + done as u64, &mut buf[done..end]) {
+                    Ok(count) => done += count,
+                    Err(error) if is_of_page(&error) => return Ok(done),
+                    Err(error) => return Err(self.failed(error)),
+                }
+            }
+        }
+        buf[done..length].fill(0);
+        Ok(length)
+    }
+
+    /// The first of the offsets at which a page can be read, or their end. What the process never touched stays untouched.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ProcessRange::fill`].
+    pub fn next_readable(&self, offsets: Range<u64>) -> Result<u64> {
+        let base = self.addresses.start;
+        for (piece, addresses) in self.held(offsets.clone()) {
+            match &piece.held {
+                Held::Awaited if self.process.pages.tells() => {
+                    if let Some(next) = self.process.next(addresses).map_err(|error| self.failed(error))? {
+                        return Ok(next - base);
+                    }
+                }
+                Held::Awaited | Held::Nowhere => {}
+                _ => {
+                    for page in addresses.step_by(rustix::param::page_size()) {
+                        if self.fill(page - base, &mut [0])? > 0 {
+                            return Ok(page - base);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(offsets.end)
+    }
+
+    fn failed(&self, error: io::Error) -> Error {
+        match error.downcast() {
+            Ok(own) => own,
+            Err(error) => Error::io(format!("process {}: its memory cannot be read", self.process.pid), error),
+        }
+    }
+}
