@@ -73,6 +73,11 @@ test-python: build $(venv)/dev $(if $(filter 1,$(VMSNAP_REQUIRE_ALL)),$(venv)/do
 	@$(call step,pytest)
 	$(python) -m pytest
 
+.PHONY: guest
+guest: build $(venv)/dev ## the memory of a real Linux guest, in target/guest/ram.img: for tests and benchmarks
+	@$(call step,tests/guest_ram.py)
+	$(python) tests/guest_ram.py
+
 .PHONY: bench
 bench: build $(venv)/bench ## speed, side by side with others
 	@$(call step,benches/compare.py)
