@@ -73,14 +73,21 @@ test-python: build $(venv)/dev $(if $(filter 1,$(VMSNAP_REQUIRE_ALL)),$(venv)/do
 	@$(call step,pytest)
 	$(python) -m pytest
 
+.PHONY: guest
+guest: build $(venv)/dev ## the memory of a real Linux guest, in target/guest/ram.img: for tests and benchmarks
+	@$(call step,tests/guest_ram.py)
+	$(python) tests/guest_ram.py
+
 .PHONY: bench
 bench: build $(venv)/bench ## speed, side by side with others
 	@$(call step,benches/compare.py)
 	$(python) benches/compare.py $(BENCH_ARGS)
 
 .PHONY: bench-memory
-bench-memory: build ## speed of guest memory dumped and restored, against how it is done today
-	@$(call step,benches/memory.rs)
+bench-memory: build $(venv)/dev ## speed of guest memory dumped and restored, against how it is done elsewhere
+	@$(call step,tests/guest_ram.py)
+	$(python) tests/guest_ram.py || echo 'bench-memory: without the real guest, see above'
+	@$(call step,benches/memory)
 	cargo bench --quiet --locked --bench memory -- $(BENCH_ARGS)
 	@$(call step,benches/memory.py)
 	$(python) benches/memory.py

@@ -54,6 +54,15 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def guest_ram() -> Path:
+    """The memory of a real Linux guest: a sparse file of 1 GiB, made where it is not there, that no test may change."""
+    # Only here: it needs what only QEMU's tests need.
+    from guest_ram import made
+
+    return made()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     """A file system of 1 MiB and 20 files."""

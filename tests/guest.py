@@ -1,10 +1,11 @@
 """A real guest for QEMU: Debian's kernel and busybox, and an init that counts on the serial console.
 
 Each line is ``count N SHA256``, the digest being that of 8 MiB which the guest holds in its memory. Both packages are
-fetched by `apt-get download` and unpacked, not installed, into target/guest/.
+fetched by `apt-get download` and unpacked, not installed, into target/guest/packages/.
 """
 
 import asyncio
+import fcntl
 import functools
 import hashlib
 import os
@@ -13,6 +14,7 @@ import select
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,21 +58,37 @@ def need_qemu() -> None:
         pytest.skip(f"there is no {QEMU}: apt install qemu-system-x86")
 
 
-def _unpacked(package: str, pattern: str) -> Path:
-    """Return a file of a Debian package."""
-    folder = CACHE / package
-    if not list(folder.glob(pattern)):
-        folder.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Wait until nobody else makes what has that name in the cache, and keep others from it meanwhile."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def unpacked(package: str) -> Path:
+    """Return the directory of the files of a Debian package, fetched where it is not there yet."""
+    made = CACHE / "packages" / package
+    with alone("packages"):
+        made.parent.mkdir(exist_ok=True)
+        if not made.is_dir():
+            _fetch(package, made)
+    return made
+
+
+def _fetch(package: str, made: Path) -> None:
+    # Under its name when it is whole.
+    with tempfile.TemporaryDirectory(dir=CACHE) as beside:
         try:
-            subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, text=True)
-            [archive] = folder.glob("*.deb")
-            subprocess.run(["dpkg", "-x", str(archive), str(folder)], check=True, capture_output=True, text=True)
+            subprocess.run(["apt-get", "download", package], cwd=beside, check=True, capture_output=True, text=True)
+            [archive] = Path(beside).glob("*.deb")
+            subprocess.run(["dpkg", "-x", archive, f"{beside}/files"], check=True, capture_output=True, text=True)
         except FileNotFoundError:
             pytest.skip("there is no apt-get to fetch a kernel with")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"{package} cannot be fetched: {error.stderr.strip()} (try apt-get update)")
-    [found] = folder.glob(pattern)
-    return found
+        os.rename(f"{beside}/files", made)
 
 
 def _kernel_package() -> str:
@@ -86,27 +104,44 @@ def _kernel_package() -> str:
 
 
 @functools.cache
+def kernel_files() -> Path:
+    """Return the directory of the files of Debian's cloud kernel: /boot/vmlinuz-VERSION, /lib/modules/VERSION."""
+    known = sorted(CACHE.glob("packages/linux-image-*-cloud-amd64"))
+    return known[-1] if known else unpacked(_kernel_package())
+
+
 def kernel() -> Path:
-    known = list(CACHE.glob("linux-image-*/boot/vmlinuz-*"))
-    return known[0] if known else _unpacked(_kernel_package(), "boot/vmlinuz-*")
+    [found] = kernel_files().glob("boot/vmlinuz-*")
+    return found
+
+
+def busybox() -> Path:
+    return unpacked("busybox-static") / "bin/busybox"
 
 
 @functools.cache
 def initramfs(random_mib: int = 0) -> Path:
     """Return an archive with the init, and with what it is to hold; or which makes as many MiB of noise to hold."""
-    busybox = _unpacked("busybox-static", "bin/busybox")
-    path = CACHE / f"initramfs-{random_mib}"
     noise = f"/bin/busybox dd if=/dev/urandom of=/held bs=1M count={random_mib}" if random_mib else ""
-    folder, program = 0o40755, 0o100755
-    entries = [
-        ("bin", folder, b""),
-        ("dev", folder, b""),
-        ("bin/busybox", program, busybox.read_bytes()),
-        ("init", program, _INIT.replace("NOISE", noise).encode()),
-        ("held", 0o100644, b"" if random_mib else HELD),
-    ]
-    path.write_bytes(_cpio(entries))
+    path = CACHE / f"initramfs-{random_mib}"
+    write_initramfs(path, _INIT.replace("NOISE", noise), held=b"" if random_mib else HELD)
     return path
+
+
+def write_initramfs(path: Path, init: str, **files: bytes) -> None:
+    """Write an archive with busybox, a script for it, and files at the root, for a kernel to unpack."""
+    directory, program = 0o40755, 0o100755
+    entries = [
+        ("bin", directory, b""),
+        ("dev", directory, b""),
+        ("bin/busybox", program, busybox().read_bytes()),
+        ("init", program, init.encode()),
+        *((name, 0o100644, content) for name, content in files.items()),
+    ]
+    # Another process may boot from it at this moment.
+    whole = path.with_name(f"{path.name}.{os.getpid()}")
+    whole.write_bytes(_cpio(entries))
+    whole.rename(path)
 
 
 def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
@@ -149,24 +184,30 @@ class Console:
         self._rest = b""
 
     def boot(self, random_mib: int = 0) -> list[str]:
-        """Return the options for QEMU."""
+        """Return the options for a QEMU with the guest that counts."""
+        return self.boot_from(initramfs(random_mib))
+
+    def boot_from(self, initrd: Path, parameters: str = "") -> list[str]:
+        """Return the options for a QEMU with Debian's kernel and what is in an initramfs."""
         return [
             *("-serial", f"pipe:{self.path}"),
-            *("-kernel", str(kernel()), "-initrd", str(initramfs(random_mib))),
-            *("-append", "console=ttyS0 quiet panic=-1"),
+            *("-kernel", str(kernel()), "-initrd", str(initrd)),
+            *("-append", f"console=ttyS0 quiet panic=-1 {parameters}"),
         ]
+
+    def line(self) -> bytes:
+        """Wait for a line, without its end."""
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([self._out], [], [], PATIENCE)
+            assert ready, f"the guest says nothing after {self._rest!r}"
+            self._rest += os.read(self._out, 1 << 16)
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.rstrip(b"\r")
 
     def count(self) -> Count:
         """Wait for the guest to count."""
         while True:
-            line, newline, rest = self._rest.partition(b"\n")
-            if not newline:
-                ready, _, _ = select.select([self._out], [], [], PATIENCE)
-                assert ready, f"the guest says nothing after {self._rest!r}"
-                self._rest += os.read(self._out, 1 << 16)
-                continue
-            self._rest = rest
-            if found := re.fullmatch(rb"count (\d+) ([0-9a-f]{64})\r?", line):
+            if found := re.fullmatch(rb"count (\d+) ([0-9a-f]{64})", self.line()):
                 return Count(int(found[1]), found[2].decode())
 
     def counts(self, number: int) -> list[Count]:

@@ -1,0 +1,42 @@
+//! What the kernel and the C library of LZ4 do with a guest's data: one thread, plain.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use lz4::liblz4::BlockChecksum;
+use lz4::{BlockMode, BlockSize, ContentChecksum, EncoderBuilder};
+
+use crate::guest::Guest;
+
+const PIECE: usize = 1 << 20;
+
+/// `write(2)` of the data ranges, which are known, from the mapping.
+pub(crate) fn write_data(guest: &Guest, path: &Path, sync: bool) {
+    let mut file = File::create(path).unwrap();
+    guest.data(PIECE).for_each(|piece| file.write_all(piece).unwrap());
+    if sync {
+        file.sync_all().unwrap();
+    }
+}
+
+/// `read(2)` of the data ranges into memory.
+pub(crate) fn read_data(guest: &Guest, path: &Path, memory: &mut [u8]) {
+    let mut file = File::open(path).unwrap();
+    for (start, end) in &guest.ranges {
+        memory[*start..*end].chunks_mut(PIECE).for_each(|piece| file.read_exact(piece).unwrap());
+    }
+}
+
+/// A frame as ours is, by the C library: independent blocks of 64 KiB without checksums, at its default level.
+pub(crate) fn write_lz4(guest: &Guest, path: &Path) {
+    let mut encoder = EncoderBuilder::new()
+        .block_size(BlockSize::Max64KB)
+        .block_mode(BlockMode::Independent)
+        .block_checksum(BlockChecksum::NoBlockChecksum)
+        .checksum(ContentChecksum::NoChecksum)
+        .build(File::create(path).unwrap())
+        .unwrap();
+    guest.data(PIECE).for_each(|piece| encoder.write_all(piece).unwrap());
+    encoder.finish().1.unwrap();
+}
