@@ -118,7 +118,7 @@ impl Data {
                 first += 1;
                 continue;
             } else if left >= direct_bytes && at.is_multiple_of(piece_bytes) {
-                let now = split_off_front(place, whole);
+                let now = place.split_off_mut(..to_usize(whole)).unwrap_or_default();
                 ready(now)?;
                 self.fill_pieces(&mut strip.stored, at, now)?;
                 whole
@@ -136,7 +136,7 @@ impl Data {
                 }
                 let place = &mut places[first];
                 let length = left.min(strip.holds.end - at);
-                let now = split_off_front(place, length);
+                let now = place.split_off_mut(..to_usize(length)).unwrap_or_default();
                 ready(now)?;
                 let from = usize::try_from(at - strip.holds.start).unwrap_or(usize::MAX);
                 now.copy_from_slice(&strip.data[from..from + now.len()]);
@@ -317,11 +317,8 @@ impl Frame {
     }
 }
 
-/// Takes the first `length` bytes of a place.
-fn split_off_front<'a>(place: &mut &'a mut [u8], length: u64) -> &'a mut [u8] {
-    let (now, later) = std::mem::take(place).split_at_mut(usize::try_from(length).unwrap_or(usize::MAX));
-    *place = later;
-    now
+fn to_usize(length: u64) -> usize {
+    usize::try_from(length).unwrap_or(usize::MAX)
 }
 
 /// Nothing may follow the end mark.

@@ -112,6 +112,9 @@ fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
 #[cfg(feature = "c-lz4")]
 #[allow(unsafe_code, reason = "a C library")]
 fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    if has_zero_offset(block) {
+        return None;
+    }
     let (from, to) = (i32::try_from(block.len()).ok()?, i32::try_from(out.len()).ok()?);
     // SAFETY: it reads no more than `from` bytes of `block` and writes no more than `to` of `out`, whatever the block says;
     // lz4.h, LZ4_decompress_safe: "protected against malicious data packets".
@@ -119,9 +122,66 @@ fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
     usize::try_from(length).ok()
 }
 
+/// Whether a block has a match at a distance of 0, which the C library takes for a copy of what `out` held before: somebody
+/// else's memory. The format forbids it (`lz4_Block_format.md`, "Offset"). Other damage is the decoder's to find.
+#[cfg(any(feature = "c-lz4", test))]
+fn has_zero_offset(block: &[u8]) -> bool {
+    // A length of 15 goes on in bytes of 255, and one that is less.
+    let more = |at: &mut usize, length: usize| {
+        let mut length = length;
+        while length >= 15 {
+            let byte = *block.get(*at)?;
+            *at += 1;
+            length += usize::from(byte);
+            if byte != u8::MAX {
+                break;
+            }
+        }
+        Some(length)
+    };
+    let mut at = 0;
+    let mut sequence = || {
+        let token = *block.get(at)?;
+        at += 1;
+        at += more(&mut at, usize::from(token >> 4))?;
+        let offset = block.get(at..at + 2)?;
+        at += 2;
+        more(&mut at, usize::from(token & 15))?;
+        Some(offset == [0, 0])
+    };
+    loop {
+        match sequence() {
+            Some(true) => return true,
+            Some(false) => {}
+            // The last sequence has no match.
+            None => return false,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_match_at_no_distance_is_seen() {
+        let mut text = b"the same again, ".repeat(300);
+        text.extend((0..400_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()));
+        text.extend(b"and the same again, ".repeat(20));
+        let mut out = vec![0; most_stored(text.len())];
+        let length = Packer::new().pack(&text, &mut out).unwrap();
+        let block = &out[SIZE_WORD_BYTES..SIZE_WORD_BYTES + length];
+        assert!(!has_zero_offset(block));
+        // A literal, a match of 4 bytes at the distance given, and five literals.
+        let of = |offset: u8| [0x10, b'a', offset, 0, 0x50, 1, 2, 3, 4, 5];
+        assert!(!has_zero_offset(&of(1)));
+        assert!(has_zero_offset(&of(0)));
+        let mut room = [7; 10];
+        unpack(&of(1), false, &mut room).unwrap();
+        assert_eq!(room, [b'a', b'a', b'a', b'a', b'a', 1, 2, 3, 4, 5]);
+        assert!(unpack(&of(0), false, &mut room).unwrap_err().is_corrupt());
+        assert!((0..block.len()).all(|cut| !has_zero_offset(&block[..cut])));
+    }
 
     #[test]
     fn blocks_come_back_also_where_they_do_not_shrink() {

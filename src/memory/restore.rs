@@ -131,13 +131,13 @@ impl GuestMemory {
 
 /// Cuts a buffer, which begins at `start` of its region, into the places of data ranges; `zero` is given what lies between, or,
 /// with `all`, the whole of it first.
-fn cut<'a>(
-    buffer: &'a mut [u8],
+fn cut(
+    buffer: &mut [u8],
     start: u64,
     ranges: impl ExactSizeIterator<Item = Range<u64>>,
     all: bool,
     mut zero: impl FnMut(u64, &mut [u8]) -> Result<()>,
-) -> Result<Vec<&'a mut [u8]>> {
+) -> Result<Vec<&mut [u8]>> {
     if all {
         zero(start, buffer)?;
     }
