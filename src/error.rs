@@ -91,11 +91,20 @@ impl Error {
         Self::new(Kind::Interrupted, "interrupted by the caller")
     }
 
-    /// The same error, its text preceded by where it happened.
+    /// The same error, its text preceded by where it happened, unless it begins with that already.
     #[must_use]
     pub(crate) fn context(mut self, place: impl fmt::Display) -> Self {
-        self.0.message = format!("{place}: {}", self.0.message);
+        let place = format!("{place}: ");
+        if !self.0.message.starts_with(&place) {
+            self.0.message.insert_str(0, &place);
+        }
         self
+    }
+
+    /// The text without the place that it begins with, for a report that names the place itself.
+    pub(crate) fn text_without(&self, place: impl fmt::Display) -> String {
+        let text = self.to_string();
+        text.strip_prefix(&format!("{place}: ")).map(str::to_owned).unwrap_or(text)
     }
 
     /// An error of the operating system; [`Error::raw_os_error`] tells which.

@@ -1012,10 +1012,11 @@ SPECIAL = ["a FIFO", "a socket", "a device"]
 def test_a_special_file_among_the_fragments_is_refused_and_not_waited_for(place: Place, kind: str) -> None:
     inner = write(place.create().add_namespace("disks"), "sda", b"x")
     special_file(place.file("disks/sdb"), kind)
-    message = f'"sdb" is {kind}, which a snapshot never holds'
+    message = f"is {kind}, which a snapshot never holds"
     reader = place.open().namespace("disks")
     with refused("special-file", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.root):
         reader.raw_fragment("sdb")
+    message = f'"sdb" {message}'
     with refused("special-file", f'namespace "disks/sdb" of .*vm1: {message}', place.root):
         reader.namespace("sdb")
     for listing in (reader.list_fragments, reader.list_namespaces):
@@ -1049,7 +1050,7 @@ def test_key_metadata_that_is_no_file_is_refused_and_not_waited_for(encrypted_pl
         file.symlink_to("nowhere") if kind == "a link that leads nowhere" else special_file(file, kind)
     what = kind if kind in SPECIAL else "a symbolic link"
     for key in (encrypted_place.key, None):
-        message = f'enc_metadata of .*vm1: "enc_metadata" is {what}'
+        message = f"enc_metadata of .*vm1: is {what}"
         with refused("key-metadata-no-file", message, encrypted_place.root):
             vmsnap.SnapshotReader(encrypted_place.root, key=key)
 
@@ -1067,10 +1068,11 @@ def test_key_metadata_that_is_a_folder_is_refused(encrypted_place: Place) -> Non
 def test_a_link_in_a_fragments_place_is_not_followed(place: Place, target: str) -> None:
     inner = write(place.create().add_namespace("disks"), "real", b"x")
     place.file("disks/sdb").symlink_to(target)  # to itself in the last case
-    message = '"sdb" is a symbolic link, which a snapshot never holds and vmsnap never follows'
+    message = "is a symbolic link, which a snapshot never holds and vmsnap never follows"
     reader = place.open().namespace("disks")
     with refused("link", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.root):
         reader.raw_fragment("sdb")
+    message = f'"sdb" {message}'
     with refused("link", f'namespace "disks/sdb" of .*vm1: {message}', place.root):
         reader.namespace("sdb")
     for listing in (reader.list_fragments, reader.list_namespaces):

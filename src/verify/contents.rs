@@ -122,9 +122,15 @@ impl Checker<'_> {
                 } else {
                     ProblemKind::Changed
                 };
-                Ok(Err((kind, error.to_string())))
+                Ok(Err((kind, error.text_without(self.place(item)))))
             }
         }
+    }
+
+    /// A fragment as errors name it; a problem is told with its path.
+    fn place(&self, item: &Item<'_>) -> String {
+        let path = SnapshotPath::try_from(item.path.to_owned()).unwrap_or_default();
+        format!("{path} of {}", self.root.display())
     }
 
     fn open(&self, item: &Item<'_>, key: Option<&SecretKey>, threads: usize) -> Result<FragmentReader> {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fragment::folder;
 use crate::key::KeyPayload;
 use crate::key_metadata;
@@ -182,6 +182,12 @@ impl Verifier {
         self.report.problems.push(Problem { path: path.to_owned(), kind, text: text.into() });
     }
 
+    /// Of one of vmsnap's own files.
+    fn problem_of(&mut self, name: &str, kind: ProblemKind, error: &Error) {
+        let text = error.text_without(format!("{name} of {}", self.root.display()));
+        self.problem(name, kind, text);
+    }
+
     fn key(&mut self, options: &SnapshotOptions, poll: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
         match key_metadata::unlock(&self.root, options, poll) {
             Ok(None) => Ok(Key::Plain),
@@ -193,13 +199,13 @@ impl Verifier {
             Err(error) if error.is_authentication() || error.is_corrupt() || error.is_unsupported_format() => {
                 let kind =
                     if error.is_authentication() { ProblemKind::NotAuthentic } else { ProblemKind::BadKeyMetadata };
-                self.problem(KEY_METADATA, kind, error.to_string());
+                self.problem_of(KEY_METADATA, kind, &error);
                 self.report.not_checked.push(WITHOUT_KEY.to_owned());
                 Ok(Key::Lacking)
             }
             // Not where it is a file of an identity that cannot be read.
             Err(error) if error.is_io() && key_metadata::read(&self.root).is_err() => {
-                self.problem(KEY_METADATA, ProblemKind::Unreadable, error.to_string());
+                self.problem_of(KEY_METADATA, ProblemKind::Unreadable, &error);
                 self.report.not_checked.push(WITHOUT_KEY.to_owned());
                 Ok(Key::Lacking)
             }
@@ -233,7 +239,7 @@ impl Verifier {
                     false if error.is_io() => ProblemKind::Unreadable,
                     false => ProblemKind::BadManifest,
                 };
-                self.problem(MANIFEST, kind, error.to_string());
+                self.problem_of(MANIFEST, kind, &error);
                 return None;
             }
         };

@@ -20,7 +20,8 @@ def describe(error: Exception) -> str:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
         text = str(error) or type(error).__name__
-    return printable(" ".join(text.split()))
+    # What could not be cleared away because of it, say.
+    return printable(" ".join("; ".join([text, *getattr(error, "__notes__", ())]).split()))
 
 
 def status_of(error: Exception) -> int:

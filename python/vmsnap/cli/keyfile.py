@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.files import NamedFile
 
 KEY_BYTES = 32
 # Hex digits and "\r\n", and one byte more to find out that a file is longer.
@@ -22,7 +23,7 @@ def read_key_file(path: Path) -> bytes:
     OSError
         If the file cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
+    with NamedFile(path, "rb", str(path)) as file:
         # The open file is asked, not its path, which may be another file by now.
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if mode & 0o077:

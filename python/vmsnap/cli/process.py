@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.files import named
 
 # A thread deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
 _STOP_TIMEOUT_SECONDS = 10.0
@@ -79,7 +80,8 @@ class Process:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            yield
+            with named(f"process {self.pid}"):
+                yield
         except PermissionError as error:
             raise CommandError(
                 f"process {self.pid}: no permission to stop it and read its memory: run vmsnap as root, or as its "
@@ -106,7 +108,8 @@ class Process:
         filled = 0
         while filled < len(buffer):
             try:
-                count = os.preadv(self._memory, [buffer[filled:]], address + filled)
+                with named(f"memory of process {self.pid} at {address + filled:#x}"):
+                    count = os.preadv(self._memory, [buffer[filled:]], address + filled)
             except OverflowError:  # [vsyscall] lies where no file offset reaches
                 raise UnreadableMemoryError(address + filled) from None
             except OSError as error:
@@ -161,7 +164,7 @@ class Process:
             self._await_stop()
             yield
         finally:
-            with suppress(ProcessLookupError, PermissionError):
+            with named(f"process {self.pid}"), suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     def _await_stop(self) -> None:

@@ -2,14 +2,16 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 import vmsnap
 from vmsnap import _vmsnap
+from vmsnap.cli.files import named
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, identity_of, opening_options, writing_options
-from vmsnap.cli.places import directory_argument
+from vmsnap.cli.places import directory_argument, write_all
 
 
 @click.command()
@@ -42,10 +44,14 @@ def keygen(output: Path | None, recipient: Path | None) -> None:
 
 
 def _write_new(path: Path, content: str, *, mode: int) -> None:
-    with open(path, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, mode)) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with named(path), open(path, "xb", buffering=0, opener=lambda path, flags: os.open(path, flags, mode)) as file:
+        try:
+            write_all(file, memoryview(content.encode()))
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            raise
 
 
 @click.command()

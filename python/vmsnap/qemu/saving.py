@@ -203,7 +203,7 @@ async def _complete_or_absent(staged: StagedSnapshot) -> AsyncIterator[SnapshotW
         try:
             staged.discard()
         except OSError as left:
-            error.add_note(f"{left}; vmsnap.clean removes it")
+            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
         raise
 
 
