@@ -212,7 +212,9 @@ impl Bench {
             };
             stored.restore(&mut [destination]).unwrap();
         });
-        assert!(guest.covers(&fresh.file), "a hole was filled");
+        // Of a very scattered guest short holes are stored as data.
+        let are_holes_kept = self.stored(form, 1).data_bytes() <= guest.data_bytes as u64;
+        assert!(!are_holes_kept || guest.covers(&fresh.file), "a hole was filled");
         let memory = if matches!(place, Place::Private) { private.slice() } else { fresh.memory() };
         assert!(guest.is_data(memory), "what was restored is not what was dumped");
         spent
