@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from refusals import refused
-from support import run_python_well, tree
+from support import pattern, run_python_well, tree
 from vmsnap import GuestRegion
 
 PAGE = mmap.PAGESIZE
@@ -338,3 +338,20 @@ def test_thousands_of_regions_of_one_file_take_one_descriptor(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert (tmp_path / "ram").read_bytes() + bytes(PAGE) == (b"\7" * PAGE + bytes(PAGE)) * count
+
+
+def test_anonymous_memory_gets_huge_pages_where_it_is_asked_for_and_is_full(tmp_path: Path) -> None:
+    content = pattern(9 * MIB)
+    full = content + bytes(2 * MIB) + content[:PAGE] + bytes(2 * MIB)
+    vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory([GuestRegion(0, full)])
+    memory = vmsnap.open(tmp_path / "vm1").memory()
+    sizes = []
+    for huge_pages in (False, True):
+        with mmap.mmap(-1, len(full), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+            memory.restore([mapping], huge_pages=huge_pages)
+            assert mapping[:] == full
+            flags = [line for line in Path("/proc/self/smaps").read_text().splitlines() if line.startswith("VmFlags")]
+            sizes.append(sum("hg" in line.split() for line in flags))
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this system has no transparent huge pages")
+    assert sizes[0] < sizes[1]

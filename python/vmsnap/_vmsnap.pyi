@@ -127,6 +127,7 @@ class GuestMemory:
     def restore(
         self,
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
+        huge_pages: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to descriptors or buffers: with the base each is to have, the offset in it, and the size."""

@@ -158,7 +158,9 @@ class GuestMemory:
             raise InvalidArgumentError("a range of guest-physical addresses has a start and an end not before it")
         return self.read(start, end - start)
 
-    def restore(self, destinations: "Iterable[_Target]", *, progress: Progress | None = None) -> None:
+    def restore(
+        self, destinations: "Iterable[_Target]", *, huge_pages: bool = False, progress: Progress | None = None
+    ) -> None:
         """Restore all regions, each to its destination, by all threads.
 
         Parameters
@@ -169,6 +171,9 @@ class GuestMemory:
             and whose offset may be anywhere in a file; or None, for a region that is left out. What lies between the
             data becomes holes where it can. An open file is flushed first, keeps its position, and reads what was
             restored afterwards.
+        huge_pages
+            Whether anonymous memory gets transparent huge pages where 2 MiB of it are all data. Filling it takes less
+            time then, and so does using it.
         progress
             Called with the bytes done and all bytes, ten times a second at most, and at the end.
 
@@ -183,7 +188,7 @@ class GuestMemory:
             A destination is not one of these.
         """
         with Handles(writable=True) as handles:
-            self._raw.restore([_destination(handles, each) for each in destinations], progress)
+            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, progress)
 
     def __repr__(self) -> str:
         regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])

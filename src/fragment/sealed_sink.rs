@@ -58,6 +58,7 @@ impl SealedSink {
     }
 
     /// Takes a small write that there is room for.
+    #[cfg(feature = "python")]
     pub(super) fn gather(&mut self, data: &[u8]) -> bool {
         self.fits(data) && self.append(data).is_ok()
     }

@@ -13,13 +13,14 @@ use rustix::io::{Errno, pwrite};
 
 use super::layout::Region;
 use super::own_mappings::{Backing, Mapping, OwnMappings};
-use super::pages::make_zero;
+use super::pages::{make_zero, want_huge_pages};
 use crate::error::{Error, Result};
 
 /// Where a guest region is restored to.
 pub struct GuestDestination<'a> {
     guest_base: Option<u64>,
     size: Option<u64>,
+    huge_pages: bool,
     kind: Kind<'a>,
 }
 
@@ -32,7 +33,7 @@ enum Kind<'a> {
 impl<'a> GuestDestination<'a> {
     /// A buffer of the region's size. Where it is anonymous or shared memory, holes are given back to the system.
     pub fn buffer(buffer: &'a mut [u8]) -> Self {
-        Self { guest_base: None, size: None, kind: Kind::Buffer(buffer) }
+        Self { guest_base: None, size: None, huge_pages: false, kind: Kind::Buffer(buffer) }
     }
 
     /// A file or memfd of the region's size, or an empty one, which gets it; or, from `offset` on, a part of one, which is
@@ -40,13 +41,13 @@ impl<'a> GuestDestination<'a> {
     ///
     /// A file that is open with `O_APPEND` or `O_DIRECT` is opened anew without. One on hugetlbfs is written through a mapping.
     pub fn file(file: &'a (impl AsFd + ?Sized), offset: Option<u64>) -> Self {
-        Self { guest_base: None, size: None, kind: Kind::File { file: file.as_fd(), offset } }
+        Self { guest_base: None, size: None, huge_pages: false, kind: Kind::File { file: file.as_fd(), offset } }
     }
 
     /// Nowhere: the region is left out.
     #[must_use]
     pub fn nowhere() -> Self {
-        Self { guest_base: None, size: None, kind: Kind::Nowhere }
+        Self { guest_base: None, size: None, huge_pages: false, kind: Kind::Nowhere }
     }
 
     /// The guest-physical address that the region is to have.
@@ -60,6 +61,14 @@ impl<'a> GuestDestination<'a> {
     #[must_use]
     pub fn of_size(mut self, size: u64) -> Self {
         self.size = Some(size);
+        self
+    }
+
+    /// Whether anonymous memory gets transparent huge pages where 2 MiB of it are all data; it does not by default. That is
+    /// faster to fill and to use; it costs the system memory in pieces of 2 MiB.
+    #[must_use]
+    pub fn huge_pages(mut self, huge_pages: bool) -> Self {
+        self.huge_pages = huge_pages;
         self
     }
 
@@ -198,6 +207,9 @@ pub(super) fn prepare<'a>(
                 }
                 taken.extend(mappings.of_files(buffer).map(|(file, Range { start, end })| (file, start, end, number)));
                 let backing = mappings.backing(buffer);
+                if destination.huge_pages && backing == Backing::Anonymous {
+                    region.ranges.iter().for_each(|range| want_huge_pages(buffer, range.start, range.end));
+                }
                 Prepared::Buffer(buffer, backing)
             }
             Kind::File { file, offset } => {

@@ -40,6 +40,23 @@ pub(super) fn make_zero(part: &mut [u8], backing: Backing) -> io::Result<()> {
     }
 }
 
+/// A transparent huge page of `x86_64`, and of aarch64 with pages of 4 KiB.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Asks for huge pages where a part of a buffer fills them.
+pub(super) fn want_huge_pages(buffer: &mut [u8], start: u64, end: u64) {
+    let base = buffer.as_ptr().addr();
+    let at = |offset: u64| usize::try_from(offset).map_or(usize::MAX, |offset| base.saturating_add(offset));
+    let first = at(start).next_multiple_of(HUGE_PAGE_BYTES);
+    let end = at(end).min(base + buffer.len()) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if first < end {
+        let pages = buffer[first - base..end - base].as_mut_ptr();
+        // SAFETY: whole pages of a slice that is ours; how large they are changes none of their bytes. Where the kernel cannot,
+        // they stay as they are.
+        let _ = unsafe { madvise(pages.cast(), end - first, Advice::LinuxHugepage) };
+    }
+}
+
 /// Makes pages resident that are going to be written, all at once: half the time of a fault for each.
 ///
 /// # Errors

@@ -227,6 +227,7 @@ impl GuestMemory {
         &self,
         py: Python<'_>,
         destinations: Vec<Destination<'_>>,
+        huge_pages: bool,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Vec::new();
@@ -254,10 +255,10 @@ impl GuestMemory {
             if let Some(base) = base {
                 destination = destination.at(*base);
             }
-            Ok(match size {
-                Some(size) => destination.of_size(*size),
-                None => destination,
-            })
+            if let Some(size) = size {
+                destination = destination.of_size(*size);
+            }
+            Ok(destination.huge_pages(huge_pages))
         });
         let mut opened = opened.collect::<Result<Vec<_>>>()?;
         reporting(py, progress, |poll| self.0.restore_polled(&mut opened, poll))
