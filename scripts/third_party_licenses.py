@@ -22,6 +22,9 @@ PLATFORMS = [f"{machine}-unknown-linux-{libc}" for machine in ("x86_64", "aarch6
 LICENSE_FILE = re.compile(r"(li[cs]en[cs]e|copying|copyright|notice|unlicense)", re.IGNORECASE)
 OTHER_CHOICES = re.compile(r"apache|unlicense|bsl|boost|zlib|copying|copyright", re.IGNORECASE)
 
+# Of what is not in Rust and compiled in with a crate, under a licence of its own: the file in the crate.
+COMPILED_IN = {"lz4-sys": ("LZ4 library (BSD-2-Clause)", "liblz4/lib/LICENSE")}
+
 HEAD = """\
 What is linked into the extension module of vmsnap, beside vmsnap itself: {count} crates of Rust, each with its version,
 and Rust's standard library (MIT or Apache-2.0, Copyright The Rust Project Contributors). Their licences follow. Where
@@ -80,6 +83,10 @@ def whole() -> str:
         for text in license_texts(crate, mit):
             _, names = by_text.setdefault(" ".join(text.split()), (rendered(text), []))
             names.append(f"{crate['name']} {crate['version']} ({crate['license']})")
+        if crate["name"] in COMPILED_IN:
+            what, file = COMPILED_IN[crate["name"]]
+            text = Path(crate["manifest_path"]).parent.joinpath(file).read_text(encoding="utf-8")
+            by_text[text] = (rendered(text), [f"{what}, compiled in with {crate['name']} {crate['version']}"])
     sections = ["\n".join([*names, "", text, ""]) for text, names in by_text.values()]
     return f"\n{'=' * 100}\n\n".join([HEAD.format(count=len(crates)), *sections])
 
