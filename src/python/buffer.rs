@@ -112,7 +112,9 @@ impl Room<'_> {
                     }
                 }
                 Err(error) => {
-                    bytes[..done].fill(0);
+                    // Of a mapping, the pages that were made sure of.
+                    let touched = if on_heap { bytes.len() } else { done };
+                    bytes[..touched].fill(0);
                     return Err(error);
                 }
             }

@@ -15,6 +15,7 @@ import vmsnap
 from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot, _vmsnap
 from vmsnap._vmsnap import key_wrapping
 from vmsnap.cli.failure import CommandError
+from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file, read_private
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH, TEXT_PATH
@@ -149,7 +150,7 @@ def _read_passphrase(source: str | int) -> bytearray:
 
 
 def _read_descriptor(number: int) -> bytearray:
-    with open(number, "rb", buffering=0, closefd=False) as file:
+    with NamedFile(number, "rb", f"file descriptor {number}", closefd=False) as file:
         content = bytearray()
         while len(content) <= _MAX_PASSPHRASE_BYTES and (piece := file.read(_MAX_PASSPHRASE_BYTES + 1)):
             content += piece
