@@ -374,7 +374,7 @@ def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
 
 def test_version_names_provider_features_and_commit() -> None:
     told = run("--version").stdout.decode()
-    built = rf"aead: {vmsnap.aead_provider()}; features: age, aws-lc; commit: (unknown|[0-9a-f]{{40}}(-dirty)?)"
+    built = rf"aead: {vmsnap.aead_provider()}; features: age, aws-lc, c-lz4; commit: (unknown|[0-9a-f]{{40}}(-dirty)?)"
     assert re.fullmatch(rf"vmsnap {vmsnap.__version__} \({built}\)\n", told)
 
 

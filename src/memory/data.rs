@@ -33,6 +33,8 @@ pub(super) struct Data {
     frame: Option<Frame>,
     /// The last used at the end.
     cache: Mutex<Vec<Piece>>,
+    /// Buffers of small reads that have ended.
+    idle: Mutex<Vec<Strip>>,
 }
 
 /// A compressed `mem`.
@@ -64,7 +66,7 @@ impl Data {
         match (&frame, fragment.size()) {
             (None, stored) if stored > size => Err(too_many(stored - size)),
             (None, stored) if stored < size => Err(too_few(size - stored)),
-            _ => Ok(Self { fragment, size, frame, cache: Mutex::default() }),
+            _ => Ok(Self { fragment, size, frame, cache: Mutex::default(), idle: Mutex::default() }),
         }
     }
 
@@ -182,16 +184,26 @@ impl Data {
                 return Ok(piece);
             }
         }
-        // Without the lock: others go on, and at worst two read the same.
+        // Without the lock: others go on, and at worst two read the same. Buffers are used again: new ones would be faulted in.
+        let mut strip = lock(&self.idle).pop().unwrap_or_default();
         let first = index * self.piece_bytes();
-        let mut strip = Strip::default();
-        self.read_pieces(&mut strip, first, (first + self.piece_bytes()).min(self.size))?;
-        let piece = Arc::new(strip.data);
+        let last = (first + self.piece_bytes()).min(self.size);
+        self.read_pieces(&mut strip, first, last)?;
+        let mut data = std::mem::take(&mut strip.data);
+        data.truncate(to_usize(last - first));
+        strip.holds = 0..0;
+        let piece = Arc::new(data);
         let mut cache = lock(&self.cache);
         if cache.len() == CACHED_PIECES {
-            cache.remove(0);
+            // Unless another thread copies from it just now.
+            strip.data = Arc::try_unwrap(cache.remove(0).1).unwrap_or_default();
         }
         cache.push((index, Arc::clone(&piece)));
+        drop(cache);
+        let mut idle = lock(&self.idle);
+        if idle.len() < CACHED_PIECES {
+            idle.push(strip);
+        }
         Ok(piece)
     }
 
