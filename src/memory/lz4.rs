@@ -172,13 +172,13 @@ mod tests {
         let length = Packer::new().pack(&text, &mut out).unwrap();
         let block = &out[SIZE_WORD_BYTES..SIZE_WORD_BYTES + length];
         assert!(!has_zero_offset(block));
-        // A literal, a match of 4 bytes at the distance given, and five literals.
-        let of = |offset: u8| [0x10, b'a', offset, 0, 0x50, 1, 2, 3, 4, 5];
+        // A literal, a match of 4 bytes at the distance given, and 20 literals.
+        let of = |offset: u8| [&[0x10, b'a', offset, 0, 0xf0, 5][..], &[7; 20]].concat();
         assert!(!has_zero_offset(&of(1)));
         assert!(has_zero_offset(&of(0)));
-        let mut room = [7; 10];
+        let mut room = [1; 25];
         unpack(&of(1), false, &mut room).unwrap();
-        assert_eq!(room, [b'a', b'a', b'a', b'a', b'a', 1, 2, 3, 4, 5]);
+        assert_eq!(room, [&[b'a'; 5][..], &[7; 20]].concat()[..]);
         assert!(unpack(&of(0), false, &mut room).unwrap_err().is_corrupt());
         assert!((0..block.len()).all(|cut| !has_zero_offset(&block[..cut])));
     }
