@@ -71,7 +71,7 @@ test-rust: ## cargo test, with both AEAD providers and with the pure-Rust one al
 .PHONY: test-python
 test-python: build $(venv)/dev $(if $(filter 1,$(VMSNAP_REQUIRE_ALL)),$(venv)/docs) ## pytest, against the installed wheel
 	@$(call step,pytest)
-	$(python) -m pytest
+	$(python) -m pytest -n auto --dist loadfile
 
 .PHONY: guest
 guest: build $(venv)/dev ## the memory of a real Linux guest, in target/guest/ram.img: for tests and benchmarks

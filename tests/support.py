@@ -76,6 +76,14 @@ def read(reader: vmsnap.SnapshotReader, name: str) -> bytes:
         return fragment.read()
 
 
+def let_others_in(path: Path) -> None:
+    """Let other users through to a path of pytest's, however deep that is."""
+    for parent in path.parents:
+        if parent == Path(tempfile.gettempdir()):
+            break
+        parent.chmod(parent.stat().st_mode | 0o011)
+
+
 Entry = tuple[int, int, bytes]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from refusals import refused
-from support import pattern, run_python_well, tree
+from support import let_others_in, pattern, run_python_well, tree
 from vmsnap import GuestRegion
 
 PAGE = mmap.PAGESIZE
@@ -71,8 +71,7 @@ def test_one_that_cannot_be_opened_anew_is_refused_before_a_byte_is_written(tmp_
     if os.getuid() != 0:
         pytest.skip("only root can give up being root")
     tmp_path.chmod(0o711)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o711)
+    let_others_in(tmp_path)
     vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory([GuestRegion(0, PATTERN)])
     (tmp_path / "old").write_bytes(b"x" * 4 * PAGE)
     (tmp_path / "old").chmod(0o600)

@@ -10,6 +10,7 @@ import vmsnap
 from child import ANONYMOUS, GUARDED, MEMFD, PRIVATE_FILE, SHARED, USERFAULT, VAST, Child, child, expected
 from commands import run
 from refusals import refused
+from support import let_others_in
 from vmsnap import GuestRegion, ProcessMemory
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -138,8 +139,7 @@ def test_the_owner_alone_gets_the_same_bytes(tmp_path: Path, setup: str) -> None
     # Without root there is no /proc/PID/map_files: a memfd is found among the descriptors, and memory that is shared
     # without one is read whole.
     tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o711)
+    let_others_in(tmp_path)
     with child(tmp_path, setup, user=65534) as process:
         told, telling = os.pipe()
         if (pid := os.fork()) == 0:

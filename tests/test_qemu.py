@@ -24,7 +24,7 @@ import vmsnap.qemu
 from commands import error_of, run
 from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ask, ended, listens, need_qemu, qemu_command, running
 from refusals import refused, refused_elsewhere
-from support import MIB, run_python
+from support import MIB, let_others_in, run_python
 from vmsnap.qemu import Machine, RamRange, monitor
 
 SIZE = 256 * MIB
@@ -433,8 +433,7 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
         pytest.skip("only root can be another user as well")
     as_other = "import vmsnap.qemu\nos.setgid(65534)\nos.setuid(65534)\nvmsnap.qemu.save(sys.argv[1], sys.argv[2])"
     with running(qemu_command(qmp), qmp):
-        for parent in qmp.parents[:3]:
-            parent.chmod(parent.stat().st_mode | 0o001)
+        let_others_in(qmp)
         qmp.chmod(0o700)
         refused_elsewhere("qemu-not-permitted", "may not connect to it: be root", folder, as_other, qmp, folder / "vm1")
         qmp.chmod(0o777)

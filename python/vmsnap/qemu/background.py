@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
@@ -12,6 +12,9 @@ from vmsnap.errors import QemuError
 from vmsnap.memory import Progress
 
 Result = TypeVar("Result")
+
+# Well within the 200 ms in which Ctrl-C is to work.
+_SIGNAL_INTERVAL_SECONDS = 0.05
 
 # One thread for what blocks, started before the guest is stopped and kept; in a caller's event loop its own threads.
 _worker: ContextVar[ThreadPoolExecutor | None] = ContextVar("_worker", default=None)
@@ -48,6 +51,10 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
         future = thread.submit(lambda: asyncio.run(main()))
         future.add_done_callback(lambda _: begun.set())
         try:
+            # The system may hand a signal to any thread, and the wait for a lock ends for those of its own thread only:
+            # Python looks for signals whenever this wakes up.
+            while not future.done():
+                wait([future], timeout=_SIGNAL_INTERVAL_SECONDS)
             return future.result()
         except BaseException:
             begun.wait()
