@@ -8,14 +8,15 @@ use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::layout::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::lz4::{self, Packer};
+use super::options::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 use super::pages::readable;
+use super::ranges::{append, append_near, drop_zeros, find_data, page_end, part_of};
 use super::source::{GuestMemorySource, is_of_page};
 use super::turns::{Item, Noted, Rest, Shelf, Turns};
-use super::zeros::{PAGE_BYTES, is_zero};
 use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::parts::{PartWorker, Parts};
@@ -26,148 +27,11 @@ use crate::writer::SnapshotWriter;
 /// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
 const SLICE_BYTES: usize = 512 << 10;
 
-/// Bytes that are decrypted together, and decompressed together: larger is no faster, and a random read has to do all of it.
-pub(super) const CHUNK_SIZE_BYTES: usize = 64 << 10;
-
 /// Compressed slices that may wait for one before them, besides two a thread: noise compresses ten times as fast as text.
 const SHELVED: usize = 8;
 
 /// So that the list of ranges of a large and scattered guest stays some tens of MiB, the shortest gap doubles each so many.
 const RANGES_A_DOUBLING: usize = 1 << 16;
-
-/// A guest region to be stored.
-pub struct GuestRegion<'a> {
-    guest_base: u64,
-    source: Box<dyn GuestMemorySource + 'a>,
-}
-
-impl<'a> GuestRegion<'a> {
-    /// All of `source`, at the guest-physical address `guest_base`.
-    pub fn new(guest_base: u64, source: impl GuestMemorySource + 'a) -> Self {
-        Self { guest_base, source: Box::new(source) }
-    }
-}
-
-impl std::fmt::Debug for GuestRegion<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GuestRegion")
-            .field("guest_base", &self.guest_base)
-            .field("size", &self.source.size())
-            .finish_non_exhaustive()
-    }
-}
-
-/// How guest memory is stored.
-#[derive(Clone, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
-pub struct MemoryOptions {
-    compress: bool,
-    block_size_bytes: usize,
-    chunk_size_bytes: usize,
-    detect_zeros: bool,
-    min_gap_bytes: u64,
-    zero_unreadable: bool,
-    sparse: bool,
-}
-
-impl Default for MemoryOptions {
-    fn default() -> Self {
-        Self {
-            compress: false,
-            block_size_bytes: CHUNK_SIZE_BYTES,
-            chunk_size_bytes: CHUNK_SIZE_BYTES,
-            detect_zeros: true,
-            min_gap_bytes: PAGE_BYTES as u64,
-            zero_unreadable: false,
-            sparse: true,
-        }
-    }
-}
-
-impl MemoryOptions {
-    /// Not compressed, in chunks of 64 KiB, without what is zero.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Whether it is compressed with LZ4.
-    #[must_use]
-    pub fn compress(mut self, compress: bool) -> Self {
-        self.compress = compress;
-        self
-    }
-
-    /// Bytes that are compressed together: 64 KiB (by default), 256 KiB, 1 MiB or 4 MiB.
-    #[must_use]
-    pub fn block_size_bytes(mut self, block_size_bytes: usize) -> Self {
-        self.block_size_bytes = block_size_bytes;
-        self
-    }
-
-    /// Bytes that are encrypted together, as for [`SnapshotWriter::raw_fragment_with_chunk_size`]; 64 KiB by default.
-    #[must_use]
-    pub fn chunk_size_bytes(mut self, chunk_size_bytes: usize) -> Self {
-        self.chunk_size_bytes = chunk_size_bytes;
-        self
-    }
-
-    /// Whether pages that were touched and are zero are left out, as holes are; they are by default.
-    #[must_use]
-    pub fn detect_zeros(mut self, detect_zeros: bool) -> Self {
-        self.detect_zeros = detect_zeros;
-        self
-    }
-
-    /// Shorter gaps between data are stored as zeros; 4096 bytes by default.
-    #[must_use]
-    pub fn min_gap_bytes(mut self, min_gap_bytes: u64) -> Self {
-        self.min_gap_bytes = min_gap_bytes;
-        self
-    }
-
-    /// Whether holes are taken from what the source says of them; they are by default. Without, all of it is read: for file
-    /// systems whose answers are not to be trusted.
-    #[must_use]
-    pub fn sparse(mut self, sparse: bool) -> Self {
-        self.sparse = sparse;
-        self
-    }
-
-    /// Whether pages that cannot be read are taken for zeros, and told in the report, instead of being an error.
-    #[must_use]
-    pub fn zero_unreadable(mut self, zero_unreadable: bool) -> Self {
-        self.zero_unreadable = zero_unreadable;
-        self
-    }
-}
-
-/// How a dump went.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub struct MemoryReport {
-    /// Bytes of all regions.
-    pub logical_bytes: u64,
-    /// Bytes of all data ranges.
-    pub data_bytes: u64,
-    /// Bytes of the two fragments' files.
-    pub stored_bytes: u64,
-    /// Data ranges.
-    pub ranges: usize,
-    /// Guest-physical addresses of what could not be read and was taken for zeros.
-    pub unreadable: Vec<Range<u64>>,
-    /// How long it took.
-    pub duration: Duration,
-}
-
-/// How far a dump or a restore is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryProgress {
-    /// Bytes of guest memory that are done.
-    pub done_bytes: u64,
-    /// Bytes there are.
-    pub total_bytes: u64,
-}
 
 impl SnapshotWriter {
     /// Writes guest memory: the fragments `mem` and `mem_metadata`, as crosvm reads them.
@@ -556,63 +420,6 @@ impl<'a> Dump<'a> {
         }
         Ok(())
     }
-}
-
-fn page_end(offset: u64) -> u64 {
-    (offset / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64
-}
-
-/// Adds a range after the others, to the last of them where they touch.
-fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if last.end == range.start => last.end = range.end,
-        _ => ranges.push(range),
-    }
-}
-
-/// Adds a range after the others, to the last of them where less than `min_gap` is between.
-fn append_near(ranges: &mut Vec<Range<u64>>, range: Range<u64>, min_gap: u64) {
-    match ranges.last_mut() {
-        Some(last) if range.start - last.end < min_gap => last.end = range.end,
-        _ => append(ranges, range),
-    }
-}
-
-/// Adds the ranges of pages in `data` that are not zero, which is at `start` of its region.
-fn find_data(data: &[u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) {
-    let mut from = 0;
-    while from < data.len() {
-        let at = start + from as u64;
-        let end = page_end(at).min(start + data.len() as u64);
-        let to = usize::try_from(end - start).unwrap_or(0);
-        if !is_zero(&data[from..to]) {
-            append_near(ranges, at..end, min_gap);
-        }
-        from = to;
-    }
-}
-
-/// Moves what is not zero to the beginning of `data`, which is at `start` of its region, and adds its ranges; returns how much
-/// that is. Zeros between two ranges of less than `min_gap` stay.
-fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) -> usize {
-    let first = ranges.len().saturating_sub(1);
-    find_data(data, start, min_gap, ranges);
-    let mut kept = 0;
-    for range in &ranges[first..] {
-        let from = usize::try_from(range.start.max(start) - start).unwrap_or(0);
-        let to = usize::try_from(range.end.max(start) - start).unwrap_or(0);
-        if from != kept && to > from {
-            data.copy_within(from..to, kept);
-        }
-        kept += to.saturating_sub(from);
-    }
-    kept
-}
-
-/// Some of a region's bytes; None where there are none.
-fn part_of<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
-    let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
-    bytes.get(start..end).filter(|part| !part.is_empty())
 }
 
 impl Stages {

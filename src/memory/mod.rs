@@ -4,7 +4,7 @@
 //! source.rs    where guest memory comes from: bytes at hand,
 //! file.rs      a file,
 //! process.rs   a live process
-//! range.rs     a range of its addresses
+//! process_range.rs  a range of its addresses
 //! mappings.rs  what is mapped in it
 //! pagemap.rs   which pages it has
 //! stop.rs      StoppedProcess: it stands still meanwhile
@@ -12,6 +12,8 @@
 //! turns.rs     one stream of bytes, brought by several threads
 //! lz4.rs       one LZ4 frame, made and read block by block
 //! layout.rs    the metadata: which memory is where
+//! ranges.rs    ranges of data: put together, and found among zeros
+//! options.rs   what is asked of a dump, and what it tells
 //! dump.rs      SnapshotWriter::write_memory
 //! data.rs      the data in `mem`, whatever form that has
 //! pages.rs     pages of this process, before they are touched and after
@@ -29,11 +31,13 @@ mod guest_memory;
 mod layout;
 mod lz4;
 mod mappings;
+mod options;
 mod own_mappings;
 mod pagemap;
 mod pages;
 mod process;
-mod range;
+mod process_range;
+mod ranges;
 mod restore;
 mod source;
 mod stop;
@@ -41,15 +45,15 @@ mod turns;
 mod zeros;
 
 pub use destination::GuestDestination;
-pub use dump::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 pub use file::FileMemory;
 pub use guest_memory::GuestMemory;
 #[cfg(any(test, fuzzing))]
 pub(crate) use layout::Metadata;
+pub use options::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 #[cfg(feature = "python")]
 pub(crate) use pages::{populate, readable};
 pub use process::ProcessMemory;
-pub use range::ProcessRange;
+pub use process_range::ProcessRange;
 #[cfg(feature = "python")]
 pub(crate) use source::ChangingBytes;
 pub use source::GuestMemorySource;

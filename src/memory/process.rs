@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use super::file::{FileMemory, OpenFile};
 use super::mappings::{Mapping, Serving, mappings};
 use super::pagemap::{PageMap, retry};
-use super::range::{Held, Piece, ProcessRange};
+use super::process_range::{Held, Piece, ProcessRange};
 use super::source::{GuestMemorySource, is_of_page};
 use super::stop::StoppedProcess;
 use crate::error::{Error, Result};

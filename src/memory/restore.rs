@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::data::Strip;
 use super::destination::{GuestDestination, OpenFile, Prepared, prepare};
-use super::dump::MemoryProgress;
 use super::guest_memory::{GuestMemory, ranges_in};
 use super::layout::Region;
+use super::options::MemoryProgress;
 use super::own_mappings::{Backing, is_on_full_file_system};
 use super::pages::{make_zero, populate};
 use crate::error::{Error, Result};

@@ -1,0 +1,62 @@
+//! Ranges of data: put together, and found among zeros.
+
+use std::ops::Range;
+
+use super::zeros::{PAGE_BYTES, is_zero};
+
+pub(super) fn page_end(offset: u64) -> u64 {
+    (offset / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64
+}
+
+/// Adds a range after the others, to the last of them where they touch.
+pub(super) fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}
+
+/// Adds a range after the others, to the last of them where less than `min_gap` is between.
+pub(super) fn append_near(ranges: &mut Vec<Range<u64>>, range: Range<u64>, min_gap: u64) {
+    match ranges.last_mut() {
+        Some(last) if range.start - last.end < min_gap => last.end = range.end,
+        _ => append(ranges, range),
+    }
+}
+
+/// Adds the ranges of pages in `data` that are not zero, which is at `start` of its region.
+pub(super) fn find_data(data: &[u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) {
+    let mut from = 0;
+    while from < data.len() {
+        let at = start + from as u64;
+        let end = page_end(at).min(start + data.len() as u64);
+        let to = usize::try_from(end - start).unwrap_or(0);
+        if !is_zero(&data[from..to]) {
+            append_near(ranges, at..end, min_gap);
+        }
+        from = to;
+    }
+}
+
+/// Moves what is not zero to the beginning of `data`, which is at `start` of its region, and adds its ranges; returns how much
+/// that is. Zeros between two ranges of less than `min_gap` stay.
+pub(super) fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) -> usize {
+    let first = ranges.len().saturating_sub(1);
+    find_data(data, start, min_gap, ranges);
+    let mut kept = 0;
+    for range in &ranges[first..] {
+        let from = usize::try_from(range.start.max(start) - start).unwrap_or(0);
+        let to = usize::try_from(range.end.max(start) - start).unwrap_or(0);
+        if from != kept && to > from {
+            data.copy_within(from..to, kept);
+        }
+        kept += to.saturating_sub(from);
+    }
+    kept
+}
+
+/// Some of a region's bytes; None where there are none.
+pub(super) fn part_of<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
+    let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
+    bytes.get(start..end).filter(|part| !part.is_empty())
+}
