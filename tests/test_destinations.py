@@ -236,6 +236,28 @@ def test_a_fragment_of_a_buffer_whose_file_was_cut_is_an_error_and_no_signal(
             assert reader.read(4) == b"yyyy", "the reader goes on working, from where it was"
 
 
+def test_values_and_keys_of_a_mapping_whose_file_was_cut_are_errors_and_no_signals(tmp_path: Path) -> None:
+    with memfd() as descriptor:
+        mapping = cut_mapping(descriptor, MIB, PAGE)
+        writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
+        for value in (mapping, memoryview(mapping), {"deep": [memoryview(mapping)[8192:]]}):
+            with pytest.raises(OSError, match="Bad address"):
+                writer.write_fragment("v", value)
+        with pytest.raises(OSError, match="Bad address"):
+            vmsnap.SnapshotWriter(tmp_path / "vm2", key=memoryview(mapping)[8192:8224])
+        assert sorted(os.listdir(tmp_path / "vm1")) == []
+        writer.write_fragment("v", memoryview(mapping)[:PAGE])
+        assert vmsnap.open(tmp_path / "vm1").read_fragment("v") == b"\7" * PAGE
+
+
+def test_the_address_of_a_destination_that_cannot_be_written_is_that_of_its_page(tmp_path: Path) -> None:
+    vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory([GuestRegion(0, pattern(MIB))])
+    mapping = mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    protect(mapping, 16 * PAGE, PAGE, mmap.PROT_READ)
+    with pytest.raises(OSError, match=f"guest-physical address {16 * PAGE:#x} cannot be written"):
+        vmsnap.open(tmp_path / "vm1").memory().restore([mapping])
+
+
 def huge_memfd(size: int) -> int:
     try:
         descriptor = os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_HUGE_2MB)

@@ -26,6 +26,7 @@ __all__ = [
     "are_crowded",
     "check_serialized",
     "clean",
+    "copy_buffer",
     "generate_identity",
     "generate_key",
     "identity_file",
@@ -131,6 +132,9 @@ class GuestMemory:
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to descriptors or buffers: with the base each is to have, the offset in it, and the size."""
+
+def copy_buffer(buffer: ReadableBuffer) -> bytes:
+    """Return the bytes of a contiguous buffer; `OSError` where a page of it cannot be read."""
 
 def generate_key() -> bytes:
     """Return 32 random bytes from the operating system: a key that a snapshot can be written with."""

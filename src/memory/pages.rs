@@ -66,6 +66,19 @@ pub(crate) fn populate(part: &mut [u8]) -> io::Result<()> {
     advise(part.as_ptr_range(), Advice::LinuxPopulateWrite)
 }
 
+/// Where the first page of a part begins that cannot be had; 0 where all can.
+pub(super) fn first_missing(part: &[u8]) -> usize {
+    let mut at = 0;
+    while at < part.len() {
+        let page = page_after(&part[at..]);
+        if advise(part[at..at + page].as_ptr_range(), Advice::LinuxPopulateWrite).is_err() {
+            return at;
+        }
+        at += page;
+    }
+    0
+}
+
 /// How many bytes from the beginning of a part can be read, at least one.
 ///
 /// # Errors

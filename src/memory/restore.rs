@@ -10,7 +10,7 @@ use super::guest_memory::{GuestMemory, ranges_in};
 use super::layout::Region;
 use super::options::MemoryProgress;
 use super::own_mappings::{Backing, is_on_full_file_system};
-use super::pages::{make_zero, populate};
+use super::pages::{first_missing, make_zero, populate};
 use crate::error::{Error, Result};
 use crate::threads::{Poll, for_each};
 
@@ -174,7 +174,8 @@ fn not_written(region: &Region, offset: u64, place: &[u8], error: io::Error) -> 
         Some(libc::EFAULT) => (" (it is not to be written to, or there is no page left for it)", error),
         _ => ("", error),
     };
-    Error::io(format!("guest-physical address {:#x} cannot be written{text}", region.guest_base + offset), error)
+    let address = region.guest_base + offset + first_missing(place) as u64;
+    Error::io(format!("guest-physical address {address:#x} cannot be written{text}"), error)
 }
 
 fn push_slices<'a>(

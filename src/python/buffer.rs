@@ -134,6 +134,18 @@ impl Readable {
         Ok(Self { view: View::get(object, ffi::PyBUF_SIMPLE)?, on_heap: is_on_heap(object), immutable })
     }
 
+    /// A copy of all bytes.
+    pub(super) fn copy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        PyBytes::new_with(py, self.view.len(), |mut room| {
+            Ok(self.bytes().in_pieces(|piece| {
+                let (now, later) = std::mem::take(&mut room).split_at_mut(piece.len());
+                now.copy_from_slice(piece);
+                room = later;
+                Ok(())
+            })?)
+        })
+    }
+
     /// Whether nobody can change the bytes.
     pub(super) fn is_immutable(&self) -> bool {
         self.immutable

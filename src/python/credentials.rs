@@ -49,7 +49,9 @@ impl Credentials {
             });
         }
         if let Some(key) = key {
-            options = options.key(SecretKey::from_slice(buffer::Readable::get(key)?.as_slice())?);
+            let key = buffer::Readable::get(key)?;
+            key.bytes().in_pieces(|_| Ok(()))?;
+            options = options.key(SecretKey::from_slice(key.as_slice())?);
         }
         if let Some(recipients) = recipients {
             options = options.recipients(recipients);

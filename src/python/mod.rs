@@ -63,7 +63,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]
-    use super::{aead_provider, are_crowded, check_serialized, generate_key};
+    use super::{aead_provider, are_crowded, check_serialized, copy_buffer, generate_key};
 
     use pyo3::prelude::*;
 
@@ -74,6 +74,12 @@ mod _vmsnap {
         module.add("COMMIT", option_env!("VMSNAP_BUILT_FROM"))?;
         module.add("DEFAULT_CHUNK_SIZE_BYTES", crate::DEFAULT_CHUNK_SIZE_BYTES)
     }
+}
+
+/// The bytes of a buffer, of which some may be a mapping's that cannot be read.
+#[pyfunction]
+fn copy_buffer<'py>(py: Python<'py>, buffer: &Bound<'_, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+    buffer::Readable::get(buffer)?.copy(py)
 }
 
 /// Cargo's features that this was built with.

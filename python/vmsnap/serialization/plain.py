@@ -15,6 +15,7 @@ from uuid import UUID
 import cbor2
 from cbor2 import CBORTag
 
+from vmsnap import _vmsnap
 from vmsnap.serialization import arrays
 from vmsnap.serialization.path import Located, wire_name
 
@@ -319,7 +320,10 @@ def _bytes_of(value: Any) -> bytes | None:
         return None
     with view:
         # A signed byte is a number.
-        return view.tobytes() if view.ndim == 1 and view.format.lstrip("<>=@!|") in ("B", "c") else None
+        if view.ndim != 1 or view.format.lstrip("<>=@!|") not in ("B", "c"):
+            return None
+        # A mapping may have pages that cannot be read.
+        return _vmsnap.copy_buffer(view) if view.contiguous else view.tobytes()
 
 
 def _name(value: object) -> str:
