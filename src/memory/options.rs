@@ -79,7 +79,7 @@ impl MemoryOptions {
         self
     }
 
-    /// Bytes that are encrypted together, as for [`SnapshotWriter::raw_fragment_with_chunk_size`]; 64 KiB by default.
+    /// Bytes that are encrypted together, as for [`raw_fragment_with_chunk_size`](crate::SnapshotWriter::raw_fragment_with_chunk_size); 64 KiB by default.
     #[must_use]
     pub fn chunk_size_bytes(mut self, chunk_size_bytes: usize) -> Self {
         self.chunk_size_bytes = chunk_size_bytes;
