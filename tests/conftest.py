@@ -13,7 +13,10 @@ from typing import TypeVar
 
 import hypothesis
 import pytest
+import refusals
+import vmsnap
 from commands import write_private
+from support import Place
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -43,6 +46,18 @@ def key() -> bytes:
 def key_file(tmp_path: Path, key: bytes) -> Path:
     """A file with that key, as the command line takes it."""
     return write_private(tmp_path / "vm.key", key)
+
+
+@pytest.fixture(params=["plain", "encrypted"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A place for a snapshot: a plain one, then an encrypted one."""
+    return Place(tmp_path / "vm1", vmsnap.generate_key() if request.param == "encrypted" else None)
+
+
+@pytest.fixture
+def encrypted_place(tmp_path: Path, key: bytes) -> Place:
+    """A place for an encrypted snapshot."""
+    return Place(tmp_path / "vm1", key)
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +93,14 @@ def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     yield folder
     # Lazily: the traceback of a test that failed may still hold a file.
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "row(*names): the rows of docs/errors.md that the test checks")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    refusals.begin_test(item)
 
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)

@@ -1,4 +1,4 @@
-"""docs/errors.md as a test reads it: what each row promises, held against what a call does."""
+"""The table in docs/errors.md: its rows, the mark of the tests that check them, and the check of an error."""
 
 import errno
 import functools
@@ -13,6 +13,17 @@ import vmsnap
 from support import run_python, tree
 
 ERRORS_PAGE = Path(__file__).resolve().parents[1] / "docs/errors.md"
+
+#: Marks a test with the rows that it checks: `@row("bad-name", "bad-path")`.
+row = pytest.mark.row
+
+_rows_of_test: set[str] = set()
+
+
+def begin_test(item: pytest.Item) -> None:
+    """Note the rows that the test is marked with, before it runs."""
+    _rows_of_test.clear()
+    _rows_of_test.update(name for mark in item.iter_markers("row") for name in mark.args)
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,14 @@ def rows() -> dict[str, Row]:
     return found
 
 
-def _check(row: Row, exception: str, number: int | None, text: str, message: str) -> None:
-    assert exception == row.exception, text
-    assert row.errno in (None, number), text
+def _row_of_test(name: str) -> Row:
+    assert name in _rows_of_test, f'mark the test with @row("{name}")'
+    return rows()[name]
+
+
+def _check(expected: Row, exception: str, number: int | None, text: str, message: str) -> None:
+    assert exception == expected.exception, text
+    assert expected.errno in (None, number), text
     assert re.search(message, text), text
 
 
@@ -57,20 +73,24 @@ def refused(row_name: str, message: str, folder: Path) -> Iterator[None]:
 
     `message` is a regular expression.
     """
-    row = rows()[row_name]
+    expected = _row_of_test(row_name)
     before = tree(folder)
     with pytest.raises(BaseException) as caught:  # noqa: PT011 (which one, and its text, is looked at below)
         yield
     error = caught.value
-    _check(row, type(error).__name__, getattr(error, "errno", None), str(error), message)
-    assert isinstance(error, (vmsnap.VmsnapError, OSError)) or row.predicate is None
+    _check(expected, type(error).__name__, getattr(error, "errno", None), str(error), message)
+    assert isinstance(error, (vmsnap.VmsnapError, OSError)) or expected.predicate is None
     assert tree(folder) == before
 
 
 def refused_elsewhere(
     row_name: str, message: str, folder: Path, script: str, *arguments: object, **environment: str
 ) -> str:
-    """As `refused`, of a script that runs in a process of its own; returns what it printed."""
+    """The script, in a process of its own, raises exactly what the row says; returns what it printed.
+
+    `message` is a regular expression, and nothing in `folder` may change.
+    """
+    expected = _row_of_test(row_name)
     lines = ["    " + line for line in script.strip().splitlines()]
     program = "\n".join(
         [
@@ -86,6 +106,6 @@ def refused_elsewhere(
     refusal = re.search(r"^REFUSED (\w+) (\w+) (.*)", result.stdout, re.DOTALL | re.MULTILINE)
     assert refusal, result.stdout + result.stderr
     number = None if refusal[2] == "None" else int(refusal[2])
-    _check(rows()[row_name], refusal[1], number, refusal[3], message)
+    _check(expected, refusal[1], number, refusal[3], message)
     assert tree(folder) == before
     return result.stdout

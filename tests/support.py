@@ -71,6 +71,12 @@ def write(
     return writer
 
 
+def write_in_pieces(fragment: vmsnap.Fragment, data: bytes, piece: int) -> None:
+    """Write to an open fragment, by calls of at most `piece` bytes."""
+    for at in range(0, len(data), piece):
+        fragment.write(data[at : at + piece])
+
+
 def read(reader: vmsnap.SnapshotReader, name: str) -> bytes:
     with reader.raw_fragment(name) as fragment:
         return fragment.read()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import vmsnap
-from refusals import refused
+from refusals import refused, row
 from support import let_others_in, pattern, run_python_well, tree
 from vmsnap import GuestRegion
 
@@ -91,6 +91,7 @@ except vmsnap.InvalidArgumentError as error:
     assert (tmp_path / "old").read_bytes() == b"x" * 4 * PAGE
 
 
+@row("destinations", "offset")
 def test_a_part_of_a_file_has_the_size_of_the_region(memory: vmsnap.GuestMemory, tmp_path: Path) -> None:
     two = tmp_path / "two.img"
     two.write_bytes(b"A" * 2 * PAGE + b"B" * 2 * PAGE)

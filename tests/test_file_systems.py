@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from commands import error_of
-from refusals import refused_elsewhere
+from refusals import refused_elsewhere, row
 from support import pattern, run_python_well
 
 # What a file system answers that does not know how to sync.
@@ -97,6 +97,7 @@ def test_a_directory_that_cannot_be_synced_is_no_error(
     assert vmsnap.verify(folder / "vm1").ok
 
 
+@row("cannot-sync")
 @pytest.mark.parametrize("number", [1, 4])
 @pytest.mark.parametrize("error", CANNOT_SYNC)
 def test_a_file_that_cannot_be_synced_is_an_error_with_a_way_out(
@@ -170,6 +171,7 @@ def test_a_new_identity_is_made_where_its_directory_cannot_be_synced(tmp_path: P
 INTO_PLACE = "when=2+"
 
 
+@row("cannot-rename")
 def test_a_rename_across_file_systems_is_refused_and_leaves_nothing(folder: Path, inject: Inject) -> None:
     inject(f"renameat2:error=EXDEV:{INTO_PLACE}")
     message = "cannot commit the snapshot .*vm1: the file system does not rename .*another directory: Invalid cross"
@@ -219,6 +221,7 @@ def test_without_a_rename_that_replaces_nothing_a_plain_one_does(folder: Path, r
 CLEAN = "vmsnap.clean(sys.argv[1])"
 
 
+@row("clean-among-hosts")
 @pytest.mark.parametrize("name", NETWORK)
 def test_clean_removes_nothing_where_other_hosts_may_write(folder: Path, inject: Inject, name: str) -> None:
     (folder / LEFT).mkdir()

@@ -39,16 +39,6 @@ STRIP_BYTES = 256 << 10
 DIRECT_BYTES = 4 * MIB
 
 
-@pytest.fixture(params=["plain", "encrypted"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(tmp_path / "vm1", vmsnap.generate_key() if request.param == "encrypted" else None)
-
-
-@pytest.fixture
-def encrypted_place(tmp_path: Path, key: bytes) -> Place:
-    return Place(tmp_path / "vm1", key)
-
-
 # Round trips ---------------------------------------------------------------------------------------------------------
 
 

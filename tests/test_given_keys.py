@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import vmsnap
 from commands import error_of, run, write_private
-from refusals import refused, refused_elsewhere
+from refusals import refused, refused_elsewhere, row
 from support import pattern, run_python, tree
 from vmsnap._vmsnap import key_wrapping
 
@@ -170,6 +170,7 @@ def test_an_empty_path_is_not_the_current_directory(tmp_path: Path, key_file: Pa
         assert tree(tmp_path) == before
 
 
+@row("unparsable-recipient", "key-length", "empty-passphrase")
 @pytest.mark.parametrize("make", [vmsnap.SnapshotWriter, vmsnap.create])
 def test_no_recipients_are_refused_by_the_library(tmp_path: Path, home: Path, make: Callable[..., object]) -> None:
     key = vmsnap.generate_key()
@@ -190,6 +191,7 @@ def test_no_recipients_are_refused_by_the_library(tmp_path: Path, home: Path, ma
         make(tmp_path / "vm2", passphrase="")
 
 
+@row("unparsable-identity", "not-encrypted")
 def test_no_identities_open_nothing(tmp_path: Path, home: Path, recipient: str, identity: str) -> None:
     """Neither a snapshot that one's own identity would open, nor a plain one."""
     home.parent.mkdir(parents=True)
@@ -211,6 +213,7 @@ def test_no_identities_open_nothing(tmp_path: Path, home: Path, recipient: str, 
             vmsnap.recipients_of(path)
 
 
+@row("unparsable-identity")
 @pytest.mark.parametrize("name", ["VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE"])
 def test_a_variable_for_an_identity_that_is_empty_is_refused(
     tmp_path: Path, home: Path, recipient: str, identity: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -299,6 +302,7 @@ def test_a_line_that_is_not_a_recipient_is_named_with_its_file_and_not_quoted(
     assert "cannot be read" in error_of(run("dump-memory", ram, tmp_path / "vm1", "-R", tmp_path, status=1))
 
 
+@row("unparsable-identity")
 @pytest.mark.parametrize("form", ["\ufeff{}\r\n", "\r\n  {} \r\n", "# me\r\n{}"])
 def test_identities_are_read_as_editors_write_them(tmp_path: Path, recipient: str, identity: str, form: str) -> None:
     vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=recipient)
@@ -438,6 +442,7 @@ MAKERS = {
 }
 
 
+@row("new-identity")
 @pytest.mark.parametrize("maker", MAKERS)
 def test_where_the_warning_of_a_new_identity_is_an_error_nothing_is_made(
     tmp_path: Path, home: Path, maker: str

@@ -21,11 +21,6 @@ from vmsnap.serialization import decode, encode
 Format = Literal["cbor", "json"]
 
 
-@pytest.fixture(params=["plain", "encrypted"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(tmp_path / "vm1", vmsnap.generate_key() if request.param == "encrypted" else None)
-
-
 def refusal(data: bytes, type: Any = None, format: Format | None = None) -> str:
     """Return the text of the error: short, and nothing in it that a terminal would obey."""
     with pytest.raises(vmsnap.CorruptSnapshotError) as raised:

@@ -20,7 +20,7 @@ import pytest
 import vmsnap
 from commands import error_of, run, write_private
 from key_provider import SocketProvider, key_service
-from refusals import refused, refused_elsewhere
+from refusals import refused, refused_elsewhere, row
 from support import pattern, read, run_python, run_python_well, tree, write
 from vmsnap._vmsnap import key_wrapping
 
@@ -264,6 +264,7 @@ def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home:
     assert tree(home.parent) == before
 
 
+@row("no-identity")
 def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass what it was written", tmp_path):
@@ -271,6 +272,7 @@ def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> N
     assert not home.parent.exists()
 
 
+@row("wrong-identity")
 def test_identities_are_looked_for_in_order(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [Pair.new() for _ in range(4)]
     for index, each in enumerate(pairs):
@@ -312,6 +314,7 @@ def test_processes_that_make_an_identity_at_once_agree_on_one(tmp_path: Path, ho
             assert vmsnap.SnapshotReader(root).read_fragment("a") == 1
 
 
+@row("unparsable-identity", "identity-for-all", "identity-folder")
 @pytest.mark.parametrize("where", ["VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE", "home"])
 def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_tried(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -343,6 +346,7 @@ def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
 
 
+@row("identity-missing")
 def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("VMSNAP_IDENTITY_FILE", str(tmp_path / "absent.txt"))
     with refused("identity-missing", r"absent.txt \(from \$VMSNAP_IDENTITY_FILE\).*cannot be read", tmp_path):
@@ -352,12 +356,14 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
         vmsnap.SnapshotReader(root, identities=Path("absent.txt"))
 
 
+@row("unwritable-home")
 def test_a_home_that_cannot_be_written_to_is_an_error(tmp_path: Path, home: Path) -> None:
     (tmp_path / "settings").write_text("a file")
     with refused("unwritable-home", f"cannot make the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
 
 
+@row("no-home")
 def test_without_a_home_nothing_is_made(tmp_path: Path) -> None:
     script = (
         "[os.environ.pop(name, None) for name in ('HOME', 'XDG_CONFIG_HOME')]; vmsnap.SnapshotWriter(sys.argv[1], True)"
@@ -406,6 +412,7 @@ def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None
     assert pyrage.passphrase.decrypt(file.read_bytes(), "another") == payload
 
 
+@row("wrong-passphrase", "identity-encrypted")
 def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
@@ -475,6 +482,7 @@ def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path,
     assert pyrage.decrypt(file.read_bytes(), [identity]) == cbor2.dumps(payload)
 
 
+@row("rekey-for-nobody", "two-kinds", "wrong-key", "unparsable-recipient", "not-encrypted")
 def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", key=key).root
     with refused("rekey-for-nobody", "nothing says what the key is to be wrapped with", tmp_path):
@@ -493,6 +501,7 @@ def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes,
 # What cannot be used --------------------------------------------------------------------------------------------------
 
 
+@row("unparsable-recipient", "plugin-missing")
 def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path, pair: Pair, plugin: None) -> None:
     cases: list[tuple[str, str]] = [
         ("", "is not an age recipient"),
@@ -522,6 +531,7 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=ecdsa)
 
 
+@row("unparsable-identity", "identity-for-all")
 def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     cases: list[tuple[Any, str]] = [
@@ -570,6 +580,7 @@ def test_no_secret_is_in_an_error_or_a_repr(tmp_path: Path, pair: Pair, key: byt
         assert key.hex() not in text
 
 
+@row("plugin-failed")
 def test_a_plugin_that_fails_is_told_with_what_it_said(
     tmp_path: Path, plugin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,6 +611,7 @@ except KeyboardInterrupt:
     subprocess.run(["pkill", "-f", "age-plugin-vmsnaptest"])
 
 
+@row("empty-passphrase")
 @pytest.mark.parametrize("given", ["", b"", bytearray(), lambda: ""])
 def test_an_empty_passphrase_is_refused(tmp_path: Path, given: Any) -> None:
     with refused("empty-passphrase", "a passphrase cannot be empty", tmp_path):
@@ -621,6 +633,7 @@ def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> No
     assert not (tmp_path / "vm1").exists()
 
 
+@row("two-kinds")
 def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -> None:
     with refused("two-kinds", "a key and recipients were passed together: a snapshot has one kind of key", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, recipients=pair.recipient)
@@ -629,6 +642,7 @@ def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -
         vmsnap.SnapshotReader(root, key=key, passphrase="x")
 
 
+@row("other-wrapping")
 def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, pair: Pair) -> None:
     with key_service(tmp_path) as socket:
         kinds: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -654,6 +668,7 @@ def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, 
                         vmsnap.SnapshotReader(tmp_path / name, **opens)
 
 
+@row("wrong-identity", "wrong-passphrase")
 def test_a_wrong_identity_or_passphrase_is_not_told_from_damage(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "age", recipients=pair.recipient).root
     with refused(
@@ -665,6 +680,7 @@ def test_a_wrong_identity_or_passphrase_is_not_told_from_damage(tmp_path: Path, 
         vmsnap.SnapshotReader(root, passphrase="wrong")
 
 
+@row("key-metadata-damaged")
 def test_damaged_key_metadata_is_refused_wherever_the_damage_is(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     file = root / "enc_metadata"
@@ -684,6 +700,7 @@ def test_damaged_key_metadata_is_refused_wherever_the_damage_is(tmp_path: Path, 
     check_opens(root, identities=pair.identity)
 
 
+@row("wrong-data-key")
 def test_key_metadata_of_another_snapshot_opens_no_fragment(tmp_path: Path, pair: Pair) -> None:
     roots = [write_some(tmp_path / name, recipients=pair.recipient).root for name in ("one", "two")]
     shutil.copy(roots[0] / "enc_metadata", roots[1] / "enc_metadata")
@@ -692,6 +709,7 @@ def test_key_metadata_of_another_snapshot_opens_no_fragment(tmp_path: Path, pair
         read(reader.namespace("disks"), "sda")
 
 
+@row("work-factor")
 def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> None:
     root = write_some(tmp_path / "vm1", passphrase="x").root
     file = root / "enc_metadata"
@@ -704,6 +722,7 @@ def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> 
     assert time.monotonic() - began < 5
 
 
+@row("newer-format")
 def test_a_later_version_of_age_or_of_a_wrapped_key_is_told(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     file = root / "enc_metadata"
@@ -738,6 +757,7 @@ class Xor:
         return bytes(one ^ 1 for one in content) if answer is None else answer(content) if callable(answer) else answer
 
 
+@row("provider-failed")
 def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
     error = RuntimeError("the tunnel is down")
     message = 'the key service "xor" failed: RuntimeError: the tunnel is down: see whether it can be reached'
@@ -753,6 +773,7 @@ def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
         vmsnap.SnapshotReader(root, key_provider=Xor(None, SystemExit(3)))
 
 
+@row("provider-failed")
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -769,6 +790,7 @@ def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, m
         vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=Xor((lambda _: None) if answer is None else answer))
 
 
+@row("provider-rubbish")
 @pytest.mark.parametrize("answer", [b"", b"rubbish", cbor2.dumps({"format": "vmsnap-key"}), bytes(1 << 20)])
 def test_a_provider_that_unwraps_rubbish_is_refused(tmp_path: Path, answer: bytes) -> None:
     root = write_some(tmp_path / "vm1", key_provider=Xor()).root
@@ -776,6 +798,7 @@ def test_a_provider_that_unwraps_rubbish_is_refused(tmp_path: Path, answer: byte
         vmsnap.SnapshotReader(root, key_provider=Xor(None, lambda _: answer))
 
 
+@row("other-provider")
 def test_another_provider_than_the_one_it_was_written_with_is_refused(tmp_path: Path) -> None:
     root = write_some(tmp_path / "vm1", key_provider=Xor()).root
     other = Xor()
@@ -784,6 +807,7 @@ def test_another_provider_than_the_one_it_was_written_with_is_refused(tmp_path: 
         vmsnap.SnapshotReader(root, key_provider=other)
 
 
+@row("provider-name")
 def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
     for name in ("wrap", "unwrap", "name"):
         attributes = {key: value for key, value in {"wrap": len, "unwrap": len, "name": "x"}.items() if key != name}
@@ -796,6 +820,7 @@ def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
             vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=provider)
 
 
+@row("provider-failed")
 @pytest.mark.parametrize(("behaviour", "message"), [("slow", "did not answer within 0.5 s"), ("rude", "failed: ")])
 def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: str, message: str) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, behaviour) as bad:
@@ -809,6 +834,7 @@ def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: s
         check_opens(root, key_provider=SocketProvider(good))
 
 
+@row("provider-rubbish", "provider-failed")
 def test_a_service_that_answers_with_something_else_is_told(tmp_path: Path) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, "wrong") as bad:
         root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).root

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import vmsnap
-from refusals import refused, refused_elsewhere
+from refusals import refused, refused_elsewhere, row
 from support import pattern
 from vmsnap import GuestRegion
 
@@ -136,6 +136,17 @@ def test_destinations_of_every_kind_get_the_same(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
+@row(
+    "memory-regions",
+    "memory-options",
+    "process-missing",
+    "process-not-permitted",
+    "process-range",
+    "no-memory",
+    "destinations",
+    "outside-memory",
+    "memory-malformed",
+)
 def test_each_row_of_guest_memory_is_as_the_table_says(tmp_path: Path) -> None:
     writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
     own = vmsnap.ProcessMemory(os.getpid())

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import vmsnap
 from commands import error_of, run
-from refusals import refused
+from refusals import refused, row
 from support import pattern, run_python_well
 from vmsnap import GuestMemory, GuestRegion
 
@@ -230,6 +230,7 @@ NO_FILES: dict[str, tuple[Callable[[Path, ExitStack], Any], str]] = {
 }
 
 
+@row("memory-object")
 @pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_not_a_file_is_refused(tmp_path: Path, ram: Path, memory: GuestMemory, kind: str) -> None:
     make, named = NO_FILES[kind]
@@ -245,6 +246,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path, ram: Path, memory: GuestM
                 memory.restore([given])
 
 
+@row("read-only-buffer")
 def test_bytes_are_memory_and_not_a_path(tmp_path: Path, ram: Path, memory: GuestMemory) -> None:
     assert bytes_of(stored(tmp_path, b"name")) == b"name"
     for destination in (b"name", GuestRegion(0, b"name")):
@@ -252,6 +254,7 @@ def test_bytes_are_memory_and_not_a_path(tmp_path: Path, ram: Path, memory: Gues
             memory.restore([destination])  # type: ignore[list-item]
 
 
+@row("destinations")
 def test_a_process_is_not_a_destination(tmp_path: Path, memory: GuestMemory) -> None:
     own = vmsnap.ProcessMemory(os.getpid())
     for destination in (own, GuestRegion(0, own)):
@@ -280,6 +283,7 @@ def unsized(folder: Path) -> dict[str, str]:
     }
 
 
+@row("memory-no-size")
 def test_what_does_not_tell_its_size_is_not_a_source(tmp_path: Path) -> None:
     writer = vmsnap.SnapshotWriter(tmp_path / "new")
     for path, told in unsized(tmp_path).items():
@@ -299,6 +303,7 @@ def test_what_does_not_tell_its_size_is_not_a_source(tmp_path: Path) -> None:
             os.close(descriptor)
 
 
+@row("memory-regions")
 def test_nothing_from_an_offset_on_is_refused_unless_a_size_of_0_is_asked_for(tmp_path: Path, ram: Path) -> None:
     writer = vmsnap.SnapshotWriter(tmp_path / "new")
     with refused("memory-regions", r"ram\.img: has 16384 bytes, not offset 16384", tmp_path):
@@ -307,6 +312,7 @@ def test_nothing_from_an_offset_on_is_refused_unless_a_size_of_0_is_asked_for(tm
     assert vmsnap.open(tmp_path / "new").memory().regions == [range(0), range(PAGE)]
 
 
+@row("memory-no-size")
 def test_what_does_not_tell_its_size_is_not_a_destination(tmp_path: Path, memory: GuestMemory) -> None:
     for path, told in unsized(tmp_path).items():
         if "size of 0" in told:
@@ -349,6 +355,7 @@ def test_a_pipe_is_dumped_to_its_end(tmp_path: Path) -> None:
 # New files, and descriptors ------------------------------------------------------------------------------------------
 
 
+@row("destinations", "memory-object")
 def test_a_file_that_a_failed_restore_made_is_removed(tmp_path: Path) -> None:
     memory = stored(tmp_path, RAM, RAM)
     new, older, link = tmp_path / "new", tmp_path / "older", tmp_path / "link"

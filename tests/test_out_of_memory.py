@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from commands import write_private
-from refusals import refused_elsewhere
+from refusals import refused_elsewhere, row
 from support import MIB, pattern, run_python
 
 KEY = bytes(range(32))
@@ -94,6 +94,7 @@ def test_snapshots_are_read(stored: Path, read: Callable[[vmsnap.SnapshotReader]
     try_with_less_and_less(lambda: read(vmsnap.open(stored, key=KEY, threads=4)))
 
 
+@row("out-of-memory")
 def test_what_is_asked_for_is_said(stored: Path) -> None:
     script = f"""
 import resource

@@ -9,7 +9,7 @@ import pytest
 import vmsnap
 from child import ANONYMOUS, GUARDED, MEMFD, PRIVATE_FILE, SHARED, USERFAULT, VAST, Child, child, expected
 from commands import run
-from refusals import refused
+from refusals import refused, row
 from support import let_others_in
 from vmsnap import GuestRegion, ProcessMemory
 
@@ -160,6 +160,7 @@ def test_the_owner_alone_gets_the_same_bytes(tmp_path: Path, setup: str) -> None
         assert os.waitstatus_to_exitcode(status) == 0, os.read(told, 4096).decode()
 
 
+@row("memory-unreadable")
 def test_pages_that_cannot_be_read_are_told_by_address(tmp_path: Path) -> None:
     # The end of a file that was cut after it was mapped, and what is mapped nowhere.
     setup = """
@@ -181,6 +182,7 @@ with open(path, "w+b") as file:
         assert memory == expected()[: 4 * MIB] + bytes(4 * MIB)
 
 
+@row("process-ended")
 def test_a_process_that_has_ended_is_never_taken_for_zeros(tmp_path: Path) -> None:
     with child(tmp_path, ANONYMOUS) as process:
         region = GuestRegion(0, ProcessMemory(process.pid), offset=process.address, size=8 * MIB)

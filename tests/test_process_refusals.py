@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from child import ANONYMOUS, PRIVATE_FILE, USERFAULT, Child, child, expected
-from refusals import refused, refused_elsewhere
+from refusals import refused, refused_elsewhere, row
 from seccomp import refusing
 from vmsnap import GuestRegion
 
@@ -53,6 +53,7 @@ def test_where_all_ways_are_refused_nothing_is_stored(tmp_path: Path, command: s
         assert os.listdir(tmp_path) == []
 
 
+@row("process-refused")
 def test_a_refused_call_is_an_error_of_its_own(tmp_path: Path) -> None:
     with child(tmp_path, ANONYMOUS) as process:
         script = f"""
@@ -115,6 +116,7 @@ def test_who_may_not_trace_is_told_what_to_do(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == []
 
 
+@row("process-awaited")
 def test_pages_that_a_stopped_process_would_bring_itself_are_an_error(tmp_path: Path) -> None:
     with child(tmp_path, USERFAULT) as process:
         writer = vmsnap.SnapshotWriter(tmp_path / "vm1")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import vmsnap
 from independent import check_independently
-from refusals import refused_elsewhere
+from refusals import refused_elsewhere, row
 from support import (
     MIB,
     Place,
@@ -31,11 +31,6 @@ from support import (
 )
 
 METHODS = ["fork", "spawn", "forkserver"]
-
-
-@pytest.fixture(params=["plain", "encrypted"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(tmp_path / "vm1", vmsnap.generate_key() if request.param == "encrypted" else None)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -398,6 +393,7 @@ def stop(*_):
 SLOWER = {"VMSNAP_AEAD": "aes-gcm", "VMSNAP_THREADS": "1"}
 
 
+@row("interrupted-write")
 @pytest.mark.parametrize("handler", ["", "signal.signal(number, stop)\n"])
 def test_ctrl_c_stops_a_long_write_in_the_middle_and_the_fragment_goes(place: Place, handler: str) -> None:
     script = """
@@ -494,6 +490,7 @@ with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3])).raw_frag
     assert printed.splitlines() == ["True"]
 
 
+@row("signal-handler")
 def test_a_signal_handler_cannot_use_the_fragment_in_whose_call_it_runs(place: Place) -> None:
     script = """
 refusals = []

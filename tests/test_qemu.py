@@ -23,7 +23,7 @@ import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
 from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ask, ended, listens, need_qemu, qemu_command, running
-from refusals import refused, refused_elsewhere
+from refusals import refused, refused_elsewhere, row
 from support import MIB, let_others_in, run_python
 from vmsnap.qemu import Machine, RamRange, monitor
 
@@ -129,6 +129,7 @@ def test_the_source_goes_on_and_a_copy_begins_where_it_was_saved(
     other.close()
 
 
+@row("qemu-changed")
 def test_a_changed_page_is_refused_and_shows_where_it_is_forced(folder: Path, qmp: Path, console: Console) -> None:
     command = qemu_command(qmp, *console.boot())
     with running(command, qmp):
@@ -153,6 +154,7 @@ def test_a_changed_page_is_refused_and_shows_where_it_is_forced(folder: Path, qm
     assert counts[-1].digest == changed != HELD_DIGEST
 
 
+@row("qemu-not-shared")
 def test_with_share_off_the_guest_leaves_the_file_as_it_is(
     tmp_path: Path, folder: Path, qmp: Path, console: Console, key: bytes
 ) -> None:
@@ -336,6 +338,7 @@ def test_a_coroutine_leaves_the_loop_to_others(folder: Path, qmp: Path, key: byt
     assert turns > 100
 
 
+@row("qemu-not-now")
 def test_a_paused_guest_stays_paused_or_continues_where_told(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp), qmp):
         ask(qmp, "stop")
@@ -352,6 +355,7 @@ def test_a_paused_guest_stays_paused_or_continues_where_told(folder: Path, qmp: 
         assert is_as_before(qmp)
 
 
+@row("qemu-extra")
 def test_without_the_package_the_extra_is_named(folder: Path, qmp: Path) -> None:
     # As where it is not installed.
     script = "sys.modules['qemu'] = None\nimport vmsnap.qemu"
@@ -365,6 +369,7 @@ def test_without_the_package_the_extra_is_named(folder: Path, qmp: Path) -> None
 # What is refused when saving ------------------------------------------------------------------------------------------
 
 
+@row("qemu-no-socket", "qemu-other-file", "qemu-ended-before", "qemu-silent")
 def test_a_socket_that_is_none_is_refused(folder: Path, qmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("qemu-no-socket", "no QMP socket is there: .*-qmp unix:", folder):
         vmsnap.qemu.save(qmp, folder / "vm1")
@@ -397,6 +402,7 @@ def test_a_socket_that_is_none_is_refused(folder: Path, qmp: Path, monkeypatch: 
         thread.join()
 
 
+@row("qemu-silent")
 def test_a_second_client_is_told_of_the_first(folder: Path, qmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "_GREETING_SECONDS", 0.5)
     with running(qemu_command(qmp), qmp), socket.socket(socket.AF_UNIX) as first:
@@ -406,6 +412,7 @@ def test_a_second_client_is_told_of_the_first(folder: Path, qmp: Path, monkeypat
             vmsnap.qemu.save(qmp, folder / "vm1")
 
 
+@row("qemu-not-shared")
 def test_memory_that_is_not_shared_is_refused(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp, memory="memory-backend-memfd,id=mem,size=256M,share=off"), qmp):
         with refused("qemu-not-shared", "is not shared: .*share=on", folder):
@@ -413,6 +420,7 @@ def test_memory_that_is_not_shared_is_refused(folder: Path, qmp: Path) -> None:
         assert is_as_before(qmp)
 
 
+@row("qemu-no-file")
 def test_memory_that_is_in_no_file_is_refused(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp, memory="memory-backend-ram,id=mem,size=256M,share=on"), qmp):
         with refused("qemu-no-file", "lies in no file .*memory-backend-memfd", folder):
@@ -420,6 +428,7 @@ def test_memory_that_is_in_no_file_is_refused(folder: Path, qmp: Path) -> None:
         assert is_as_before(qmp)
 
 
+@row("qemu-not-shared")
 def test_memory_that_qemu_chose_itself_is_refused(folder: Path, qmp: Path) -> None:
     command = [QEMU, "-accel", "tcg", "-nodefaults", "-display", "none", "-qmp", f"unix:{qmp},server=on,wait=off"]
     with running(command, qmp):
@@ -428,6 +437,7 @@ def test_memory_that_qemu_chose_itself_is_refused(folder: Path, qmp: Path) -> No
         assert is_as_before(qmp)
 
 
+@row("qemu-not-permitted")
 def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can be another user as well")
@@ -442,6 +452,7 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
         assert is_as_before(qmp)
 
 
+@row("qemu-not-now")
 def test_a_guest_that_is_being_migrated_is_refused(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp), qmp):
         # Into a pipe that nobody reads, so that it does not end.
@@ -452,11 +463,13 @@ def test_a_guest_that_is_being_migrated_is_refused(folder: Path, qmp: Path) -> N
         ask(qmp, "migrate_cancel")
 
 
+@row("qemu-not-now")
 def test_a_guest_that_waits_for_another_is_refused(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp, "-incoming", "defer"), qmp), refused("qemu-not-now", "waits for", folder):
         vmsnap.qemu.save(qmp, folder / "vm1")
 
 
+@row("qemu-refuses")
 def test_a_device_that_cannot_be_saved_is_named(folder: Path, qmp: Path) -> None:
     # QEMU 7.2 knows no state of these.
     disk = folder.parent / "disk"
@@ -468,6 +481,7 @@ def test_a_device_that_cannot_be_saved_is_named(folder: Path, qmp: Path) -> None
         assert is_as_before(qmp)
 
 
+@row("root-exists", "qemu-then")
 def test_a_path_that_is_taken_does_not_stop_the_guest(folder: Path, qmp: Path) -> None:
     (folder / "vm1").mkdir()
     with running(qemu_command(qmp), qmp):
@@ -478,6 +492,7 @@ def test_a_path_that_is_taken_does_not_stop_the_guest(folder: Path, qmp: Path) -
             vmsnap.qemu.save(qmp, folder / "vm1", then="halt")
 
 
+@row("qemu-ends")
 def test_qemu_may_die_at_any_point_and_leaves_no_snapshot(folder: Path, qmp: Path) -> None:
     # Before it is stopped; and while its memory is read.
     for at in ("wrap", "memory"):
@@ -500,6 +515,7 @@ def test_qemu_may_die_at_any_point_and_leaves_no_snapshot(folder: Path, qmp: Pat
                 vmsnap.qemu.save(qmp, folder / "vm1", key_provider=Killing(), progress=dying)
 
 
+@row("disk-full")
 @pytest.mark.parametrize("compress", [None, "lz4"])
 def test_a_full_disk_leaves_the_guest_running(small_disk: Path, folder: Path, qmp: Path, compress: Any) -> None:
     del folder
@@ -643,6 +659,7 @@ def no_process_with(text: Path) -> bool:
     return subprocess.run(["pgrep", "-f", str(text)], capture_output=True).returncode == 1
 
 
+@row("qemu-other-machine")
 def test_another_machine_is_refused(saved: Path, folder: Path, qmp: Path) -> None:
     with refused("qemu-other-machine", "machine type of the saved guest is pc-i440fx-.*was started pc-q35-", folder):
         vmsnap.qemu.load(saved, qemu_command(qmp, machine="q35"))
@@ -664,6 +681,7 @@ def copy_of(saved: Path, target: Path, **change: object) -> Path:
     return target
 
 
+@row("qemu-other-machine")
 def test_an_older_qemu_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     newer = copy_of(saved, folder / "vm2", qemu_version="99.1.0")
     with refused("qemu-other-machine", "saved by QEMU 99.1.0, and .* take the same or a newer", folder):
@@ -674,6 +692,7 @@ def test_an_older_qemu_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
         assert state(qmp) == "running"
 
 
+@row("qemu-later-format")
 def test_a_later_format_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     later = copy_of(saved, folder / "vm2", version=2)
     with refused("qemu-later-format", "of version 2: it needs a newer vmsnap", folder):
@@ -681,6 +700,7 @@ def test_a_later_format_is_refused(folder: Path, qmp: Path, saved: Path) -> None
     assert no_process_with(qmp)
 
 
+@row("qemu-no-guest")
 def test_a_snapshot_of_no_guest_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     with vmsnap.create(folder / "vm2") as writer:
         writer.write_memory([vmsnap.GuestRegion(0, bytearray(MIB))])
@@ -693,6 +713,7 @@ def test_a_snapshot_of_no_guest_is_refused(folder: Path, qmp: Path, saved: Path)
         vmsnap.qemu.load(folder / "vm3", qemu_command(qmp))
 
 
+@row("not-sealed")
 def test_a_snapshot_that_is_not_sealed_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     shutil.copytree(saved, folder / "vm2")
     (folder / "vm2/vmsnap_manifest").unlink()
@@ -702,6 +723,7 @@ def test_a_snapshot_that_is_not_sealed_is_refused(folder: Path, qmp: Path, saved
         assert state(qmp) == "running"
 
 
+@row("qemu-ends")
 def test_a_load_that_fails_says_what_qemu_said(tmp_path: Path, folder: Path, qmp: Path) -> None:
     rng = ["-device", "virtio-rng-pci"]
     with running(qemu_command(qmp, *rng), qmp) as process:
@@ -720,6 +742,7 @@ def test_a_load_that_fails_says_what_qemu_said(tmp_path: Path, folder: Path, qmp
     assert no_process_with(qmp)
 
 
+@row("qemu-ends")
 def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, qmp: Path) -> None:
     """A file that was there stays, without the guest's memory; also where it is told in JSON, as by libvirt."""
     with running(qemu_command(qmp, "-device", "virtio-rng-pci"), qmp) as process:
@@ -736,6 +759,7 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
         assert ram.stat().st_blocks == 0
 
 
+@row("qemu-no-file")
 def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
     shell = ["sh", "-c", '"$@"; exit $?', "sh"]
     # What QEMU has mapped is looked for in the shell.
@@ -744,6 +768,7 @@ def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path
     assert no_process_with(qmp)
 
 
+@row("qemu-command", "qemu-command-missing")
 def test_arguments_that_cannot_be_are_refused(saved: Path, folder: Path, qmp: Path) -> None:
     for more, message in ((["-incoming", "defer"], "-incoming is vmsnap's"), (["-daemonize"], "leave -daemonize out")):
         with refused("qemu-command", message, folder):
@@ -754,6 +779,7 @@ def test_arguments_that_cannot_be_are_refused(saved: Path, folder: Path, qmp: Pa
         vmsnap.qemu.load(saved, ["no-such-qemu"])
 
 
+@row("qemu-file-in-use")
 def test_a_file_that_holds_something_is_not_overwritten(tmp_path: Path, saved: Path, folder: Path, qmp: Path) -> None:
     memory = f"memory-backend-file,id=mem,size=256M,share=on,mem-path={tmp_path}/ram"
     (tmp_path / "ram").write_bytes(bytes(MIB) + b"another guest" + bytes(SIZE - MIB - 13))
@@ -769,6 +795,7 @@ def test_a_file_that_holds_something_is_not_overwritten(tmp_path: Path, saved: P
         assert state(qmp) == "running"
 
 
+@row("wrong-key", "changed")
 def test_a_wrong_key_starts_nothing(folder: Path, qmp: Path, key: bytes) -> None:
     with running(qemu_command(qmp), qmp) as process:
         vmsnap.qemu.save(qmp, folder / "vm1", key=key, then="quit")
@@ -786,6 +813,7 @@ def test_a_wrong_key_starts_nothing(folder: Path, qmp: Path, key: bytes) -> None
     assert no_process_with(qmp)
 
 
+@row("changed")
 def test_a_changed_device_state_is_refused(folder: Path, qmp: Path, key: bytes) -> None:
     """In its first segment, which is verified only when it goes to QEMU."""
     with running(qemu_command(qmp), qmp) as process:

@@ -16,14 +16,8 @@ import vmsnap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent import check_independently
-from refusals import refused
+from refusals import refused, row
 from support import MIB, Place, pattern, read, run_python_well, temporary_place, write
-
-
-@pytest.fixture(params=["plain", "encrypted"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(tmp_path / "vm1", vmsnap.generate_key() if request.param == "encrypted" else None)
-
 
 # Namespaces and lists ------------------------------------------------------------------------------------------------
 
@@ -205,6 +199,7 @@ def test_an_existing_snapshot_is_added_to(place: Place) -> None:
     )
 
 
+@row("fragment-exists", "namespace-missing", "namespace-is-fragment", "bad-name")
 def test_adding_never_writes_over_what_is_there(place: Place) -> None:
     write(write(place.create(), "mem", b"old").add_namespace("cpu"), "clock", b"old")
     writer = vmsnap.SnapshotWriter.open(os.fsencode(place.root), key=place.key)
@@ -222,6 +217,7 @@ def test_adding_never_writes_over_what_is_there(place: Place) -> None:
         writer.namespace("..")
 
 
+@row("root-missing", "no-key", "wrong-key", "not-encrypted")
 def test_adding_needs_what_reading_needs(tmp_path: Path, key: bytes) -> None:
     with refused("root-missing", "cannot open the snapshot", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1")
@@ -235,6 +231,7 @@ def test_adding_needs_what_reading_needs(tmp_path: Path, key: bytes) -> None:
         vmsnap.SnapshotWriter.open(tmp_path / "plain", key=key)
 
 
+@row("sealed")
 def test_nothing_is_added_to_a_sealed_snapshot(place: Place) -> None:
     place.create()
     place.file("vmsnap_manifest").write_bytes(b"whatever it holds")

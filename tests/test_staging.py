@@ -22,7 +22,7 @@ import pytest
 import vmsnap
 from click.testing import CliRunner
 from independent import vmsnap_reader, vmsnap_snapshot
-from refusals import refused
+from refusals import refused, row
 from vmsnap.cli.group import group
 
 KEY = bytes(range(32))
@@ -565,6 +565,19 @@ def test_the_independent_reader_holds_a_sealed_snapshot_against_its_manifest(tmp
             vmsnap_reader.open_snapshot(path, key)
 
 
+@row(
+    "still-being-written",
+    "appeared",
+    "not-staged-here",
+    "other-seal",
+    "seal-digest",
+    "not-listed",
+    "not-as-listed",
+    "manifest-malformed",
+    "manifest-damaged",
+    "incomplete",
+    "not-sealed",
+)
 @BOTH
 def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
     path = tmp_path / "vm1"
@@ -615,6 +628,7 @@ def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
         vmsnap.open(tmp_path / "in place", key=key, require_sealed=True)
 
 
+@row("newer-format")
 @pytest.mark.parametrize("name", ["version", "requires"])
 def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> None:
     import cbor2
@@ -628,6 +642,7 @@ def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> 
         vmsnap.open(path)
 
 
+@row("never-finished")
 def test_an_unfinished_fragment_by_its_row(tmp_path: Path) -> None:
     staged = vmsnap.create(tmp_path / "vm1")
     staged.writer.raw_fragment("half").write(b"half")

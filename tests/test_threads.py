@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 import vmsnap.qemu.started
-from refusals import refused
+from refusals import refused, row
 from support import pattern, run_python_well
 
 # Two calls that go on for as long as a third has not read; each writes 100 GiB, if they have to wait for it.
@@ -142,6 +142,7 @@ def refuse(_: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
+@row("qemu-no-thread")
 @ALLOWED
 def test_a_guest_is_not_touched_where_the_threads_for_it_cannot_be_started(
     tmp_path: Path, allowed: int, monkeypatch: pytest.MonkeyPatch

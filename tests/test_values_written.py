@@ -447,11 +447,6 @@ def test_any_values_are_fragments_of_a_snapshot(values: list[Written], encrypted
 # What cannot be written -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["plain", "encrypted"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(tmp_path / "vm1", vmsnap.generate_key() if request.param == "encrypted" else None)
-
-
 BOTH, CBOR_ALONE, JSON_ALONE = ("cbor", "json"), ("cbor",), ("json",)
 NO_WAY = "there is no way to write a value of type "
 TOO_DEEP = "deeper than 127 levels, or contains itself"
