@@ -42,17 +42,17 @@ def segment_offset(index: int, chunk_size_bytes: int) -> int:
 class Place:
     """Where a snapshot is, or is to be, and its key; without one it is plain."""
 
-    root: Path
+    location: Path
     key: bytes | None
 
     def create(self, threads: int | None = None) -> vmsnap.SnapshotWriter:
-        return vmsnap.SnapshotWriter(self.root, key=self.key, threads=threads)
+        return vmsnap.SnapshotWriter(self.location, key=self.key, threads=threads)
 
     def open(self, threads: int | None = None) -> vmsnap.SnapshotReader:
-        return vmsnap.SnapshotReader(self.root, key=self.key, threads=threads)
+        return vmsnap.SnapshotReader(self.location, key=self.key, threads=threads)
 
     def file(self, path: str) -> Path:
-        return self.root / path
+        return self.location / path
 
 
 @contextmanager

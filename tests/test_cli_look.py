@@ -82,7 +82,7 @@ def _read_terminal(descriptor: int) -> bytes:
 
 
 def test_ls_long_adds_stored_size_chunk_size_and_time(place: Place, key_file: Path) -> None:
-    lines = [line.split("\t") for line in text_of("ls", place.root, "-l", "--key-file", key_file).splitlines()]
+    lines = [line.split("\t") for line in text_of("ls", place.location, "-l", "--key-file", key_file).splitlines()]
     assert [line[:4] for line in lines] == [
         ["clock", "1", "107", "4096"],
         ["disks/sda", "5000", str(74 + 5000 + 5 * 32), "1024"],
@@ -90,7 +90,7 @@ def test_ls_long_adds_stored_size_chunk_size_and_time(place: Place, key_file: Pa
     ]
     assert all(TIME.fullmatch(line[4]) for line in lines)
     os.utime(place.file("clock"), (0, 86400))
-    assert json_of("ls", place.root, "--key-file", key_file)[0] == {
+    assert json_of("ls", place.location, "--key-file", key_file)[0] == {
         "path": "clock",
         "size": 1,
         "stored_size": 107,
@@ -100,9 +100,9 @@ def test_ls_long_adds_stored_size_chunk_size_and_time(place: Place, key_file: Pa
 
 
 def test_ls_of_a_namespace_lists_that_one_by_full_paths(place: Place, key_file: Path) -> None:
-    assert text_of("ls", place.root, "pci", "--key-file", key_file) == "pci/00:1f.2/état\t0\n"
-    assert text_of("ls", place.root, "disks", "--key-file", key_file) == "disks/sda\t5000\n"
-    assert "does not exist" in error_of(run("ls", place.root, "pci/none", "--key-file", key_file, status=1))
+    assert text_of("ls", place.location, "pci", "--key-file", key_file) == "pci/00:1f.2/état\t0\n"
+    assert text_of("ls", place.location, "disks", "--key-file", key_file) == "disks/sda\t5000\n"
+    assert "does not exist" in error_of(run("ls", place.location, "pci/none", "--key-file", key_file, status=1))
 
 
 def test_a_plain_snapshot_has_no_chunk_sizes(plain: vmsnap.SnapshotWriter) -> None:
@@ -125,7 +125,9 @@ def test_on_a_terminal_columns_line_up_and_long_paths_stay_whole(plain: vmsnap.S
 
 
 def test_tree_draws_namespaces_and_fragments_with_exact_sizes_into_a_pipe(place: Place, key_file: Path) -> None:
-    drawn = text_of("tree", place.root.name, "--key-file", key_file, cwd=place.root.parent, env={"COLUMNS": "20"})
+    drawn = text_of(
+        "tree", place.location.name, "--key-file", key_file, cwd=place.location.parent, env={"COLUMNS": "20"}
+    )
     assert drawn == (
         "vm  3 fragments, 5001 bytes\n"
         "├── clock  1 byte\n"
@@ -135,11 +137,11 @@ def test_tree_draws_namespaces_and_fragments_with_exact_sizes_into_a_pipe(place:
         "    └── 00:1f.2/  1 fragment, 0 bytes\n"
         "        └── état  0 bytes\n"
     )
-    assert text_of("tree", place.root, "pci/00:1f.2", "--key-file", key_file).endswith("\n└── état  0 bytes\n")
+    assert text_of("tree", place.location, "pci/00:1f.2", "--key-file", key_file).endswith("\n└── état  0 bytes\n")
 
 
 def test_tree_as_json_nests_objects(place: Place, key_file: Path) -> None:
-    root = json_of("tree", place.root, "--key-file", key_file)
+    root = json_of("tree", place.location, "--key-file", key_file)
     assert (root["name"], root["path"]) == ("", "")
     assert [(each["name"], each["size"]) for each in root["fragments"]] == [("clock", 1)]
     disks, pci = root["namespaces"]
@@ -181,10 +183,10 @@ def test_a_long_name_goes_on_below_itself_on_a_terminal(plain: vmsnap.SnapshotWr
 
 def test_info_tells_all_with_the_key_and_what_shows_without(place: Place, key_file: Path) -> None:
     stored = 107 + 74 + 5000 + 5 * 32 + 106
-    told = json_of("info", place.root, "--key-file", key_file)
+    told = json_of("info", place.location, "--key-file", key_file)
     assert TIME.fullmatch(told.pop("modified"))
     assert told == {
-        "root": str(place.root),
+        "root": str(place.location),
         "encrypted": True,
         "sealed": False,
         "key_wrapping": "raw-key",
@@ -196,10 +198,10 @@ def test_info_tells_all_with_the_key_and_what_shows_without(place: Place, key_fi
         "stored_size": stored,
         "overhead": stored - 5001,
     }
-    without = json_of("info", place.root)
+    without = json_of("info", place.location)
     assert TIME.fullmatch(without.pop("modified"))
     assert without == told | {"values": None, "size": None, "overhead": None}
-    text = text_of("info", place.root)
+    text = text_of("info", place.location)
     assert "encrypted\tyes\nkey wrapped by\ta 32-byte key\nsealed\tno\nvalues\tneeds the key\n" in text
     assert "stored size\t5447\noverhead\tneeds the key\n" in text
 
@@ -350,19 +352,19 @@ def test_bytes_are_shown_as_hexdump_does(plain: vmsnap.SnapshotWriter) -> None:
 
 
 def test_of_many_bytes_the_first_are_shown_and_how_to_see_more(place: Place, key_file: Path) -> None:
-    done = run("show", place.root, "disks/sda", "--key-file", key_file)
+    done = run("show", place.location, "disks/sda", "--key-file", key_file)
     assert done.stdout.endswith(b"\n00001000\n")
     assert done.stderr == b"vmsnap: 904 more bytes follow: --offset 4096 shows the next, --size N more at once\n"
-    assert run("show", place.root, "disks/sda", "--full", "--key-file", key_file).stderr == b""
-    assert run("show", place.root, "pci/00:1f.2/état", "--key-file", key_file).stderr == (
+    assert run("show", place.location, "disks/sda", "--full", "--key-file", key_file).stderr == b""
+    assert run("show", place.location, "pci/00:1f.2/état", "--key-file", key_file).stderr == (
         b"vmsnap: the fragment is empty\n"
     )
 
 
 def test_bytes_as_json_tell_where_they_are(place: Place, key_file: Path) -> None:
-    part = json_of("show", place.root, "disks/sda", "--offset", 4990, "--size", 100, "--key-file", key_file)
+    part = json_of("show", place.location, "disks/sda", "--offset", 4990, "--size", 100, "--key-file", key_file)
     assert part == {"offset": 4990, "size": 10, "fragment_size": 5000, "hex": pattern(5000)[4990:].hex()}
-    assert json_of("show", place.root, "clock", "--hex", "--key-file", key_file)["hex"] == "0c"
+    assert json_of("show", place.location, "clock", "--hex", "--key-file", key_file)["hex"] == "0c"
 
 
 def test_a_large_value_is_shown_where_its_format_is_given(plain: vmsnap.SnapshotWriter) -> None:
@@ -392,21 +394,21 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_cp_copies_in_and_out_byte_for_byte(place: Place, image: Path, key_file: Path) -> None:
-    run("cp", image, f"{place.root}:new/space/sdb", "--key-file", key_file)
+    run("cp", image, f"{place.location}:new/space/sdb", "--key-file", key_file)
     assert read(place.open().namespace("new").namespace("space"), "sdb") == image.read_bytes()
     out = image.with_name("out")
-    assert run("cp", f"{place.root}:new/space/sdb", out, "--key-file", key_file).stdout == b""
+    assert run("cp", f"{place.location}:new/space/sdb", out, "--key-file", key_file).stdout == b""
     assert out.read_bytes() == image.read_bytes()
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
-    assert run("cp", f"{place.root}:disks/sda", "-", "--key-file", key_file).stdout == pattern(5000)
+    assert run("cp", f"{place.location}:disks/sda", "-", "--key-file", key_file).stdout == pattern(5000)
 
 
 def test_cp_takes_the_name_along_into_folders_and_namespaces(place: Place, image: Path, key_file: Path) -> None:
-    run("cp", image, f"{place.root}:disks/", "--key-file", key_file)
-    run("cp", image, f"{place.root}:", "--key-file", key_file)
+    run("cp", image, f"{place.location}:disks/", "--key-file", key_file)
+    run("cp", image, f"{place.location}:", "--key-file", key_file)
     assert place.open().namespace("disks").list_fragments() == ["disk.img", "sda"]
     assert place.open().list_fragments() == ["clock", "disk.img"]
-    run("cp", f"{place.root}:pci/00:1f.2/état", image.parent, "--key-file", key_file)
+    run("cp", f"{place.location}:pci/00:1f.2/état", image.parent, "--key-file", key_file)
     assert (image.parent / "état").read_bytes() == b""
 
 
@@ -418,15 +420,15 @@ def test_cp_reads_standard_input(plain: vmsnap.SnapshotWriter) -> None:
 
 
 def test_cp_never_writes_over_a_fragment(place: Place, image: Path, key_file: Path) -> None:
-    before = tree(place.root)
+    before = tree(place.location)
     for target in ("clock", "disks", "disks/sda"):
-        error = error_of(run("cp", image, f"{place.root}:{target}", "--key-file", key_file, status=1))
+        error = error_of(run("cp", image, f"{place.location}:{target}", "--key-file", key_file, status=1))
         assert "exists" in error
-    assert tree(place.root) == before
+    assert tree(place.location) == before
 
 
 def test_cp_replaces_a_plain_file_only_where_it_is_forced(place: Place, image: Path, key_file: Path) -> None:
-    arguments = ["cp", f"{place.root}:disks/sda", image, "--key-file", key_file]
+    arguments = ["cp", f"{place.location}:disks/sda", image, "--key-file", key_file]
     before = tree(image.parent)
     assert "disk.img: File exists" in error_of(run(*arguments, status=1))
     assert tree(image.parent) == before
@@ -440,22 +442,22 @@ def test_cp_replaces_a_plain_file_only_where_it_is_forced(place: Place, image: P
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_cp_writes_no_file_into_a_snapshot(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
-    run("cp", image, f"{place.root}:disks/sdb", "--key-file", key_file)
-    before = tree(place.root)
-    for target in ("", "/new", "/disks/new", "/disks", "/enc_metadata", f"/../{place.root.name}/disks/sdb"):
-        path = f"{place.root}{target}"
-        done = run("cp", f"{place.root}:disks/sdb", path, "--key-file", key_file, *force, status=1)
+    run("cp", image, f"{place.location}:disks/sdb", "--key-file", key_file)
+    before = tree(place.location)
+    for target in ("", "/new", "/disks/new", "/disks", "/enc_metadata", f"/../{place.location.name}/disks/sdb"):
+        path = f"{place.location}{target}"
+        done = run("cp", f"{place.location}:disks/sdb", path, "--key-file", key_file, *force, status=1)
         assert "is in the snapshot" in error_of(done)
-        assert tree(place.root) == before
+        assert tree(place.location) == before
 
 
 def test_options_that_do_not_apply_are_refused(place: Place, image: Path, tmp_path: Path, key_file: Path) -> None:
-    run("cp", image, f"{place.root}:disks/sdb", "--key-file", key_file)
+    run("cp", image, f"{place.location}:disks/sdb", "--key-file", key_file)
     for arguments in (
-        [f"{place.root}:disks/sdb", tmp_path / "out", "--create"],
-        [f"{place.root}:", tmp_path / "out"],
-        [image, f"{place.root}:new", "--force"],
-        [image, f"{place.root}:new", "--chunk-size", "5"],
+        [f"{place.location}:disks/sdb", tmp_path / "out", "--create"],
+        [f"{place.location}:", tmp_path / "out"],
+        [image, f"{place.location}:new", "--force"],
+        [image, f"{place.location}:new", "--chunk-size", "5"],
     ):
         run("cp", *arguments, "--key-file", key_file, status=2)
         assert not (tmp_path / "out").exists()
@@ -478,7 +480,7 @@ def test_a_copy_out_that_fails_leaves_nothing(place: Place, image: Path, key_fil
     if not force:
         image.unlink()
     before = tree(image.parent)
-    error = error_of(run("cp", f"{place.root}:disks/sda", image, "--key-file", key_file, *force, status=3))
+    error = error_of(run("cp", f"{place.location}:disks/sda", image, "--key-file", key_file, *force, status=3))
     assert '"sda"' in error
     assert tree(image.parent) == before
 
@@ -489,8 +491,8 @@ def test_a_copy_in_that_fails_leaves_nothing(place: Place, tmp_path: Path, key_f
     # It opens, and then cannot be read.
     path = "/proc/self/mem" if source == "unreadable" else str(tmp_path / source)
     before = tree(tmp_path)
-    error_of(run("cp", path, f"{place.root}:new/space/it", "--key-file", key_file, status=1))
-    error_of(run("cp", path, f"{place.root}:new/../it", "--key-file", key_file, status=1))
+    error_of(run("cp", path, f"{place.location}:new/space/it", "--key-file", key_file, status=1))
+    error_of(run("cp", path, f"{place.location}:new/../it", "--key-file", key_file, status=1))
     error_of(run("cp", path, f"{tmp_path}/made:it", "--create", status=1))
     assert tree(tmp_path) == before
 
@@ -507,7 +509,7 @@ def test_cp_makes_a_snapshot_only_where_it_is_asked_to(tmp_path: Path, image: Pa
 
 def test_cp_needs_a_fragment_on_one_side(place: Place, image: Path, key_file: Path) -> None:
     assert b"SNAPSHOT:PATH" in run("cp", image, "copy", status=2).stderr
-    both = run("cp", f"{place.root}:clock", f"{place.root}:copy", "--key-file", key_file, status=2)
+    both = run("cp", f"{place.location}:clock", f"{place.location}:copy", "--key-file", key_file, status=2)
     assert b"both are fragments" in both.stderr
     assert "nowhere: there is no such snapshot" in error_of(run("cp", "nowhere:it", "copy", status=1))
 
@@ -529,17 +531,17 @@ def test_the_exit_code_tells_what_kind_of_error_it_was(
 ) -> None:
     wrong = write_private(tmp_path / "wrong.key", vmsnap.generate_key())
     for command in (["tree"], ["ls"], ["show", "clock"]):
-        arguments = [command[0], place.root, *command[1:]]
+        arguments = [command[0], place.location, *command[1:]]
         assert "pass the key it was written with" in error_of(run(*arguments, status=3))
         assert "enc_metadata" in error_of(run(*arguments, "--key-file", wrong, status=3))
         assert "not encrypted" in error_of(run(command[0], plain.root, *command[1:], "--key-file", wrong, status=3))
-    assert "enc_metadata" in error_of(run("info", place.root, "--key-file", wrong, status=3))
+    assert "enc_metadata" in error_of(run("info", place.location, "--key-file", wrong, status=3))
     (plain.root / "link").symlink_to("nowhere")
     assert "symbolic link" in error_of(run("info", plain.root, status=4))
     place.file("enc_metadata").write_bytes(b"age-encryption.org/v2\n")
-    assert "use a newer vmsnap" in error_of(run("ls", place.root, "--key-file", key_file, status=4))
+    assert "use a newer vmsnap" in error_of(run("ls", place.location, "--key-file", key_file, status=4))
     place.file("enc_metadata").write_bytes(b"foreign")
-    assert "no wrapped key" in error_of(run("info", place.root, status=4))
+    assert "no wrapped key" in error_of(run("info", place.location, status=4))
     assert "No such file" in error_of(run("info", tmp_path / "none", status=1))
     help_text = text_of("--help")
     for code in (0, 1, 2, 3, 4, 130, 141):
@@ -590,17 +592,17 @@ def completed(*words: str | Path) -> list[str]:
 
 
 def test_fragments_and_namespaces_complete_without_a_key(place: Place) -> None:
-    assert completed("cat", place.root, "di") == ["plain,disks/sda"]
-    assert completed("show", place.root, "pci/") == ["plain,pci/00:1f.2/état"]
-    assert completed("ls", place.root, "p") == ["plain,pci", "plain,pci/00:1f.2"]
+    assert completed("cat", place.location, "di") == ["plain,disks/sda"]
+    assert completed("show", place.location, "pci/") == ["plain,pci/00:1f.2/état"]
+    assert completed("ls", place.location, "p") == ["plain,pci", "plain,pci/00:1f.2"]
     assert completed("tree", "v") == ["dir,v"]
-    assert completed("cat", place.root, "di", "--key-file", "none", "di") == []
+    assert completed("cat", place.location, "di", "--key-file", "none", "di") == []
 
 
 def test_what_cannot_be_completed_gives_nothing_and_no_error(place: Place) -> None:
-    assert completed("cat", place.root / "none", "d") == []
+    assert completed("cat", place.location / "none", "d") == []
     place.file("link").symlink_to("nowhere")
-    assert completed("cat", place.root, "d") == []
+    assert completed("cat", place.location, "d") == []
 
 
 def test_a_name_with_a_newline_is_not_offered(plain: vmsnap.SnapshotWriter) -> None:

@@ -52,7 +52,7 @@ def test_a_bad_name_is_refused_by_writers_and_readers(place: Place, name: str) -
         reader.namespace("disks").raw_fragment,
         reader.namespace("disks").namespace,
     ):
-        with refused("bad-name", message, place.root.parent):
+        with refused("bad-name", message, place.location.parent):
             refusing(name)
 
 
@@ -73,7 +73,7 @@ def test_a_path_that_no_snapshot_can_have_is_refused(
 def test_a_name_that_is_not_utf_8_is_refused(place: Place, name: str) -> None:
     writer = place.create()
     for refusing in (writer.raw_fragment, writer.add_namespace, place.open().raw_fragment, place.open().namespace):
-        with refused("name-without-utf-8", "surrogates not allowed", place.root):
+        with refused("name-without-utf-8", "surrogates not allowed", place.location):
             refusing(name)
 
 
@@ -81,9 +81,9 @@ def test_a_name_that_is_not_utf_8_is_refused(place: Place, name: str) -> None:
 @pytest.mark.parametrize("size", [0, 1, 31, (64 << 20) + 1, 1 << 32, (1 << 64) - 1, -1, 2**70, -(2**70)])
 def test_a_chunk_size_out_of_range_is_refused(place: Place, size: int) -> None:
     writer = place.create()
-    with refused("chunk-size", rf"chunk_size_bytes .*{size}", place.root):
+    with refused("chunk-size", rf"chunk_size_bytes .*{size}", place.location):
         writer.raw_fragment("mem", chunk_size_bytes=size)
-    with refused("chunk-size", rf"chunk_size_bytes .*{size}", place.root):
+    with refused("chunk-size", rf"chunk_size_bytes .*{size}", place.location):
         writer.raw_fragment_with_chunk_size("mem", size)
 
 
@@ -161,7 +161,7 @@ def test_an_offset_that_no_fragment_has_is_refused(place: Place) -> None:
             lambda: fragment.seek(0, 3),
         ]
         for call in calls:
-            with refused("offset", "cannot be|before its start|whence is", place.root):
+            with refused("offset", "cannot be|before its start|whence is", place.location):
                 call()
             assert fragment.tell() == 10
         assert buffer == b"\xaa" * 10
@@ -179,7 +179,7 @@ def test_a_damaged_pickle_is_refused(place: Place) -> None:
         damaged = [b"", b"\x00", b"garbage", *(state[:length] for length in range(len(state)))]
         damaged += [outside] if outside != state else []
         for each in damaged:
-            with refused("damaged-pickle", "not a pickled handle", place.root):
+            with refused("damaged-pickle", "not a pickled handle", place.location):
                 rebuild(each)
 
 
@@ -220,6 +220,6 @@ def test_a_buffer_that_cannot_be_written_to_is_refused(place: Place) -> None:
     write(place.create(), "mem", pattern(100))
     with place.open().raw_fragment("mem") as reader:
         for call in (reader.readinto, lambda buffer: reader.readinto_at(0, buffer)):
-            with refused("read-only-buffer", "written to", place.root):
+            with refused("read-only-buffer", "written to", place.location):
                 call(bytes(10))
         assert reader.read() == pattern(100)

@@ -33,7 +33,7 @@ def something_at(path: Path, what: str) -> None:
 @row("root-exists")
 @pytest.mark.parametrize("what", ["a snapshot", "an empty folder", "a file", "a link that leads nowhere", "a FIFO"])
 def test_nothing_is_written_over(place: Place, tmp_path: Path, what: str) -> None:
-    something_at(place.root, what)
+    something_at(place.location, what)
     with refused("root-exists", r"vm1: a snapshot needs a path at which nothing is yet", tmp_path):
         place.create()
 
@@ -42,9 +42,9 @@ def test_nothing_is_written_over(place: Place, tmp_path: Path, what: str) -> Non
 def test_two_snapshots_cannot_have_one_path(place: Place, tmp_path: Path) -> None:
     writer = write(place.create(), "mem", b"x")
     with refused("root-exists", "nothing is yet", tmp_path):
-        vmsnap.SnapshotWriter(place.root, key=bytes(32))
+        vmsnap.SnapshotWriter(place.location, key=bytes(32))
     write(writer, "more", b"y")
-    check_independently(place.root, place.key, {"mem": b"x", "more": b"y"})
+    check_independently(place.location, place.key, {"mem": b"x", "more": b"y"})
 
 
 @row("parent-missing")
@@ -79,14 +79,16 @@ def test_fragments_and_namespaces_are_made_once(place: Place, what: str) -> None
             place.file("disks/sda").symlink_to("nowhere")
         case "a FIFO":
             os.mkfifo(place.file("disks/sda"))
-    with refused("fragment-exists", 'fragment "sda" in namespace "disks" of .*vm1 exists already', place.root.parent):
+    with refused(
+        "fragment-exists", 'fragment "sda" in namespace "disks" of .*vm1 exists already', place.location.parent
+    ):
         inner.raw_fragment("sda")
-    with refused("fragment-exists", 'namespace "disks/sda" of .*vm1 exists already', place.root.parent):
+    with refused("fragment-exists", 'namespace "disks/sda" of .*vm1 exists already', place.location.parent):
         inner.add_namespace("sda")
     if fragment is not None:
         fragment.write(b", second")
         fragment.close()
-        check_independently(place.root, place.key, {"disks/other": b"other", "disks/sda": b"first, second"})
+        check_independently(place.location, place.key, {"disks/other": b"other", "disks/sda": b"first, second"})
 
 
 @row("namespace-removed")
@@ -95,11 +97,11 @@ def test_a_namespace_that_was_removed_is_missed(place: Place) -> None:
     inner = writer.add_namespace("disks").add_namespace("deep")
     place.file("disks/deep").rmdir()
     for call in (inner.raw_fragment, inner.add_namespace):
-        with refused("namespace-removed", 'namespace "disks/deep" of .*vm1 does not exist', place.root.parent):
+        with refused("namespace-removed", 'namespace "disks/deep" of .*vm1 does not exist', place.location.parent):
             call("sda")
-    shutil.rmtree(place.root)
+    shutil.rmtree(place.location)
     for call in (writer.raw_fragment, writer.add_namespace):
-        with refused("namespace-removed", "cannot open the snapshot .*vm1", place.root.parent):
+        with refused("namespace-removed", "cannot open the snapshot .*vm1", place.location.parent):
             call("sda")
 
 

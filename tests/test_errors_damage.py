@@ -17,13 +17,15 @@ def test_what_is_not_there_is_missed_by_name(place: Place) -> None:
     writer = place.create()
     write(writer.add_namespace("disks").add_namespace("deep"), "sda", b"x")
     reader = place.open()
-    with refused("fragment-missing", 'fragment "sdb" of .*vm1: does not exist', place.root):
+    with refused("fragment-missing", 'fragment "sdb" of .*vm1: does not exist', place.location):
         reader.raw_fragment("sdb")
-    with refused("fragment-missing", 'fragment "sdb" in namespace "disks/deep" of .*vm1: does not exist', place.root):
+    with refused(
+        "fragment-missing", 'fragment "sdb" in namespace "disks/deep" of .*vm1: does not exist', place.location
+    ):
         reader.namespace("disks").namespace("deep").raw_fragment("sdb")
-    with refused("namespace-missing", 'namespace "disk" of .*vm1 does not exist', place.root):
+    with refused("namespace-missing", 'namespace "disk" of .*vm1 does not exist', place.location):
         reader.namespace("disk")
-    with refused("namespace-missing", 'namespace "disks/deeper" of .*vm1 does not exist', place.root):
+    with refused("namespace-missing", 'namespace "disks/deeper" of .*vm1 does not exist', place.location):
         reader.namespace("disks").namespace("deeper")
 
 
@@ -33,11 +35,11 @@ def test_fragments_and_namespaces_are_told_apart(place: Place) -> None:
     inner = write(writer.add_namespace("disks"), "sda", b"x")
     inner.add_namespace("deep")
     reader = place.open()
-    with refused("fragment-is-namespace", 'fragment "deep" in namespace "disks" of .*: is a namespace', place.root):
+    with refused("fragment-is-namespace", 'fragment "deep" in namespace "disks" of .*: is a namespace', place.location):
         reader.namespace("disks").raw_fragment("deep")
-    with refused("fragment-is-namespace", 'fragment "disks" of .*vm1: is a namespace', place.root):
+    with refused("fragment-is-namespace", 'fragment "disks" of .*vm1: is a namespace', place.location):
         reader.raw_fragment("disks")
-    with refused("namespace-is-fragment", 'namespace "disks/sda" of .*vm1', place.root):
+    with refused("namespace-is-fragment", 'namespace "disks/sda" of .*vm1', place.location):
         reader.namespace("disks").namespace("sda")
 
 
@@ -47,7 +49,7 @@ def test_a_plain_file_in_an_encrypted_snapshot_is_refused(encrypted_place: Place
     encrypted_place.create()
     encrypted_place.file("mem").write_bytes(pattern(length))
     message = 'fragment "mem" of .*vm1: .*plain file in an encrypted snapshot'
-    with refused("no-header", message, encrypted_place.root):
+    with refused("no-header", message, encrypted_place.location):
         encrypted_place.open().raw_fragment("mem")
 
 
@@ -74,10 +76,10 @@ def test_a_fragment_cut_off_anywhere_does_not_open(segmented: Place) -> None:
     for length in range(len(stored)):
         file.write_bytes(stored[:length])
         if length < HEADER_BYTES + 32:
-            with refused("no-header", f"{WHERE}: has {length} bytes, fewer than any", segmented.root):
+            with refused("no-header", f"{WHERE}: has {length} bytes, fewer than any", segmented.location):
                 reader.raw_fragment("sda")
         else:
-            with refused("changed", NOT_AUTHENTIC, segmented.root):
+            with refused("changed", NOT_AUTHENTIC, segmented.location):
                 reader.raw_fragment("sda")
 
 
@@ -90,7 +92,7 @@ def test_a_fragment_that_was_extended_does_not_open(encrypted_place: Place, leng
     for more in range(1, 2 * (CHUNK + 32) + 2):
         for addition in (bytes(more), stored[-more:], b"\xff" * more):
             file.write_bytes(stored + addition)
-            with refused("changed", "authentication failed", encrypted_place.root):
+            with refused("changed", "authentication failed", encrypted_place.location):
                 encrypted_place.open().raw_fragment("sda")
 
 
@@ -108,16 +110,16 @@ def test_any_changed_bit_of_a_fragment_is_found_and_other_segments_still_read(se
             before_last = HEADER_BYTES <= position < segment_offset(2, CHUNK)
             chunk_size = int.from_bytes(changed[2:6], "big") - 32
             if position < 10 and not (2 <= position < 6 and 32 <= chunk_size <= 64 * MIB):
-                with refused("no-header", f"{WHERE}: not encrypted by vmsnap", segmented.root):
+                with refused("no-header", f"{WHERE}: not encrypted by vmsnap", segmented.location):
                     reader.raw_fragment("sda")
             elif not before_last:
-                with refused("changed", NOT_AUTHENTIC, segmented.root):
+                with refused("changed", NOT_AUTHENTIC, segmented.location):
                     reader.raw_fragment("sda")
             else:
                 bad = (position - HEADER_BYTES) // (CHUNK + 32)
                 with reader.raw_fragment("sda") as fragment:
                     buffer = bytearray(b"\xaa" * len(data))
-                    with refused("changed", NOT_AUTHENTIC, segmented.root):
+                    with refused("changed", NOT_AUTHENTIC, segmented.location):
                         fragment.readinto_at(0, buffer)
                     assert buffer == bytes(len(data))
                     for index in range(3):
@@ -127,10 +129,10 @@ def test_any_changed_bit_of_a_fragment_is_found_and_other_segments_still_read(se
                             continue
                         # Neither whole nor in part, neither in place nor in order.
                         for offset, size in ((at, CHUNK), (at + 5, 1)):
-                            with refused("changed", NOT_AUTHENTIC, segmented.root):
+                            with refused("changed", NOT_AUTHENTIC, segmented.location):
                                 fragment.read_at(offset, size)
                             fragment.seek(offset)
-                            with refused("changed", NOT_AUTHENTIC, segmented.root):
+                            with refused("changed", NOT_AUTHENTIC, segmented.location):
                                 fragment.read(size)
     file.write_bytes(stored)
     assert read(reader, "sda") == data
@@ -146,11 +148,11 @@ def test_a_read_that_fails_gives_nothing_out_and_keeps_the_position(segmented: P
     with segmented.open().namespace("disks").raw_fragment("sda") as fragment:
         fragment.seek(start)
         buffer = bytearray(b"\xaa" * (2 * CHUNK))
-        with refused("changed", NOT_AUTHENTIC, segmented.root):
+        with refused("changed", NOT_AUTHENTIC, segmented.location):
             fragment.readinto(buffer)
         assert buffer == bytes(len(buffer))
         assert fragment.tell() == start
-        with refused("changed", NOT_AUTHENTIC, segmented.root):
+        with refused("changed", NOT_AUTHENTIC, segmented.location):
             fragment.read()
         assert fragment.tell() == start
 
@@ -165,10 +167,10 @@ def test_a_large_read_of_a_damaged_fragment_fails_by_any_number_of_threads(encry
     for threads in (1, 2, 8):
         with encrypted_place.open(threads).raw_fragment("mem") as fragment:
             buffer = bytearray(b"\xaa" * (3 * MIB))
-            with refused("changed", "authentication failed", encrypted_place.root):
+            with refused("changed", "authentication failed", encrypted_place.location):
                 fragment.readinto_at(0, buffer)
             assert not any(buffer)
-            with refused("changed", "authentication failed", encrypted_place.root):
+            with refused("changed", "authentication failed", encrypted_place.location):
                 fragment.readall()
             assert fragment.read_at(501 * 4096, MIB) == pattern(3 * MIB)[501 * 4096 :][:MIB]
 
@@ -190,7 +192,7 @@ def test_fragments_open_nowhere_but_in_their_own_place(encrypted_place: Place) -
     def refuse(path: str) -> None:
         reader = encrypted_place.open()
         namespace, _, name = path.rpartition("/")
-        with refused("misplaced", f'fragment "{name}".*: authentication failed', encrypted_place.root):
+        with refused("misplaced", f'fragment "{name}".*: authentication failed', encrypted_place.location):
             (reader.namespace(namespace) if namespace else reader).raw_fragment(name)
 
     for one, other in (("disks/sda", "disks/sdb"), ("sda", "disks/sda")):
@@ -209,7 +211,7 @@ def test_fragments_open_nowhere_but_in_their_own_place(encrypted_place: Place) -
     refuse("copy")
     file("copy").unlink()
     check_independently(
-        encrypted_place.root,
+        encrypted_place.location,
         encrypted_place.key,
         {"sda": pattern(100), "disks/sda": pattern(100, seed=1), "disks/sdb": pattern(100, seed=2)},
     )
@@ -237,10 +239,10 @@ def test_fragments_and_key_metadata_of_another_snapshot_are_refused(tmp_path: Pa
 def test_an_older_version_of_a_fragment_under_another_data_key_is_refused(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"old")
     old = encrypted_place.file("mem").read_bytes()
-    shutil.rmtree(encrypted_place.root)
+    shutil.rmtree(encrypted_place.location)
     write(encrypted_place.create(), "mem", b"new")
     encrypted_place.file("mem").write_bytes(old)
-    with refused("misplaced", "authentication failed", encrypted_place.root):
+    with refused("misplaced", "authentication failed", encrypted_place.location):
         encrypted_place.open().raw_fragment("mem")
 
 
@@ -248,11 +250,11 @@ def test_an_older_version_of_a_fragment_under_another_data_key_is_refused(encryp
 def test_segments_open_nowhere_but_in_their_own_place(encrypted_place: Place) -> None:
     data = pattern(4 * CHUNK)
     write(encrypted_place.create(), "mem", data, CHUNK)
-    write(vmsnap.SnapshotWriter(encrypted_place.root.parent / "vm2", key=encrypted_place.key), "mem", data, CHUNK)
+    write(vmsnap.SnapshotWriter(encrypted_place.location.parent / "vm2", key=encrypted_place.key), "mem", data, CHUNK)
     file = encrypted_place.file("mem")
     stored = file.read_bytes()
     header, first, second, third, last = stored[:74], *(stored[74 + 64 * index :][:64] for index in range(4))
-    other = (encrypted_place.root.parent / "vm2/mem").read_bytes()
+    other = (encrypted_place.location.parent / "vm2/mem").read_bytes()
 
     for segments, bad in (
         ([second, first, third, last], [0, 1]),
@@ -267,15 +269,15 @@ def test_segments_open_nowhere_but_in_their_own_place(encrypted_place: Place) ->
                 if index not in bad:
                     assert fragment.read_at(at, CHUNK) == data[at : at + CHUNK]
                     continue
-                with refused("segments-misplaced", "authentication failed", encrypted_place.root):
+                with refused("segments-misplaced", "authentication failed", encrypted_place.location):
                     fragment.read_at(at, CHUNK)
     # What moves the last one shows at once.
     for segments in ([first, second, third], [first, second, third, third], [first, second, last], [last]):
         file.write_bytes(header + b"".join(segments))
-        with refused("segments-misplaced", "authentication failed", encrypted_place.root):
+        with refused("segments-misplaced", "authentication failed", encrypted_place.location):
             encrypted_place.open().raw_fragment("mem")
     file.write_bytes(other[:74] + stored[74:])
-    with refused("misplaced", "authentication failed", encrypted_place.root):
+    with refused("misplaced", "authentication failed", encrypted_place.location):
         encrypted_place.open().raw_fragment("mem")
 
 
@@ -287,10 +289,10 @@ def test_a_fragment_that_gets_shorter_while_it_is_open_fails_the_read(place: Pla
         os.truncate(place.file("mem"), keep)
         buffer = bytearray(b"\xaa" * 100_000)
         if place.key:
-            with refused("cut-while-open", 'fragment "mem" of .*vm1: became shorter', place.root):
+            with refused("cut-while-open", 'fragment "mem" of .*vm1: became shorter', place.location):
                 fragment.readinto_at(0, buffer)
         else:
-            with refused("plain-cut-while-open", 'fragment "mem" of .*vm1: became shorter', place.root):
+            with refused("plain-cut-while-open", 'fragment "mem" of .*vm1: became shorter', place.location):
                 fragment.readinto_at(0, buffer)
         assert not any(buffer)
         # What is still there reads on.
@@ -305,7 +307,7 @@ def test_a_header_that_asks_for_gigabytes_is_refused_before_anything_is_allocate
     for segment_length in (0, 31, 32, 63, (64 << 20) + 33, 0xFFFFFFFF):
         stored[2:6] = segment_length.to_bytes(4, "big")
         encrypted_place.file("mem").write_bytes(stored)
-        with refused("no-header", "not encrypted by vmsnap", encrypted_place.root):
+        with refused("no-header", "not encrypted by vmsnap", encrypted_place.location):
             encrypted_place.open().raw_fragment("mem")
 
 

@@ -51,7 +51,7 @@ def test_a_disk_that_gets_full_fails_the_write_and_poisons_the_fragment(
 ) -> None:
     writer = small_place.create()
     write(writer.add_namespace("others"), "kept", pattern(1000))
-    before = tree(small_place.root)
+    before = tree(small_place.location)
     fragment = writer.raw_fragment("mem", chunk_size_bytes=chunk)
     with pytest.raises(OSError, match=r'fragment "mem" of .*vm1: cannot be written: No space left on device') as caught:
         write_in_pieces(fragment, pattern(6 * MIB), piece)
@@ -64,11 +64,11 @@ def test_a_disk_that_gets_full_fails_the_write_and_poisons_the_fragment(
     with pytest.raises(vmsnap.FragmentStateError, match=message):
         fragment.close()
     assert fragment.closed
-    assert tree(small_place.root) == before
+    assert tree(small_place.location) == before
 
     # There is room again, and the name is free.
     write(writer, "mem", b"anew")
-    check_independently(small_place.root, small_place.key, {"others/kept": pattern(1000), "mem": b"anew"})
+    check_independently(small_place.location, small_place.key, {"others/kept": pattern(1000), "mem": b"anew"})
 
 
 @row("after-failed-write")
@@ -116,7 +116,7 @@ def test_a_fragment_that_a_full_disk_cut_off_goes_however_it_ends(
     small_place: Place, piece: int, end: Callable[[vmsnap.SnapshotWriter, int], None]
 ) -> None:
     writer = small_place.create()
-    with refused("disk-full", "No space left", small_place.root):
+    with refused("disk-full", "No space left", small_place.location):
         end(writer, piece)
 
 
@@ -124,7 +124,7 @@ def test_a_fragment_that_a_full_disk_cut_off_goes_however_it_ends(
 def test_a_disk_that_is_full_at_the_end_fails_the_close(small_place: Place, length: int) -> None:
     fragment = small_place.create().raw_fragment("mem")
     fragment.write(pattern(length))
-    fill(small_place.root.parent)
+    fill(small_place.location.parent)
     with pytest.raises(OSError, match=r'fragment "mem" of .*vm1: cannot be written: No space left') as caught:
         fragment.close()
     assert caught.value.errno == errno.ENOSPC
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_at_the_end_fails_the_close(small_place: Place, leng
 def test_a_fragment_that_is_dropped_on_a_full_disk_leaves_nothing(small_place: Place) -> None:
     fragment = small_place.create().raw_fragment("mem")
     fragment.write(pattern(60_000))
-    fill(small_place.root.parent)
+    fill(small_place.location.parent)
     del fragment
     gc.collect()
     assert not small_place.file("mem").exists()
@@ -144,7 +144,7 @@ def test_a_fragment_that_is_dropped_on_a_full_disk_leaves_nothing(small_place: P
 def test_a_buffered_writer_over_a_full_disk_leaves_nothing(small_place: Place) -> None:
     stream = io.BufferedWriter(small_place.create().raw_fragment("mem"), buffer_size=1 << 17)
     stream.write(pattern(100_000))
-    fill(small_place.root.parent)
+    fill(small_place.location.parent)
     with pytest.raises((OSError, vmsnap.FragmentStateError)):
         stream.close()
     assert not small_place.file("mem").exists()
@@ -153,15 +153,15 @@ def test_a_buffered_writer_over_a_full_disk_leaves_nothing(small_place: Place) -
 @row("disk-full")
 def test_a_full_disk_has_no_room_for_a_fragment(small_place: Place) -> None:
     writer = small_place.create()
-    fill(small_place.root.parent)
+    fill(small_place.location.parent)
     if small_place.key:  # which begins with a header
-        with refused("disk-full", 'fragment "mem" of .*vm1: cannot be written: No space', small_place.root.parent):
+        with refused("disk-full", 'fragment "mem" of .*vm1: cannot be written: No space', small_place.location.parent):
             writer.raw_fragment("mem")
-    (small_place.root.parent / "filler").unlink()
-    use_all_inodes(small_place.root.parent)
-    with refused("disk-full", 'fragment "mem" of .*vm1 cannot be created: No space', small_place.root.parent):
+    (small_place.location.parent / "filler").unlink()
+    use_all_inodes(small_place.location.parent)
+    with refused("disk-full", 'fragment "mem" of .*vm1 cannot be created: No space', small_place.location.parent):
         writer.raw_fragment("mem")
-    with refused("disk-full", 'namespace "disks" of .*vm1 cannot be created: No space', small_place.root.parent):
+    with refused("disk-full", 'namespace "disks" of .*vm1 cannot be created: No space', small_place.location.parent):
         writer.add_namespace("disks")
 
 

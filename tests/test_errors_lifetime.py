@@ -45,7 +45,7 @@ def test_a_fragment_that_was_closed_is_not_written_to(place: Place, end: str) ->
     fragment.close() if end == "close" else fragment.discard()
     more: list[Callable[[], object]] = [fragment.writable, fragment.__enter__, lambda: fragment.writelines([b"x"])]
     for call in [*writer_calls(fragment), *more]:
-        with refused("closed", "closed file", place.root):
+        with refused("closed", "closed file", place.location):
             call()
 
 
@@ -65,7 +65,7 @@ def test_a_fragment_that_was_closed_is_not_read(place: Place) -> None:
         lambda: fragment.chunk_size_bytes,
     ]
     for call in [*reader_calls(fragment), *more]:
-        with refused("closed", "closed file", place.root):
+        with refused("closed", "closed file", place.location):
             call()
 
 
@@ -124,7 +124,7 @@ def test_a_forked_child_cannot_use_a_fragment_and_the_parent_goes_on(place: Plac
     write_in_pieces(fragment, data[before:], 50_000)
     assert fragment.tell() == len(data)
     fragment.close()
-    check_independently(place.root, place.key, {"mem": data})
+    check_independently(place.location, place.key, {"mem": data})
 
 
 @row("forked")
@@ -136,7 +136,7 @@ def test_a_forked_child_cannot_read_a_fragment_and_the_parent_goes_on(place: Pla
 
     def child() -> None:
         for call in reader_calls(fragment):
-            with refused("forked", "forked from", place.root):
+            with refused("forked", "forked from", place.location):
                 call()
         fragment.close()
         # By the handle it reads as ever.
@@ -168,6 +168,6 @@ for fragment in fragments:
 
 @pytest.mark.parametrize("how", ["drops", "ends"])
 def test_the_end_of_a_forked_child_leaves_the_parents_fragments_alone(place: Place, how: str) -> None:
-    run_python_well(FORKING, place.root, (place.key or b"").hex(), how)
+    run_python_well(FORKING, place.location, (place.key or b"").hex(), how)
     data = bytes(range(250)) * 4000 + b"after"
-    check_independently(place.root, place.key, {str(number): data for number in range(3)})
+    check_independently(place.location, place.key, {str(number): data for number in range(3)})

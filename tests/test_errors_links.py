@@ -43,15 +43,15 @@ def test_a_special_file_among_the_fragments_is_refused_and_not_waited_for(place:
     special_file(place.file("disks/sdb"), kind)
     message = f"is {kind}, which a snapshot never holds"
     reader = place.open().namespace("disks")
-    with refused("special-file", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.root):
+    with refused("special-file", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.location):
         reader.raw_fragment("sdb")
     message = f'"sdb" {message}'
-    with refused("special-file", f'namespace "disks/sdb" of .*vm1: {message}', place.root):
+    with refused("special-file", f'namespace "disks/sdb" of .*vm1: {message}', place.location):
         reader.namespace("sdb")
     for listing in (reader.list_fragments, reader.list_namespaces):
-        with refused("special-file", f"disks of .*vm1: {message}", place.root):
+        with refused("special-file", f"disks of .*vm1: {message}", place.location):
             listing()
-    with refused("fragment-exists", "exists already", place.root):
+    with refused("fragment-exists", "exists already", place.location):
         inner.raw_fragment("sdb")
     # The others can be read all the same.
     assert read(reader, "sda") == b"x"
@@ -64,7 +64,7 @@ def test_a_special_file_in_a_namespaces_place_is_not_written_into(place: Place, 
     place.file("disks/deep").rmdir()
     special_file(place.file("disks/deep"), kind)
     for call in (inner.raw_fragment, inner.add_namespace):
-        with refused("special-file", f'namespace "disks/deep" of .*vm1: "deep" is {kind}', place.root):
+        with refused("special-file", f'namespace "disks/deep" of .*vm1: "deep" is {kind}', place.location):
             call("sda")
 
 
@@ -74,7 +74,7 @@ def test_key_metadata_that_is_no_file_is_refused_and_not_waited_for(encrypted_pl
     encrypted_place.create()
     file = encrypted_place.file("enc_metadata")
     if kind == "a symbolic link":
-        file.rename(encrypted_place.root.parent / "elsewhere")
+        file.rename(encrypted_place.location.parent / "elsewhere")
         file.symlink_to("../elsewhere")
     else:
         file.unlink()
@@ -82,8 +82,8 @@ def test_key_metadata_that_is_no_file_is_refused_and_not_waited_for(encrypted_pl
     what = kind if kind in SPECIAL else "a symbolic link"
     for key in (encrypted_place.key, None):
         message = f"enc_metadata of .*vm1: is {what}"
-        with refused("key-metadata-no-file", message, encrypted_place.root):
-            vmsnap.SnapshotReader(encrypted_place.root, key=key)
+        with refused("key-metadata-no-file", message, encrypted_place.location):
+            vmsnap.SnapshotReader(encrypted_place.location, key=key)
 
 
 @row("key-metadata-folder")
@@ -92,8 +92,8 @@ def test_key_metadata_that_is_a_folder_is_refused(encrypted_place: Place) -> Non
     encrypted_place.file("enc_metadata").unlink()
     encrypted_place.file("enc_metadata").mkdir()
     for key in (encrypted_place.key, None):
-        with refused("key-metadata-folder", "enc_metadata of .*vm1", encrypted_place.root):
-            vmsnap.SnapshotReader(encrypted_place.root, key=key)
+        with refused("key-metadata-folder", "enc_metadata of .*vm1", encrypted_place.location):
+            vmsnap.SnapshotReader(encrypted_place.location, key=key)
 
 
 @row("link", "fragment-exists")
@@ -103,15 +103,15 @@ def test_a_link_in_a_fragments_place_is_not_followed(place: Place, target: str) 
     place.file("disks/sdb").symlink_to(target)  # to itself in the last case
     message = "is a symbolic link, which a snapshot never holds and vmsnap never follows"
     reader = place.open().namespace("disks")
-    with refused("link", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.root):
+    with refused("link", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.location):
         reader.raw_fragment("sdb")
     message = f'"sdb" {message}'
-    with refused("link", f'namespace "disks/sdb" of .*vm1: {message}', place.root):
+    with refused("link", f'namespace "disks/sdb" of .*vm1: {message}', place.location):
         reader.namespace("sdb")
     for listing in (reader.list_fragments, reader.list_namespaces):
-        with refused("link", message, place.root):
+        with refused("link", message, place.location):
             listing()
-    with refused("fragment-exists", "exists already", place.root):
+    with refused("fragment-exists", "exists already", place.location):
         inner.raw_fragment("sdb")
     assert read(reader, "real") == b"x"
 
@@ -159,6 +159,6 @@ def test_an_entry_that_no_snapshot_can_hold_is_told(place: Place, name: bytes) -
     assert reader.list_namespaces() == ["disks"]
     for listing in (reader.namespace("disks").list_fragments, reader.namespace("disks").list_namespaces):
         message = "disks of .*vm1: .*(is not UTF-8|is not a name that a snapshot can hold)"
-        with refused("foreign-entry", message, place.root):
+        with refused("foreign-entry", message, place.location):
             listing()
     assert read(reader.namespace("disks"), "sda") == b"x"

@@ -18,7 +18,7 @@ def test_a_snapshot_that_is_not_there_is_missed(place: Place, tmp_path: Path) ->
 
 @row("root-no-folder")
 def test_a_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
-    place.root.write_bytes(b"x")
+    place.location.write_bytes(b"x")
     with refused("root-no-folder", "cannot open the snapshot .*vm1", tmp_path):
         place.open()
 
@@ -27,8 +27,8 @@ def test_a_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
 def test_an_encrypted_snapshot_needs_its_key(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"x")
     for require_encrypted in (False, True):
-        with refused("no-key", "enc_metadata of .*vm1: .*pass the key it was written with", encrypted_place.root):
-            vmsnap.SnapshotReader(encrypted_place.root, require_encrypted)
+        with refused("no-key", "enc_metadata of .*vm1: .*pass the key it was written with", encrypted_place.location):
+            vmsnap.SnapshotReader(encrypted_place.location, require_encrypted)
 
 
 @row("not-encrypted")
@@ -43,7 +43,7 @@ def test_a_plain_snapshot_is_refused_where_an_encrypted_one_is_required(tmp_path
 def test_a_snapshot_whose_enc_metadata_was_removed_does_not_count_as_plain(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"x")
     encrypted_place.file("enc_metadata").unlink()
-    with refused("not-encrypted", "not encrypted", encrypted_place.root):
+    with refused("not-encrypted", "not encrypted", encrypted_place.location):
         encrypted_place.open()
 
 
@@ -55,8 +55,8 @@ def test_another_key_is_refused(encrypted_place: Place) -> None:
     one_bit[31] ^= 1
     for other in (bytes(32), bytes(one_bit), vmsnap.generate_key()):
         message = "enc_metadata of .*vm1: authentication failed: the key is wrong, or the file is damaged"
-        with refused("wrong-key", message, encrypted_place.root):
-            vmsnap.SnapshotReader(encrypted_place.root, key=other)
+        with refused("wrong-key", message, encrypted_place.location):
+            vmsnap.SnapshotReader(encrypted_place.location, key=other)
 
 
 @row("key-metadata-foreign", "key-metadata-damaged")
@@ -70,10 +70,10 @@ def test_any_changed_bit_of_the_key_metadata_is_found(encrypted_place: Place) ->
             changed[position] ^= 1 << bit
             file.write_bytes(changed)
             if position < 10:
-                with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.root):
+                with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
                     encrypted_place.open()
             else:
-                with refused("key-metadata-damaged", "authentication failed", encrypted_place.root):
+                with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
                     encrypted_place.open()
     file.write_bytes(stored)
     encrypted_place.open()
@@ -87,14 +87,14 @@ def test_key_metadata_cut_off_or_extended_anywhere_is_found(encrypted_place: Pla
     for length in range(len(stored)):
         file.write_bytes(stored[:length])
         if length < 10:
-            with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.root):
+            with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
                 encrypted_place.open()
         else:
-            with refused("key-metadata-damaged", "authentication failed", encrypted_place.root):
+            with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
                 encrypted_place.open()
     for more in [*range(1, 200), 1056, 2000]:
         file.write_bytes(stored + bytes(more))
-        with refused("key-metadata-damaged", "authentication failed", encrypted_place.root):
+        with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
             encrypted_place.open()
 
 
@@ -104,8 +104,8 @@ def test_what_does_not_begin_as_key_metadata_is_refused(encrypted_place: Place, 
     encrypted_place.create()
     encrypted_place.file("enc_metadata").write_bytes(contents)
     for key in (encrypted_place.key, None):
-        with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.root):
-            vmsnap.SnapshotReader(encrypted_place.root, key=key)
+        with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
+            vmsnap.SnapshotReader(encrypted_place.location, key=key)
 
 
 @row("key-metadata-too-long")
@@ -115,7 +115,7 @@ def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> N
     stored = file.read_bytes()
     for length in (MIB + 1, 2 * MIB):
         file.write_bytes(stored.ljust(length, b"\0"))
-        with refused("key-metadata-too-long", f"{length} bytes are too many", encrypted_place.root):
+        with refused("key-metadata-too-long", f"{length} bytes are too many", encrypted_place.location):
             encrypted_place.open()
     os.truncate(file, 1 << 40)  # a hole: whoever reads it runs out of memory
     with pytest.raises(vmsnap.CorruptSnapshotError, match="too many"):
@@ -125,7 +125,7 @@ def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> N
 def with_payload(place: Place, payload: object) -> Place:
     """A snapshot made by hand: with a payload of ours, and one fragment."""
     assert place.key is not None
-    place.root.mkdir()
+    place.location.mkdir()
     place.file("enc_metadata").write_bytes(floe.key_metadata(place.key, payload))
     place.file("mem").write_bytes(floe.seal(floe.DATA_KEY, floe.fragment_aad("mem"), b"by hand", 32))
     return place
@@ -154,7 +154,7 @@ def test_unknown_keys_of_the_payload_are_ignored_and_the_order_means_nothing(enc
 def test_what_a_newer_version_wrote_is_told(encrypted_place: Place, changes: dict[str, object], message: str) -> None:
     with_payload(encrypted_place, floe.payload_fields() | changes)
     message = f"enc_metadata of .*vm1: the snapshot needs .*{message}.* use a newer one"
-    with refused("newer-format", message, encrypted_place.root):
+    with refused("newer-format", message, encrypted_place.location):
         encrypted_place.open()
 
 
@@ -163,5 +163,5 @@ def test_what_a_newer_version_wrote_is_told(encrypted_place: Place, changes: dic
 def test_an_authentic_but_malformed_payload_is_refused(encrypted_place: Place, what: str) -> None:
     with_payload(encrypted_place, floe.MALFORMED_PAYLOADS[what])
     message = "enc_metadata of .*vm1: the key metadata is authentic but malformed"
-    with refused("payload-malformed", message, encrypted_place.root):
+    with refused("payload-malformed", message, encrypted_place.location):
         encrypted_place.open()

@@ -24,7 +24,7 @@ def test_a_value_that_cannot_be_written_is_refused(place: Place) -> None:
     writer = place.create().add_namespace("vcpus")
     value = {"regs": {"rip": 1j}}
     message = r"the value for 'vcpus/0' of .*/vm1 cannot be serialized: at regs\.rip: .*complex.*default="
-    with refused("unwritable-value", message, place.root):
+    with refused("unwritable-value", message, place.location):
         writer.write_fragment("0", value)
     writer.write_fragment("0", value, default=str)
     assert place.open().namespace("vcpus").read_fragment("0") == {"regs": {"rip": "1j"}}
@@ -52,9 +52,9 @@ def test_a_fragment_that_holds_no_value_is_refused(place: Place, content: bytes)
     write(place.create().add_namespace("vcpus"), "0", content)
     reader = place.open().namespace("vcpus")
     message = rf'"0" in namespace "vcpus" of .*/vm1 does not hold a serialized value: .*{NO_VALUES[content]}'
-    with refused("no-value", message, place.root):
+    with refused("no-value", message, place.location):
         reader.read_fragment("0")
-    with refused("no-value", message, place.root):
+    with refused("no-value", message, place.location):
         reader.read_fragment("0", Regs)
     assert read(reader, "0") == content
 
@@ -64,7 +64,7 @@ def test_a_value_of_another_type_is_refused(place: Place) -> None:
     place.create().write_fragment("cpu", {"rip": 1, "gdt": [1, "hunter2"]})
     reader = place.open()
     message = r"cpu.* is not of the type asked for: at gdt\[1\]: expected int, found str$"
-    with refused("value-of-another-type", message, place.root):
+    with refused("value-of-another-type", message, place.location):
         reader.read_fragment("cpu", Regs)
     assert reader.read_fragment("cpu")["rip"] == 1
 
@@ -73,7 +73,7 @@ def test_a_value_of_another_type_is_refused(place: Place) -> None:
 def test_a_fragment_that_is_too_large_for_a_value_is_refused(place: Place) -> None:
     place.create().write_fragment("cpu", bytes(97))
     reader = place.open()
-    with refused("value-too-large", "cpu.*: 99 bytes are too many for a value: raise max_size_bytes", place.root):
+    with refused("value-too-large", "cpu.*: 99 bytes are too many for a value: raise max_size_bytes", place.location):
         reader.read_fragment("cpu", max_size_bytes=98)
     assert reader.read_fragment("cpu", max_size_bytes=99) == bytes(97)
 
@@ -82,7 +82,7 @@ def test_a_fragment_that_is_too_large_for_a_value_is_refused(place: Place) -> No
 @pytest.mark.parametrize("kind", [5, "Regs", list["Regs"], Callable[[int], int], io.RawIOBase | Iterator[int]])
 def test_a_type_that_cannot_be_built_is_refused(place: Place, kind: object) -> None:
     place.create().write_fragment("cpu", 1)
-    with refused("unbuildable-type", "there is no way to build .*: give a class", place.root):
+    with refused("unbuildable-type", "there is no way to build .*: give a class", place.location):
         place.open().read_fragment("cpu", kind)
 
 
@@ -115,5 +115,5 @@ reader.read_fragment("array")
 """
     key = "" if place.key is None else place.key.hex()
     message = r"array.* has typed arrays, which need numpy: pip install 'vmsnap\[numpy\]'"
-    printed = refused_elsewhere("arrays-without-numpy", message, place.root, script, place.root, key)
+    printed = refused_elsewhere("arrays-without-numpy", message, place.location, script, place.location, key)
     assert printed.startswith("{'a': [1, b'x']}\n")

@@ -69,7 +69,7 @@ def test_what_is_written_is_read_back_here_and_by_the_independent_reader(
         assert fragment.size == length
         assert fragment.chunk_size_bytes == chunk
         assert fragment.stored_size == stored_size(length, chunk) == place.file("sda").stat().st_size
-    check_independently(place.root, place.key, {"sda": data})
+    check_independently(place.location, place.key, {"sda": data})
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_writes_split_in_any_way_make_one_fragment(pieces: tuple[int | None, lis
                 written += size
                 assert fragment.tell() == written
         assert place.file("sda").stat().st_size == stored_size(len(data), chunk)
-        check_independently(place.root, place.key, {"sda": bytes(data)})
+        check_independently(place.location, place.key, {"sda": bytes(data)})
 
 
 OPERATIONS = st.one_of(
@@ -472,8 +472,8 @@ def test_only_the_owner_can_read_even_where_the_umask_hides_nothing(place: Place
     finally:
         os.umask(before)
     modes = {
-        path.relative_to(place.root.parent).as_posix(): stat.S_IMODE(path.stat().st_mode)
-        for path in [place.root, *place.root.rglob("*")]
+        path.relative_to(place.location.parent).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in [place.location, *place.location.rglob("*")]
     }
     expected = {"vm1": 0o700, "vm1/disks": 0o700, "vm1/disks/deep": 0o700}
     expected |= {"vm1/disks/deep/sda": 0o600, "vm1/mem": 0o600}
@@ -502,7 +502,7 @@ def test_flushing_an_encrypted_fragment_changes_nothing(encrypted_place: Place) 
             fragment.write(pattern(100)[at : at + 1])
             fragment.flush()
     assert encrypted_place.file("log").stat().st_size == stored_size(100, 32)
-    check_independently(encrypted_place.root, encrypted_place.key, {"log": pattern(100)})
+    check_independently(encrypted_place.location, encrypted_place.key, {"log": pattern(100)})
 
 
 def test_an_unfinished_encrypted_fragment_does_not_open(encrypted_place: Place) -> None:
@@ -557,7 +557,7 @@ def test_a_fragment_that_is_dropped_is_finished(place: Place, length: int) -> No
     del fragment
     gc.collect()
     assert read(place.open(), "sda") == pattern(length)
-    check_independently(place.root, place.key, {"sda": pattern(length)})
+    check_independently(place.location, place.key, {"sda": pattern(length)})
 
 
 @pytest.mark.parametrize("length", [0, 10, 100_000, 5 * MIB])
@@ -601,12 +601,12 @@ def test_no_thread_holds_the_file_of_a_fragment_that_has_ended(place: Place, end
         for link in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 opened.add(os.readlink(f"/proc/self/fd/{link}"))
-        assert not [path for path in opened if path.startswith(str(place.root))]
+        assert not [path for path in opened if path.startswith(str(place.location))]
 
 
 def test_discarding_removes_the_fragments_own_file_and_no_other(place: Place) -> None:
     fragment = place.create().raw_fragment("sda")
-    place.file("sda").rename(place.root.parent / "taken away")
+    place.file("sda").rename(place.location.parent / "taken away")
     place.file("sda").write_bytes(b"somebody else's")
     fragment.discard()
     assert place.file("sda").read_bytes() == b"somebody else's"
@@ -617,5 +617,5 @@ def test_a_fragment_that_is_open_for_reading_stays_readable_when_its_file_is_rem
     write(place.create(), "sda", data)
     with place.open().raw_fragment("sda") as fragment:
         assert fragment.read(10) == data[:10]
-        shutil.rmtree(place.root)
+        shutil.rmtree(place.location)
         assert fragment.read() == data[10:]

@@ -157,7 +157,7 @@ def check_both_levels(place: Place, data: bytes, reason: str, offset: int | tupl
         with pytest.raises(vmsnap.CorruptSnapshotError) as raised:
             level.read_fragment("state")
         message = str(raised.value)
-        assert message.startswith(f"fragment {name} of {place.root} does not hold a serialized value: ")
+        assert message.startswith(f"fragment {name} of {place.location} does not hold a serialized value: ")
         assert reason in message
         assert message.endswith(ends)
         assert len(message) < 500

@@ -101,7 +101,7 @@ def place_on_the_page(tmp_path: Path) -> Place:
 
 def test_the_example_on_the_format_page_is_a_snapshot(place_on_the_page: Place) -> None:
     expected = {"vm/blob": bytes(range(40)), "vm/empty": b""}
-    check_independently(place_on_the_page.root, place_on_the_page.key, expected)
+    check_independently(place_on_the_page.location, place_on_the_page.key, expected)
 
 
 def test_the_example_on_the_format_page_is_what_sealing_by_hand_gives(place_on_the_page: Place) -> None:
@@ -180,13 +180,13 @@ def written_by_either(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
 
 
 def test_the_independent_reader_reads_what_either_provider_writes(written_by_either: Place) -> None:
-    check_independently(written_by_either.root, written_by_either.key, EVERYTHING)
+    check_independently(written_by_either.location, written_by_either.key, EVERYTHING)
 
 
 @pytest.mark.parametrize("reading", PROVIDERS)
 def test_either_provider_reads_what_either_writes(written_by_either: Place, reading: str) -> None:
     assert written_by_either.key is not None
-    arguments = (Path(__file__).parent, written_by_either.root, written_by_either.key.hex())
+    arguments = (Path(__file__).parent, written_by_either.location, written_by_either.key.hex())
     count = run_python_well(OTHER_PROVIDER + READ_EVERYTHING, *arguments, VMSNAP_AEAD=reading)
     assert int(count) == len(EVERYTHING)
 
@@ -194,7 +194,7 @@ def test_either_provider_reads_what_either_writes(written_by_either: Place, read
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_either_provider_reads_what_was_sealed_by_hand(tmp_path: Path, key: bytes, provider: str) -> None:
     place = Place(tmp_path / "vm1", key)
-    place.root.mkdir()
+    place.location.mkdir()
     place.file("enc_metadata").write_bytes(floe.key_metadata(key, floe.payload_fields()))
     count = 0
     for chunk in (32, 33, 4096):
@@ -204,9 +204,9 @@ def test_either_provider_reads_what_was_sealed_by_hand(tmp_path: Path, key: byte
             sealed = floe.seal(floe.DATA_KEY, floe.fragment_aad(path), pattern(length), chunk)
             place.file(path).write_bytes(sealed)
             count += 1
-    arguments = (Path(__file__).parent, place.root, key.hex())
+    arguments = (Path(__file__).parent, place.location, key.hex())
     assert int(run_python_well(OTHER_PROVIDER + READ_EVERYTHING, *arguments, VMSNAP_AEAD=provider)) == count
-    check_independently(place.root, key)
+    check_independently(place.location, key)
 
 
 @given(chunk=st.integers(32, 200), chunks=st.integers(0, 8), more=st.integers(0, 199), empty_last=st.booleans())
@@ -219,11 +219,11 @@ def test_what_is_sealed_by_hand_is_read_also_with_an_empty_last_segment(
     data = pattern(chunk * chunks + (0 if empty_last else more % chunk))
     with temporary_place(encrypted=True) as place:
         assert place.key is not None
-        place.root.mkdir()
+        place.location.mkdir()
         place.file("enc_metadata").write_bytes(floe.key_metadata(place.key, floe.payload_fields()))
         aad = floe.fragment_aad("mem")
         place.file("mem").write_bytes(floe.seal(floe.DATA_KEY, aad, data, chunk, empty_last_segment=empty_last))
-        check_independently(place.root, place.key, {"mem": data})
+        check_independently(place.location, place.key, {"mem": data})
         with place.open().raw_fragment("mem") as fragment:
             assert fragment.size == len(data)
             assert fragment.read_at(max(0, len(data) - 5), 100) == data[-5:]
@@ -250,7 +250,7 @@ def test_snapshots_of_crosvm_are_read_alike(shared_dir: Path) -> None:
 def accepted(place: Place, payload: object) -> tuple[bool, bool]:
     """Whether vmsnap, and the independent reader, accept a payload; where both do, they found the same data key."""
     assert place.key is not None
-    place.root.mkdir(exist_ok=True)
+    place.location.mkdir(exist_ok=True)
     place.file("enc_metadata").write_bytes(floe.key_metadata(place.key, payload))
     place.file("mem").write_bytes(floe.seal(floe.DATA_KEY, floe.fragment_aad("mem"), b"by hand", 32))
     ours = theirs = None
@@ -263,7 +263,7 @@ def accepted(place: Place, payload: object) -> tuple[bool, bool]:
     except (vmsnap.CorruptSnapshotError, vmsnap.UnsupportedFormatError):
         pass
     try:
-        snapshot = vmsnap_reader.open_snapshot(place.root, place.key)
+        snapshot = vmsnap_reader.open_snapshot(place.location, place.key)
         try:
             theirs = snapshot.read("mem")
         except vmsnap_reader.AuthenticationError:
@@ -312,7 +312,7 @@ def read_by_vmsnap(place: Place) -> dict[str, bytes]:
 
 
 def read_by_the_other(place: Place) -> dict[str, bytes]:
-    snapshot = vmsnap_reader.open_snapshot(place.root, place.key)
+    snapshot = vmsnap_reader.open_snapshot(place.location, place.key)
     return {path: snapshot.read(path) for path in snapshot.fragments()}
 
 
@@ -323,14 +323,14 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def another_snapshot(place: Place) -> Place:
-    other = Place(place.root.parent / "vm2", place.key)
+    other = Place(place.location.parent / "vm2", place.key)
     write(other.create().add_namespace("disks"), "sda", pattern(100))
     return other
 
 
 def key_metadata_becomes(make: Callable[[Path], object]) -> Callable[[Place], None]:
     def mischief(place: Place) -> None:
-        place.file("enc_metadata").rename(place.root.parent / "true metadata")
+        place.file("enc_metadata").rename(place.location.parent / "true metadata")
         make(place.file("enc_metadata"))
 
     return mischief
@@ -391,7 +391,7 @@ def test_what_vmsnap_refuses_the_independent_reader_refuses(place: Place, what: 
 
 def test_an_entry_that_is_not_utf_8_is_refused_by_both(place: Place) -> None:
     write(place.create(), "mem", b"x")
-    with open(os.fsencode(place.root) + b"/\xff", "wb"):
+    with open(os.fsencode(place.location) + b"/\xff", "wb"):
         pass
     with pytest.raises(vmsnap.CorruptSnapshotError):
         read_by_vmsnap(place)
@@ -422,12 +422,12 @@ def test_a_file_changed_in_any_byte_or_length_is_refused_by_both(place: Place) -
 def test_names_kept_for_vmsnap_are_left_out_by_both(place: Place) -> None:
     writer = write(place.create(), "mem", b"x")
     write(writer.add_namespace("disks"), "sda", b"y")
-    for folder in (place.root, place.file("disks")):
+    for folder in (place.location, place.file("disks")):
         (folder / ".vmsnap-0123456789abcdef").mkdir()
         (folder / ".vmsnap.tmp").symlink_to("nowhere")
         (folder / "Vmsnap_manifest").write_bytes(b"not for this version")
     place.file("disks/enc_metadata").write_bytes(b"left out")
-    check_independently(place.root, place.key, {"mem": b"x", "disks/sda": b"y"})
+    check_independently(place.location, place.key, {"mem": b"x", "disks/sda": b"y"})
 
 
 # As a program --------------------------------------------------------------------------------------------------------
@@ -446,16 +446,16 @@ def test_the_independent_reader_is_a_program_that_lists_shows_and_checks(place: 
     key_file = tmp_path / "key"
     key_file.write_bytes(place.key)
 
-    listed = run_reader(place.root, "--key-file", key_file, "list")
+    listed = run_reader(place.location, "--key-file", key_file, "list")
     assert [line.split() for line in listed.stdout.splitlines()] == [[b"11", b"disks/sda"], [b"5000", b"mem"]]
-    assert run_reader(place.root, "--key-file", key_file, "cat", "disks/sda").stdout == b"boot sector"
-    assert run_reader(place.root, "--key-file", key_file, "cat", "mem").stdout == pattern(5000)
-    assert run_reader(place.root, "--key-file", key_file, "check").returncode == 0
+    assert run_reader(place.location, "--key-file", key_file, "cat", "disks/sda").stdout == b"boot sector"
+    assert run_reader(place.location, "--key-file", key_file, "cat", "mem").stdout == pattern(5000)
+    assert run_reader(place.location, "--key-file", key_file, "check").returncode == 0
 
     damaged = bytearray(place.file("mem").read_bytes())
     damaged[100] ^= 1
     place.file("mem").write_bytes(damaged)
-    checked = run_reader(place.root, "--key-file", key_file, "check")
+    checked = run_reader(place.location, "--key-file", key_file, "check")
     assert checked.returncode == 1
     assert checked.stdout.splitlines()[-1].startswith(b"refused\tauthentication\tmem\t")
-    assert run_reader(place.root, "check").returncode == 1
+    assert run_reader(place.location, "check").returncode == 1

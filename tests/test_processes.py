@@ -76,7 +76,7 @@ def test_processes_write_their_own_fragments_into_one_snapshot(place: Place, met
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    check_independently(place.root, place.key, parts(range(5)))
+    check_independently(place.location, place.key, parts(range(5)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +107,7 @@ def test_executors_write_and_read_fragments(place: Place, kind: str) -> None:
         written_by = set(executor.map(functools.partial(write_part, writer), range(1, 4)))
         assert (written_by == {os.getpid()}) == (kind == "threads")
         assert all(executor.map(functools.partial(read_part, place.open()), range(4)))
-    check_independently(place.root, place.key, parts(range(4)))
+    check_independently(place.location, place.key, parts(range(4)))
 
 
 def forked(work: Callable[[], object]) -> None:
@@ -145,7 +145,7 @@ def test_no_nonce_and_no_iv_is_drawn_in_two_processes(tmp_path: Path, key: bytes
         nonces |= {stored[segment_offset(index, chunk) + 4 :][:12] for index in range(count)}
     assert len(ivs) == len(names) + 2
     assert len(nonces) == (len(names) + 2) * count
-    check_independently(place.root, key)
+    check_independently(place.location, key)
 
 
 def test_a_child_forked_from_a_child_works_too(place: Place) -> None:
@@ -158,7 +158,7 @@ def test_a_child_forked_from_a_child_works_too(place: Place) -> None:
 
     forked(child)
     check_independently(
-        place.root, place.key, {f"part {number}": pattern(PART_BYTES, seed=number) for number in (1, 3, 5)}
+        place.location, place.key, {f"part {number}": pattern(PART_BYTES, seed=number) for number in (1, 3, 5)}
     )
 
 
@@ -261,7 +261,7 @@ def test_many_threads_write_through_one_writer(place: Place) -> None:
 
     in_threads(16, work)
     check_independently(
-        place.root, place.key, {f"{number}/mem": pattern(lengths[number], seed=number) for number in range(16)}
+        place.location, place.key, {f"{number}/mem": pattern(lengths[number], seed=number) for number in range(16)}
     )
 
 
@@ -281,7 +281,7 @@ def test_one_of_many_threads_creates_a_fragment(place: Place) -> None:
 
     in_threads(16, work)
     assert (len(created), len(refused)) == (20, 15 * 20)
-    check_independently(place.root, place.key, {name: name.encode() for name in map(str, range(20))})
+    check_independently(place.location, place.key, {name: name.encode() for name in map(str, range(20))})
 
 
 # Below and above what is copied while the interpreter is kept, and what is sealed where it lies.
@@ -366,7 +366,7 @@ def test_threads_that_close_one_fragment_at_once_do_it_once(place: Place) -> Non
         fragment.write(pattern(10_000))
         in_threads(4, lambda _, fragment=fragment: fragment.close())  # type: ignore[misc]
         assert fragment.closed
-    check_independently(place.root, place.key, {name: pattern(10_000) for name in map(str, range(50))})
+    check_independently(place.location, place.key, {name: pattern(10_000) for name in map(str, range(50))})
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=65536) as fragment:
     printed = refused_elsewhere(
         "interrupted-write",
         "by a handler" if handler else "",
-        place.root,
+        place.location,
         LONG_CALLS + handler + script,
         handle,
         number,
@@ -424,7 +424,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=65536) as fragment:
     assert size, printed
     assert 1 << 20 < int(size[1]) < 4 << 30
     assert "an earlier write failed" in printed
-    check_independently(place.root, place.key, {"other": b"kept"})
+    check_independently(place.location, place.key, {"other": b"kept"})
 
 
 def test_ctrl_c_stops_a_long_read_in_the_middle_and_the_buffer_is_emptied(tmp_path: Path, key: bytes) -> None:
@@ -514,9 +514,9 @@ finally:
     handle = pickle.dumps(write(place.create(threads=1), "other", b"kept")).hex()
     message = "a signal handler cannot use it"
     script = LONG_CALLS + script
-    printed = refused_elsewhere("signal-handler", message, place.root, script, handle, "SIGUSR1", **SLOWER)
+    printed = refused_elsewhere("signal-handler", message, place.location, script, handle, "SIGUSR1", **SLOWER)
     assert "refused 4" in printed
-    check_independently(place.root, place.key, {"other": b"kept"})
+    check_independently(place.location, place.key, {"other": b"kept"})
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_opens(tmp_path: Path, key: bytes) -> None:

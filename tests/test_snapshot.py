@@ -28,7 +28,7 @@ def test_a_new_snapshot_is_empty(place: Place) -> None:
     reader = place.open()
     assert (reader.list_fragments(), reader.list_namespaces()) == ([], [])
     assert reader.encrypted == (place.key is not None)
-    check_independently(place.root, place.key, {})
+    check_independently(place.location, place.key, {})
 
 
 def test_namespaces_nest_and_keep_equal_names_apart(place: Place) -> None:
@@ -51,7 +51,9 @@ def test_namespaces_nest_and_keep_equal_names_apart(place: Place) -> None:
         assert namespace.namespace_path == path
         assert namespace.list_fragments() == ["state"]
         assert read(namespace, "state") == f"of {path}".encode()
-    check_independently(place.root, place.key, {f"{path}/state".lstrip("/"): f"of {path}".encode() for path in writers})
+    check_independently(
+        place.location, place.key, {f"{path}/state".lstrip("/"): f"of {path}".encode() for path in writers}
+    )
 
 
 def test_lists_are_sorted_and_tell_fragments_from_namespaces(place: Place) -> None:
@@ -63,7 +65,7 @@ def test_lists_are_sorted_and_tell_fragments_from_namespaces(place: Place) -> No
     # By UTF-8 bytes, which is by code point, as Python sorts.
     assert place.open().list_fragments() == sorted(names)
     assert place.open().list_namespaces() == sorted(f"{name} folder" for name in names)
-    check_independently(place.root, place.key, dict.fromkeys(names, b""))
+    check_independently(place.location, place.key, dict.fromkeys(names, b""))
 
 
 def test_names_are_kept_byte_for_byte_and_may_have_255_of_them(place: Place) -> None:
@@ -71,8 +73,8 @@ def test_names_are_kept_byte_for_byte_and_may_have_255_of_them(place: Place) -> 
     names = ["x" * 255, "é" * 127, "\u00e9", "e\u0301", "enc_metadata2", "vmsnap", "vmsnap_manifest.old"]
     for number, name in enumerate(names):
         write(writer, name, str(number).encode())
-    check_independently(place.root, place.key, {name: str(number).encode() for number, name in enumerate(names)})
-    assert sorted(set(os.listdir(place.root)) - {"enc_metadata"}) == sorted(names)
+    check_independently(place.location, place.key, {name: str(number).encode() for number, name in enumerate(names)})
+    assert sorted(set(os.listdir(place.location)) - {"enc_metadata"}) == sorted(names)
 
 
 @given(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=40), st.binary(max_size=50), max_size=4))
@@ -90,20 +92,20 @@ def test_any_name_is_either_refused_or_kept_as_it_is(contents: dict[str, bytes])
                 assert (
                     not name or reserved or set(name) & set("/\\\0") or name in (".", "..") or len(name.encode()) > 255
                 )
-        check_independently(place.root, place.key, kept)
+        check_independently(place.location, place.key, kept)
 
 
 def test_lists_leave_out_what_vmsnap_keeps_for_itself(place: Place) -> None:
     writer = place.create()
     inner = write(writer.add_namespace("disks"), "sda", b"x")
     write(writer, "mem", b"x")
-    for folder in (place.root, place.root / "disks"):
+    for folder in (place.location, place.location / "disks"):
         (folder / ".vmsnap-0123456789abcdef").mkdir()
         (folder / ".vmsnap.tmp").symlink_to("nowhere")
         (folder / "Vmsnap_Manifest").mkdir()
         (folder / "ENC_METADATA").write_bytes(b"")
-    (place.root / "disks" / "enc_metadata").write_bytes(b"")
-    (place.root / "disks" / "vmsnap_manifest").write_bytes(b"")
+    (place.location / "disks" / "enc_metadata").write_bytes(b"")
+    (place.location / "disks" / "vmsnap_manifest").write_bytes(b"")
     reader = place.open()
     assert (reader.list_fragments(), reader.list_namespaces()) == (["mem"], ["disks"])
     reader = reader.namespace(inner.namespace_path)
@@ -158,10 +160,10 @@ def test_a_root_may_be_reached_through_links(place: Place, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", [str, os.fsencode, Path, lambda path: f"{path}/", lambda path: f"{path}/../vm1"])
 def test_a_root_is_text_bytes_or_path(place: Place, kind: Callable[[Path], Any]) -> None:
-    root = kind(place.root)
+    root = kind(place.location)
     if str(root).endswith("/../vm1"):
-        place.root.mkdir()
-        root = f"{place.root}/../vm2"
+        place.location.mkdir()
+        root = f"{place.location}/../vm2"
     write(vmsnap.SnapshotWriter(root, key=place.key), "mem", b"x")
     assert read(vmsnap.SnapshotReader(root, key=place.key), "mem") == b"x"
 
@@ -180,7 +182,7 @@ def test_a_root_need_not_be_utf_8(place: Place, tmp_path: Path) -> None:
 
 def test_a_snapshot_that_is_moved_as_a_whole_still_opens(place: Place, tmp_path: Path) -> None:
     write(place.create().add_namespace("disks"), "sda", b"x")
-    place.root.rename(tmp_path / "archive")
+    place.location.rename(tmp_path / "archive")
     assert read(vmsnap.SnapshotReader(tmp_path / "archive", key=place.key).namespace("disks"), "sda") == b"x"
 
 
@@ -189,31 +191,33 @@ def test_a_snapshot_that_is_moved_as_a_whole_still_opens(place: Place, tmp_path:
 
 def test_an_existing_snapshot_is_added_to(place: Place) -> None:
     write(place.create().add_namespace("cpu"), "clock", b"old")
-    writer = vmsnap.SnapshotWriter.open(place.root, key=place.key)
+    writer = vmsnap.SnapshotWriter.open(place.location, key=place.key)
     assert writer.encrypted == (place.key is not None)
     write(writer, "new", b"beside")
     write(writer.namespace("cpu"), "timer", b"within")
     write(pickle.loads(pickle.dumps(writer)).add_namespace("disks"), "sda", b"below")
     check_independently(
-        place.root, place.key, {"cpu/clock": b"old", "new": b"beside", "cpu/timer": b"within", "disks/sda": b"below"}
+        place.location,
+        place.key,
+        {"cpu/clock": b"old", "new": b"beside", "cpu/timer": b"within", "disks/sda": b"below"},
     )
 
 
 @row("fragment-exists", "namespace-missing", "namespace-is-fragment", "bad-name")
 def test_adding_never_writes_over_what_is_there(place: Place) -> None:
     write(write(place.create(), "mem", b"old").add_namespace("cpu"), "clock", b"old")
-    writer = vmsnap.SnapshotWriter.open(os.fsencode(place.root), key=place.key)
-    with refused("fragment-exists", '"mem" of .*exists', place.root):
+    writer = vmsnap.SnapshotWriter.open(os.fsencode(place.location), key=place.key)
+    with refused("fragment-exists", '"mem" of .*exists', place.location):
         writer.raw_fragment("mem")
-    with refused("fragment-exists", '"cpu" of .*exists already', place.root):
+    with refused("fragment-exists", '"cpu" of .*exists already', place.location):
         writer.add_namespace("cpu")
-    with refused("fragment-exists", '"clock" in namespace "cpu".*exists', place.root):
+    with refused("fragment-exists", '"clock" in namespace "cpu".*exists', place.location):
         writer.namespace("cpu").raw_fragment("clock")
-    with refused("namespace-missing", '"disks" of .*does not exist', place.root):
+    with refused("namespace-missing", '"disks" of .*does not exist', place.location):
         writer.namespace("disks")
-    with refused("namespace-is-fragment", 'cannot open namespace "mem"', place.root):
+    with refused("namespace-is-fragment", 'cannot open namespace "mem"', place.location):
         writer.namespace("mem")
-    with refused("bad-name", "relative path", place.root):
+    with refused("bad-name", "relative path", place.location):
         writer.namespace("..")
 
 
@@ -236,9 +240,11 @@ def test_nothing_is_added_to_a_sealed_snapshot(place: Place) -> None:
     place.create()
     place.file("vmsnap_manifest").write_bytes(b"whatever it holds")
     with refused(
-        "sealed", r"nothing can be added to the snapshot .*vm1: it is sealed \(it has a vmsnap_manifest\)", place.root
+        "sealed",
+        r"nothing can be added to the snapshot .*vm1: it is sealed \(it has a vmsnap_manifest\)",
+        place.location,
     ):
-        vmsnap.SnapshotWriter.open(place.root, key=place.key)
+        vmsnap.SnapshotWriter.open(place.location, key=place.key)
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------
@@ -333,7 +339,7 @@ def test_handles_are_copied_and_pickled_and_go_on_in_the_same_snapshot(place: Pl
         write(copied, name, b"by the copy")
         write(each, f"{name} 2", b"by the original")
     check_independently(
-        place.root,
+        place.location,
         place.key,
         {
             f"{path}{more}": text
@@ -373,11 +379,12 @@ def test_a_damaged_pickle_is_an_invalid_argument(place: Place, state: bytes) -> 
 def test_what_is_shown_tells_folder_and_state(place: Place) -> None:
     kind = "encrypted" if place.key else "plain"
     writer = place.create()
-    assert repr(writer) == f"<vmsnap.SnapshotWriter {str(place.root)!r} {kind}>"
+    assert repr(writer) == f"<vmsnap.SnapshotWriter {str(place.location)!r} {kind}>"
     assert (
-        repr(writer.add_namespace("disks")) == f"<vmsnap.SnapshotWriter {str(place.root)!r} namespace='disks' {kind}>"
+        repr(writer.add_namespace("disks"))
+        == f"<vmsnap.SnapshotWriter {str(place.location)!r} namespace='disks' {kind}>"
     )
-    assert repr(place.open()) == f"<vmsnap.SnapshotReader {str(place.root)!r} {kind}>"
+    assert repr(place.open()) == f"<vmsnap.SnapshotReader {str(place.location)!r} {kind}>"
     fragment = writer.raw_fragment("mem")
     assert "'mem'" in repr(fragment)
     assert "open" in repr(fragment)
@@ -442,7 +449,7 @@ def test_any_number_of_threads_writes_and_reads_the_same(place: Place, threads: 
     data = pattern(5 * MIB + 3)
     write(place.create(threads), "mem", data)
     assert read(place.open(threads), "mem") == data
-    check_independently(place.root, place.key, {"mem": data})
+    check_independently(place.location, place.key, {"mem": data})
 
 
 THREADS_SCRIPT = """

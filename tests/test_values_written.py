@@ -433,7 +433,7 @@ def test_any_value_reads_back(written: Written) -> None:
 @settings(max_examples=40)
 def test_any_values_are_fragments_of_a_snapshot(values: list[Written], encrypted: bool, format: Any) -> None:
     with temporary_place(encrypted) as place:
-        writer = vmsnap.SnapshotWriter(place.root, key=place.key, format=format)
+        writer = vmsnap.SnapshotWriter(place.location, key=place.key, format=format)
         inner = writer.add_namespace("vcpus")
         for index, written in enumerate(values):
             inner.write_fragment(str(index), written.value)
@@ -441,7 +441,7 @@ def test_any_values_are_fragments_of_a_snapshot(values: list[Written], encrypted
         for index, written in enumerate(values):
             assert_same(reader.read_fragment(str(index), format=format), getattr(written, format))
         expected = {f"vcpus/{index}": encode(written.value, format=format) for index, written in enumerate(values)}
-        check_independently(place.root, place.key, expected)
+        check_independently(place.location, place.key, expected)
 
 
 # What cannot be written -----------------------------------------------------------------------------------------------
@@ -611,25 +611,25 @@ def test_what_default_raises_is_passed_on(tmp_path: Path, error: BaseException) 
 def test_an_existing_fragment_or_a_bad_name_is_refused_and_nothing_changes(place: Place) -> None:
     writer = write(place.create(), "cpu", b"x")
     writer.add_namespace("disks")
-    before = tree(place.root)
+    before = tree(place.location)
     for name in ("cpu", "disks"):
         with pytest.raises(FileExistsError, match=name):
             writer.write_fragment(name, 1)
     for name in ("", "..", "a/b", "enc_metadata", ".vmsnap"):
         with pytest.raises(vmsnap.InvalidArgumentError, match="cannot be the name"):
             writer.write_fragment(name, 1)
-    assert tree(place.root) == before
+    assert tree(place.location) == before
     assert read(place.open(), "cpu") == b"x"
 
 
 @pytest.mark.parametrize("format", ["cbor", "json"])
 def test_a_writer_keeps_its_format_through_a_pickle_and_into_namespaces(place: Place, format: Any) -> None:
-    writer = pickle.loads(pickle.dumps(vmsnap.SnapshotWriter(place.root, key=place.key, format=format)))
+    writer = pickle.loads(pickle.dumps(vmsnap.SnapshotWriter(place.location, key=place.key, format=format)))
     inner = pickle.loads(pickle.dumps(writer.add_namespace("vcpus")))
     assert (writer.format, inner.format) == (format, format)
     inner.write_fragment("0", {"a": ["é"]})
     expected = {"cbor": bytes.fromhex("a161618162c3a9"), "json": '{"a":["é"]}'.encode()}[format]
-    check_independently(place.root, place.key, {"vcpus/0": expected})
+    check_independently(place.location, place.key, {"vcpus/0": expected})
 
 
 def test_cbor_is_the_usual_format(tmp_path: Path) -> None:
@@ -638,7 +638,7 @@ def test_cbor_is_the_usual_format(tmp_path: Path) -> None:
 
 def test_a_fragment_is_read_without_being_told_its_format(place: Place) -> None:
     values = {"a": {"ns": 12, "big": "x" * 300_000}, "b": None, "c": True, "d": "text", "e": [], "f": {}}
-    writer = vmsnap.SnapshotWriter(place.root, key=place.key, format="json")
+    writer = vmsnap.SnapshotWriter(place.location, key=place.key, format="json")
     for name, value in values.items():
         writer.write_fragment(name, value)
     reader = place.open()
