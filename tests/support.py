@@ -52,7 +52,22 @@ class Place:
         return vmsnap.SnapshotReader(self.location, key=self.key, threads=threads)
 
     def file(self, path: str) -> Path:
+        """Return the file that holds a fragment, or what is beside the fragments."""
         return self.location / path
+
+    def stored(self, path: str) -> bytes:
+        """Return what is stored of a fragment, or of what is beside the fragments."""
+        return self.file(path).read_bytes()
+
+    def store(self, path: str, content: bytes | bytearray) -> None:
+        """Replace what is stored."""
+        self.file(path).write_bytes(content)
+
+    def damage(self, path: str, at: int, bit: int = 0) -> None:
+        """Flip one bit of what is stored, in the byte at `at`. A second call repairs it."""
+        changed = bytearray(self.stored(path))
+        changed[at] ^= 1 << bit
+        self.store(path, changed)
 
 
 @contextmanager

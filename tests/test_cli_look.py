@@ -474,9 +474,7 @@ def test_a_closed_standard_output_is_an_error(plain: vmsnap.SnapshotWriter, comm
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_a_copy_out_that_fails_leaves_nothing(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
-    stored = bytearray(place.file("disks/sda").read_bytes())
-    stored[200] ^= 1
-    place.file("disks/sda").write_bytes(stored)
+    place.damage("disks/sda", 200)
     if not force:
         image.unlink()
     before = tree(image.parent)

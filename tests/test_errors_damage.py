@@ -47,7 +47,7 @@ def test_fragments_and_namespaces_are_told_apart(place: Place) -> None:
 @pytest.mark.parametrize("length", [0, 1, 40, 105, 106, 4096, 100_000])
 def test_a_plain_file_in_an_encrypted_snapshot_is_refused(encrypted_place: Place, length: int) -> None:
     encrypted_place.create()
-    encrypted_place.file("mem").write_bytes(pattern(length))
+    encrypted_place.store("mem", pattern(length))
     message = 'fragment "mem" of .*vm1: .*plain file in an encrypted snapshot'
     with refused("no-header", message, encrypted_place.location):
         encrypted_place.open().raw_fragment("mem")
@@ -70,11 +70,10 @@ NOT_AUTHENTIC = f"{WHERE}: authentication failed: the key is wrong, or the file 
 
 @row("no-header", "changed")
 def test_a_fragment_cut_off_anywhere_does_not_open(segmented: Place) -> None:
-    file = segmented.file("disks/sda")
-    stored = file.read_bytes()
+    stored = segmented.stored("disks/sda")
     reader = segmented.open().namespace("disks")
     for length in range(len(stored)):
-        file.write_bytes(stored[:length])
+        segmented.store("disks/sda", stored[:length])
         if length < HEADER_BYTES + 32:
             with refused("no-header", f"{WHERE}: has {length} bytes, fewer than any", segmented.location):
                 reader.raw_fragment("sda")
@@ -87,11 +86,10 @@ def test_a_fragment_cut_off_anywhere_does_not_open(segmented: Place) -> None:
 @pytest.mark.parametrize("length", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_a_fragment_that_was_extended_does_not_open(encrypted_place: Place, length: int) -> None:
     write(encrypted_place.create(), "sda", pattern(length), CHUNK)
-    file = encrypted_place.file("sda")
-    stored = file.read_bytes()
+    stored = encrypted_place.stored("sda")
     for more in range(1, 2 * (CHUNK + 32) + 2):
         for addition in (bytes(more), stored[-more:], b"\xff" * more):
-            file.write_bytes(stored + addition)
+            encrypted_place.store("sda", stored + addition)
             with refused("changed", "authentication failed", encrypted_place.location):
                 encrypted_place.open().raw_fragment("sda")
 
@@ -99,16 +97,13 @@ def test_a_fragment_that_was_extended_does_not_open(encrypted_place: Place, leng
 @row("no-header", "changed")
 def test_any_changed_bit_of_a_fragment_is_found_and_other_segments_still_read(segmented: Place) -> None:
     data = pattern(2 * CHUNK + 6)
-    file = segmented.file("disks/sda")
-    stored = file.read_bytes()
+    stored = segmented.stored("disks/sda")
     reader = segmented.open().namespace("disks")
     for position in range(len(stored)):
         for bit in range(8):
-            changed = bytearray(stored)
-            changed[position] ^= 1 << bit
-            file.write_bytes(changed)
+            segmented.damage("disks/sda", position, bit)
             before_last = HEADER_BYTES <= position < segment_offset(2, CHUNK)
-            chunk_size = int.from_bytes(changed[2:6], "big") - 32
+            chunk_size = int.from_bytes(segmented.stored("disks/sda")[2:6], "big") - 32
             if position < 10 and not (2 <= position < 6 and 32 <= chunk_size <= 64 * MIB):
                 with refused("no-header", f"{WHERE}: not encrypted by vmsnap", segmented.location):
                     reader.raw_fragment("sda")
@@ -134,17 +129,15 @@ def test_any_changed_bit_of_a_fragment_is_found_and_other_segments_still_read(se
                             fragment.seek(offset)
                             with refused("changed", NOT_AUTHENTIC, segmented.location):
                                 fragment.read(size)
-    file.write_bytes(stored)
+            segmented.damage("disks/sda", position, bit)  # which repairs it
+    assert segmented.stored("disks/sda") == stored
     assert read(reader, "sda") == data
 
 
 @row("changed")
 @pytest.mark.parametrize("start", [0, 1, CHUNK - 1])
 def test_a_read_that_fails_gives_nothing_out_and_keeps_the_position(segmented: Place, start: int) -> None:
-    file = segmented.file("disks/sda")
-    stored = bytearray(file.read_bytes())
-    stored[segment_offset(1, CHUNK) + 20] ^= 1
-    file.write_bytes(stored)
+    segmented.damage("disks/sda", segment_offset(1, CHUNK) + 20)
     with segmented.open().namespace("disks").raw_fragment("sda") as fragment:
         fragment.seek(start)
         buffer = bytearray(b"\xaa" * (2 * CHUNK))
@@ -160,10 +153,7 @@ def test_a_read_that_fails_gives_nothing_out_and_keeps_the_position(segmented: P
 @row("changed")
 def test_a_large_read_of_a_damaged_fragment_fails_by_any_number_of_threads(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", pattern(3 * MIB))
-    file = encrypted_place.file("mem")
-    stored = bytearray(file.read_bytes())
-    stored[segment_offset(500, 4096) + 1000] ^= 0x80
-    file.write_bytes(stored)
+    encrypted_place.damage("mem", segment_offset(500, 4096) + 1000, bit=7)
     for threads in (1, 2, 8):
         with encrypted_place.open(threads).raw_fragment("mem") as fragment:
             buffer = bytearray(b"\xaa" * (3 * MIB))
@@ -238,10 +228,10 @@ def test_fragments_and_key_metadata_of_another_snapshot_are_refused(tmp_path: Pa
 @row("misplaced")
 def test_an_older_version_of_a_fragment_under_another_data_key_is_refused(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"old")
-    old = encrypted_place.file("mem").read_bytes()
+    old = encrypted_place.stored("mem")
     shutil.rmtree(encrypted_place.location)
     write(encrypted_place.create(), "mem", b"new")
-    encrypted_place.file("mem").write_bytes(old)
+    encrypted_place.store("mem", old)
     with refused("misplaced", "authentication failed", encrypted_place.location):
         encrypted_place.open().raw_fragment("mem")
 
@@ -250,11 +240,10 @@ def test_an_older_version_of_a_fragment_under_another_data_key_is_refused(encryp
 def test_segments_open_nowhere_but_in_their_own_place(encrypted_place: Place) -> None:
     data = pattern(4 * CHUNK)
     write(encrypted_place.create(), "mem", data, CHUNK)
-    write(vmsnap.SnapshotWriter(encrypted_place.location.parent / "vm2", key=encrypted_place.key), "mem", data, CHUNK)
-    file = encrypted_place.file("mem")
-    stored = file.read_bytes()
+    other_place = Place(encrypted_place.location.with_name("vm2"), encrypted_place.key)
+    write(other_place.create(), "mem", data, CHUNK)
+    stored, other = encrypted_place.stored("mem"), other_place.stored("mem")
     header, first, second, third, last = stored[:74], *(stored[74 + 64 * index :][:64] for index in range(4))
-    other = (encrypted_place.location.parent / "vm2/mem").read_bytes()
 
     for segments, bad in (
         ([second, first, third, last], [0, 1]),
@@ -262,7 +251,7 @@ def test_segments_open_nowhere_but_in_their_own_place(encrypted_place: Place) ->
         ([first, first, third, last], [1]),
         ([first, other[74 + 64 : 74 + 128], third, last], [1]),
     ):
-        file.write_bytes(header + b"".join(segments))
+        encrypted_place.store("mem", header + b"".join(segments))
         with encrypted_place.open().raw_fragment("mem") as fragment:
             for index in range(4):
                 at = index * CHUNK
@@ -273,10 +262,10 @@ def test_segments_open_nowhere_but_in_their_own_place(encrypted_place: Place) ->
                     fragment.read_at(at, CHUNK)
     # What moves the last one shows at once.
     for segments in ([first, second, third], [first, second, third, third], [first, second, last], [last]):
-        file.write_bytes(header + b"".join(segments))
+        encrypted_place.store("mem", header + b"".join(segments))
         with refused("segments-misplaced", "authentication failed", encrypted_place.location):
             encrypted_place.open().raw_fragment("mem")
-    file.write_bytes(other[:74] + stored[74:])
+    encrypted_place.store("mem", other[:74] + stored[74:])
     with refused("misplaced", "authentication failed", encrypted_place.location):
         encrypted_place.open().raw_fragment("mem")
 
@@ -303,20 +292,17 @@ def test_a_fragment_that_gets_shorter_while_it_is_open_fails_the_read(place: Pla
 @row("no-header")
 def test_a_header_that_asks_for_gigabytes_is_refused_before_anything_is_allocated(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"x")
-    stored = bytearray(encrypted_place.file("mem").read_bytes())
+    stored = bytearray(encrypted_place.stored("mem"))
     for segment_length in (0, 31, 32, 63, (64 << 20) + 33, 0xFFFFFFFF):
         stored[2:6] = segment_length.to_bytes(4, "big")
-        encrypted_place.file("mem").write_bytes(stored)
+        encrypted_place.store("mem", stored)
         with refused("no-header", "not encrypted by vmsnap", encrypted_place.location):
             encrypted_place.open().raw_fragment("mem")
 
 
 def test_no_error_shows_plaintext_or_keys(segmented: Place) -> None:
     assert segmented.key is not None
-    file = segmented.file("disks/sda")
-    stored = bytearray(file.read_bytes())
-    stored[80] ^= 1
-    file.write_bytes(stored)
+    segmented.damage("disks/sda", 80)
     shown = []
     with (
         segmented.open().namespace("disks").raw_fragment("sda") as fragment,

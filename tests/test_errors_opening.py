@@ -62,30 +62,27 @@ def test_another_key_is_refused(encrypted_place: Place) -> None:
 @row("key-metadata-foreign", "key-metadata-damaged")
 def test_any_changed_bit_of_the_key_metadata_is_found(encrypted_place: Place) -> None:
     encrypted_place.create()
-    file = encrypted_place.file("enc_metadata")
-    stored = file.read_bytes()
+    stored = encrypted_place.stored("enc_metadata")
     for position in range(len(stored)):
         for bit in range(8):
-            changed = bytearray(stored)
-            changed[position] ^= 1 << bit
-            file.write_bytes(changed)
+            encrypted_place.damage("enc_metadata", position, bit)
             if position < 10:
                 with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
                     encrypted_place.open()
             else:
                 with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
                     encrypted_place.open()
-    file.write_bytes(stored)
+            encrypted_place.damage("enc_metadata", position, bit)  # which repairs it
+    assert encrypted_place.stored("enc_metadata") == stored
     encrypted_place.open()
 
 
 @row("key-metadata-foreign", "key-metadata-damaged")
 def test_key_metadata_cut_off_or_extended_anywhere_is_found(encrypted_place: Place) -> None:
     encrypted_place.create()
-    file = encrypted_place.file("enc_metadata")
-    stored = file.read_bytes()
+    stored = encrypted_place.stored("enc_metadata")
     for length in range(len(stored)):
-        file.write_bytes(stored[:length])
+        encrypted_place.store("enc_metadata", stored[:length])
         if length < 10:
             with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
                 encrypted_place.open()
@@ -93,7 +90,7 @@ def test_key_metadata_cut_off_or_extended_anywhere_is_found(encrypted_place: Pla
             with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
                 encrypted_place.open()
     for more in [*range(1, 200), 1056, 2000]:
-        file.write_bytes(stored + bytes(more))
+        encrypted_place.store("enc_metadata", stored + bytes(more))
         with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
             encrypted_place.open()
 
@@ -102,7 +99,7 @@ def test_key_metadata_cut_off_or_extended_anywhere_is_found(encrypted_place: Pla
 @pytest.mark.parametrize("contents", [b"", b"\0", b"garbage" * 100, b"-----BEGIN", b"\xa1\x61a\x01", b"{}"])
 def test_what_does_not_begin_as_key_metadata_is_refused(encrypted_place: Place, contents: bytes) -> None:
     encrypted_place.create()
-    encrypted_place.file("enc_metadata").write_bytes(contents)
+    encrypted_place.store("enc_metadata", contents)
     for key in (encrypted_place.key, None):
         with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
             vmsnap.SnapshotReader(encrypted_place.location, key=key)
@@ -111,13 +108,12 @@ def test_what_does_not_begin_as_key_metadata_is_refused(encrypted_place: Place, 
 @row("key-metadata-too-long")
 def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> None:
     encrypted_place.create()
-    file = encrypted_place.file("enc_metadata")
-    stored = file.read_bytes()
+    stored = encrypted_place.stored("enc_metadata")
     for length in (MIB + 1, 2 * MIB):
-        file.write_bytes(stored.ljust(length, b"\0"))
+        encrypted_place.store("enc_metadata", stored.ljust(length, b"\0"))
         with refused("key-metadata-too-long", f"{length} bytes are too many", encrypted_place.location):
             encrypted_place.open()
-    os.truncate(file, 1 << 40)  # a hole: whoever reads it runs out of memory
+    os.truncate(encrypted_place.file("enc_metadata"), 1 << 40)  # a hole: whoever reads it runs out of memory
     with pytest.raises(vmsnap.CorruptSnapshotError, match="too many"):
         encrypted_place.open()
 
@@ -126,8 +122,8 @@ def with_payload(place: Place, payload: object) -> Place:
     """A snapshot made by hand: with a payload of ours, and one fragment."""
     assert place.key is not None
     place.location.mkdir()
-    place.file("enc_metadata").write_bytes(floe.key_metadata(place.key, payload))
-    place.file("mem").write_bytes(floe.seal(floe.DATA_KEY, floe.fragment_aad("mem"), b"by hand", 32))
+    place.store("enc_metadata", floe.key_metadata(place.key, payload))
+    place.store("mem", floe.seal(floe.DATA_KEY, floe.fragment_aad("mem"), b"by hand", 32))
     return place
 
 

@@ -452,9 +452,7 @@ def test_the_independent_reader_is_a_program_that_lists_shows_and_checks(place: 
     assert run_reader(place.location, "--key-file", key_file, "cat", "mem").stdout == pattern(5000)
     assert run_reader(place.location, "--key-file", key_file, "check").returncode == 0
 
-    damaged = bytearray(place.file("mem").read_bytes())
-    damaged[100] ^= 1
-    place.file("mem").write_bytes(damaged)
+    place.damage("mem", 100)
     checked = run_reader(place.location, "--key-file", key_file, "check")
     assert checked.returncode == 1
     assert checked.stdout.splitlines()[-1].startswith(b"refused\tauthentication\tmem\t")
