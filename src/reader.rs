@@ -207,17 +207,17 @@ impl SnapshotOptions {
     /// As there; [`Error::is_authentication`] where the key is not the one, or `enc_metadata` is damaged;
     /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
     pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
-        self.open_polled(root, &mut || Ok(()))
+        self.open_interruptible(root, &mut || Ok(()))
     }
 
-    pub(crate) fn open_polled(
+    pub(crate) fn open_interruptible(
         &self,
         root: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, poll)?;
+        let payload = key_metadata::unlock(&root, self, interrupt)?;
         let seal = Seal::read(&root, payload.as_ref())?;
         match (&seal, &self.seal_digest) {
             (None, expected) if self.require_sealed || expected.is_some() => return Err(seal::unsealed(&root)),

@@ -9,7 +9,7 @@ use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, me
 use super::STRIP_BYTES;
 use crate::buffer;
 use crate::error::Result;
-use crate::threads::{Poll, for_each};
+use crate::threads::{Interrupt, for_each};
 
 /// What is hashed at a time, from an offset that it divides: as fast as larger pieces are.
 pub(super) const PIECE_BYTES: usize = 64 << 10;
@@ -71,7 +71,7 @@ impl Digest {
         &mut self,
         data: &[u8],
         threads: usize,
-        poll: &mut Poll<'_>,
+        interrupt: &mut Interrupt<'_>,
         also: impl Fn(usize, &[u8]) -> Result<()> + Sync,
     ) -> Result<()> {
         let (head, rest) = data.split_at((self.until_piece() % PIECE_BYTES).min(data.len()));
@@ -82,7 +82,7 @@ impl Digest {
         let first = self.next_piece();
         let strips = body.chunks(STRIP_BYTES);
         let mut workers: Vec<_> = (0..threads.min(strips.len())).map(|_| Vec::new()).collect();
-        for_each(&mut workers, strips.enumerate(), poll, |done: &mut Vec<_>, (number, strip)| {
+        for_each(&mut workers, strips.enumerate(), interrupt, |done: &mut Vec<_>, (number, strip)| {
             also(head.len() + number * STRIP_BYTES, strip)?;
             // Afterwards: it is in the cache now.
             let pieces = strip.chunks(PIECE_BYTES).zip(first + (number * (STRIP_BYTES / PIECE_BYTES)) as u64..);

@@ -10,7 +10,7 @@ use super::pieces::Pieces;
 use super::{STRIP_BYTES, not_written};
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
-use crate::threads::{Poll, for_each};
+use crate::threads::{Interrupt, for_each};
 
 /// Smaller writes are gathered: a system call for every few bytes would be most of the time.
 const GATHER_BYTES: usize = 64 << 10;
@@ -46,7 +46,7 @@ impl PlainSink {
     }
 
     /// One thread, straight from the caller's buffer: the file's inode lock lets no second one write (measured).
-    pub(super) fn write(&mut self, data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn write(&mut self, data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         if self.gather(data) {
             return Ok(());
         }
@@ -57,14 +57,14 @@ impl PlainSink {
         if let Some(digest) = &mut self.digest {
             // While one thread writes, the others hash.
             let (file, offset) = (&*self.file, self.offset);
-            digest.update_with(data, self.threads, poll, |at, piece| {
+            digest.update_with(data, self.threads, interrupt, |at, piece| {
                 file.write_all_at(piece, offset + at as u64).map_err(not_written)
             })?;
             self.offset += data.len() as u64;
             return Ok(());
         }
         for piece in data.chunks(PIECE_BYTES) {
-            poll.tick()?;
+            interrupt.check()?;
             self.file.write_all_at(piece, self.offset).map_err(not_written)?;
             self.offset += piece.len() as u64;
         }
@@ -117,10 +117,16 @@ impl PlainSource {
     }
 
     /// Fills `buf` from `offset`; both lie within the size.
-    pub(super) fn read(&self, offset: u64, buf: &mut [u8], threads: usize, poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn read(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        threads: usize,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let pieces = Pieces::new(offset, buf, STRIP_BYTES);
         let mut workers = vec![(); threads.min(pieces.len())];
-        for_each(&mut workers, pieces, poll, |(), (offset, piece)| {
+        for_each(&mut workers, pieces, interrupt, |(), (offset, piece)| {
             self.file.read_exact_at(piece, offset).map_err(|error| match error.kind() {
                 std::io::ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
                 _ => Error::io("cannot be read", error),

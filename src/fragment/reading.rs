@@ -14,7 +14,7 @@ use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
-use crate::threads::Poll;
+use crate::threads::Interrupt;
 
 /// What is read of a whole fragment at a time.
 const PIECE_BYTES: usize = 8 << 20;
@@ -150,17 +150,22 @@ impl FragmentReader {
     /// [`Error::is_authentication`] where a segment does not verify, and [`Error::is_io`]; `buf` is all zeros then.
     /// [`Error::is_state`] in a forked process.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        self.read_at_polled(offset, buf, &mut || Ok(()))
+        self.read_at_interruptible(offset, buf, &mut || Ok(()))
     }
 
-    /// As [`FragmentReader::read_at`], and asks `poll` from time to time (not more often than every 50 ms) whether to go
+    /// As [`FragmentReader::read_at`], and asks `interrupt` from time to time (not more often than every 50 ms) whether to go
     /// on.
     ///
     /// # Errors
     ///
-    /// As for `read_at`, and what `poll` returns.
-    pub fn read_at_polled(&self, offset: u64, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
-        self.read_at_by(self.file.threads, offset, buf, poll)
+    /// As for `read_at`, and what `interrupt` returns.
+    pub fn read_at_interruptible(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<usize> {
+        self.read_at_by(self.file.threads, offset, buf, interrupt)
     }
 
     /// As [`FragmentReader::read_at`], on the calling thread, which may be one of several that share the work.
@@ -178,15 +183,15 @@ impl FragmentReader {
         threads: usize,
         offset: u64,
         buf: &mut [u8],
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<usize> {
         let file = &*self.file;
         let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let wanted = &mut buf[..length];
-        let poll = &mut Poll::new(poll);
+        let interrupt = &mut Interrupt::new(interrupt);
         let result = file.home.check().and_then(|()| match &file.source {
-            Source::Plain(source) => source.read(offset, wanted, threads, poll),
-            Source::Sealed(source) => source.read(offset, wanted, threads, poll),
+            Source::Plain(source) => source.read(offset, wanted, threads, interrupt),
+            Source::Sealed(source) => source.read(offset, wanted, threads, interrupt),
         });
         match result {
             Ok(()) => Ok(length),
@@ -202,7 +207,7 @@ impl FragmentReader {
     pub(crate) fn read_through(
         &self,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let wanted = usize::try_from(self.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
@@ -211,27 +216,31 @@ impl FragmentReader {
         buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
         let mut offset = 0;
         while offset < self.size() {
-            let read = self.read_at_polled(offset, &mut buffer[..wanted], poll)?;
+            let read = self.read_at_interruptible(offset, &mut buffer[..wanted], interrupt)?;
             take(&buffer[..read])?;
             offset += read as u64;
-            poll()?;
+            interrupt()?;
         }
         Ok(())
     }
 
     /// BLAKE3 of all of it.
-    pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
+    pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
         let mut digest = Digest::default();
-        self.read_through(buffer, poll, |piece| {
-            digest.update_with(piece, self.file.threads, &mut Poll::new(&mut || Ok(())), |_, _| Ok(()))
+        self.read_through(buffer, interrupt, |piece| {
+            digest.update_with(piece, self.file.threads, &mut Interrupt::new(&mut || Ok(())), |_, _| Ok(()))
         })?;
         Ok(digest.finish())
     }
 
     /// Reads on from the position, as [`Read::read`] but until `buf` is full or the fragment ends.
-    pub(crate) fn read_polled(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+    pub(crate) fn read_interruptible(
+        &mut self,
+        buf: &mut [u8],
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<usize> {
         let start = self.position;
-        let result = self.read_on(buf, poll);
+        let result = self.read_on(buf, interrupt);
         if result.is_err() {
             // As if the call had not been made, and no plaintext of it: neither of the parts that did verify.
             self.position = start;
@@ -240,13 +249,13 @@ impl FragmentReader {
         result
     }
 
-    fn read_on(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+    fn read_on(&mut self, buf: &mut [u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() && self.position < self.size() {
             let rest = &mut buf[done..];
             let read = match self.chunk_size_bytes() {
-                Some(chunk_size_bytes) => self.read_chunks(rest, chunk_size_bytes, poll)?,
-                None => self.read_at_polled(self.position, rest, poll)?,
+                Some(chunk_size_bytes) => self.read_chunks(rest, chunk_size_bytes, interrupt)?,
+                None => self.read_at_interruptible(self.position, rest, interrupt)?,
             };
             self.position += read as u64;
             done += read;
@@ -259,13 +268,13 @@ impl FragmentReader {
         &mut self,
         buf: &mut [u8],
         chunk_size_bytes: usize,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<usize> {
         let chunk_size = chunk_size_bytes as u64;
         let start = self.position - self.position % chunk_size;
         let whole = buf.len() - buf.len() % chunk_size_bytes;
         if start == self.position && whole > 0 {
-            return self.read_at_polled(self.position, &mut buf[..whole], poll);
+            return self.read_at_interruptible(self.position, &mut buf[..whole], interrupt);
         }
         // Also where the process is another one: nothing is given out from memory either.
         self.file.home.check().map_err(|error| error.context(&self.file.place))?;
@@ -274,7 +283,7 @@ impl FragmentReader {
             let length =
                 usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes));
             buffer::fit(&mut chunk, length).map_err(|error| error.context(&self.file.place))?;
-            self.read_at_polled(start, &mut chunk, poll)?;
+            self.read_at_interruptible(start, &mut chunk, interrupt)?;
             self.current = Some((start, chunk));
         }
         let held = self.current.as_ref().map_or(&[][..], |(_, chunk)| chunk);
@@ -294,7 +303,7 @@ impl Clone for FragmentReader {
 impl Read for FragmentReader {
     /// Fills `buf` unless the fragment ends.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        Ok(self.read_polled(buf, &mut || Ok(()))?)
+        Ok(self.read_interruptible(buf, &mut || Ok(()))?)
     }
 }
 

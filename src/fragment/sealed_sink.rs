@@ -12,7 +12,7 @@ use crate::cipher::{HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, Sealing, SecretKey
 use crate::error::Result;
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
-use crate::threads::Poll;
+use crate::threads::Interrupt;
 
 /// From here on a write is sealed straight from the caller's buffer, and returns when all of it is written; what is less
 /// is copied and sealed while the caller gets the next.
@@ -73,7 +73,7 @@ impl SealedSink {
         Ok(())
     }
 
-    pub(super) fn write(&mut self, mut data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn write(&mut self, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         let chunk_size_bytes = self.chunk_size_bytes;
         while !self.fits(data) {
             let (now, later) = if data.len() >= DIRECT_BYTES {
@@ -85,14 +85,14 @@ impl SealedSink {
             self.append(now)?;
             data = later;
             if !self.gathered.is_empty() {
-                let strip = std::mem::replace(&mut self.gathered, self.sealers.buffer(poll)?);
+                let strip = std::mem::replace(&mut self.gathered, self.sealers.buffer(interrupt)?);
                 let first_index = self.advance(strip.len());
                 self.sealers.submit(&self.file, first_index, strip);
             }
             if data.len() >= DIRECT_BYTES {
                 let (body, tail) = self.split_last(data);
                 let first_index = self.advance(body.len());
-                self.sealers.seal(&self.file, first_index, body, poll)?;
+                self.sealers.seal(&self.file, first_index, body, interrupt)?;
                 data = tail;
             }
         }
@@ -110,12 +110,12 @@ impl SealedSink {
         self.next_index = end / self.chunk_size_bytes as u64;
     }
 
-    pub(super) fn finish(&mut self, poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn finish(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let mut gathered = std::mem::take(&mut self.gathered);
         let (body, last) = self.split_last(&gathered);
         let first_index = self.advance(body.len());
-        self.sealers.seal(&self.file, first_index, body, poll)?;
-        self.sealers.drain(poll)?;
+        self.sealers.seal(&self.file, first_index, body, interrupt)?;
+        self.sealers.drain(interrupt)?;
         self.sealers.seal_last(&self.file, self.next_index, last)?;
         let body_bytes = body.len();
         gathered.drain(..body_bytes);

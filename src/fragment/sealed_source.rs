@@ -16,7 +16,7 @@ use crate::cipher::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
-use crate::threads::{Poll, for_each, lock};
+use crate::threads::{Interrupt, for_each, lock};
 
 /// Of an open fragment that nobody reads, at most this many workers are kept, and none with larger segments.
 const MAX_IDLE_WORKERS: usize = 8;
@@ -84,7 +84,13 @@ impl SealedSource {
     }
 
     /// Fills `buf` from `offset`; both lie within the size. On an error the buffer's contents are for the caller to wipe.
-    pub(super) fn read(&self, offset: u64, buf: &mut [u8], threads: usize, poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn read(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        threads: usize,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let pieces = Pieces::new(offset, buf, strip_bytes(self.chunk_size_bytes));
         let mut one = None;
         let mut many = Vec::new();
@@ -96,7 +102,8 @@ impl SealedSource {
                 &mut many[..]
             }
         };
-        let result = for_each(workers, pieces, poll, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
+        let result =
+            for_each(workers, pieces, interrupt, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
         self.put_back(one.into_iter().chain(many));
         result
     }

@@ -17,7 +17,7 @@ use crate::buffer;
 use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
-use crate::threads::{POLL_INTERVAL, Poll, for_each, lock};
+use crate::threads::{INTERRUPT_INTERVAL, Interrupt, for_each, lock};
 
 pub(super) struct Sealers {
     sealing: Sealing,
@@ -108,12 +108,18 @@ impl Sealers {
     }
 
     /// Seals chunks of the caller's, by all threads; none of them the last.
-    pub(super) fn seal(&self, file: &File, first_index: u64, plaintext: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn seal(
+        &self,
+        file: &File,
+        first_index: u64,
+        plaintext: &[u8],
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let strip_bytes = strip_bytes(self.chunk_size_bytes);
         let strip_chunks = (strip_bytes / self.chunk_size_bytes) as u64;
         let strips = plaintext.chunks(strip_bytes);
         let mut workers = self.workers(self.threads.min(strips.len()));
-        let result = for_each(&mut workers, strips.enumerate(), poll, |worker, (number, strip)| {
+        let result = for_each(&mut workers, strips.enumerate(), interrupt, |worker, (number, strip)| {
             self.seal_strip(worker, file, first_index + number as u64 * strip_chunks, strip)
         });
         lock(&self.queue).idle_workers.append(&mut workers);
@@ -146,8 +152,8 @@ impl Sealers {
     }
 
     /// An empty buffer for the next strip.
-    pub(super) fn buffer(&self, poll: &mut Poll<'_>) -> Result<Vec<u8>> {
-        let mut buffer = self.help_until(poll, |queue| {
+    pub(super) fn buffer(&self, interrupt: &mut Interrupt<'_>) -> Result<Vec<u8>> {
+        let mut buffer = self.help_until(interrupt, |queue| {
             let idle = queue.idle_buffers.pop();
             // One is filled, one waits, and each thread has one.
             if idle.is_none() && queue.buffers < self.threads + 2 {
@@ -161,8 +167,8 @@ impl Sealers {
     }
 
     /// Until all strips are written.
-    pub(super) fn drain(&self, poll: &mut Poll<'_>) -> Result<()> {
-        self.help_until(poll, |queue| (queue.strips.is_empty() && queue.running == 0).then_some(()))
+    pub(super) fn drain(&self, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        self.help_until(interrupt, |queue| (queue.strips.is_empty() && queue.running == 0).then_some(()))
     }
 
     /// Lets go what was not begun, and waits for what was: nobody holds the file afterwards.
@@ -176,9 +182,13 @@ impl Sealers {
     }
 
     /// Seals strips on the calling thread, or waits where others have them all, until `ready`.
-    fn help_until<R>(&self, poll: &mut Poll<'_>, mut ready: impl FnMut(&mut Queue) -> Option<R>) -> Result<R> {
+    fn help_until<R>(
+        &self,
+        interrupt: &mut Interrupt<'_>,
+        mut ready: impl FnMut(&mut Queue) -> Option<R>,
+    ) -> Result<R> {
         loop {
-            poll.tick()?;
+            interrupt.check()?;
             let mut queue = lock(&self.queue);
             if let Some(failure) = queue.failure.take() {
                 return Err(failure);
@@ -191,7 +201,7 @@ impl Sealers {
                     drop(queue);
                     self.seal_taken(strip);
                 }
-                None => drop(self.done.wait_timeout(queue, POLL_INTERVAL)),
+                None => drop(self.done.wait_timeout(queue, INTERRUPT_INTERVAL)),
             }
         }
     }

@@ -18,7 +18,7 @@ use super::{Home, Place, folder};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
-use crate::threads::Poll;
+use crate::threads::Interrupt;
 
 /// A fragment being written, front to back, by [`Write`].
 ///
@@ -124,11 +124,11 @@ impl Fragment {
             }
     }
 
-    /// Writes all of `data`, and asks `poll` from time to time (not more often than every 50 ms) whether to go on.
+    /// Writes all of `data`, and asks `interrupt` from time to time (not more often than every 50 ms) whether to go on.
     ///
     /// # Errors
     ///
-    /// What `poll` returns, or [`Error::is_io`], for instance when the disk is full; both poison the fragment.
+    /// What `interrupt` returns, or [`Error::is_io`], for instance when the disk is full; both poison the fragment.
     /// [`Error::is_state`] where it was poisoned before, or in a forked process.
     ///
     /// ```
@@ -136,17 +136,17 @@ impl Fragment {
     /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
     /// let mut fragment = writer.raw_fragment("sda")?;
     /// let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    /// fragment.write_all_polled(&[0; 1 << 20], &mut || {
+    /// fragment.write_all_interruptible(&[0; 1 << 20], &mut || {
     ///     if std::time::Instant::now() < deadline { Ok(()) } else { Err(vmsnap::Error::interrupted()) }
     /// })?;
     /// fragment.finish()?;
     /// # Ok::<(), vmsnap::Error>(())
     /// ```
-    pub fn write_all_polled(&mut self, data: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let poll = &mut Poll::new(poll);
+    pub fn write_all_interruptible(&mut self, data: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let interrupt = &mut Interrupt::new(interrupt);
         self.with_sink(|sink| match sink {
-            Sink::Plain(sink) => sink.write(data, poll),
-            Sink::Sealed(sink) => sink.write(data, poll),
+            Sink::Plain(sink) => sink.write(data, interrupt),
+            Sink::Sealed(sink) => sink.write(data, interrupt),
         })
     }
 
@@ -181,11 +181,11 @@ impl Fragment {
     ///
     /// As for a write. The file is removed then.
     pub fn finish(mut self) -> Result<()> {
-        self.finish_polled(&mut || Ok(()))
+        self.finish_interruptible(&mut || Ok(()))
     }
 
-    pub(crate) fn finish_polled(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let poll = &mut Poll::new(poll);
+    pub(crate) fn finish_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let interrupt = &mut Interrupt::new(interrupt);
         let mut entry = None;
         self.with_sink(|sink| {
             match sink {
@@ -194,7 +194,7 @@ impl Fragment {
                     entry = sink.entry();
                 }
                 Sink::Sealed(sink) => {
-                    sink.finish(poll)?;
+                    sink.finish(interrupt)?;
                     entry = Some(sink.entry());
                 }
             }
@@ -304,7 +304,7 @@ impl Fragment {
 impl Write for Fragment {
     /// Takes all of `data`, always.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.write_all_polled(data, &mut || Ok(()))?;
+        self.write_all_interruptible(data, &mut || Ok(()))?;
         Ok(data.len())
     }
 
@@ -329,7 +329,7 @@ impl Drop for Fragment {
             State::Closed => true,
             // A staged snapshot is complete or absent, and nobody said that this is complete.
             State::Open(_) if self.staging.is_staged() => false,
-            State::Open(_) => !std::thread::panicking() && self.finish_polled(&mut || Ok(())).is_ok(),
+            State::Open(_) => !std::thread::panicking() && self.finish_interruptible(&mut || Ok(())).is_ok(),
             State::Failed => false,
         };
         if !complete {

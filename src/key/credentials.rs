@@ -109,17 +109,17 @@ impl Credentials {
 
 impl Wrapper<'_> {
     /// The contents of `enc_metadata` for a payload.
-    pub(crate) fn wrap(&self, payload: &KeyPayload, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
+    pub(crate) fn wrap(&self, payload: &KeyPayload, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
         let bytes = payload.bytes();
         match self {
             Self::Key(key) => raw::wrap(bytes, key),
-            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, poll),
-            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, poll),
-            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, poll),
+            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, interrupt),
+            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, interrupt),
+            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, interrupt),
             Self::DefaultIdentity(announce) => {
                 age::check_present()?;
-                let found = default_identity::find_or_make(announce, poll)?;
-                age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, poll)
+                let found = default_identity::find_or_make(announce, interrupt)?;
+                age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, interrupt)
             }
         }
     }
@@ -127,22 +127,24 @@ impl Wrapper<'_> {
 
 impl Opener<'_> {
     /// The payload of the contents of `enc_metadata`.
-    pub(crate) fn unwrap(&self, wrapped: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<KeyPayload> {
+    pub(crate) fn unwrap(&self, wrapped: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<KeyPayload> {
         let payload: Zeroizing<Vec<u8>> = match (super::wrapping(wrapped)?, self) {
             (KeyWrapping::RawKey, Self::Key(key)) => raw::unwrap(wrapped, key)?,
             (KeyWrapping::Age { .. }, Self::Identities(identities)) => {
-                age::unwrap(wrapped, age::load(identities, poll)?, poll)?
+                age::unwrap(wrapped, age::load(identities, interrupt)?, interrupt)?
             }
             (KeyWrapping::Age { .. }, Self::DefaultIdentity) => {
                 age::check_present()?;
-                let found = default_identity::find(poll)?;
+                let found = default_identity::find(interrupt)?;
                 let identities = age::parse_default(&found.content, &found.place)?;
-                age::unwrap(wrapped, identities, poll).map_err(|error| error.context(&found.place))?
+                age::unwrap(wrapped, identities, interrupt).map_err(|error| error.context(&found.place))?
             }
             (KeyWrapping::Passphrase, Self::Passphrase(passphrase)) => {
-                age::unwrap_with_passphrase(wrapped, || passphrase.reveal(), poll)?
+                age::unwrap_with_passphrase(wrapped, || passphrase.reveal(), interrupt)?
             }
-            (KeyWrapping::KeyProvider { .. }, Self::Provider(provider)) => provider::unwrap(wrapped, provider, poll)?,
+            (KeyWrapping::KeyProvider { .. }, Self::Provider(provider)) => {
+                provider::unwrap(wrapped, provider, interrupt)?
+            }
             (wrapping, _) => return Err(self.unfit(&wrapping)),
         };
         KeyPayload::decode(payload).map_err(|error| match self {

@@ -74,10 +74,10 @@ impl Identity {
     }
 
     /// The bytes of it.
-    pub(super) fn load(&self, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+    pub(super) fn load(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
         let content = match &self.source {
             Source::Text(text) => Ok(Zeroizing::new(text.as_bytes().to_vec())),
-            Source::File(path) => read_secret(path, OTHERS, poll),
+            Source::File(path) => read_secret(path, OTHERS, interrupt),
         };
         content.and_then(plain_text).map_err(|error| error.context(self.place()))
     }

@@ -21,7 +21,7 @@ use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::parts::{PartWorker, Parts};
 use crate::fragment::rope::Rope;
-use crate::threads::{Poll, for_each_polled, lock};
+use crate::threads::{Interrupt, for_each_interruptible, lock};
 use crate::writer::SnapshotWriter;
 
 /// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
@@ -53,7 +53,7 @@ impl SnapshotWriter {
     /// [`Error::is_invalid_argument`] for regions that overlap and sizes that are not allowed; [`Error::is_io`] where there is a
     /// fragment of that name, where memory cannot be read, with its address, or the disk is full. No fragment stays then.
     pub fn write_memory(&self, regions: &[GuestRegion<'_>], options: &MemoryOptions) -> Result<MemoryReport> {
-        self.write_memory_polled(regions, options, &mut |_| Ok(()))
+        self.write_memory_interruptible(regions, options, &mut |_| Ok(()))
     }
 
     /// The same, and asks `progress` from time to time (not more often than every 50 ms), and when all was written, whether to go
@@ -62,7 +62,7 @@ impl SnapshotWriter {
     /// # Errors
     ///
     /// As there, and what `progress` returns.
-    pub fn write_memory_polled(
+    pub fn write_memory_interruptible(
         &self,
         regions: &[GuestRegion<'_>],
         options: &MemoryOptions,
@@ -84,23 +84,24 @@ impl SnapshotWriter {
         let written = (|| {
             let dump = Dump::new(regions, options);
             let total_bytes = dump.logical_bytes;
-            let poll = &mut || progress(MemoryProgress { done_bytes: dump.done.load(Ordering::Relaxed), total_bytes });
+            let interrupt =
+                &mut || progress(MemoryProgress { done_bytes: dump.done.load(Ordering::Relaxed), total_bytes });
             let mut rest = Vec::new();
             let mut lengths = None;
             memory.write_in_parts(|parts| {
-                let stored = dump.run(parts, self.threads(), &mut Poll::new(poll))?;
+                let stored = dump.run(parts, self.threads(), &mut Interrupt::new(interrupt))?;
                 (rest, lengths) = (stored.rest.carry, stored.block_lengths);
                 Ok(stored.rest.offset)
             })?;
-            memory.write_all_polled(&rest, poll)?;
+            memory.write_all_interruptible(&rest, interrupt)?;
             let mut found = dump.found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
             let document = found.metadata(regions, options, lengths);
             let mut report = found.report(&document);
-            metadata.write_all_polled(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
+            metadata.write_all_interruptible(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
             progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
             // First what is short: where one of the two fails, it is not the other's failure that is told.
-            metadata.finish_polled(&mut || Ok(()))?;
-            memory.finish_polled(&mut || Ok(()))?;
+            metadata.finish_interruptible(&mut || Ok(()))?;
+            memory.finish_interruptible(&mut || Ok(()))?;
             report.stored_bytes = memory.stored_size()? + metadata.stored_size()?;
             report.logical_bytes = total_bytes;
             report.duration = began.elapsed();
@@ -185,7 +186,7 @@ impl<'a> Dump<'a> {
         }
     }
 
-    fn run(&self, parts: &Parts, threads: usize, poll: &mut Poll<'_>) -> Result<Stored> {
+    fn run(&self, parts: &Parts, threads: usize, interrupt: &mut Interrupt<'_>) -> Result<Stored> {
         let block_size = self.options.block_size_bytes;
         let header = lz4::header(block_size).filter(|_| self.options.compress);
         let stages = match header {
@@ -198,9 +199,9 @@ impl<'a> Dump<'a> {
         let most = usize::try_from(self.logical_bytes.div_ceil(SLICE_BYTES as u64)).map_or(threads, |most| most.max(1));
         let mut workers: Vec<_> =
             (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect::<Result<_>>()?;
-        let result = for_each_polled(&mut workers, self.slices(), poll, |worker, slice, poll| {
+        let result = for_each_interruptible(&mut workers, self.slices(), interrupt, |worker, slice, interrupt| {
             let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
-            slice.and_then(|slice| self.slice(&stages, parts, worker, &slice, poll)).map_err(|error| {
+            slice.and_then(|slice| self.slice(&stages, parts, worker, &slice, interrupt)).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
                 stages.fail();
@@ -271,7 +272,7 @@ impl<'a> Dump<'a> {
         parts: &Parts,
         worker: &mut Worker,
         slice: &Slice,
-        poll: &mut Poll<'_>,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
         let Slice { number, region, range: Range { start, end } } = *slice;
         worker.slice.clear();
@@ -288,9 +289,9 @@ impl<'a> Dump<'a> {
         let offset;
         if let Some(bytes) = bytes.filter(|_| in_place) {
             ranges.iter().filter_map(|range| part_of(bytes, range)).for_each(|run| units.push(run));
-            (offset, units) = stages.data.take_in_place(number, &units, head, poll, found)?;
+            (offset, units) = stages.data.take_in_place(number, &units, head, interrupt, found)?;
         } else {
-            let (at, taken) = stages.data.take(number, slice, poll, found)?;
+            let (at, taken) = stages.data.take(number, slice, interrupt, found)?;
             units.push(taken);
             offset = at;
         }
@@ -308,7 +309,7 @@ impl<'a> Dump<'a> {
                     rope.push(units);
                     parts.write(part, offset, &rope)
                 };
-                *buffer = Some(shelf.put(number, (packed, lengths), poll, write)?);
+                *buffer = Some(shelf.put(number, (packed, lengths), interrupt, write)?);
             }
             _ => parts.write(part, offset, &units)?,
         }

@@ -12,7 +12,7 @@ use super::options::MemoryProgress;
 use super::own_mappings::{Backing, is_on_full_file_system};
 use super::pages::{first_missing, make_zero, populate};
 use crate::error::{Error, Result};
-use crate::threads::{Poll, for_each};
+use crate::threads::{Interrupt, for_each};
 
 /// What one thread restores at a time: little of it is decrypted or decompressed twice, by the neighbour too.
 const SLICE_BYTES: usize = 4 << 20;
@@ -28,7 +28,7 @@ impl GuestMemory {
     /// [`Error::is_invalid_argument`] where the destinations are not those of the regions; nothing was written then. After any
     /// other error the destinations hold anything: [`Error::is_authentication`], [`Error::is_corrupt`], [`Error::is_io`].
     pub fn restore(&self, destinations: &mut [GuestDestination<'_>]) -> Result<()> {
-        self.restore_polled(destinations, &mut |_| Ok(()))
+        self.restore_interruptible(destinations, &mut |_| Ok(()))
     }
 
     /// The same, and asks `progress` from time to time (not more often than every 50 ms), and at the end, whether to go on.
@@ -36,7 +36,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// As there, and what `progress` returns.
-    pub fn restore_polled(
+    pub fn restore_interruptible(
         &self,
         destinations: &mut [GuestDestination<'_>],
         progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
@@ -57,14 +57,19 @@ impl GuestMemory {
             }
         }
         let done = AtomicU64::new(0);
-        let mut poll =
+        let mut interrupt =
             || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed).min(total_bytes), total_bytes });
         let mut workers: Vec<_> = (0..self.threads.min(slices.len())).map(|_| Strip::default()).collect();
-        for_each(&mut workers, slices.into_iter(), &mut Poll::new(&mut poll), |strip, (region, start, target)| {
-            self.restore_slice(strip, region, start, target).map_err(|error| error.context(&self.place))?;
-            done.fetch_add(SLICE_BYTES as u64, Ordering::Relaxed);
-            Ok(())
-        })?;
+        for_each(
+            &mut workers,
+            slices.into_iter(),
+            &mut Interrupt::new(&mut interrupt),
+            |strip, (region, start, target)| {
+                self.restore_slice(strip, region, start, target).map_err(|error| error.context(&self.place))?;
+                done.fetch_add(SLICE_BYTES as u64, Ordering::Relaxed);
+                Ok(())
+            },
+        )?;
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })
     }
 
@@ -74,13 +79,13 @@ impl GuestMemory {
         region: &Region,
         offset: u64,
         buf: &mut [u8],
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let count = buf.len().div_ceil(SLICE_BYTES);
         let starts = (0..count as u64).map(|number| offset + number * SLICE_BYTES as u64);
         let slices: Vec<_> = buf.chunks_mut(SLICE_BYTES).zip(starts).collect();
         let mut workers: Vec<_> = (0..self.threads.min(count)).map(|_| Strip::default()).collect();
-        for_each(&mut workers, slices.into_iter(), &mut Poll::new(poll), |strip, (part, start)| {
+        for_each(&mut workers, slices.into_iter(), &mut Interrupt::new(interrupt), |strip, (part, start)| {
             self.restore_slice(strip, region, start, Target::Buffer(part, Backing::Other))
         })
     }

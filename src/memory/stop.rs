@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::process;
-use crate::threads::POLL_INTERVAL;
+use crate::threads::INTERRUPT_INTERVAL;
 
 /// Threads that are to stop are looked at this often.
 const TICK: Duration = Duration::from_micros(500);
@@ -61,15 +61,15 @@ impl StoppedProcess {
     /// [`Error::is_io`] where there is no such process, it may not be traced or somebody else traces it, or one of its threads
     /// does not stop: one deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
     pub fn stop(pid: u32, patience: Duration) -> Result<Self> {
-        Self::stop_polled(pid, patience, &mut || Ok(()))
+        Self::stop_interruptible(pid, patience, &mut || Ok(()))
     }
 
-    /// Stops the process as [`StoppedProcess::stop`] does, and asks `poll` every 50 ms whether to go on.
+    /// Stops the process as [`StoppedProcess::stop`] does, and asks `interrupt` every 50 ms whether to go on.
     ///
     /// # Errors
     ///
-    /// Those of [`StoppedProcess::stop`], and what `poll` returns.
-    pub fn stop_polled(pid: u32, patience: Duration, poll: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+    /// Those of [`StoppedProcess::stop`], and what `interrupt` returns.
+    pub fn stop_interruptible(pid: u32, patience: Duration, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let (hold, held) = mpsc::channel();
         let (tell, told) = mpsc::channel();
         let tracer = thread::Builder::new().name("vmsnap-tracer".to_owned()).spawn(move || {
@@ -87,9 +87,9 @@ impl StoppedProcess {
         // Dropped where it fails, so that whatever is stopped by then goes on.
         let stopped = Self { hold: Some(hold), tracer: Some(tracer), home: process::token() };
         loop {
-            match told.recv_timeout(POLL_INTERVAL) {
+            match told.recv_timeout(INTERRUPT_INTERVAL) {
                 Ok(result) => return result.map(|()| stopped),
-                Err(RecvTimeoutError::Timeout) => poll()?,
+                Err(RecvTimeoutError::Timeout) => interrupt()?,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::interrupted()),
             }
         }

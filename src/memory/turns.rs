@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::rope::Rope;
-use crate::threads::{POLL_INTERVAL, PanicGuard, Poll, lock};
+use crate::threads::{INTERRUPT_INTERVAL, Interrupt, PanicGuard, lock};
 
 pub(super) struct Turns {
     unit: usize,
@@ -107,10 +107,10 @@ impl Turns {
         &self,
         number: usize,
         item: &'a mut Item,
-        poll: &mut Poll<'_>,
+        interrupt: &mut Interrupt<'_>,
         also: impl FnOnce() -> Result<()>,
     ) -> Result<(u64, &'a [u8])> {
-        let mut turn = self.turn_of(number, poll)?;
+        let mut turn = self.turn_of(number, interrupt)?;
         also()?;
         let units = turn.join(item, self.unit)?;
         drop(turn);
@@ -124,10 +124,10 @@ impl Turns {
         number: usize,
         runs: &Rope<'a>,
         head: &'a mut Vec<u8>,
-        poll: &mut Poll<'_>,
+        interrupt: &mut Interrupt<'_>,
         also: impl FnOnce() -> Result<()>,
     ) -> Result<(u64, Rope<'a>)> {
-        let mut turn = self.turn_of(number, poll)?;
+        let mut turn = self.turn_of(number, interrupt)?;
         also()?;
         head.clear();
         std::mem::swap(head, &mut turn.carry);
@@ -145,13 +145,13 @@ impl Turns {
         Ok((offset, rope))
     }
 
-    fn turn_of(&self, number: usize, poll: &mut Poll<'_>) -> Result<MutexGuard<'_, Turn>> {
+    fn turn_of(&self, number: usize, interrupt: &mut Interrupt<'_>) -> Result<MutexGuard<'_, Turn>> {
         let mut turn = lock(&self.turn);
         while turn.next != number {
             if turn.failed {
                 return Err(Error::interrupted());
             }
-            turn = wait(&self.changed, turn, &self.turn, poll)?;
+            turn = wait(&self.changed, turn, &self.turn, interrupt)?;
         }
         Ok(turn)
     }
@@ -221,7 +221,7 @@ impl Shelf {
         &self,
         number: usize,
         item: Noted,
-        poll: &mut Poll<'_>,
+        interrupt: &mut Interrupt<'_>,
         mut write: impl FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<Noted> {
         let mut shelved = lock(&self.shelved);
@@ -245,7 +245,7 @@ impl Shelf {
             } else if let Some(idle) = self.idle(&mut shelved)? {
                 return Ok(idle);
             } else {
-                shelved = wait(&self.changed, shelved, &self.shelved, poll)?;
+                shelved = wait(&self.changed, shelved, &self.shelved, interrupt)?;
             }
         }
     }
@@ -271,10 +271,10 @@ fn wait<'a, T>(
     changed: &Condvar,
     guard: MutexGuard<'_, T>,
     mutex: &'a Mutex<T>,
-    poll: &mut Poll<'_>,
+    interrupt: &mut Interrupt<'_>,
 ) -> Result<MutexGuard<'a, T>> {
-    drop(changed.wait_timeout(guard, POLL_INTERVAL));
-    poll.tick()?;
+    drop(changed.wait_timeout(guard, INTERRUPT_INTERVAL));
+    interrupt.check()?;
     Ok(lock(mutex))
 }
 
@@ -321,7 +321,8 @@ mod tests {
                 while let Some(number) = next() {
                     item.clear();
                     fill(&mut item, number);
-                    let (offset, units) = turns.take(number, &mut item, &mut Poll::new(&mut go_on), || Ok(())).unwrap();
+                    let (offset, units) =
+                        turns.take(number, &mut item, &mut Interrupt::new(&mut go_on), || Ok(())).unwrap();
                     lock(&taken).push((offset, units.to_vec()));
                 }
             });
@@ -342,8 +343,8 @@ mod tests {
                 while let Some(number) = next() {
                     let mut runs = Rope::new();
                     items[number].chunks(7).for_each(|run| runs.push(run));
-                    let poll = &mut Poll::new(&mut go_on);
-                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, poll, || Ok(())).unwrap();
+                    let interrupt = &mut Interrupt::new(&mut go_on);
+                    let (offset, rope) = turns.take_in_place(number, &runs, &mut head, interrupt, || Ok(())).unwrap();
                     lock(&taken).push((offset, rope.runs().concat()));
                 }
             });
@@ -370,7 +371,7 @@ mod tests {
                         lock(&taken).push((offset, units.to_vec()));
                         Ok(())
                     };
-                    (item, note) = shelf.put(number, (item, note), &mut Poll::new(&mut go_on), write).unwrap();
+                    (item, note) = shelf.put(number, (item, note), &mut Interrupt::new(&mut go_on), write).unwrap();
                 }
             });
             let (rest, notes) = shelf.rest();
@@ -380,11 +381,14 @@ mod tests {
     }
 
     fn take(turns: &Turns, callback: &mut dyn FnMut() -> Result<()>) -> Error {
-        turns.take(1, &mut turns.item(0).unwrap(), &mut Poll::new(callback), || Ok(())).unwrap_err()
+        turns.take(1, &mut turns.item(0).unwrap(), &mut Interrupt::new(callback), || Ok(())).unwrap_err()
     }
 
     fn put(shelf: &Shelf, callback: &mut dyn FnMut() -> Result<()>) -> Error {
-        shelf.put(1, shelf.item().unwrap().unwrap(), &mut Poll::new(callback), |_, _| Ok(())).map(drop).unwrap_err()
+        shelf
+            .put(1, shelf.item().unwrap().unwrap(), &mut Interrupt::new(callback), |_, _| Ok(()))
+            .map(drop)
+            .unwrap_err()
     }
 
     #[test]

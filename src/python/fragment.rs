@@ -31,9 +31,9 @@ impl Fragment {
         py: Python<'_>,
         work: impl FnOnce(&mut crate::Fragment, Callback<'_>) -> Result<T> + Send,
     ) -> PyResult<T> {
-        let result = interruptible(py, |poll| {
-            self.slot.with(poll, |fragment, poll| {
-                let result = if fragment.is_closed() { None } else { Some(work(fragment, poll)) };
+        let result = interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |fragment, interrupt| {
+                let result = if fragment.is_closed() { None } else { Some(work(fragment, interrupt)) };
                 if self.doomed.load(Ordering::Acquire) {
                     fragment.remove()?;
                 }
@@ -57,8 +57,8 @@ impl Fragment {
             })?;
         }
         if !gathered {
-            self.with(py, |fragment, poll| {
-                let written = data.in_pieces(|piece| fragment.write_all_polled(piece, poll));
+            self.with(py, |fragment, interrupt| {
+                let written = data.in_pieces(|piece| fragment.write_all_interruptible(piece, interrupt));
                 // As after a failed write: what came before the page that cannot be read is in it.
                 written.map_err(|error| fragment.fail(error))
             })?;
@@ -76,12 +76,12 @@ impl Fragment {
 
     /// Nothing happens to one that is closed already.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| {
-            self.slot.with(poll, |fragment, poll| {
+        interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |fragment, interrupt| {
                 if fragment.is_closed() {
                     return Ok(());
                 }
-                fragment.finish_polled(poll).inspect_err(|_| {
+                fragment.finish_interruptible(interrupt).inspect_err(|_| {
                     // The error to be told is that of finishing.
                     fragment.abandon();
                 })
@@ -91,15 +91,15 @@ impl Fragment {
 
     /// Of a fragment that nobody closed: one of a staged snapshot makes the commit fail, any other is finished.
     fn drop_unclosed(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| {
-            self.slot.with(poll, |fragment, poll| {
+        interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |fragment, interrupt| {
                 if fragment.is_closed() {
                     Ok(())
                 } else if fragment.is_staged() {
                     fragment.abandon();
                     Ok(())
                 } else {
-                    fragment.finish_polled(poll).inspect_err(|_| fragment.abandon())
+                    fragment.finish_interruptible(interrupt).inspect_err(|_| fragment.abandon())
                 }
             })
         })
@@ -110,7 +110,7 @@ impl Fragment {
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
         self.slot.home().check()?;
         self.doomed.store(true, Ordering::Release);
-        interruptible(py, |poll| self.slot.with(poll, |fragment, _| fragment.remove()))
+        interruptible(py, |interrupt| self.slot.with(interrupt, |fragment, _| fragment.remove()))
     }
 
     /// Whether nothing more can be done with it: it was finished or removed, or belongs to another process.

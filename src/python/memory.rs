@@ -152,7 +152,8 @@ pub(super) fn write_memory(
         }
     });
     let regions = regions.collect::<Result<Vec<_>>>()?;
-    let report = reporting(py, progress, |poll| writer.writer.write_memory_polled(&regions, &options, poll))?;
+    let report =
+        reporting(py, progress, |interrupt| writer.writer.write_memory_interruptible(&regions, &options, interrupt))?;
     let MemoryReport { logical_bytes, data_bytes, stored_bytes, ranges, unreadable, duration } = report;
     let unreadable = unreadable.into_iter().map(|range| (range.start, range.end)).collect();
     Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
@@ -220,7 +221,9 @@ impl GuestMemory {
     ) -> PyResult<Bound<'py, PyBytes>> {
         let (address, size): (u64, usize) = (number(guest_address, "guest_address")?, number(size, "size")?);
         self.0.check_address(address, size as u64)?;
-        PyBytes::new_with(py, size, |bytes| interruptible(py, |poll| self.0.read_at_polled(address, bytes, poll)))
+        PyBytes::new_with(py, size, |bytes| {
+            interruptible(py, |interrupt| self.0.read_at_interruptible(address, bytes, interrupt))
+        })
     }
 
     fn restore(
@@ -261,6 +264,6 @@ impl GuestMemory {
             Ok(destination.huge_pages(huge_pages))
         });
         let mut opened = opened.collect::<Result<Vec<_>>>()?;
-        reporting(py, progress, |poll| self.0.restore_polled(&mut opened, poll))
+        reporting(py, progress, |interrupt| self.0.restore_interruptible(&mut opened, interrupt))
     }
 }

@@ -9,7 +9,7 @@ use std::thread::{self, ThreadId};
 use super::Callback;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::Home;
-use crate::threads::{POLL_INTERVAL, Poll, lock};
+use crate::threads::{INTERRUPT_INTERVAL, Interrupt, lock};
 
 pub(super) struct Slot<T> {
     home: Home,
@@ -34,12 +34,12 @@ impl<T> Slot<T> {
     /// Lets `work` have the value alone.
     pub(super) fn with<R>(
         &self,
-        poll: Callback<'_>,
+        interrupt: Callback<'_>,
         work: impl FnOnce(&mut T, Callback<'_>) -> Result<R>,
     ) -> Result<R> {
-        let mut held = Held { slot: self, value: Some(self.take(poll)?) };
+        let mut held = Held { slot: self, value: Some(self.take(interrupt)?) };
         match &mut held.value {
-            Some(value) => work(value, poll),
+            Some(value) => work(value, interrupt),
             None => unreachable!("put there above"),
         }
     }
@@ -61,10 +61,10 @@ impl<T> Slot<T> {
         }
     }
 
-    fn take(&self, poll: Callback<'_>) -> Result<Box<T>> {
+    fn take(&self, interrupt: Callback<'_>) -> Result<Box<T>> {
         self.home.check()?;
         let own = thread::current().id();
-        let mut poll = Poll::new(poll);
+        let mut interrupt = Interrupt::new(interrupt);
         let mut place = lock(&self.place);
         loop {
             match std::mem::replace(&mut *place, Place::Taken(own)) {
@@ -76,8 +76,8 @@ impl<T> Slot<T> {
                 let text = "the fragment is in a call of this very thread's: a signal handler cannot use it";
                 return Err(Error::new(Kind::State, text));
             }
-            drop(self.returned.wait_timeout(place, POLL_INTERVAL));
-            poll.tick()?;
+            drop(self.returned.wait_timeout(place, INTERRUPT_INTERVAL));
+            interrupt.check()?;
             place = lock(&self.place);
         }
     }

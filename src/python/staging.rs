@@ -37,7 +37,7 @@ impl StagedSnapshot {
         durable: bool,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
-        let staged = interruptible(py, |poll| options.stage_polled(path, poll))?;
+        let staged = interruptible(py, |interrupt| options.stage_interruptible(path, interrupt))?;
         Ok(Self { writer: staged.writer().clone(), path: staged.path().to_owned(), slot: Slot::new(staged) })
     }
 
@@ -52,12 +52,14 @@ impl StagedSnapshot {
     }
 
     fn commit<'py>(&self, py: Python<'py>) -> PyResult<Id<'py>> {
-        let seal = interruptible(py, |poll| self.slot.with(poll, |staged, poll| staged.commit_polled(poll)))?;
+        let seal = interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |staged, interrupt| staged.commit_interruptible(interrupt))
+        })?;
         Ok(id(py, seal))
     }
 
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| self.slot.with(poll, |staged, _| staged.remove()))
+        interruptible(py, |interrupt| self.slot.with(interrupt, |staged, _| staged.remove()))
     }
 }
 
@@ -70,7 +72,7 @@ pub(super) fn seal<'py>(
     durable: bool,
 ) -> PyResult<Id<'py>> {
     let options = options(credentials, threads)?.durable(durable);
-    Ok(id(py, interruptible(py, |poll| options.seal_polled(root, poll))?))
+    Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(root, interrupt))?))
 }
 
 /// What was removed, and what is held.
@@ -92,7 +94,7 @@ pub(super) fn verify<'py>(
     expect_seal_digest: Option<&[u8]>,
 ) -> PyResult<Report<'py>> {
     let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
-    let report = interruptible(py, |poll| options.verify_polled(root, poll))?;
+    let report = interruptible(py, |interrupt| options.verify_interruptible(root, interrupt))?;
     let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
     let row = |Problem { path, kind, text }| (path, kind.to_string(), text);
     Ok((

@@ -12,7 +12,7 @@ use crate::fragment::{FragmentReader, folder};
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
 use crate::seal::Seal;
-use crate::threads::{Poll, for_each, lock};
+use crate::threads::{Interrupt, for_each, lock};
 
 /// What is small.
 const SMALL_BYTES: u64 = 4 << 20;
@@ -24,7 +24,7 @@ impl Verifier {
         key: &Key,
         seal: Option<&Seal>,
         threads: usize,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let manifest = seal.map(|seal| seal.manifest(&self.root, None)).transpose()?;
         let checker = Checker { root: &self.root, key, proofs: manifest.map(proofs_of).unwrap_or_default() };
@@ -38,7 +38,7 @@ impl Verifier {
         let (small, large): (Vec<_>, Vec<_>) = items.into_iter().partition(|item| item.stored_size <= SMALL_BYTES);
         let results = Mutex::new(Vec::new());
         let mut buffers = vec![Vec::new(); threads.min(small.len()).max(1)];
-        for_each(&mut buffers, small.into_iter(), &mut Poll::new(poll), |buffer, item| {
+        for_each(&mut buffers, small.into_iter(), &mut Interrupt::new(interrupt), |buffer, item| {
             let result = checker.check(&item, 1, buffer, &mut || Ok(()))?;
             lock(&results).push((item.path.to_owned(), result));
             Ok(())
@@ -46,7 +46,7 @@ impl Verifier {
         let mut buffer = buffers.pop().unwrap_or_default();
         drop(buffers);
         for item in large {
-            let result = checker.check(&item, threads, &mut buffer, poll)?;
+            let result = checker.check(&item, threads, &mut buffer, interrupt)?;
             lock(&results).push((item.path.to_owned(), result));
         }
         for (path, result) in results.into_inner().unwrap_or_default() {
@@ -97,18 +97,18 @@ impl Checker<'_> {
     ///
     /// # Errors
     ///
-    /// What the poll returns, and nothing else.
+    /// What the interrupt returns, and nothing else.
     fn check(
         &self,
         item: &Item<'_>,
         threads: usize,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Checked> {
         let checked = match self.key {
             Key::Lacking => self.header(item).map(|_| 0),
-            Key::Held(payload) => self.encrypted(item, payload.data_key(), threads, buffer, poll),
-            Key::Plain => self.plain(item, threads, buffer, poll),
+            Key::Held(payload) => self.encrypted(item, payload.data_key(), threads, buffer, interrupt),
+            Key::Plain => self.plain(item, threads, buffer, interrupt),
         };
         match checked {
             Ok(bytes) => Ok(Ok(bytes)),
@@ -160,7 +160,7 @@ impl Checker<'_> {
         key: &SecretKey,
         threads: usize,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> std::result::Result<u64, Failure> {
         if let Some(entry) = item.entry {
             let Proof::HeaderTag { tag: expected, .. } = entry.proof else {
@@ -178,7 +178,7 @@ impl Checker<'_> {
             }
         }
         let fragment = self.open(item, Some(key), threads)?;
-        fragment.read_through(buffer, poll, |_| Ok(()))?;
+        fragment.read_through(buffer, interrupt, |_| Ok(()))?;
         Ok(fragment.size())
     }
 
@@ -187,7 +187,7 @@ impl Checker<'_> {
         item: &Item<'_>,
         threads: usize,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> std::result::Result<u64, Failure> {
         if item.entry.is_some_and(|entry| item.stored_size > entry.stored_size.saturating_mul(2).max(SMALL_BYTES)) {
             // Not read: a sparse giant would take for ever.
@@ -195,10 +195,10 @@ impl Checker<'_> {
         }
         let fragment = self.open(item, None, threads)?;
         let Some(entry) = item.entry else {
-            fragment.read_through(buffer, poll, |_| Ok(()))?;
+            fragment.read_through(buffer, interrupt, |_| Ok(()))?;
             return Ok(fragment.size());
         };
-        let digest = fragment.blake3(buffer, poll)?;
+        let digest = fragment.blake3(buffer, interrupt)?;
         if entry.proof == Proof::Blake3(digest) {
             return Ok(fragment.size());
         }

@@ -129,25 +129,25 @@ impl SnapshotOptions {
     /// [`crate::Error::is_io`] where there is no such folder; [`crate::Error::is_invalid_argument`] and
     /// [`crate::Error::is_not_encrypted`] as [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
     pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
-        self.verify_polled(root, &mut || Ok(()))
+        self.verify_interruptible(root, &mut || Ok(()))
     }
 
-    pub(crate) fn verify_polled(
+    pub(crate) fn verify_interruptible(
         &self,
         root: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
         drop(folder::open(&root, "")?);
         let mut verifier = Verifier { root, report: Verification::default(), found: BTreeMap::new() };
-        let key = verifier.key(self, poll)?;
+        let key = verifier.key(self, interrupt)?;
         let manifest = verifier.manifest(self, &key)?;
-        let namespaces = verifier.walk(poll)?;
+        let namespaces = verifier.walk(interrupt)?;
         if let Some(seal) = &manifest {
             verifier.compare(seal, &namespaces);
         }
-        verifier.read_all(&key, manifest.as_ref(), threads, poll)?;
+        verifier.read_all(&key, manifest.as_ref(), threads, interrupt)?;
         Ok(verifier.finish())
     }
 }
@@ -188,8 +188,8 @@ impl Verifier {
         self.problem(name, kind, text);
     }
 
-    fn key(&mut self, options: &SnapshotOptions, poll: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
-        match key_metadata::unlock(&self.root, options, poll) {
+    fn key(&mut self, options: &SnapshotOptions, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
+        match key_metadata::unlock(&self.root, options, interrupt) {
             Ok(None) => Ok(Key::Plain),
             Ok(Some(payload)) => Ok(Key::Held(payload)),
             Err(error) if error.is_key_unavailable() => {

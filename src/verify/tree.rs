@@ -13,11 +13,11 @@ use crate::staging::SealId;
 
 impl Verifier {
     /// Finds all there is; returns the namespaces.
-    pub(super) fn walk(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<BTreeSet<Box<str>>> {
+    pub(super) fn walk(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<BTreeSet<Box<str>>> {
         let mut namespaces = BTreeSet::new();
         let mut pending = vec![SnapshotPath::default()];
         while let Some(namespace) = pending.pop() {
-            poll()?;
+            interrupt()?;
             let listed = folder::open(&self.root, namespace.as_str()).and_then(|opened| {
                 Ok((folder::entries(&opened).map_err(|errno| Error::io("cannot be listed", errno))?, opened))
             });
