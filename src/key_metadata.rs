@@ -38,10 +38,10 @@ pub(crate) fn unlock(
     interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Option<KeyPayload>> {
     // Whatever the snapshot is, so that a mistake shows at once.
-    options.credentials.opener()?;
+    options.credentials.unwrapper()?;
     match read(root)? {
         Some(wrapped) => {
-            let payload = options.credentials.opener()?.unwrap(&wrapped, interrupt);
+            let payload = options.credentials.unwrapper()?.unwrap(&wrapped, interrupt);
             wipe_stack();
             payload.map(Some).map_err(|error| error.context(place(root)))
         }
@@ -89,10 +89,10 @@ pub(crate) fn rekey_interruptible(
         return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
     }
     let root = &folder::absolute(root.as_ref())?;
-    let (opener, wrapper) = (old.credentials.opener()?, new.credentials.wrapper()?);
+    let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
     let wrapped = read(root)?.ok_or_else(|| plain(root))?;
     let context = |error: Error| error.context(place(root));
-    let payload = opener.unwrap(&wrapped, interrupt).map_err(context)?;
+    let payload = unwrapper.unwrap(&wrapped, interrupt).map_err(context)?;
     let wrapped = wrapper.wrap(&payload, interrupt);
     wipe_stack();
     let wrapped = wrapped.map_err(context)?;

@@ -421,7 +421,7 @@ fn examine(
     interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Entry> {
     let fragment = FragmentReader::open(root, path, data_key, threads, None)?;
-    if let Some(entry) = fragment.sealed_entry() {
+    if let Some(entry) = fragment.encrypted_entry() {
         return Ok(entry);
     }
     let digest = fragment.blake3(&mut Vec::new(), interrupt)?;

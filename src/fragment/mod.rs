@@ -6,8 +6,8 @@
 //! plain.rs     the bytes themselves
 //! parts.rs     a fragment written in parts, by several threads
 //! rope.rs      bytes that follow each other, and lie apart in memory
-//! sealed_sink.rs, sealing.rs    one FLOE message, sealed by all threads
-//! sealed_source.rs, pieces.rs   the same, opened by all threads
+//! encrypted_sink.rs, sealing.rs    one FLOE message, sealed by all threads
+//! encrypted_source.rs, pieces.rs   the same, opened by all threads
 //! digest.rs, ledger.rs          what the manifest is to say of a fragment
 //! lock.rs      who writes into a snapshot now
 //! file_system.rs                where a lock on a directory reaches all writers
@@ -15,6 +15,9 @@
 //! ```
 
 pub(crate) mod digest;
+mod encrypted_sink;
+mod encrypted_source;
+mod encryptors;
 mod file_system;
 pub(crate) mod folder;
 pub(crate) mod ledger;
@@ -24,9 +27,6 @@ mod pieces;
 mod plain;
 mod reading;
 pub(crate) mod rope;
-mod sealed_sink;
-mod sealed_source;
-mod sealing;
 mod writing;
 
 use std::fmt;

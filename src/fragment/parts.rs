@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use rustix::io::{Errno, pwritev};
 
 use super::digest::{Digest, PIECE_BYTES, Subtree, subtree};
+use super::encryptors::{EncryptionWorker, Encryptors};
 use super::not_written;
 use super::rope::Rope;
-use super::sealing::{self, Sealers};
 use crate::error::Result;
 use crate::threads::lock;
 
@@ -23,7 +23,7 @@ pub(crate) struct Parts {
 
 pub(super) enum Kind {
     Plain(Option<Mutex<Collected>>),
-    Sealed { sealers: Arc<Sealers>, chunk_size_bytes: usize },
+    Encrypted { encryptors: Arc<Encryptors>, chunk_size_bytes: usize },
 }
 
 /// Digests of parts, which come in any order.
@@ -36,7 +36,7 @@ pub(super) struct Collected {
 
 /// What one thread needs to write parts.
 pub(crate) struct PartWorker {
-    sealing: Option<sealing::Worker>,
+    encryption: Option<EncryptionWorker>,
     /// For a unit that does not lie together.
     room: Vec<u8>,
 }
@@ -47,24 +47,24 @@ impl Parts {
         match &self.kind {
             Kind::Plain(None) => 1,
             Kind::Plain(Some(_)) => PIECE_BYTES,
-            Kind::Sealed { chunk_size_bytes, .. } => *chunk_size_bytes,
+            Kind::Encrypted { chunk_size_bytes, .. } => *chunk_size_bytes,
         }
     }
 
     pub(crate) fn worker(&self) -> PartWorker {
-        let sealing = match &self.kind {
+        let encryption = match &self.kind {
             Kind::Plain(_) => None,
-            Kind::Sealed { sealers, .. } => Some(sealers.worker()),
+            Kind::Encrypted { encryptors, .. } => Some(encryptors.worker()),
         };
-        PartWorker { sealing, room: Vec::new() }
+        PartWorker { encryption, room: Vec::new() }
     }
 
     /// Writes a part to `offset`, in bytes of plaintext.
     pub(crate) fn write(&self, worker: &mut PartWorker, offset: u64, part: &Rope<'_>) -> Result<()> {
-        let PartWorker { sealing, room } = worker;
-        match (&self.kind, sealing) {
-            (Kind::Sealed { sealers, chunk_size_bytes }, Some(worker)) => {
-                sealers.seal_rope(worker, &self.file, offset / *chunk_size_bytes as u64, part, room)
+        let PartWorker { encryption, room } = worker;
+        match (&self.kind, encryption) {
+            (Kind::Encrypted { encryptors, chunk_size_bytes }, Some(worker)) => {
+                encryptors.encrypt_rope(worker, &self.file, offset / *chunk_size_bytes as u64, part, room)
             }
             (Kind::Plain(digest), _) => {
                 write_runs(&self.file, part.runs(), offset).map_err(not_written)?;
@@ -81,7 +81,7 @@ impl Parts {
                 }
                 Ok(())
             }
-            (Kind::Sealed { .. }, None) => unreachable!("a worker is of the parts it writes"),
+            (Kind::Encrypted { .. }, None) => unreachable!("a worker is of the parts it writes"),
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::digest::Digest;
+use super::encrypted_source::EncryptedSource;
 use super::plain::PlainSource;
-use super::sealed_source::SealedSource;
 use super::{Home, Place, folder};
 use crate::buffer;
 use crate::cipher::SecretKey;
@@ -64,7 +64,7 @@ struct OpenFile {
 
 enum Source {
     Plain(PlainSource),
-    Sealed(Box<SealedSource>),
+    Encrypted(Box<EncryptedSource>),
 }
 
 impl FragmentReader {
@@ -96,8 +96,8 @@ impl FragmentReader {
             None => Source::Plain(PlainSource::new(file, stored_size)),
             Some(key) => {
                 let source =
-                    SealedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
-                Source::Sealed(Box::new(source))
+                    EncryptedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
+                Source::Encrypted(Box::new(source))
             }
         };
         let file = Arc::new(OpenFile { source, stored_size, threads, place, home: Home::here() });
@@ -109,7 +109,7 @@ impl FragmentReader {
     pub fn size(&self) -> u64 {
         match &self.file.source {
             Source::Plain(source) => source.size(),
-            Source::Sealed(source) => source.size(),
+            Source::Encrypted(source) => source.size(),
         }
     }
 
@@ -124,15 +124,15 @@ impl FragmentReader {
     pub fn chunk_size_bytes(&self) -> Option<usize> {
         match &self.file.source {
             Source::Plain(_) => None,
-            Source::Sealed(source) => Some(source.chunk_size_bytes()),
+            Source::Encrypted(source) => Some(source.chunk_size_bytes()),
         }
     }
 
     /// What the manifest says of an encrypted fragment; a plain one would have to be read for it.
-    pub(crate) fn sealed_entry(&self) -> Option<Entry> {
+    pub(crate) fn encrypted_entry(&self) -> Option<Entry> {
         match &self.file.source {
             Source::Plain(_) => None,
-            Source::Sealed(source) => Some(Entry {
+            Source::Encrypted(source) => Some(Entry {
                 size: source.size(),
                 stored_size: self.file.stored_size,
                 proof: Proof::HeaderTag {
@@ -191,7 +191,7 @@ impl FragmentReader {
         let interrupt = &mut Interrupt::new(interrupt);
         let result = file.home.check().and_then(|()| match &file.source {
             Source::Plain(source) => source.read(offset, wanted, threads, interrupt),
-            Source::Sealed(source) => source.read(offset, wanted, threads, interrupt),
+            Source::Encrypted(source) => source.read(offset, wanted, threads, interrupt),
         });
         match result {
             Ok(()) => Ok(length),

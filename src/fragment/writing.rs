@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::encrypted_sink::EncryptedSink;
 use super::ledger::Staging;
 use super::lock::LockedRoot;
 use super::parts::Parts;
 use super::plain::PlainSink;
-use super::sealed_sink::SealedSink;
 use super::{Home, Place, folder};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
@@ -22,7 +22,7 @@ use crate::threads::Interrupt;
 
 /// A fragment being written, front to back, by [`Write`].
 ///
-/// A large write is sealed and written by several threads, straight from the caller's buffer; small ones are gathered.
+/// A large write is encrypted and written by several threads, straight from the caller's buffer; small ones are gathered.
 /// [`Fragment::finish`] ends it and tells whether all went well. Dropping it ends it as well, as in crosvm, but cannot
 /// tell; dropped by a panic, its file is removed. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
 /// dropped.
@@ -49,7 +49,7 @@ enum State {
 
 enum Sink {
     Plain(PlainSink),
-    Sealed(SealedSink),
+    Encrypted(EncryptedSink),
 }
 
 /// How a fragment is to be written.
@@ -99,7 +99,7 @@ impl Fragment {
         Ok(match key {
             // In another process than that of the staged snapshot nobody would ask for the digest.
             None => Sink::Plain(PlainSink::new(file, writing.staging.ledger().is_some(), threads)),
-            Some(key) => Sink::Sealed(SealedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
+            Some(key) => Sink::Encrypted(EncryptedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
         })
     }
 
@@ -108,7 +108,7 @@ impl Fragment {
     pub fn written(&self) -> u64 {
         match &self.state {
             State::Open(Sink::Plain(sink)) => sink.written(),
-            State::Open(Sink::Sealed(sink)) => sink.written(),
+            State::Open(Sink::Encrypted(sink)) => sink.written(),
             State::Failed | State::Closed => 0,
         }
     }
@@ -119,7 +119,7 @@ impl Fragment {
         self.home.is_here()
             && match &mut self.state {
                 State::Open(Sink::Plain(sink)) => sink.gather(data),
-                State::Open(Sink::Sealed(sink)) => sink.gather(data),
+                State::Open(Sink::Encrypted(sink)) => sink.gather(data),
                 State::Failed | State::Closed => false,
             }
     }
@@ -146,7 +146,7 @@ impl Fragment {
         let interrupt = &mut Interrupt::new(interrupt);
         self.with_sink(|sink| match sink {
             Sink::Plain(sink) => sink.write(data, interrupt),
-            Sink::Sealed(sink) => sink.write(data, interrupt),
+            Sink::Encrypted(sink) => sink.write(data, interrupt),
         })
     }
 
@@ -163,13 +163,13 @@ impl Fragment {
         self.with_sink(|sink| {
             let parts = match sink {
                 Sink::Plain(sink) => sink.parts(),
-                Sink::Sealed(sink) => sink.parts(),
+                Sink::Encrypted(sink) => sink.parts(),
             };
             let parts = parts.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
             let end = work(&parts)?;
             match sink {
                 Sink::Plain(sink) => sink.continue_at(parts, end),
-                Sink::Sealed(sink) => sink.continue_at(end),
+                Sink::Encrypted(sink) => sink.continue_at(end),
             }
             Ok(())
         })
@@ -193,7 +193,7 @@ impl Fragment {
                     sink.flush()?;
                     entry = sink.entry();
                 }
-                Sink::Sealed(sink) => {
+                Sink::Encrypted(sink) => {
                     sink.finish(interrupt)?;
                     entry = Some(sink.entry());
                 }
@@ -313,7 +313,7 @@ impl Write for Fragment {
     fn flush(&mut self) -> io::Result<()> {
         self.with_sink(|sink| match sink {
             Sink::Plain(sink) => sink.flush(),
-            Sink::Sealed(_) => Ok(()),
+            Sink::Encrypted(_) => Ok(()),
         })?;
         Ok(())
     }

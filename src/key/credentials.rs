@@ -35,7 +35,7 @@ pub(crate) enum Wrapper<'a> {
 }
 
 /// What unwraps a data key.
-pub(crate) enum Opener<'a> {
+pub(crate) enum Unwrapper<'a> {
     Key(&'a SecretKey),
     Identities(&'a [Identity]),
     Passphrase(&'a Passphrase),
@@ -90,19 +90,19 @@ impl Credentials {
     }
 
     /// What is to unwrap a data key: the default identity, where nothing was passed.
-    pub(crate) fn opener(&self) -> Result<Opener<'_>> {
+    pub(crate) fn unwrapper(&self) -> Result<Unwrapper<'_>> {
         self.check_one()?;
         Ok(match self {
-            Self { key: Some(key), .. } => Opener::Key(key),
-            Self { identities: Some(identities), .. } => Opener::Identities(identities),
-            Self { passphrase: Some(passphrase), .. } => Opener::Passphrase(passphrase),
-            Self { key_provider: Some(provider), .. } => Opener::Provider(provider),
+            Self { key: Some(key), .. } => Unwrapper::Key(key),
+            Self { identities: Some(identities), .. } => Unwrapper::Identities(identities),
+            Self { passphrase: Some(passphrase), .. } => Unwrapper::Passphrase(passphrase),
+            Self { key_provider: Some(provider), .. } => Unwrapper::Provider(provider),
             Self { recipients: Some(_), .. } => {
                 return Err(Error::invalid_argument(
                     "recipients are what a snapshot is written for; identities open it",
                 ));
             }
-            _ => Opener::DefaultIdentity,
+            _ => Unwrapper::DefaultIdentity,
         })
     }
 }
@@ -125,7 +125,7 @@ impl Wrapper<'_> {
     }
 }
 
-impl Opener<'_> {
+impl Unwrapper<'_> {
     /// The payload of the contents of `enc_metadata`.
     pub(crate) fn unwrap(&self, wrapped: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<KeyPayload> {
         let payload: Zeroizing<Vec<u8>> = match (super::wrapping(wrapped)?, self) {

@@ -1,7 +1,7 @@
 //! Guest memory into the fragments `mem` and `mem_metadata`, by all threads.
 //!
 //! Memory is cut into slices. A thread reads the data of a slice into a buffer of its own, drops what is zero, and puts the
-//! rest into the stream when it is its turn; it compresses, seals and writes its part of the stream while the others do the
+//! rest into the stream when it is its turn; it compresses, encrypts and writes its part of the stream while the others do the
 //! same with theirs.
 
 use std::io;

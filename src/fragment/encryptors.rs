@@ -1,8 +1,8 @@
-//! Sealing chunks by all threads.
+//! Encrypting chunks by all threads.
 //!
-//! Segments have a fixed size, so a thread that has chunks knows where their segments lie: it seals them into a buffer of
-//! its own, writes that there, and never meets the others. A strip of chunks that was copied from small writes is sealed
-//! behind the caller's back, who comes to help when there are more strips than buffers; a large write is sealed straight
+//! Segments have a fixed size, so a thread that has chunks knows where their segments lie: it encrypts them into a buffer of
+//! its own, writes that there, and never meets the others. A strip of chunks that was copied from small writes is encrypted
+//! behind the caller's back, who comes to help when there are more strips than buffers; a large write is encrypted straight
 //! from the caller's memory, while the caller waits.
 
 use std::collections::VecDeque;
@@ -14,13 +14,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use super::rope::Rope;
 use super::{not_written, strip_bytes};
 use crate::buffer;
-use crate::cipher::{SEGMENT_OVERHEAD_BYTES, Sealer, Sealing, segment_offset, segment_size};
+use crate::cipher::{Encryption, Encryptor, SEGMENT_OVERHEAD_BYTES, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt, for_each, lock};
 
-pub(super) struct Sealers {
-    sealing: Sealing,
+pub(super) struct Encryptors {
+    encryption: Encryption,
     chunk_size_bytes: usize,
     threads: usize,
     queue: Mutex<Queue>,
@@ -31,14 +31,14 @@ pub(super) struct Sealers {
 #[derive(Default)]
 struct Queue {
     strips: VecDeque<Strip>,
-    /// Strips being sealed behind the caller's back.
+    /// Strips being encrypted behind the caller's back.
     running: usize,
     /// Threads of the pool that take strips.
     helpers: usize,
     /// Buffers there are, the one the caller fills included.
     buffers: usize,
     idle_buffers: Vec<Vec<u8>>,
-    idle_workers: Vec<Worker>,
+    idle_workers: Vec<EncryptionWorker>,
     failure: Option<Error>,
 }
 
@@ -52,32 +52,32 @@ impl Queue {
 
 /// Whole chunks, none of them the last.
 struct Strip {
-    /// Here and not in `Sealers`, so that a helper on its way out does not keep a finished fragment's file open.
+    /// Here and not in `Encryptors`, so that a helper on its way out does not keep a finished fragment's file open.
     file: Arc<File>,
     first_index: u64,
     plaintext: Vec<u8>,
 }
 
-pub(super) struct Worker {
-    sealer: Sealer,
+pub(super) struct EncryptionWorker {
+    encryptor: Encryptor,
     segments: Vec<u8>,
 }
 
 /// Segments that are gathered, to be written together.
-struct SealedStrip<'a> {
-    worker: &'a mut Worker,
+struct EncryptedBatch<'a> {
+    worker: &'a mut EncryptionWorker,
     file: &'a File,
     first_index: u64,
     chunk_size_bytes: usize,
     chunks: usize,
 }
 
-impl SealedStrip<'_> {
+impl EncryptedBatch<'_> {
     fn push(&mut self, chunk: &[u8]) -> Result<()> {
         let size = segment_size(self.chunk_size_bytes);
         let at = self.chunks * size;
         let segment = &mut self.worker.segments[at..at + size];
-        self.worker.sealer.seal(self.first_index + self.chunks as u64, chunk, segment)?;
+        self.worker.encryptor.encrypt(self.first_index + self.chunks as u64, chunk, segment)?;
         self.chunks += 1;
         if (self.chunks + 1) * self.chunk_size_bytes > strip_bytes(self.chunk_size_bytes) {
             self.write()
@@ -96,19 +96,19 @@ impl SealedStrip<'_> {
     }
 }
 
-impl Sealers {
-    pub(super) fn new(sealing: Sealing, threads: usize) -> Self {
+impl Encryptors {
+    pub(super) fn new(encryption: Encryption, threads: usize) -> Self {
         Self {
-            chunk_size_bytes: sealing.chunk_size_bytes(),
-            sealing,
+            chunk_size_bytes: encryption.chunk_size_bytes(),
+            encryption,
             threads,
             queue: Mutex::new(Queue { buffers: 1, ..Queue::default() }),
             done: Condvar::new(),
         }
     }
 
-    /// Seals chunks of the caller's, by all threads; none of them the last.
-    pub(super) fn seal(
+    /// Encrypts chunks of the caller's, by all threads; none of them the last.
+    pub(super) fn encrypt(
         &self,
         file: &File,
         first_index: u64,
@@ -120,21 +120,21 @@ impl Sealers {
         let strips = plaintext.chunks(strip_bytes);
         let mut workers = self.workers(self.threads.min(strips.len()));
         let result = for_each(&mut workers, strips.enumerate(), interrupt, |worker, (number, strip)| {
-            self.seal_strip(worker, file, first_index + number as u64 * strip_chunks, strip)
+            self.encrypt_batch(worker, file, first_index + number as u64 * strip_chunks, strip)
         });
         lock(&self.queue).idle_workers.append(&mut workers);
         result
     }
 
-    /// Seals and writes the last chunk.
-    pub(super) fn seal_last(&self, file: &File, index: u64, chunk: &[u8]) -> Result<()> {
-        let Worker { mut sealer, mut segments } = self.worker();
+    /// Encrypts and writes the last chunk.
+    pub(super) fn encrypt_last(&self, file: &File, index: u64, chunk: &[u8]) -> Result<()> {
+        let EncryptionWorker { mut encryptor, mut segments } = self.worker();
         buffer::fit(&mut segments, chunk.len() + SEGMENT_OVERHEAD_BYTES)?;
-        sealer.seal_last(index, chunk, &mut segments)?;
+        encryptor.encrypt_last(index, chunk, &mut segments)?;
         file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
     }
 
-    /// Hands a strip to the other threads. Later calls tell how it went, [`Sealers::drain`] at the latest.
+    /// Hands a strip to the other threads. Later calls tell how it went, [`Encryptors::drain`] at the latest.
     pub(super) fn submit(self: &Arc<Self>, file: &Arc<File>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
         queue.strips.push_back(Strip { file: Arc::clone(file), first_index, plaintext });
@@ -142,7 +142,7 @@ impl Sealers {
         queue.helpers += usize::from(wanted);
         drop(queue);
         if wanted && pool().invite(&self.job(), 1) == 0 {
-            // No thread can be started: the caller seals it, when it needs the buffer.
+            // No thread can be started: the caller encrypts it, when it needs the buffer.
             lock(&self.queue).helpers -= 1;
         }
     }
@@ -181,7 +181,7 @@ impl Sealers {
         }
     }
 
-    /// Seals strips on the calling thread, or waits where others have them all, until `ready`.
+    /// Encrypts strips on the calling thread, or waits where others have them all, until `ready`.
     fn help_until<R>(
         &self,
         interrupt: &mut Interrupt<'_>,
@@ -199,18 +199,19 @@ impl Sealers {
             match queue.take() {
                 Some(strip) => {
                     drop(queue);
-                    self.seal_taken(strip);
+                    self.encrypt_taken(strip);
                 }
                 None => drop(self.done.wait_timeout(queue, INTERRUPT_INTERVAL)),
             }
         }
     }
 
-    fn seal_taken(&self, Strip { file, first_index, mut plaintext }: Strip) {
+    fn encrypt_taken(&self, Strip { file, first_index, mut plaintext }: Strip) {
         let mut worker = self.worker();
         // Whatever happens, the strip is counted out: the caller waits for that.
-        let sealed = catch_unwind(AssertUnwindSafe(|| self.seal_strip(&mut worker, &file, first_index, &plaintext)));
-        let result = sealed.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "a thread that encrypts panicked")));
+        let encrypted =
+            catch_unwind(AssertUnwindSafe(|| self.encrypt_batch(&mut worker, &file, first_index, &plaintext)));
+        let result = encrypted.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "a thread that encrypts panicked")));
         drop(file);
         plaintext.clear();
         let mut queue = lock(&self.queue);
@@ -224,17 +225,17 @@ impl Sealers {
         self.done.notify_all();
     }
 
-    /// Seals whole chunks, none of them the last, and writes them.
-    fn seal_strip(&self, worker: &mut Worker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
+    /// Encrypts whole chunks, none of them the last, and writes them.
+    fn encrypt_batch(&self, worker: &mut EncryptionWorker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
         let mut strip_writer = self.strip(worker, file, first_index)?;
         strip.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| strip_writer.push(chunk))?;
         strip_writer.write()
     }
 
     /// The same of chunks that may lie apart; `room` is for one that does.
-    pub(super) fn seal_rope(
+    pub(super) fn encrypt_rope(
         &self,
-        worker: &mut Worker,
+        worker: &mut EncryptionWorker,
         file: &File,
         first_index: u64,
         rope: &Rope<'_>,
@@ -245,24 +246,29 @@ impl Sealers {
         strip.write()
     }
 
-    fn strip<'a>(&self, worker: &'a mut Worker, file: &'a File, first_index: u64) -> Result<SealedStrip<'a>> {
+    fn strip<'a>(
+        &self,
+        worker: &'a mut EncryptionWorker,
+        file: &'a File,
+        first_index: u64,
+    ) -> Result<EncryptedBatch<'a>> {
         let chunk_size_bytes = self.chunk_size_bytes;
         let stored = strip_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
         buffer::at_least(&mut worker.segments, stored)?;
-        Ok(SealedStrip { worker, file, first_index, chunk_size_bytes, chunks: 0 })
+        Ok(EncryptedBatch { worker, file, first_index, chunk_size_bytes, chunks: 0 })
     }
 
-    pub(super) fn worker(&self) -> Worker {
+    pub(super) fn worker(&self) -> EncryptionWorker {
         let idle = lock(&self.queue).idle_workers.pop();
-        idle.unwrap_or_else(|| Worker { sealer: self.sealing.sealer(), segments: Vec::new() })
+        idle.unwrap_or_else(|| EncryptionWorker { encryptor: self.encryption.encryptor(), segments: Vec::new() })
     }
 
-    fn workers(&self, count: usize) -> Vec<Worker> {
+    fn workers(&self, count: usize) -> Vec<EncryptionWorker> {
         (0..count).map(|_| self.worker()).collect()
     }
 }
 
-impl Job for Sealers {
+impl Job for Encryptors {
     /// A helper is counted out in the same breath in which it finds nothing to do, so that no strip is missed.
     fn turn(&self) -> bool {
         loop {
@@ -272,7 +278,7 @@ impl Job for Sealers {
                 return false;
             };
             drop(queue);
-            self.seal_taken(strip);
+            self.encrypt_taken(strip);
             if pool().is_wanted() {
                 return true;
             }
