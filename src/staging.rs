@@ -14,11 +14,12 @@ use crate::durability;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::ledger::Ledger;
 use crate::fragment::lock::LockedRoot;
-use crate::fragment::{FragmentReader, Home, folder};
+use crate::fragment::{FragmentReader, folder};
 use crate::key_metadata;
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
 use crate::options::SnapshotOptions;
+use crate::process::OwnerProcess;
 use crate::seal;
 use crate::threads::{self, Interrupt, for_each};
 use crate::writer::SnapshotWriter;
@@ -55,7 +56,7 @@ pub struct StagedSnapshot {
     parent: OwnedFd,
     snapshot_id: [u8; 16],
     durable: bool,
-    home: Home,
+    owner: OwnerProcess,
     state: State,
 }
 
@@ -106,7 +107,7 @@ impl SnapshotOptions {
             parent,
             snapshot_id,
             durable: self.durable,
-            home: Home::here(),
+            owner: OwnerProcess::current(),
             state: State::Staged(locked),
         })
     }
@@ -236,7 +237,7 @@ impl StagedSnapshot {
 
     pub(crate) fn commit_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
         let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.path.display()));
-        self.home.check_snapshot().map_err(context)?;
+        self.owner.check_snapshot().map_err(context)?;
         let locked = match &self.state {
             State::Staged(locked) => locked,
             State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
@@ -284,7 +285,7 @@ impl StagedSnapshot {
 
     /// Removes what is staged, if it still is.
     pub(crate) fn remove(&mut self) -> Result<()> {
-        self.home.check_snapshot()?;
+        self.owner.check_snapshot()?;
         if !matches!(self.state, State::Staged(_)) {
             return Ok(());
         }
@@ -306,7 +307,7 @@ impl StagedSnapshot {
 
 impl Drop for StagedSnapshot {
     fn drop(&mut self) {
-        if self.home.is_here() {
+        if self.owner.is_current() {
             // Nobody is there to be told; `clean` removes what is left.
             let _ = self.remove();
         }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::pool::pool;
-use crate::process;
+use crate::process::OwnerProcess;
 
 /// How many threads to use where nothing else is said.
 const THREADS_VARIABLE: &str = "VMSNAP_THREADS";
@@ -53,14 +53,14 @@ fn most() -> Result<usize> {
 pub(crate) struct Interrupt<'a> {
     callback: &'a mut dyn FnMut() -> Result<()>,
     next: Instant,
-    home: u64,
+    owner: OwnerProcess,
     /// Whether other threads work at the same call.
     accompanied: bool,
 }
 
 impl<'a> Interrupt<'a> {
     pub(crate) fn new(callback: &'a mut dyn FnMut() -> Result<()>) -> Self {
-        Self { callback, next: Instant::now() + INTERRUPT_INTERVAL, home: process::token(), accompanied: false }
+        Self { callback, next: Instant::now() + INTERRUPT_INTERVAL, owner: OwnerProcess::current(), accompanied: false }
     }
 
     pub(crate) fn check(&mut self) -> Result<()> {
@@ -70,7 +70,7 @@ impl<'a> Interrupt<'a> {
         }
         self.next = now + INTERRUPT_INTERVAL;
         let result = (self.callback)();
-        if self.home != process::token() {
+        if !self.owner.is_current() {
             // The callback forked, and this is the child: cipher state must not be used here.
             if self.accompanied {
                 // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.

@@ -4,19 +4,21 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::batches::batch_bytes;
 use super::encryptors::Encryptors;
-use super::parts::{Kind, Parts};
-use super::{Home, aad, strip_bytes};
+use super::place::{aad, not_written};
+use super::positioned::{PositionedKind, PositionedWriter};
 use crate::buffer;
 use crate::cipher::{Encryption, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey, header_tag, segment_offset};
 use crate::error::Result;
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
+use crate::process::OwnerProcess;
 use crate::threads::Interrupt;
 
 /// From here on a write is encrypted straight from the caller's buffer, and returns when all of it is written; what is less
 /// is copied and encrypted while the caller gets the next.
-const DIRECT_BYTES: usize = 4 << 20;
+const MIN_DIRECT_WRITE_BYTES: usize = 4 << 20;
 
 pub(super) struct EncryptedSink {
     file: Arc<File>,
@@ -27,7 +29,7 @@ pub(super) struct EncryptedSink {
     gathered: Vec<u8>,
     next_index: u64,
     header_tag: [u8; HEADER_TAG_BYTES],
-    home: Home,
+    owner: OwnerProcess,
 }
 
 impl EncryptedSink {
@@ -39,7 +41,7 @@ impl EncryptedSink {
         threads: usize,
     ) -> Result<Self> {
         let (encryption, header) = Encryption::start(key, &aad(path), chunk_size_bytes)?;
-        file.write_all_at(&header, 0).map_err(super::not_written)?;
+        file.write_all_at(&header, 0).map_err(not_written)?;
         let encryptors = Arc::new(Encryptors::new(encryption, threads));
         let header_tag = header_tag(&header);
         Ok(Self {
@@ -49,7 +51,7 @@ impl EncryptedSink {
             gathered: Vec::new(),
             next_index: 0,
             header_tag,
-            home: Home::here(),
+            owner: OwnerProcess::current(),
         })
     }
 
@@ -64,7 +66,7 @@ impl EncryptedSink {
     }
 
     fn fits(&self, data: &[u8]) -> bool {
-        self.gathered.len() + data.len() <= strip_bytes(self.chunk_size_bytes)
+        self.gathered.len() + data.len() <= batch_bytes(self.chunk_size_bytes)
     }
 
     fn append(&mut self, data: &[u8]) -> Result<()> {
@@ -76,20 +78,20 @@ impl EncryptedSink {
     pub(super) fn write(&mut self, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         let chunk_size_bytes = self.chunk_size_bytes;
         while !self.fits(data) {
-            let (now, later) = if data.len() >= DIRECT_BYTES {
+            let (now, later) = if data.len() >= MIN_DIRECT_WRITE_BYTES {
                 // What is gathered ends with a whole chunk, the rest is encrypted where it is.
                 data.split_at(self.gathered.len().next_multiple_of(chunk_size_bytes) - self.gathered.len())
             } else {
-                data.split_at(strip_bytes(chunk_size_bytes) - self.gathered.len())
+                data.split_at(batch_bytes(chunk_size_bytes) - self.gathered.len())
             };
             self.append(now)?;
             data = later;
             if !self.gathered.is_empty() {
-                let strip = std::mem::replace(&mut self.gathered, self.encryptors.buffer(interrupt)?);
-                let first_index = self.advance(strip.len());
-                self.encryptors.submit(&self.file, first_index, strip);
+                let batch = std::mem::replace(&mut self.gathered, self.encryptors.buffer(interrupt)?);
+                let first_index = self.advance(batch.len());
+                self.encryptors.submit(&self.file, first_index, batch);
             }
-            if data.len() >= DIRECT_BYTES {
+            if data.len() >= MIN_DIRECT_WRITE_BYTES {
                 let (body, tail) = self.split_last(data);
                 let first_index = self.advance(body.len());
                 self.encryptors.encrypt(&self.file, first_index, body, interrupt)?;
@@ -99,14 +101,16 @@ impl EncryptedSink {
         self.append(data)
     }
 
-    /// Parts from the start; `None` where something was written already.
-    pub(super) fn parts(&self) -> Option<Parts> {
-        let kind =
-            Kind::Encrypted { encryptors: Arc::clone(&self.encryptors), chunk_size_bytes: self.chunk_size_bytes };
-        (self.written() == 0).then(|| Parts { file: Arc::clone(&self.file), kind })
+    /// A positioned writer of the fragment from its start on; `None` where something was written already.
+    pub(super) fn positioned(&self) -> Option<PositionedWriter> {
+        let kind = PositionedKind::Encrypted {
+            encryptors: Arc::clone(&self.encryptors),
+            chunk_size_bytes: self.chunk_size_bytes,
+        };
+        (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
     }
 
-    /// Goes on after parts that end at `end`.
+    /// Goes on after positioned batches that end at `end`.
     pub(super) fn continue_at(&mut self, end: u64) {
         self.next_index = end / self.chunk_size_bytes as u64;
     }
@@ -151,7 +155,7 @@ impl EncryptedSink {
 impl Drop for EncryptedSink {
     /// A forked child must not lock, and has none of the threads.
     fn drop(&mut self) {
-        if self.home.is_here() {
+        if self.owner.is_current() {
             self.encryptors.stop();
         }
     }

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
-use super::pieces::Pieces;
-use super::{aad, strip_bytes};
+use super::batches::{Batches, batch_bytes};
+use super::place::aad;
 use crate::buffer;
 use crate::cipher::{
     Decryption, Decryptor, HEADER_BYTES, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey,
@@ -20,7 +20,7 @@ use crate::threads::{Interrupt, for_each, lock};
 
 /// Of an open fragment that nobody reads, at most this many workers are kept, and none with larger segments.
 const MAX_IDLE_WORKERS: usize = 8;
-const MAX_IDLE_BYTES: usize = 2 << 20;
+const MAX_IDLE_SEGMENT_BYTES: usize = 2 << 20;
 
 pub(super) struct EncryptedSource {
     file: File,
@@ -91,10 +91,10 @@ impl EncryptedSource {
         threads: usize,
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        let pieces = Pieces::new(offset, buf, strip_bytes(self.chunk_size_bytes));
+        let batches = Batches::new(offset, buf, batch_bytes(self.chunk_size_bytes));
         let mut one = None;
         let mut many = Vec::new();
-        let workers = match threads.min(pieces.len()) {
+        let workers = match threads.min(batches.len()) {
             0 => return Ok(()),
             1 => std::slice::from_mut(one.insert(self.worker())),
             count => {
@@ -103,7 +103,7 @@ impl EncryptedSource {
             }
         };
         let result =
-            for_each(workers, pieces, interrupt, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
+            for_each(workers, batches, interrupt, |worker, (offset, batch)| worker.read_batch(self, offset, batch));
         self.put_back(one.into_iter().chain(many));
         result
     }
@@ -120,7 +120,7 @@ impl EncryptedSource {
     /// Keeps workers for the next calls: not more than some, and not such large buffers that it matters.
     fn put_back(&self, workers: impl IntoIterator<Item = DecryptionWorker>) {
         let mut idle = lock(&self.idle);
-        idle.extend(workers.into_iter().filter(|worker| worker.segments.len() <= MAX_IDLE_BYTES));
+        idle.extend(workers.into_iter().filter(|worker| worker.segments.len() <= MAX_IDLE_SEGMENT_BYTES));
         idle.truncate(MAX_IDLE_WORKERS);
     }
 
@@ -136,15 +136,15 @@ impl EncryptedSource {
 }
 
 impl DecryptionWorker {
-    /// Reads the segments of a piece at once, and decrypts each into its place.
-    fn read_piece(&mut self, source: &EncryptedSource, offset: u64, mut piece: &mut [u8]) -> Result<()> {
+    /// Reads the segments of a batch at once, and decrypts each into its place.
+    fn read_batch(&mut self, source: &EncryptedSource, offset: u64, mut batch: &mut [u8]) -> Result<()> {
         let chunk_size = source.chunk_size_bytes as u64;
         let first_index = offset / chunk_size;
-        self.load(source, first_index, (offset + piece.len() as u64 - 1) / chunk_size)?;
+        self.load(source, first_index, (offset + batch.len() as u64 - 1) / chunk_size)?;
         let mut from = usize::try_from(offset % chunk_size).unwrap_or(0);
         for (number, index) in (first_index..).enumerate() {
             let chunk_bytes = source.chunk_bytes(index);
-            let (place, rest) = piece.split_at_mut(piece.len().min(chunk_bytes - from));
+            let (place, rest) = batch.split_at_mut(batch.len().min(chunk_bytes - from));
             if place.len() == chunk_bytes {
                 let segment = source.loaded_segment(index, number);
                 self.decryptor.decrypt(index, &self.segments[segment], place)?;
@@ -155,7 +155,7 @@ impl DecryptionWorker {
             if rest.is_empty() {
                 break;
             }
-            piece = rest;
+            batch = rest;
             from = 0;
         }
         Ok(())

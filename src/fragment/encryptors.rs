@@ -1,8 +1,8 @@
 //! Encrypting chunks by all threads.
 //!
 //! Segments have a fixed size, so a thread that has chunks knows where their segments lie: it encrypts them into a buffer of
-//! its own, writes that there, and never meets the others. A strip of chunks that was copied from small writes is encrypted
-//! behind the caller's back, who comes to help when there are more strips than buffers; a large write is encrypted straight
+//! its own, writes that there, and never meets the others. A batch of chunks that was copied from small writes is encrypted
+//! behind the caller's back, who comes to help when there are more batches than buffers; a large write is encrypted straight
 //! from the caller's memory, while the caller waits.
 
 use std::collections::VecDeque;
@@ -11,8 +11,9 @@ use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use super::batches::batch_bytes;
+use super::place::not_written;
 use super::rope::Rope;
-use super::{not_written, strip_bytes};
 use crate::buffer;
 use crate::cipher::{Encryption, Encryptor, SEGMENT_OVERHEAD_BYTES, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
@@ -24,16 +25,16 @@ pub(super) struct Encryptors {
     chunk_size_bytes: usize,
     threads: usize,
     queue: Mutex<Queue>,
-    /// A strip was done.
+    /// A batch was done.
     done: Condvar,
 }
 
 #[derive(Default)]
 struct Queue {
-    strips: VecDeque<Strip>,
+    batches: VecDeque<Batch>,
     /// Strips being encrypted behind the caller's back.
     running: usize,
-    /// Threads of the pool that take strips.
+    /// Threads of the pool that take batches.
     helpers: usize,
     /// Buffers there are, the one the caller fills included.
     buffers: usize,
@@ -43,15 +44,15 @@ struct Queue {
 }
 
 impl Queue {
-    fn take(&mut self) -> Option<Strip> {
-        let strip = self.strips.pop_front()?;
+    fn take(&mut self) -> Option<Batch> {
+        let batch = self.batches.pop_front()?;
         self.running += 1;
-        Some(strip)
+        Some(batch)
     }
 }
 
 /// Whole chunks, none of them the last.
-struct Strip {
+struct Batch {
     /// Here and not in `Encryptors`, so that a helper on its way out does not keep a finished fragment's file open.
     file: Arc<File>,
     first_index: u64,
@@ -79,7 +80,7 @@ impl EncryptedBatch<'_> {
         let segment = &mut self.worker.segments[at..at + size];
         self.worker.encryptor.encrypt(self.first_index + self.chunks as u64, chunk, segment)?;
         self.chunks += 1;
-        if (self.chunks + 1) * self.chunk_size_bytes > strip_bytes(self.chunk_size_bytes) {
+        if (self.chunks + 1) * self.chunk_size_bytes > batch_bytes(self.chunk_size_bytes) {
             self.write()
         } else {
             Ok(())
@@ -115,12 +116,12 @@ impl Encryptors {
         plaintext: &[u8],
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        let strip_bytes = strip_bytes(self.chunk_size_bytes);
-        let strip_chunks = (strip_bytes / self.chunk_size_bytes) as u64;
-        let strips = plaintext.chunks(strip_bytes);
-        let mut workers = self.workers(self.threads.min(strips.len()));
-        let result = for_each(&mut workers, strips.enumerate(), interrupt, |worker, (number, strip)| {
-            self.encrypt_batch(worker, file, first_index + number as u64 * strip_chunks, strip)
+        let batch_bytes = batch_bytes(self.chunk_size_bytes);
+        let batch_chunks = (batch_bytes / self.chunk_size_bytes) as u64;
+        let batches = plaintext.chunks(batch_bytes);
+        let mut workers = self.workers(self.threads.min(batches.len()));
+        let result = for_each(&mut workers, batches.enumerate(), interrupt, |worker, (number, batch)| {
+            self.encrypt_batch(worker, file, first_index + number as u64 * batch_chunks, batch)
         });
         lock(&self.queue).idle_workers.append(&mut workers);
         result
@@ -134,10 +135,10 @@ impl Encryptors {
         file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
     }
 
-    /// Hands a strip to the other threads. Later calls tell how it went, [`Encryptors::drain`] at the latest.
+    /// Hands a batch to the other threads. Later calls tell how it went, [`Encryptors::drain`] at the latest.
     pub(super) fn submit(self: &Arc<Self>, file: &Arc<File>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
-        queue.strips.push_back(Strip { file: Arc::clone(file), first_index, plaintext });
+        queue.batches.push_back(Batch { file: Arc::clone(file), first_index, plaintext });
         let wanted = queue.helpers + 1 < self.threads;
         queue.helpers += usize::from(wanted);
         drop(queue);
@@ -151,7 +152,7 @@ impl Encryptors {
         Arc::<Self>::clone(self)
     }
 
-    /// An empty buffer for the next strip.
+    /// An empty buffer for the next batch.
     pub(super) fn buffer(&self, interrupt: &mut Interrupt<'_>) -> Result<Vec<u8>> {
         let mut buffer = self.help_until(interrupt, |queue| {
             let idle = queue.idle_buffers.pop();
@@ -162,26 +163,26 @@ impl Encryptors {
             }
             idle
         })?;
-        buffer::reserve(&mut buffer, strip_bytes(self.chunk_size_bytes))?;
+        buffer::reserve(&mut buffer, batch_bytes(self.chunk_size_bytes))?;
         Ok(buffer)
     }
 
-    /// Until all strips are written.
+    /// Until all batches are written.
     pub(super) fn drain(&self, interrupt: &mut Interrupt<'_>) -> Result<()> {
-        self.help_until(interrupt, |queue| (queue.strips.is_empty() && queue.running == 0).then_some(()))
+        self.help_until(interrupt, |queue| (queue.batches.is_empty() && queue.running == 0).then_some(()))
     }
 
     /// Lets go what was not begun, and waits for what was: nobody holds the file afterwards.
     pub(super) fn stop(self: &Arc<Self>) {
         pool().withdraw(&self.job());
         let mut queue = lock(&self.queue);
-        queue.strips.clear();
+        queue.batches.clear();
         while queue.running > 0 {
             queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Encrypts strips on the calling thread, or waits where others have them all, until `ready`.
+    /// Encrypts batches on the calling thread, or waits where others have them all, until `ready`.
     fn help_until<R>(
         &self,
         interrupt: &mut Interrupt<'_>,
@@ -197,18 +198,18 @@ impl Encryptors {
                 return Ok(result);
             }
             match queue.take() {
-                Some(strip) => {
+                Some(batch) => {
                     drop(queue);
-                    self.encrypt_taken(strip);
+                    self.encrypt_taken(batch);
                 }
                 None => drop(self.done.wait_timeout(queue, INTERRUPT_INTERVAL)),
             }
         }
     }
 
-    fn encrypt_taken(&self, Strip { file, first_index, mut plaintext }: Strip) {
+    fn encrypt_taken(&self, Batch { file, first_index, mut plaintext }: Batch) {
         let mut worker = self.worker();
-        // Whatever happens, the strip is counted out: the caller waits for that.
+        // Whatever happens, the batch is counted out: the caller waits for that.
         let encrypted =
             catch_unwind(AssertUnwindSafe(|| self.encrypt_batch(&mut worker, &file, first_index, &plaintext)));
         let result = encrypted.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "a thread that encrypts panicked")));
@@ -226,13 +227,13 @@ impl Encryptors {
     }
 
     /// Encrypts whole chunks, none of them the last, and writes them.
-    fn encrypt_batch(&self, worker: &mut EncryptionWorker, file: &File, first_index: u64, strip: &[u8]) -> Result<()> {
-        let mut strip_writer = self.strip(worker, file, first_index)?;
-        strip.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| strip_writer.push(chunk))?;
-        strip_writer.write()
+    fn encrypt_batch(&self, worker: &mut EncryptionWorker, file: &File, first_index: u64, batch: &[u8]) -> Result<()> {
+        let mut batch_writer = self.batch(worker, file, first_index)?;
+        batch.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| batch_writer.push(chunk))?;
+        batch_writer.write()
     }
 
-    /// The same of chunks that may lie apart; `room` is for one that does.
+    /// Encrypts and writes chunks that may lie apart; `room` is for one that does.
     pub(super) fn encrypt_rope(
         &self,
         worker: &mut EncryptionWorker,
@@ -241,19 +242,19 @@ impl Encryptors {
         rope: &Rope<'_>,
         room: &mut Vec<u8>,
     ) -> Result<()> {
-        let mut strip = self.strip(worker, file, first_index)?;
-        rope.units(self.chunk_size_bytes, room, |chunk| strip.push(chunk))?;
-        strip.write()
+        let mut batch = self.batch(worker, file, first_index)?;
+        rope.in_steps(self.chunk_size_bytes, room, |chunk| batch.push(chunk))?;
+        batch.write()
     }
 
-    fn strip<'a>(
+    fn batch<'a>(
         &self,
         worker: &'a mut EncryptionWorker,
         file: &'a File,
         first_index: u64,
     ) -> Result<EncryptedBatch<'a>> {
         let chunk_size_bytes = self.chunk_size_bytes;
-        let stored = strip_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
+        let stored = batch_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
         buffer::at_least(&mut worker.segments, stored)?;
         Ok(EncryptedBatch { worker, file, first_index, chunk_size_bytes, chunks: 0 })
     }
@@ -269,16 +270,16 @@ impl Encryptors {
 }
 
 impl Job for Encryptors {
-    /// A helper is counted out in the same breath in which it finds nothing to do, so that no strip is missed.
+    /// A helper is counted out in the same breath in which it finds nothing to do, so that no batch is missed.
     fn turn(&self) -> bool {
         loop {
             let mut queue = lock(&self.queue);
-            let Some(strip) = queue.take() else {
+            let Some(batch) = queue.take() else {
                 queue.helpers -= 1;
                 return false;
             };
             drop(queue);
-            self.encrypt_taken(strip);
+            self.encrypt_taken(batch);
             if pool().is_wanted() {
                 return true;
             }

@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use super::digest::Digest;
 use super::encrypted_source::EncryptedSource;
+use super::folder;
+use super::place::FragmentPlace;
 use super::plain::PlainSource;
-use super::{Home, Place, folder};
 use crate::buffer;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
+use crate::process::OwnerProcess;
 use crate::threads::Interrupt;
 
 /// What is read of a whole fragment at a time.
-const PIECE_BYTES: usize = 8 << 20;
+const READ_THROUGH_BYTES: usize = 8 << 20;
 
 /// A fragment being read: anywhere by [`FragmentReader::read_at`], or in order by [`Read`] and [`Seek`].
 ///
@@ -55,14 +57,14 @@ pub struct FragmentReader {
 }
 
 struct OpenFile {
-    source: Source,
+    source: FragmentSource,
     stored_size: u64,
     threads: usize,
-    place: Place,
-    home: Home,
+    place: FragmentPlace,
+    owner: OwnerProcess,
 }
 
-enum Source {
+enum FragmentSource {
     Plain(PlainSource),
     Encrypted(Box<EncryptedSource>),
 }
@@ -76,7 +78,7 @@ impl FragmentReader {
         threads: usize,
         expected: Option<&Entry>,
     ) -> Result<Self> {
-        let place = Place::new(root, path);
+        let place = FragmentPlace::new(root, path);
         let (namespace, name) = path.split();
         let opened = folder::open(root, namespace)
             .and_then(|folder| folder::open_file(&folder, name).map_err(|error| error.context(&place)));
@@ -93,14 +95,14 @@ impl FragmentReader {
             _ => None,
         };
         let source = match key {
-            None => Source::Plain(PlainSource::new(file, stored_size)),
+            None => FragmentSource::Plain(PlainSource::new(file, stored_size)),
             Some(key) => {
                 let source =
                     EncryptedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
-                Source::Encrypted(Box::new(source))
+                FragmentSource::Encrypted(Box::new(source))
             }
         };
-        let file = Arc::new(OpenFile { source, stored_size, threads, place, home: Home::here() });
+        let file = Arc::new(OpenFile { source, stored_size, threads, place, owner: OwnerProcess::current() });
         Ok(Self { file, position: 0, current: None })
     }
 
@@ -108,8 +110,8 @@ impl FragmentReader {
     #[must_use]
     pub fn size(&self) -> u64 {
         match &self.file.source {
-            Source::Plain(source) => source.size(),
-            Source::Encrypted(source) => source.size(),
+            FragmentSource::Plain(source) => source.size(),
+            FragmentSource::Encrypted(source) => source.size(),
         }
     }
 
@@ -123,16 +125,16 @@ impl FragmentReader {
     #[must_use]
     pub fn chunk_size_bytes(&self) -> Option<usize> {
         match &self.file.source {
-            Source::Plain(_) => None,
-            Source::Encrypted(source) => Some(source.chunk_size_bytes()),
+            FragmentSource::Plain(_) => None,
+            FragmentSource::Encrypted(source) => Some(source.chunk_size_bytes()),
         }
     }
 
     /// What the manifest says of an encrypted fragment; a plain one would have to be read for it.
     pub(crate) fn encrypted_entry(&self) -> Option<Entry> {
         match &self.file.source {
-            Source::Plain(_) => None,
-            Source::Encrypted(source) => Some(Entry {
+            FragmentSource::Plain(_) => None,
+            FragmentSource::Encrypted(source) => Some(Entry {
                 size: source.size(),
                 stored_size: self.file.stored_size,
                 proof: Proof::HeaderTag {
@@ -174,8 +176,8 @@ impl FragmentReader {
     }
 
     /// Refuses in a forked child, where locks may be held for ever.
-    pub(crate) fn check_home(&self) -> Result<()> {
-        self.file.home.check().map_err(|error| error.context(&self.file.place))
+    pub(crate) fn check_owner(&self) -> Result<()> {
+        self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))
     }
 
     fn read_at_by(
@@ -189,9 +191,9 @@ impl FragmentReader {
         let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let wanted = &mut buf[..length];
         let interrupt = &mut Interrupt::new(interrupt);
-        let result = file.home.check().and_then(|()| match &file.source {
-            Source::Plain(source) => source.read(offset, wanted, threads, interrupt),
-            Source::Encrypted(source) => source.read(offset, wanted, threads, interrupt),
+        let result = file.owner.check_fragment().and_then(|()| match &file.source {
+            FragmentSource::Plain(source) => source.read(offset, wanted, threads, interrupt),
+            FragmentSource::Encrypted(source) => source.read(offset, wanted, threads, interrupt),
         });
         match result {
             Ok(()) => Ok(length),
@@ -210,7 +212,7 @@ impl FragmentReader {
         interrupt: &mut dyn FnMut() -> Result<()>,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let wanted = usize::try_from(self.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
+        let wanted = usize::try_from(self.size()).map_or(READ_THROUGH_BYTES, |size| size.min(READ_THROUGH_BYTES));
         // Whole chunks: a part of one would be decrypted twice.
         let wanted = self.chunk_size_bytes().map_or(wanted, |chunk| wanted.next_multiple_of(chunk));
         buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
@@ -227,8 +229,8 @@ impl FragmentReader {
     /// BLAKE3 of all of it.
     pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
         let mut digest = Digest::default();
-        self.read_through(buffer, interrupt, |piece| {
-            digest.update_with(piece, self.file.threads, &mut Interrupt::new(&mut || Ok(())), |_, _| Ok(()))
+        self.read_through(buffer, interrupt, |batch| {
+            digest.update_with(batch, self.file.threads, &mut Interrupt::new(&mut || Ok(())), |_, _| Ok(()))
         })?;
         Ok(digest.finish())
     }
@@ -242,7 +244,7 @@ impl FragmentReader {
         let start = self.position;
         let result = self.read_on(buf, interrupt);
         if result.is_err() {
-            // As if the call had not been made, and no plaintext of it: neither of the parts that did verify.
+            // As if the call had not been made, and no plaintext of it: not of the segments that did verify either.
             self.position = start;
             buf.fill(0);
         }
@@ -277,7 +279,7 @@ impl FragmentReader {
             return self.read_at_interruptible(self.position, &mut buf[..whole], interrupt);
         }
         // Also where the process is another one: nothing is given out from memory either.
-        self.file.home.check().map_err(|error| error.context(&self.file.place))?;
+        self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))?;
         if self.current.as_ref().is_none_or(|(held, _)| *held != start) {
             let mut chunk = self.current.take().map(|(_, chunk)| chunk).unwrap_or_default();
             let length =

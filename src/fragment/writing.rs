@@ -10,14 +10,16 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::encrypted_sink::EncryptedSink;
+use super::folder;
 use super::ledger::Staging;
 use super::lock::LockedRoot;
-use super::parts::Parts;
+use super::place::FragmentPlace;
 use super::plain::PlainSink;
-use super::{Home, Place, folder};
+use super::positioned::PositionedWriter;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
+use crate::process::OwnerProcess;
 use crate::threads::Interrupt;
 
 /// A fragment being written, front to back, by [`Write`].
@@ -37,8 +39,8 @@ pub struct Fragment {
     staging: Staging,
     /// Held as long as something can be written.
     lock: Option<LockedRoot>,
-    place: Place,
-    home: Home,
+    place: FragmentPlace,
+    owner: OwnerProcess,
 }
 
 enum State {
@@ -62,7 +64,7 @@ pub(crate) struct Writing<'a> {
 
 impl Fragment {
     pub(crate) fn create(root: &Path, path: &SnapshotPath, writing: &Writing<'_>) -> Result<Self> {
-        let place = Place::new(root, path);
+        let place = FragmentPlace::new(root, path);
         let (namespace, name) = path.split();
         let lock = LockedRoot::shared(root)?;
         let folder = folder::open_below(
@@ -87,7 +89,7 @@ impl Fragment {
             staging: writing.staging.clone(),
             lock: Some(lock),
             place,
-            home: Home::here(),
+            owner: OwnerProcess::current(),
         };
         fragment.state = State::Open(fragment.sink(writing).map_err(|error| error.context(&fragment.place))?);
         Ok(fragment)
@@ -116,7 +118,7 @@ impl Fragment {
     /// Takes `data` where that only means to remember it until more comes, and says whether it did.
     #[cfg(feature = "python")]
     pub(crate) fn gather(&mut self, data: &[u8]) -> bool {
-        self.home.is_here()
+        self.owner.is_current()
             && match &mut self.state {
                 State::Open(Sink::Plain(sink)) => sink.gather(data),
                 State::Open(Sink::Encrypted(sink)) => sink.gather(data),
@@ -157,18 +159,18 @@ impl Fragment {
         Ok(metadata.len())
     }
 
-    /// Lets `work` write in parts, before anything else is written; it returns where they end. At least a byte has to be
+    /// Lets `work` write batches at their offsets, before anything else is written; it returns where they end. At least a byte has to be
     /// written after that, if there were any.
-    pub(crate) fn write_in_parts(&mut self, work: impl FnOnce(&Parts) -> Result<u64>) -> Result<()> {
+    pub(crate) fn write_positioned(&mut self, work: impl FnOnce(&PositionedWriter) -> Result<u64>) -> Result<()> {
         self.with_sink(|sink| {
-            let parts = match sink {
-                Sink::Plain(sink) => sink.parts(),
-                Sink::Encrypted(sink) => sink.parts(),
+            let positioned = match sink {
+                Sink::Plain(sink) => sink.positioned(),
+                Sink::Encrypted(sink) => sink.positioned(),
             };
-            let parts = parts.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
-            let end = work(&parts)?;
+            let positioned = positioned.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
+            let end = work(&positioned)?;
             match sink {
-                Sink::Plain(sink) => sink.continue_at(parts, end),
+                Sink::Plain(sink) => sink.continue_at(positioned, end),
                 Sink::Encrypted(sink) => sink.continue_at(end),
             }
             Ok(())
@@ -225,7 +227,7 @@ impl Fragment {
 
     /// Removes the file, in whatever state the fragment is.
     pub(crate) fn remove(&mut self) -> Result<()> {
-        self.home.check().map_err(|error| error.context(&self.place))?;
+        self.owner.check_fragment().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
         if let Some(ledger) = self.staging.ledger() {
             ledger.strike_out(self.place.path.as_str());
@@ -242,7 +244,7 @@ impl Fragment {
         if !self.staging.is_staged() {
             // Nobody is there to be told; what cannot be removed does not open either.
             let _ = self.remove();
-        } else if self.home.is_here() {
+        } else if self.owner.is_current() {
             // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
             self.state = State::Closed;
             let _ = self.file.set_len(0);
@@ -280,7 +282,7 @@ impl Fragment {
 
     /// Lets `work` use the sink, and poisons the fragment where that fails.
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
-        let result = self.home.check().and_then(|()| {
+        let result = self.owner.check_fragment().and_then(|()| {
             // Failed meanwhile, so that a panic in the middle leaves it so.
             match std::mem::replace(&mut self.state, State::Failed) {
                 State::Open(mut sink) => {
@@ -321,7 +323,7 @@ impl Write for Fragment {
 
 impl Drop for Fragment {
     fn drop(&mut self) {
-        if !self.home.is_here() {
+        if !self.owner.is_current() {
             return;
         }
         // While a panic unwinds, what was written is only a part.

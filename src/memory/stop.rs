@@ -15,7 +15,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::process;
+use crate::process::OwnerProcess;
 use crate::threads::INTERRUPT_INTERVAL;
 
 /// Threads that are to stop are looked at this often.
@@ -50,7 +50,7 @@ pub struct StoppedProcess {
     hold: Option<Sender<()>>,
     /// What is traced belongs to the thread that traces it.
     tracer: Option<JoinHandle<()>>,
-    home: u64,
+    owner: OwnerProcess,
 }
 
 impl StoppedProcess {
@@ -85,7 +85,7 @@ impl StoppedProcess {
         let tracer =
             tracer.map_err(|error| Error::io(format!("process {pid}: no thread can be had to stop it"), error))?;
         // Dropped where it fails, so that whatever is stopped by then goes on.
-        let stopped = Self { hold: Some(hold), tracer: Some(tracer), home: process::token() };
+        let stopped = Self { hold: Some(hold), tracer: Some(tracer), owner: OwnerProcess::current() };
         loop {
             match told.recv_timeout(INTERRUPT_INTERVAL) {
                 Ok(result) => return result.map(|()| stopped),
@@ -112,7 +112,7 @@ impl Drop for StoppedProcess {
     fn drop(&mut self) {
         self.hold = None;
         // In a forked child there is no such thread, and the parent holds the process.
-        if let Some(tracer) = self.tracer.take().filter(|_| self.home == process::token()) {
+        if let Some(tracer) = self.tracer.take().filter(|_| self.owner.is_current()) {
             let _ = tracer.join();
         }
     }

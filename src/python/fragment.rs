@@ -108,7 +108,7 @@ impl Fragment {
     /// Removes the file, also of a fragment that was finished, and also where another call is in progress: then at its
     /// end.
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
-        self.slot.home().check()?;
+        self.slot.owner().check_fragment()?;
         self.doomed.store(true, Ordering::Release);
         interruptible(py, |interrupt| self.slot.with(interrupt, |fragment, _| fragment.remove()))
     }
@@ -116,13 +116,13 @@ impl Fragment {
     /// Whether nothing more can be done with it: it was finished or removed, or belongs to another process.
     #[getter]
     fn ended(&self) -> bool {
-        self.slot.home().check().is_err() || self.slot.try_with(|fragment| fragment.is_closed()) == Some(true)
+        self.slot.owner().check_fragment().is_err() || self.slot.try_with(|fragment| fragment.is_closed()) == Some(true)
     }
 }
 
 impl Drop for Fragment {
     fn drop(&mut self) {
-        if self.slot.home().check().is_ok()
+        if self.slot.owner().check_fragment().is_ok()
             && *self.doomed.get_mut()
             && let Some(fragment) = self.slot.get_mut()
         {

@@ -8,11 +8,11 @@ use std::thread::{self, ThreadId};
 
 use super::Callback;
 use crate::error::{Error, Kind, Result};
-use crate::fragment::Home;
+use crate::process::OwnerProcess;
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt, lock};
 
 pub(super) struct Slot<T> {
-    home: Home,
+    owner: OwnerProcess,
     place: Mutex<Place<T>>,
     returned: Condvar,
 }
@@ -24,11 +24,15 @@ enum Place<T> {
 
 impl<T> Slot<T> {
     pub(super) fn new(value: T) -> Self {
-        Self { home: Home::here(), place: Mutex::new(Place::Free(Box::new(value))), returned: Condvar::new() }
+        Self {
+            owner: OwnerProcess::current(),
+            place: Mutex::new(Place::Free(Box::new(value))),
+            returned: Condvar::new(),
+        }
     }
 
-    pub(super) fn home(&self) -> Home {
-        self.home
+    pub(super) fn owner(&self) -> OwnerProcess {
+        self.owner
     }
 
     /// Lets `work` have the value alone.
@@ -46,7 +50,7 @@ impl<T> Slot<T> {
 
     /// As [`Slot::with`] where nobody has to be waited for; none where somebody has.
     pub(super) fn try_with<R>(&self, work: impl FnOnce(&mut T) -> R) -> Option<R> {
-        self.home.check().ok()?;
+        self.owner.check_fragment().ok()?;
         match &mut *self.place.try_lock().ok()? {
             Place::Free(value) => Some(work(value)),
             Place::Taken(_) => None,
@@ -62,7 +66,7 @@ impl<T> Slot<T> {
     }
 
     fn take(&self, interrupt: Callback<'_>) -> Result<Box<T>> {
-        self.home.check()?;
+        self.owner.check_fragment()?;
         let own = thread::current().id();
         let mut interrupt = Interrupt::new(interrupt);
         let mut place = lock(&self.place);
