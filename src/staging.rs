@@ -18,9 +18,9 @@ use crate::fragment::{FragmentReader, folder};
 use crate::key_metadata;
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
+use crate::open_manifest;
 use crate::options::SnapshotOptions;
 use crate::process::OwnerProcess;
-use crate::seal;
 use crate::threads::{self, Interrupt, for_each};
 use crate::writer::SnapshotWriter;
 
@@ -134,7 +134,7 @@ impl SnapshotOptions {
         let payload = key_metadata::unlock(&root, self, interrupt)?;
         let locked = LockedRoot::exclusive(&root)?;
         if payload.as_ref().is_some_and(crate::key::KeyPayload::is_sealed) {
-            return Err(seal::incomplete(&root));
+            return Err(open_manifest::incomplete(&root));
         }
         let snapshot_id = match &payload {
             Some(payload) => payload.snapshot_id(),

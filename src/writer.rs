@@ -14,8 +14,8 @@ use crate::fragment::{Fragment, Writing, folder};
 use crate::key::KeyPayload;
 use crate::key_metadata;
 use crate::name::{KEY_METADATA, SnapshotPath};
+use crate::open_manifest;
 use crate::options::SnapshotOptions;
-use crate::seal;
 use crate::serialization::{self, Format};
 use crate::threads;
 
@@ -306,7 +306,7 @@ impl SnapshotOptions {
         let payload = key_metadata::unlock(&root, self, interrupt)?;
         lock::check_unsealed(&root, &folder::open(&root, "")?)?;
         if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
-            return Err(seal::incomplete(&root));
+            return Err(open_manifest::incomplete(&root));
         }
         Ok(SnapshotWriter {
             root,

@@ -50,7 +50,7 @@ impl Credentials {
         }
         if let Some(key) = key {
             let key = buffer::Readable::get(key)?;
-            key.bytes().in_pieces(|_| Ok(()))?;
+            key.bytes().in_batches(|_| Ok(()))?;
             options = options.key(SecretKey::from_slice(key.as_slice())?);
         }
         if let Some(recipients) = recipients {

@@ -51,14 +51,14 @@ impl Fragment {
         let data = data.bytes();
         let mut gathered = false;
         if data.len() <= KEEP_INTERPRETER_BYTES {
-            data.in_pieces(|piece| {
-                gathered = self.slot.try_with(|fragment| fragment.gather(piece)) == Some(true);
+            data.in_batches(|batch| {
+                gathered = self.slot.try_with(|fragment| fragment.gather(batch)) == Some(true);
                 Ok(())
             })?;
         }
         if !gathered {
             self.with(py, |fragment, interrupt| {
-                let written = data.in_pieces(|piece| fragment.write_all_interruptible(piece, interrupt));
+                let written = data.in_batches(|batch| fragment.write_all_interruptible(batch, interrupt));
                 // As after a failed write: what came before the page that cannot be read is in it.
                 written.map_err(|error| fragment.fail(error))
             })?;

@@ -74,7 +74,7 @@ impl FragmentReader {
         let room = buffer.room();
         let length = usize::try_from(self.reader.size().saturating_sub(offset)).unwrap_or(usize::MAX);
         interruptible(py, |interrupt| {
-            room.fill(length, |done, piece| self.reader.read_at_interruptible(offset + done, piece, interrupt))
+            room.fill(length, |done, batch| self.reader.read_at_interruptible(offset + done, batch, interrupt))
         })
     }
 
@@ -84,9 +84,9 @@ impl FragmentReader {
         self.with_cursor(py, |cursor, interrupt| {
             let position = cursor.stream_position()?;
             let length = usize::try_from(cursor.size().saturating_sub(position)).unwrap_or(usize::MAX);
-            let read = room.fill(length, |_, piece| cursor.read_interruptible(piece, interrupt));
+            let read = room.fill(length, |_, batch| cursor.read_interruptible(batch, interrupt));
             if read.is_err() {
-                // The pieces before are not given out.
+                // The batches before are not given out.
                 cursor.seek(SeekFrom::Start(position))?;
             }
             read

@@ -83,7 +83,8 @@ pub(super) fn clean(py: Python<'_>, parent: PathBuf) -> PyResult<(Vec<PathBuf>, 
 }
 
 /// Problems (path, kind, text), what was not checked, kinds by fragment, bytes verified, and what to pin it by.
-type Report<'py> = (Vec<(String, String, String)>, Vec<String>, Vec<(String, Option<String>)>, u64, Option<Id<'py>>);
+type VerifyReport<'py> =
+    (Vec<(String, String, String)>, Vec<String>, Vec<(String, Option<String>)>, u64, Option<Id<'py>>);
 
 #[pyfunction]
 pub(super) fn verify<'py>(
@@ -92,7 +93,7 @@ pub(super) fn verify<'py>(
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     expect_seal_digest: Option<&[u8]>,
-) -> PyResult<Report<'py>> {
+) -> PyResult<VerifyReport<'py>> {
     let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
     let report = interruptible(py, |interrupt| options.verify_interruptible(root, interrupt))?;
     let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
