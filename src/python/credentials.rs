@@ -9,7 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyString};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::{buffer, interruptible};
+use super::buffer;
+use super::call::interruptible;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind};
 use crate::key::{self, Announce, RecipientsFile};

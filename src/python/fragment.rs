@@ -6,8 +6,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::buffer::Readable;
+use super::call::{Callback, interruptible};
 use super::slot::Slot;
-use super::{Callback, interruptible};
 use crate::error::Result;
 
 /// Giving up the interpreter costs more than gathering so few bytes.

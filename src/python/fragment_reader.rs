@@ -6,8 +6,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::Writable;
+use super::call::{Callback, interruptible, number};
 use super::slot::Slot;
-use super::{Callback, interruptible, number};
 use crate::error::{Error, Result};
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]

@@ -13,9 +13,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::{Readable, Writable};
+use super::call::{check_signals, interruptible, number};
 use super::process::ProcessMemory;
 use super::writer::SnapshotWriter;
-use super::{check_signals, interruptible, number};
 use crate::error::{Error, Result};
 use crate::memory::ChangingBytes;
 use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use super::buffer::Writable;
-use super::{interruptible, number};
+use super::call::{interruptible, number};
 use crate::error::Error;
 use crate::memory::GuestMemorySource;
 use crate::threads::lock;

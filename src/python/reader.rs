@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::call::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
 use super::memory::GuestMemory;
-use super::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use crate::error::Error;
 use crate::serialization;
 

@@ -6,7 +6,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 
-use super::Callback;
+use super::call::Callback;
 use crate::error::{Error, Kind, Result};
 use crate::process::OwnerProcess;
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt, lock};

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::call::{interruptible, options, parse_format, sealed_options};
 use super::credentials::Credentials;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
-use super::{interruptible, options, parse_format, sealed_options};
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.

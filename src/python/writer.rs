@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::call::{from_state, interruptible, number, options, parse_format, to_state};
 use super::credentials::Credentials;
 use super::fragment::Fragment;
-use super::{from_state, interruptible, number, options, parse_format, to_state};
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotWriter {
