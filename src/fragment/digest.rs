@@ -1,7 +1,7 @@
 //! BLAKE3 of a plain fragment, computed while it is written or read.
 //!
-//! BLAKE3 is a tree: aligned runs of bytes whose length is a power of two are subtrees, which threads hash in any order, and what is merged is
-//! what `b3sum` prints.
+//! BLAKE3 is a tree: aligned runs of bytes whose length is a power of two are subtrees. Threads hash subtrees in any order, and
+//! the merged digest is the one that `b3sum` prints.
 
 use blake3::Hasher;
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
@@ -55,7 +55,8 @@ impl Digest {
         }
     }
 
-    /// Takes whole subtrees that come next, hashed by [`subtree`]; more must follow, or [`Digest::update`] must have taken some.
+    /// Takes the whole subtrees that come next, hashed by [`subtree`]. More must follow, or [`Digest::update`] must have taken
+    /// some.
     pub(super) fn push(&mut self, subtrees: impl IntoIterator<Item = ChainingValue>) {
         if self.until_subtree_ends() == 0 {
             self.end_subtree();

@@ -2,8 +2,8 @@
 //!
 //! Segments have a fixed size, so a thread that has chunks knows where their segments lie: it encrypts them into a buffer of
 //! its own, writes that there, and never meets the others. A batch of chunks that was copied from small writes is encrypted
-//! behind the caller's back, who comes to help when there are more batches than buffers; a large write is encrypted straight
-//! from the caller's memory, while the caller waits.
+//! in the background, and a caller that runs out of buffers works too; a large write is encrypted straight from the caller's
+//! memory, while the caller waits.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -32,7 +32,7 @@ pub(super) struct Encryptors {
 #[derive(Default)]
 struct Queue {
     batches: VecDeque<Batch>,
-    /// Strips being encrypted behind the caller's back.
+    /// Strips being encrypted in the background.
     running: usize,
     /// Threads of the pool that take batches.
     helpers: usize,
@@ -270,7 +270,7 @@ impl Encryptors {
 }
 
 impl Job for Encryptors {
-    /// A helper is counted out in the same breath in which it finds nothing to do, so that no batch is missed.
+    /// A helper decrements the count of helpers under the lock under which it saw the queue empty, so that no batch is missed.
     fn turn(&self) -> bool {
         loop {
             let mut queue = lock(&self.queue);

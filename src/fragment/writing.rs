@@ -159,8 +159,8 @@ impl Fragment {
         Ok(metadata.len())
     }
 
-    /// Lets `work` write batches at their offsets, before anything else is written; it returns where they end. At least a byte has to be
-    /// written after that, if there were any.
+    /// Lets `work` write batches at their offsets, before anything else is written; it returns where they end. At least a
+    /// byte has to be written after them, if there were any.
     pub(crate) fn write_positioned(&mut self, work: impl FnOnce(&PositionedWriter) -> Result<u64>) -> Result<()> {
         self.with_sink(|sink| {
             let positioned = match sink {

@@ -70,7 +70,7 @@ impl<'a> GuestDestination<'a> {
     }
 
     /// Whether anonymous memory gets transparent huge pages where 2 MiB of it are all data; it does not by default. That is
-    /// faster to fill and to use; it costs the system memory in pieces of 2 MiB.
+    /// faster to fill and to use; it costs the system memory in pages of 2 MiB.
     #[must_use]
     pub fn huge_pages(mut self, huge_pages: bool) -> Self {
         self.huge_pages = huge_pages;

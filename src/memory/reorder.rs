@@ -119,7 +119,8 @@ impl Sequencer {
         Ok(aligned)
     }
 
-    /// As [`Sequencer::take`], of bytes that stay where they are: only what is carried over is copied, to `head` and from the end.
+    /// Puts bytes that stay where they are into the stream, as [`Sequencer::take`] does: only the carried bytes are copied, to
+    /// `head` and from the end.
     pub(super) fn take_in_place<'a>(
         &self,
         number: usize,

@@ -94,8 +94,8 @@ pub(super) struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// Fills the first `length` bytes by `read`, in batches that can be written to: it is given where each begins, and returns how
-    /// much of it there was. After an error all is zeros.
+    /// Fills the first `length` bytes by `read`, in batches that can be written to: `read` is given where each begins, and
+    /// returns how much of it there was. After an error all is zeros.
     pub(super) fn fill(self, length: usize, mut read: impl FnMut(u64, &mut [u8]) -> Result<usize>) -> Result<usize> {
         let Self { bytes, on_heap } = self;
         let (length, batch_bytes) = (length.min(bytes.len()), if on_heap { usize::MAX } else { TOUCHED_BATCH_BYTES });
