@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use vmsnap::{SecretKey, SnapshotOptions};
 
-const REFERENCE_PIECE_BYTES: usize = 1 << 20;
+const REFERENCE_CALL_BYTES: usize = 1 << 20;
 
 struct Arguments {
     folder: PathBuf,
@@ -73,8 +73,8 @@ impl Bench {
         let _ = std::fs::remove_file(&path);
         let spent = seconds(|| {
             let mut file = File::create(&path).unwrap();
-            for piece in self.data.chunks(REFERENCE_PIECE_BYTES) {
-                file.write_all(piece).unwrap();
+            for call in self.data.chunks(REFERENCE_CALL_BYTES) {
+                file.write_all(call).unwrap();
             }
         });
         std::fs::remove_file(&path).unwrap();
@@ -85,8 +85,8 @@ impl Bench {
         let mut file = File::open(path).unwrap();
         let back = &mut self.back;
         seconds(|| {
-            for piece in back.chunks_mut(REFERENCE_PIECE_BYTES) {
-                file.read_exact(piece).unwrap();
+            for call in back.chunks_mut(REFERENCE_CALL_BYTES) {
+                file.read_exact(call).unwrap();
             }
         })
     }
@@ -99,14 +99,14 @@ impl Bench {
         if encrypted { self.options.clone() } else { SnapshotOptions::new().threads(self.arguments.threads) }
     }
 
-    fn write(&self, encrypted: bool, chunk: usize, piece: usize) -> f64 {
+    fn write(&self, encrypted: bool, chunk: usize, call: usize) -> f64 {
         let root = self.snapshot();
         let _ = std::fs::remove_dir_all(&root);
         let writer = self.options(encrypted).create(&root).unwrap();
         seconds(|| {
             let mut fragment = writer.raw_fragment_with_chunk_size("mem", chunk).unwrap();
-            for piece in self.data.chunks(piece) {
-                fragment.write_all(piece).unwrap();
+            for call in self.data.chunks(call) {
+                fragment.write_all(call).unwrap();
             }
             fragment.finish().unwrap();
         })
@@ -130,13 +130,13 @@ impl Bench {
         }
     }
 
-    fn writes(&self, name: &str, encrypted: bool, chunk: usize, piece: usize) {
+    fn writes(&self, name: &str, encrypted: bool, chunk: usize, call: usize) {
         if !name.contains(&self.arguments.only) {
             return;
         }
         let mut pairs = Vec::new();
         for _ in 0..=self.arguments.pairs {
-            pairs.push((self.reference_write(), self.write(encrypted, chunk, piece)));
+            pairs.push((self.reference_write(), self.write(encrypted, chunk, call)));
             // As the reference's file: the next of either kind gets the same pages, which are no longer fresh.
             std::fs::remove_dir_all(self.snapshot()).unwrap();
         }
@@ -220,8 +220,8 @@ fn main() {
     bench.writes("write plain, 1 MiB a call", false, 4096, 1 << 20);
     bench.writes("write plain, 64 KiB a call", false, 4096, 64 << 10);
     for (chunk, chunk_name) in chunks {
-        for (piece, piece_name) in [(whole, "one call"), (1 << 20, "1 MiB a call"), (64 << 10, "64 KiB a call")] {
-            bench.writes(&format!("write encrypted, {chunk_name} chunks, {piece_name}"), true, chunk, piece);
+        for (call, call_name) in [(whole, "one call"), (1 << 20, "1 MiB a call"), (64 << 10, "64 KiB a call")] {
+            bench.writes(&format!("write encrypted, {chunk_name} chunks, {call_name}"), true, chunk, call);
         }
     }
     bench.reads("read plain", false, 4096);

@@ -178,7 +178,7 @@ fn a_panic_in_the_callback_poisons_the_fragment() {
         let mut fragment = options.create(&root).unwrap().raw_fragment("half").unwrap();
         let long = vec![0; 4 << 30];
         let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            fragment.write_all_polled(&long, &mut || panic!("the callback fails"))
+            fragment.write_all_interruptible(&long, &mut || panic!("the callback fails"))
         }));
         assert!(unwound.is_err());
         assert!(Error::from(fragment.write_all(b"more").unwrap_err()).is_state());
@@ -222,7 +222,7 @@ fn an_interrupted_write_poisons_the_fragment_and_leaves_no_file() {
         let mut fragment = options.create(&root).unwrap().raw_fragment("f").unwrap();
         // Untouched pages, so it costs no memory; and no machine writes 4 GiB in the 50 ms before the callback is asked.
         let long = vec![0; 4 << 30];
-        let error = fragment.write_all_polled(&long, &mut || Err(Error::interrupted())).unwrap_err();
+        let error = fragment.write_all_interruptible(&long, &mut || Err(Error::interrupted())).unwrap_err();
         assert!(error.is_interrupted());
         assert!(fragment.write_all(b"more").unwrap_err().to_string().contains("earlier write failed"));
         assert!(fragment.finish().unwrap_err().is_state());
@@ -240,7 +240,7 @@ fn an_interrupted_read_leaves_only_zeros() {
     let reader = options.open(&root).unwrap().raw_fragment("f").unwrap();
     let mut buf = vec![0xff; 64 << 20];
     // Two million segments take longer than the 50 ms after which the callback is asked.
-    let error = reader.read_at_polled(0, &mut buf, &mut || Err(Error::interrupted())).unwrap_err();
+    let error = reader.read_at_interruptible(0, &mut buf, &mut || Err(Error::interrupted())).unwrap_err();
     assert!(error.is_interrupted());
     assert!(buf.iter().all(|byte| *byte == 0));
 }

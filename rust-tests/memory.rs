@@ -334,7 +334,9 @@ fn regions_that_overlap_are_refused_and_a_cancelled_dump_leaves_nothing() {
     }
     let regions = [GuestRegion::new(0, Slow)];
     let error = writer
-        .write_memory_polled(&regions, &MemoryOptions::new().compress(true), &mut |_| Err(vmsnap::Error::interrupted()))
+        .write_memory_interruptible(&regions, &MemoryOptions::new().compress(true), &mut |_| {
+            Err(vmsnap::Error::interrupted())
+        })
         .unwrap_err();
     assert!(error.is_interrupted());
     assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0);

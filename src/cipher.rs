@@ -1,7 +1,7 @@
 //! FLOE, the encrypted format: the only module that knows the crate that implements it.
 //!
-//! Specification: <https://c2sp.org/FLOE>. A message is a header and segments; each segment is sealed by itself, so that
-//! threads can seal and open them in any order. Two providers do the arithmetic, and each reads the other's messages.
+//! Specification: <https://c2sp.org/FLOE>. A message is a header and segments; each segment is encrypted by itself, so that
+//! threads can encrypt and decrypt them in any order. Two providers do the arithmetic, and each reads the other's messages.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -30,7 +30,7 @@ pub const DEFAULT_CHUNK_SIZE_BYTES: usize = 4096;
 /// Parameters 10, IV 32, header tag 32.
 pub(crate) const HEADER_BYTES: usize = Header::LEN;
 pub(crate) const HEADER_TAG_BYTES: usize = 32;
-/// What sealing adds to a chunk: length word 4, nonce 12, tag 16.
+/// What encryption adds to a chunk: length word 4, nonce 12, tag 16.
 pub(crate) const SEGMENT_OVERHEAD_BYTES: usize = 32;
 
 /// Chooses the AEAD provider: `aes-gcm` or `aws-lc`.
@@ -234,13 +234,13 @@ pub(crate) fn is_stored_size(stored_size: u64, size: u64, chunk_size_bytes: usiz
         || (size > 0 && size.is_multiple_of(chunk_size_bytes as u64) && overhead_of(segments + 1) == Some(overhead))
 }
 
-/// A message being written: makes [`Sealer`]s, one a thread.
-pub(crate) struct Sealing {
+/// A message being written: makes [`Encryptor`]s, one a thread.
+pub(crate) struct Encryption {
     context: SharedEncryptionContext,
     chunk_size_bytes: usize,
 }
 
-impl Sealing {
+impl Encryption {
     /// Begins a message with chunks of a size checked before; returns its header too.
     pub(crate) fn start(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize) -> Result<(Self, [u8; HEADER_BYTES])> {
         Self::start_with(provider()?, key, aad, chunk_size_bytes)
@@ -263,33 +263,33 @@ impl Sealing {
         self.chunk_size_bytes
     }
 
-    pub(crate) fn sealer(&self) -> Sealer {
-        Sealer { state: Box::new(self.context.fork()), chunk_size_bytes: self.chunk_size_bytes }
+    pub(crate) fn encryptor(&self) -> Encryptor {
+        Encryptor { state: Box::new(self.context.fork()), chunk_size_bytes: self.chunk_size_bytes }
     }
 }
 
-/// Seals segments of one message, in any order but each once. Holds nonces drawn in batches: never to be used after a
+/// Encrypts segments of one message, in any order but each once. Holds nonces drawn in batches: never to be used after a
 /// fork.
-pub(crate) struct Sealer {
+pub(crate) struct Encryptor {
     state: Box<EncryptionState>,
     chunk_size_bytes: usize,
 }
 
-impl Sealer {
-    /// Seals the full chunk `index`, which is not the last, into `out` (chunk + 32 bytes).
-    pub(crate) fn seal(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
+impl Encryptor {
+    /// Encrypts the full chunk `index`, which is not the last, into `out` (chunk + 32 bytes).
+    pub(crate) fn encrypt(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
         // The crate wants a layout of the whole message, whose length is not known yet: one more chunk will follow.
         let layout = self.layout(index, self.chunk_size_bytes, 1)?.segment_for_position(index);
-        self.seal_segment(layout, chunk, out)
+        self.encrypt_segment(layout, chunk, out)
     }
 
-    /// Seals the last chunk, `index`, of up to a chunk of bytes, into `out` (its length + 32 bytes).
-    pub(crate) fn seal_last(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
+    /// Encrypts the last chunk, `index`, of up to a chunk of bytes, into `out` (its length + 32 bytes).
+    pub(crate) fn encrypt_last(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
         let layout = self.layout(index, chunk.len(), 0)?.final_segment();
-        self.seal_segment(Some(layout), chunk, out)
+        self.encrypt_segment(Some(layout), chunk, out)
     }
 
-    fn seal_segment(&mut self, segment: Option<SegmentLayout>, chunk: &[u8], out: &mut [u8]) -> Result<()> {
+    fn encrypt_segment(&mut self, segment: Option<SegmentLayout>, chunk: &[u8], out: &mut [u8]) -> Result<()> {
         let segment = segment.ok_or_else(too_long)?;
         self.state.encrypt_segment_into(chunk, segment, out).map_err(provider_failure)?;
         Ok(())
@@ -304,15 +304,15 @@ impl Sealer {
     }
 }
 
-/// A message being read, its header verified: makes [`Opener`]s, one a thread.
-pub(crate) struct Opening {
+/// A message being read, its header verified: makes [`Decryptor`]s, one a thread.
+pub(crate) struct Decryption {
     context: SharedDecryptionContext,
     layout: MessageLayout,
 }
 
-impl Opening {
+impl Decryption {
     /// Verifies the header of a message that takes `stored_size` bytes. Whether it was truncated or extended shows when
-    /// the last segment is opened, which has to come next.
+    /// the last segment is decrypted, which has to come next.
     pub(crate) fn start(key: &SecretKey, aad: &[u8], header: [u8; HEADER_BYTES], stored_size: u64) -> Result<Self> {
         Self::start_with(provider()?, key, aad, header, stored_size)
     }
@@ -334,8 +334,8 @@ impl Opening {
         Ok(Self { context: state.into_shared(), layout })
     }
 
-    pub(crate) fn opener(&self) -> Opener {
-        Opener { state: self.context.fork(), layout: self.layout }
+    pub(crate) fn decryptor(&self) -> Decryptor {
+        Decryptor { state: self.context.fork(), layout: self.layout }
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -366,22 +366,22 @@ pub(crate) fn check_declared_chunk_size(header: [u8; HEADER_BYTES]) -> Result<()
     check_chunk_size(parameters.plaintext_segment_length()).map_err(|_| not_floe())
 }
 
-/// Opens segments of one message.
-pub(crate) struct Opener {
+/// Decrypts segments of one message.
+pub(crate) struct Decryptor {
     state: DecryptionState,
     layout: MessageLayout,
 }
 
-impl Opener {
+impl Decryptor {
     /// Verifies and decrypts segment `index` into `out`, which must have its plaintext's length; zeroes `out` where the
     /// segment does not verify.
-    pub(crate) fn open(&mut self, index: u64, segment: &[u8], out: &mut [u8]) -> Result<()> {
-        let opened = self
+    pub(crate) fn decrypt(&mut self, index: u64, segment: &[u8], out: &mut [u8]) -> Result<()> {
+        let decrypted = self
             .layout
             .segment_for_position(index)
             .ok_or_else(not_authentic)
             .and_then(|layout| self.state.decrypt_segment_into(segment, layout, out).map_err(|_| not_authentic()));
-        match opened {
+        match decrypted {
             Ok(written) if written == out.len() => Ok(()),
             Ok(_) => {
                 out.fill(0);
@@ -395,27 +395,27 @@ impl Opener {
     }
 }
 
-/// Seals a short message whole.
-pub(crate) fn seal_message(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize, message: &[u8]) -> Result<Vec<u8>> {
+/// Encrypts a short message whole.
+pub(crate) fn encrypt_message(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize, message: &[u8]) -> Result<Vec<u8>> {
     let segments = message.len() / chunk_size_bytes + 1;
     buffer::probe(HEADER_BYTES + segments.saturating_mul(segment_size(chunk_size_bytes)))?;
     fast_floe::encrypt(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, message).map_err(provider_failure)
 }
 
-/// Opens a short message whole, which must have been sealed with that chunk size.
-pub(crate) fn open_message(
+/// Decrypts a short message whole, which must have been encrypted with that chunk size.
+pub(crate) fn decrypt_message(
     key: &SecretKey,
     aad: &[u8],
     chunk_size_bytes: usize,
-    sealed: &[u8],
+    encrypted: &[u8],
 ) -> Result<Zeroizing<Vec<u8>>> {
-    buffer::probe(sealed.len())?;
-    fast_floe::decrypt_with_parameters(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, sealed)
+    buffer::probe(encrypted.len())?;
+    fast_floe::decrypt_with_parameters(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, encrypted)
         .map(Zeroizing::new)
         .map_err(|_| not_authentic())
 }
 
-/// The first bytes of every message sealed with that chunk size: AEAD 0, KDF 0, segment length, IV length.
+/// The first bytes of every message encrypted with that chunk size: AEAD 0, KDF 0, segment length, IV length.
 pub(crate) fn message_prefix(chunk_size_bytes: usize) -> [u8; 10] {
     let mut prefix = [0; 10];
     let segment_size = u32::try_from(segment_size(chunk_size_bytes)).unwrap_or(u32::MAX);

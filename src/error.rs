@@ -89,7 +89,7 @@ impl Error {
         Self::new(Kind::Corrupt, message)
     }
 
-    /// A long call that its caller asked to stop, from the callback of [`crate::Fragment::write_all_polled`] and its
+    /// A long call that its caller asked to stop, from the callback of [`crate::Fragment::write_all_interruptible`] and its
     /// like.
     #[must_use]
     pub fn interrupted() -> Self {

@@ -7,7 +7,7 @@ use std::cell::Cell;
 
 use zeroize::Zeroizing;
 
-use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, open_message};
+use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, decrypt_message};
 use crate::key::{self, KeyPayload};
 use crate::manifest::Manifest;
 use crate::memory::Metadata;
@@ -29,7 +29,7 @@ pub const PARSERS: [(&str, Parser); 5] = [
         if let Some(header) = bytes.first_chunk::<HEADER_BYTES>() {
             drop(check_declared_chunk_size(*header));
         }
-        drop(open_message(&SecretKey::from([7; 32]), b"fuzz", 64, bytes));
+        drop(decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, bytes));
     }),
 ];
 
@@ -190,7 +190,7 @@ mod tests {
         for wrapped in ["raw", "age", "passphrase", "provider"] {
             let _ = key::wrapping(&read(&format!("enc_metadata/{wrapped}"))).unwrap();
         }
-        open_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
+        decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
     }
 
     /// What costs most for its size, in each of its places.

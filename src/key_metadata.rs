@@ -35,13 +35,13 @@ pub fn key_wrapping(root: impl AsRef<Path>) -> Result<Option<KeyWrapping>> {
 pub(crate) fn unlock(
     root: &Path,
     options: &SnapshotOptions,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Option<KeyPayload>> {
     // Whatever the snapshot is, so that a mistake shows at once.
-    options.credentials.opener()?;
+    options.credentials.unwrapper()?;
     match read(root)? {
         Some(wrapped) => {
-            let payload = options.credentials.opener()?.unwrap(&wrapped, poll);
+            let payload = options.credentials.unwrapper()?.unwrap(&wrapped, interrupt);
             wipe_stack();
             payload.map(Some).map_err(|error| error.context(place(root)))
         }
@@ -75,28 +75,28 @@ pub(crate) fn unlock(
 /// As [`SnapshotOptions::open`] with `old` and [`SnapshotOptions::create`] with `new`; [`Error::is_not_encrypted`] where the
 /// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
 pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
-    rekey_polled(root, old, new, &mut || Ok(()))
+    rekey_interruptible(root, old, new, &mut || Ok(()))
 }
 
 /// [`rekey`], which may be interrupted.
-pub(crate) fn rekey_polled(
+pub(crate) fn rekey_interruptible(
     root: impl AsRef<Path>,
     old: &SnapshotOptions,
     new: &SnapshotOptions,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
     if !new.is_encrypted() {
         return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
     }
     let root = &folder::absolute(root.as_ref())?;
-    let (opener, wrapper) = (old.credentials.opener()?, new.credentials.wrapper()?);
+    let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
     let wrapped = read(root)?.ok_or_else(|| plain(root))?;
     let context = |error: Error| error.context(place(root));
-    let payload = opener.unwrap(&wrapped, poll).map_err(context)?;
-    let wrapped = wrapper.wrap(&payload, poll);
+    let payload = unwrapper.unwrap(&wrapped, interrupt).map_err(context)?;
+    let wrapped = wrapper.wrap(&payload, interrupt);
     wipe_stack();
     let wrapped = wrapped.map_err(context)?;
-    poll()?;
+    interrupt()?;
     replace(root, &wrapped, &mut || ())
 }
 

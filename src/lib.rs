@@ -44,6 +44,7 @@ mod key_metadata;
 mod manifest;
 mod memory;
 mod name;
+mod open_manifest;
 mod options;
 mod outline;
 mod pool;
@@ -51,7 +52,6 @@ mod process;
 #[cfg(feature = "python")]
 mod python;
 mod reader;
-mod seal;
 mod serialization;
 mod staging;
 mod strict_cbor;

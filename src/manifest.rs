@@ -99,7 +99,7 @@ impl Manifest {
         let digest = *blake3::hash(&bytes).as_bytes();
         let stored = match data_key {
             None => bytes,
-            Some(key) => cipher::seal_message(key, AAD, CHUNK_SIZE_BYTES, &bytes)?,
+            Some(key) => cipher::encrypt_message(key, AAD, CHUNK_SIZE_BYTES, &bytes)?,
         };
         if stored.len() as u64 > MAX_MANIFEST_BYTES {
             let text = format!("the manifest would have {} bytes, more than the format allows (2^28)", stored.len());
@@ -114,7 +114,7 @@ impl Manifest {
         let bytes = match data_key {
             None => stored,
             Some(key) => {
-                opened = cipher::open_message(key, AAD, CHUNK_SIZE_BYTES, stored)?;
+                opened = cipher::decrypt_message(key, AAD, CHUNK_SIZE_BYTES, stored)?;
                 &opened[..]
             }
         };

@@ -17,7 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use crate::process::PerProcess;
-use crate::threads::{POLL_INTERVAL, lock, resolve};
+use crate::threads::{INTERRUPT_INTERVAL, lock, resolve};
 
 static POOL: PerProcess<Pool> = PerProcess::new();
 
@@ -149,7 +149,7 @@ impl Helpers {
             if lent.running == 0 {
                 return;
             }
-            drop(self.call.ended.wait_timeout(lent, POLL_INTERVAL));
+            drop(self.call.ended.wait_timeout(lent, INTERRUPT_INTERVAL));
             meanwhile();
         }
     }

@@ -1,9 +1,9 @@
 //! This process, as against the one it was forked from.
 //!
-//! A forked child inherits nonce batches, locks and pools whose threads do not exist in it. Whoever holds such state asks
-//! [`token`] whether it is still at home. The process id would not do: the first process of a PID namespace has the
-//! number 1 in each of them. Linux empties a page marked `MADV_WIPEONFORK` in every forked child, which costs one load
-//! to look at.
+//! A forked child inherits nonce batches, locks and pools whose threads do not exist in it. A value that holds such state
+//! remembers its [`OwnerProcess`] and asks whether it is the current one. The process id would not do: the first process
+//! of a PID namespace has the number 1 in each of them. Linux empties a page marked `MADV_WIPEONFORK` in every forked
+//! child, which costs one load to look at.
 
 #![allow(unsafe_code, reason = "maps a page, and hands out references to values that are never freed")]
 
@@ -11,6 +11,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::error::{self, Error, Kind};
 
 const PAGE_BYTES: usize = 4096;
 
@@ -24,7 +26,7 @@ static NO_PAGE: AtomicBool = AtomicBool::new(false);
 static LAST_TOKEN: AtomicU64 = AtomicU64::new(0);
 
 /// A number that is the same for as long as this process lives, and another one in a child forked from it.
-pub(crate) fn token() -> u64 {
+fn token() -> u64 {
     let Some(cell) = page() else {
         // A kernel, sandbox or emulator without MADV_WIPEONFORK (Linux before 4.14): the process id is what is left.
         return u64::from(std::process::id());
@@ -38,6 +40,41 @@ pub(crate) fn token() -> u64 {
             }
         }
         token => token,
+    }
+}
+
+/// The process that made a value, where its cipher state, locks and threads may be used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OwnerProcess(u64);
+
+impl OwnerProcess {
+    pub(crate) fn current() -> Self {
+        Self(token())
+    }
+
+    /// Whether this process is the owner: false in a child forked from it.
+    pub(crate) fn is_current(self) -> bool {
+        self.0 == token()
+    }
+
+    /// Refuses a staged snapshot in a forked child.
+    pub(crate) fn check_snapshot(self) -> error::Result<()> {
+        if self.is_current() {
+            return Ok(());
+        }
+        let text = "the snapshot was begun in the process this one was forked from, which alone commits or discards it";
+        Err(Error::new(Kind::State, text))
+    }
+
+    /// Refuses a fragment in a forked child.
+    pub(crate) fn check_fragment(self) -> error::Result<()> {
+        if self.is_current() {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::State,
+            "the fragment was opened in the process this one was forked from; open it again in this process",
+        ))
     }
 }
 

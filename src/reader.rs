@@ -13,13 +13,13 @@ use crate::fragment::{FragmentReader, folder};
 use crate::key_metadata;
 use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
+use crate::open_manifest::{self, OpenManifest};
 use crate::options::SnapshotOptions;
-use crate::seal::{self, Seal};
 use crate::serialization::{self, Format};
 use crate::threads;
 
-/// A serialized value is read in pieces of so much.
-const PIECE_BYTES: usize = 64 << 10;
+/// The buffer through which a serialized value is read.
+const VALUE_BUFFER_BYTES: usize = 64 << 10;
 
 /// Reads a snapshot that [`crate::SnapshotWriter`] wrote, or a plain one of crosvm's.
 ///
@@ -46,7 +46,7 @@ pub struct SnapshotReader {
     data_key: Option<SecretKey>,
     threads: usize,
     format: Option<Format>,
-    seal: Option<Seal>,
+    manifest: Option<OpenManifest>,
 }
 
 impl SnapshotReader {
@@ -78,7 +78,10 @@ impl SnapshotReader {
 
     /// The manifest, where the snapshot is sealed.
     fn manifest(&self) -> Result<Option<&Manifest>> {
-        self.seal.as_ref().map(|seal| seal.manifest(&self.root, self.data_key.as_ref())).transpose()
+        self.manifest
+            .as_ref()
+            .map(|open_manifest| open_manifest.manifest(&self.root, self.data_key.as_ref()))
+            .transpose()
     }
 
     fn not_listed(&self, path: &SnapshotPath) -> Error {
@@ -97,8 +100,8 @@ impl SnapshotReader {
 
     /// The value in an open fragment.
     pub(crate) fn decode<T: DeserializeOwned>(&self, name: &str, fragment: FragmentReader) -> Result<T> {
-        // In pieces: how much memory a value takes is for the value to say, not for the file's size.
-        let fragment = BufReader::with_capacity(PIECE_BYTES, fragment);
+        // Through a small buffer: how much memory a value takes is for the value to say, not for the file's size.
+        let fragment = BufReader::with_capacity(VALUE_BUFFER_BYTES, fragment);
         serialization::decode(fragment, self.format, &self.place(name)?)
     }
 
@@ -189,7 +192,7 @@ impl SnapshotReader {
     /// What to pin a sealed snapshot by, see [`SnapshotOptions::expect_seal_digest`]; none where it is not sealed.
     #[must_use]
     pub fn seal_digest(&self) -> Option<[u8; 32]> {
-        self.seal.as_ref().map(|seal| *seal.digest())
+        self.manifest.as_ref().map(|manifest| *manifest.digest())
     }
 
     /// Whether the snapshot is encrypted.
@@ -207,21 +210,25 @@ impl SnapshotOptions {
     /// As there; [`Error::is_authentication`] where the key is not the one, or `enc_metadata` is damaged;
     /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
     pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
-        self.open_polled(root, &mut || Ok(()))
+        self.open_interruptible(root, &mut || Ok(()))
     }
 
-    pub(crate) fn open_polled(
+    pub(crate) fn open_interruptible(
         &self,
         root: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, poll)?;
-        let seal = Seal::read(&root, payload.as_ref())?;
-        match (&seal, &self.seal_digest) {
-            (None, expected) if self.require_sealed || expected.is_some() => return Err(seal::unsealed(&root)),
-            (Some(seal), Some(expected)) if seal.digest() != expected => return Err(seal::another(&root)),
+        let payload = key_metadata::unlock(&root, self, interrupt)?;
+        let manifest = OpenManifest::read(&root, payload.as_ref())?;
+        match (&manifest, &self.seal_digest) {
+            (None, expected) if self.require_sealed || expected.is_some() => {
+                return Err(open_manifest::unsealed(&root));
+            }
+            (Some(manifest), Some(expected)) if manifest.digest() != expected => {
+                return Err(open_manifest::another(&root));
+            }
             _ => {}
         }
         Ok(SnapshotReader {
@@ -230,7 +237,7 @@ impl SnapshotOptions {
             data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
             format: self.format,
-            seal,
+            manifest,
         })
     }
 }

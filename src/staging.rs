@@ -14,13 +14,14 @@ use crate::durability;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::ledger::Ledger;
 use crate::fragment::lock::LockedRoot;
-use crate::fragment::{FragmentReader, Home, folder};
+use crate::fragment::{FragmentReader, folder};
 use crate::key_metadata;
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath};
+use crate::open_manifest;
 use crate::options::SnapshotOptions;
-use crate::seal;
-use crate::threads::{self, Poll, for_each};
+use crate::process::OwnerProcess;
+use crate::threads::{self, Interrupt, for_each};
 use crate::writer::SnapshotWriter;
 
 /// What names a sealed snapshot for ever: kept elsewhere, it tells whether a snapshot is still the same.
@@ -55,7 +56,7 @@ pub struct StagedSnapshot {
     parent: OwnedFd,
     snapshot_id: [u8; 16],
     durable: bool,
-    home: Home,
+    owner: OwnerProcess,
     state: State,
 }
 
@@ -73,14 +74,14 @@ impl SnapshotOptions {
     ///
     /// As [`SnapshotOptions::create`]. Nothing is left behind.
     pub fn stage(&self, path: impl AsRef<Path>) -> Result<StagedSnapshot> {
-        self.stage_polled(path, &mut || Ok(()))
+        self.stage_interruptible(path, &mut || Ok(()))
     }
 
     /// [`SnapshotOptions::stage`], which may be interrupted.
-    pub(crate) fn stage_polled(
+    pub(crate) fn stage_interruptible(
         &self,
         path: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<StagedSnapshot> {
         let path = folder::absolute(path.as_ref())?;
         let (Some(parent_path), Some(_)) = (path.parent(), path.file_name()) else {
@@ -91,7 +92,7 @@ impl SnapshotOptions {
                 format!("{} cannot be the path of a snapshot: clean() removes what is called so", path.display());
             return Err(Error::invalid_argument(text));
         }
-        let prepared = self.prepare(&path, true, poll)?;
+        let prepared = self.prepare(&path, true, interrupt)?;
         let snapshot_id = match &prepared.payload {
             Some((payload, _)) => payload.snapshot_id(),
             None => random_id()?,
@@ -106,7 +107,7 @@ impl SnapshotOptions {
             parent,
             snapshot_id,
             durable: self.durable,
-            home: Home::here(),
+            owner: OwnerProcess::current(),
             state: State::Staged(locked),
         })
     }
@@ -120,25 +121,29 @@ impl SnapshotOptions {
     /// a fragment is still being written. It is as it was then, and only where the very last sync fails it is sealed, and the
     /// text says so.
     pub fn seal(&self, root: impl AsRef<Path>) -> Result<SealId> {
-        self.seal_polled(root, &mut || Ok(()))
+        self.seal_interruptible(root, &mut || Ok(()))
     }
 
-    pub(crate) fn seal_polled(&self, root: impl AsRef<Path>, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+    pub(crate) fn seal_interruptible(
+        &self,
+        root: impl AsRef<Path>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<SealId> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, poll)?;
+        let payload = key_metadata::unlock(&root, self, interrupt)?;
         let locked = LockedRoot::exclusive(&root)?;
         if payload.as_ref().is_some_and(crate::key::KeyPayload::is_sealed) {
-            return Err(seal::incomplete(&root));
+            return Err(open_manifest::incomplete(&root));
         }
         let snapshot_id = match &payload {
             Some(payload) => payload.snapshot_id(),
             None => random_id()?,
         };
         let data_key = payload.as_ref().map(crate::key::KeyPayload::data_key);
-        let scanned = Scanned::of(&root, data_key, None, threads, poll)?;
+        let scanned = Scanned::of(&root, data_key, None, threads, interrupt)?;
         if self.durable {
-            scanned.sync(&root, threads, poll)?;
+            scanned.sync(&root, threads, interrupt)?;
         }
         let id = scanned.write_manifest(locked.folder(), &root, data_key, snapshot_id, self.durable)?;
         if self.durable {
@@ -227,19 +232,19 @@ impl StagedSnapshot {
     /// [`Error::is_io`] where something is at the path by now, or the disk is full. The snapshot stays staged. Only where the
     /// very last sync fails it is at its path, complete, and the text says so.
     pub fn commit(&mut self) -> Result<SealId> {
-        self.commit_polled(&mut || Ok(()))
+        self.commit_interruptible(&mut || Ok(()))
     }
 
-    pub(crate) fn commit_polled(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+    pub(crate) fn commit_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
         let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.path.display()));
-        self.home.check_snapshot().map_err(context)?;
+        self.owner.check_snapshot().map_err(context)?;
         let locked = match &self.state {
             State::Staged(locked) => locked,
             State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
             State::Discarded => return Err(context(Error::new(Kind::State, "it was discarded"))),
         };
         locked.take_alone(self.writer.root()).map_err(context)?;
-        let id = self.complete(locked, poll).map_err(|error| {
+        let id = self.complete(locked, interrupt).map_err(|error| {
             // As it was: not sealed, and open to its writers. The cause says more than what goes wrong here.
             let _ = rustix::fs::unlinkat(locked.folder(), MANIFEST, rustix::fs::AtFlags::empty());
             locked.share();
@@ -253,16 +258,16 @@ impl StagedSnapshot {
         Ok(id)
     }
 
-    fn complete(&self, locked: &LockedRoot, poll: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+    fn complete(&self, locked: &LockedRoot, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
         let root = self.writer.root();
         let threads = self.writer.threads();
         let data_key = self.writer.data_key();
-        let scanned = Scanned::of(root, data_key, self.writer.ledger(), threads, poll)?;
+        let scanned = Scanned::of(root, data_key, self.writer.ledger(), threads, interrupt)?;
         if self.durable {
-            scanned.sync(root, threads, poll)?;
+            scanned.sync(root, threads, interrupt)?;
         }
         let id = scanned.write_manifest(locked.folder(), root, data_key, self.snapshot_id, self.durable)?;
-        poll()?;
+        interrupt()?;
         let name = self.path.file_name().unwrap_or_default();
         folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, name)
             .map_err(not_placed)?;
@@ -280,7 +285,7 @@ impl StagedSnapshot {
 
     /// Removes what is staged, if it still is.
     pub(crate) fn remove(&mut self) -> Result<()> {
-        self.home.check_snapshot()?;
+        self.owner.check_snapshot()?;
         if !matches!(self.state, State::Staged(_)) {
             return Ok(());
         }
@@ -302,7 +307,7 @@ impl StagedSnapshot {
 
 impl Drop for StagedSnapshot {
     fn drop(&mut self) {
-        if self.home.is_here() {
+        if self.owner.is_current() {
             // Nobody is there to be told; `clean` removes what is left.
             let _ = self.remove();
         }
@@ -333,12 +338,12 @@ impl Scanned {
         data_key: Option<&SecretKey>,
         ledger: Option<&Ledger>,
         threads: usize,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
         let (mut namespaces, mut fragments) = (BTreeSet::new(), BTreeMap::new());
         let mut pending = vec![SnapshotPath::default()];
         while let Some(namespace) = pending.pop() {
-            poll()?;
+            interrupt()?;
             let (names, inner) = folder::list(root, namespace.as_str())?;
             let opened = folder::open(root, namespace.as_str())?;
             for name in names {
@@ -353,7 +358,7 @@ impl Scanned {
                 let entry = match known {
                     Some(entry) if u64::try_from(stat.st_size) == Ok(entry.stored_size) => entry,
                     Some(_) => return Err(Error::corrupt(format!("{path} was changed after it was written"))),
-                    None => examine(root, &path, data_key, threads, poll)?,
+                    None => examine(root, &path, data_key, threads, interrupt)?,
                 };
                 fragments.insert(path.into(), entry);
             }
@@ -370,7 +375,7 @@ impl Scanned {
     }
 
     /// All that was found reaches the disk, as do the names of it.
-    fn sync(&self, root: &Path, threads: usize, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn sync(&self, root: &Path, threads: usize, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let failed = |what: &str, error: Error| error.context(format!("cannot sync {what:?}"));
         let sync_file = |opened: &OwnedFd, name: &str| durability::sync_file(&folder::open_file(opened, name)?.0);
         let sync_directory = |opened: &OwnedFd, what: &str| {
@@ -378,7 +383,7 @@ impl Scanned {
         };
         let paths: Vec<_> = self.fragments.keys().collect();
         let mut workers = vec![(); threads.min(paths.len())];
-        for_each(&mut workers, paths.into_iter(), &mut Poll::new(poll), |(), path| {
+        for_each(&mut workers, paths.into_iter(), &mut Interrupt::new(interrupt), |(), path| {
             let (namespace, name) = path.rsplit_once('/').unwrap_or(("", path));
             sync_file(&folder::open(root, namespace)?, name).map_err(|error| failed(path, error))
         })?;
@@ -414,12 +419,12 @@ fn examine(
     path: &SnapshotPath,
     data_key: Option<&SecretKey>,
     threads: usize,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Entry> {
     let fragment = FragmentReader::open(root, path, data_key, threads, None)?;
-    if let Some(entry) = fragment.sealed_entry() {
+    if let Some(entry) = fragment.encrypted_entry() {
         return Ok(entry);
     }
-    let digest = fragment.blake3(&mut Vec::new(), poll)?;
+    let digest = fragment.blake3(&mut Vec::new(), interrupt)?;
     Ok(Entry { size: fragment.size(), stored_size: fragment.size(), proof: Proof::Blake3(digest) })
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::pool::pool;
-use crate::process;
+use crate::process::OwnerProcess;
 
 /// How many threads to use where nothing else is said.
 const THREADS_VARIABLE: &str = "VMSNAP_THREADS";
@@ -18,7 +18,7 @@ const THREADS_VARIABLE: &str = "VMSNAP_THREADS";
 const ALLOWED: std::ops::RangeInclusive<usize> = 1..=1024;
 
 /// A callback is asked this often at most: well within the 200 ms in which Ctrl-C is to work.
-pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const INTERRUPT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The number of threads to use: as many as the pool has, or `wanted` if that is less.
 pub(crate) fn resolve(wanted: Option<usize>) -> Result<usize> {
@@ -50,27 +50,27 @@ fn most() -> Result<usize> {
 }
 
 /// Asks a caller's callback whether to go on, from time to time.
-pub(crate) struct Poll<'a> {
+pub(crate) struct Interrupt<'a> {
     callback: &'a mut dyn FnMut() -> Result<()>,
     next: Instant,
-    home: u64,
+    owner: OwnerProcess,
     /// Whether other threads work at the same call.
     accompanied: bool,
 }
 
-impl<'a> Poll<'a> {
+impl<'a> Interrupt<'a> {
     pub(crate) fn new(callback: &'a mut dyn FnMut() -> Result<()>) -> Self {
-        Self { callback, next: Instant::now() + POLL_INTERVAL, home: process::token(), accompanied: false }
+        Self { callback, next: Instant::now() + INTERRUPT_INTERVAL, owner: OwnerProcess::current(), accompanied: false }
     }
 
-    pub(crate) fn tick(&mut self) -> Result<()> {
+    pub(crate) fn check(&mut self) -> Result<()> {
         let now = Instant::now();
         if now < self.next {
             return Ok(());
         }
-        self.next = now + POLL_INTERVAL;
+        self.next = now + INTERRUPT_INTERVAL;
         let result = (self.callback)();
-        if self.home != process::token() {
+        if !self.owner.is_current() {
             // The callback forked, and this is the child: cipher state must not be used here.
             if self.accompanied {
                 // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.
@@ -88,7 +88,7 @@ impl<'a> Poll<'a> {
 ///
 /// # Errors
 ///
-/// The first error of `work` or of the poll; items not begun by then are left out.
+/// The first error of `work` or of the interrupt; items not begun by then are left out.
 ///
 /// # Panics
 ///
@@ -96,7 +96,7 @@ impl<'a> Poll<'a> {
 pub(crate) fn for_each<W, I>(
     workers: &mut [W],
     items: I,
-    poll: &mut Poll<'_>,
+    interrupt: &mut Interrupt<'_>,
     work: impl Fn(&mut W, I::Item) -> Result<()> + Sync,
 ) -> Result<()>
 where
@@ -104,15 +104,15 @@ where
     I: Iterator + Send,
     I::Item: Send,
 {
-    for_each_polled(workers, items, poll, |worker, item, _| work(worker, item))
+    for_each_interruptible(workers, items, interrupt, |worker, item, _| work(worker, item))
 }
 
 /// As [`for_each`], for work that waits: it is to ask, from time to time, whether to go on.
-pub(crate) fn for_each_polled<W, I>(
+pub(crate) fn for_each_interruptible<W, I>(
     workers: &mut [W],
     items: I,
-    poll: &mut Poll<'_>,
-    work: impl Fn(&mut W, I::Item, &mut Poll<'_>) -> Result<()> + Sync,
+    interrupt: &mut Interrupt<'_>,
+    work: impl Fn(&mut W, I::Item, &mut Interrupt<'_>) -> Result<()> + Sync,
 ) -> Result<()>
 where
     W: Send,
@@ -129,8 +129,8 @@ where
     };
     if helpers == 0 {
         for item in items {
-            poll.tick()?;
-            work(own, item, poll)?;
+            interrupt.check()?;
+            work(own, item, interrupt)?;
         }
         return Ok(());
     }
@@ -144,12 +144,12 @@ where
         stop.store(true, Ordering::Relaxed);
     };
     // Works until there is nothing to do, or the thread is to be given back; whether it stopped for that.
-    let run = |worker: &mut W, poll: &mut Poll<'_>, give_back: &dyn Fn() -> bool| {
+    let run = |worker: &mut W, interrupt: &mut Interrupt<'_>, give_back: &dyn Fn() -> bool| {
         let _guard = PanicGuard(|| stop.store(true, Ordering::Relaxed));
         while !stop.load(Ordering::Relaxed) {
-            let step = poll.tick().and_then(|()| {
+            let step = interrupt.check().and_then(|()| {
                 let item = lock(&items).next();
-                item.map(|item| work(worker, item, poll)).transpose()
+                item.map(|item| work(worker, item, interrupt)).transpose()
             });
             match step {
                 Ok(Some(())) if give_back() => return true,
@@ -164,22 +164,22 @@ where
     let help = || {
         let Some(worker) = lock(&idle).pop() else { return false };
         let mut go_on = || if stop.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) };
-        let more = run(worker, &mut Poll::new(&mut go_on), &|| pool.is_wanted());
+        let more = run(worker, &mut Interrupt::new(&mut go_on), &|| pool.is_wanted());
         lock(&idle).push(worker);
         more
     };
-    poll.accompanied = true;
+    interrupt.accompanied = true;
     pool.share(helpers, &help, |helpers| {
-        run(own, poll, &|| false);
+        run(own, interrupt, &|| false);
         helpers.wait(|| {
             if !stop.load(Ordering::Relaxed)
-                && let Err(error) = poll.tick()
+                && let Err(error) = interrupt.check()
             {
                 fail(error);
             }
         });
     });
-    poll.accompanied = false;
+    interrupt.accompanied = false;
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
@@ -208,14 +208,18 @@ mod tests {
     fn squares(workers: usize, count: u64, stop_at: Option<u64>) -> (Result<()>, u64) {
         let mut workers = vec![0_u64; workers];
         let mut callback = || Ok(());
-        let result =
-            for_each(&mut workers, 0..usize::try_from(count).unwrap(), &mut Poll::new(&mut callback), |sum, item| {
+        let result = for_each(
+            &mut workers,
+            0..usize::try_from(count).unwrap(),
+            &mut Interrupt::new(&mut callback),
+            |sum, item| {
                 if stop_at == Some(item as u64) {
                     return Err(Error::interrupted());
                 }
                 *sum += (item * item) as u64;
                 Ok(())
-            });
+            },
+        );
         (result, workers.iter().sum())
     }
 
@@ -242,7 +246,7 @@ mod tests {
     fn by_all_threads(items: impl Iterator<Item = usize> + Send, work: impl Fn(usize) + Sync) {
         let mut go_on = || Ok(());
         let mut workers = vec![(); most().unwrap() + 1];
-        for_each(&mut workers, items, &mut Poll::new(&mut go_on), |(), item| {
+        for_each(&mut workers, items, &mut Interrupt::new(&mut go_on), |(), item| {
             work(item);
             Ok(())
         })
@@ -299,7 +303,7 @@ mod tests {
             release.send(()).unwrap();
             Ok(())
         };
-        for_each(&mut [(); 2], 0..2, &mut Poll::new(&mut callback), |(), _| {
+        for_each(&mut [(); 2], 0..2, &mut Interrupt::new(&mut callback), |(), _| {
             both.wait();
             if std::thread::current().id() != caller {
                 lock(&released).recv().unwrap();
@@ -315,7 +319,7 @@ mod tests {
         let both = Barrier::new(2);
         let panicked = std::panic::catch_unwind(|| {
             let mut go_on = || Ok(());
-            for_each(&mut [(); 2], 0.., &mut Poll::new(&mut go_on), |(), item| {
+            for_each(&mut [(); 2], 0.., &mut Interrupt::new(&mut go_on), |(), item| {
                 if item < 2 {
                     both.wait();
                 }
@@ -337,7 +341,7 @@ mod tests {
         let (both, helping) = (Barrier::new(2), std::sync::atomic::AtomicUsize::new(0));
         let panicked = std::panic::catch_unwind(|| {
             let mut go_on = || Ok(());
-            for_each(&mut [(); 2], 0.., &mut Poll::new(&mut go_on), |(), item| {
+            for_each(&mut [(); 2], 0.., &mut Interrupt::new(&mut go_on), |(), item| {
                 if item < 2 {
                     both.wait();
                 }

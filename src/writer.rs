@@ -14,8 +14,8 @@ use crate::fragment::{Fragment, Writing, folder};
 use crate::key::KeyPayload;
 use crate::key_metadata;
 use crate::name::{KEY_METADATA, SnapshotPath};
+use crate::open_manifest;
 use crate::options::SnapshotOptions;
-use crate::seal;
 use crate::serialization::{self, Format};
 use crate::threads;
 
@@ -118,10 +118,15 @@ impl SnapshotWriter {
     }
 
     /// Writes a fragment that is all at hand.
-    pub(crate) fn write_whole(&self, name: &str, bytes: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    pub(crate) fn write_whole(
+        &self,
+        name: &str,
+        bytes: &[u8],
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         let mut fragment = self.raw_fragment(name)?;
-        fragment.write_all_polled(bytes, poll)?;
-        fragment.finish_polled(poll)
+        fragment.write_all_interruptible(bytes, interrupt)?;
+        fragment.finish_interruptible(interrupt)
     }
 
     /// Creates a namespace, and returns a writer into it.
@@ -233,28 +238,33 @@ impl SnapshotOptions {
     ///
     /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
     pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        self.create_polled(root, &mut || Ok(()))
+        self.create_interruptible(root, &mut || Ok(()))
     }
 
     /// [`SnapshotOptions::create`], which may be interrupted.
-    pub(crate) fn create_polled(
+    pub(crate) fn create_interruptible(
         &self,
         root: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
         let root = folder::absolute(root.as_ref())?;
-        self.prepare(&root, false, poll)?.create_at(root)
+        self.prepare(&root, false, interrupt)?.create_at(root)
     }
 
     /// Does all that comes before anything is created for a snapshot at `root`.
-    pub(crate) fn prepare(&self, root: &Path, staged: bool, poll: &mut dyn FnMut() -> Result<()>) -> Result<Prepared> {
+    pub(crate) fn prepare(
+        &self,
+        root: &Path,
+        staged: bool,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Prepared> {
         let threads = threads::resolve(self.threads)?;
         let wrapper = self.credentials.wrapper()?;
         // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
         folder::check_new(root)?;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate(staged)?;
-            let wrapped = wrapper.wrap(&payload, poll);
+            let wrapped = wrapper.wrap(&payload, interrupt);
             wipe_stack();
             let wrapped = wrapped
                 .map_err(|error| error.context(format!("cannot create the encrypted snapshot {}", root.display())))?;
@@ -283,20 +293,20 @@ impl SnapshotOptions {
     /// As [`SnapshotOptions::open`], and [`Error::is_unsupported_format`] where the snapshot has a manifest: a sealed
     /// snapshot does not change any more.
     pub fn append(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        self.append_polled(root, &mut || Ok(()))
+        self.append_interruptible(root, &mut || Ok(()))
     }
 
-    pub(crate) fn append_polled(
+    pub(crate) fn append_interruptible(
         &self,
         root: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, poll)?;
+        let payload = key_metadata::unlock(&root, self, interrupt)?;
         lock::check_unsealed(&root, &folder::open(&root, "")?)?;
         if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
-            return Err(seal::incomplete(&root));
+            return Err(open_manifest::incomplete(&root));
         }
         Ok(SnapshotWriter {
             root,

@@ -9,12 +9,12 @@ use lz4::{BlockMode, BlockSize, ContentChecksum, EncoderBuilder};
 
 use crate::guest::Guest;
 
-const PIECE: usize = 1 << 20;
+const CALL_BYTES: usize = 1 << 20;
 
 /// `write(2)` of the data ranges, which are known, from the mapping.
 pub(crate) fn write_data(guest: &Guest, path: &Path, sync: bool) {
     let mut file = File::create(path).unwrap();
-    guest.data(PIECE).for_each(|piece| file.write_all(piece).unwrap());
+    guest.data(CALL_BYTES).for_each(|bytes| file.write_all(bytes).unwrap());
     if sync {
         file.sync_all().unwrap();
     }
@@ -24,7 +24,7 @@ pub(crate) fn write_data(guest: &Guest, path: &Path, sync: bool) {
 pub(crate) fn read_data(guest: &Guest, path: &Path, memory: &mut [u8]) {
     let mut file = File::open(path).unwrap();
     for (start, end) in &guest.ranges {
-        memory[*start..*end].chunks_mut(PIECE).for_each(|piece| file.read_exact(piece).unwrap());
+        memory[*start..*end].chunks_mut(CALL_BYTES).for_each(|bytes| file.read_exact(bytes).unwrap());
     }
 }
 
@@ -37,6 +37,6 @@ pub(crate) fn write_lz4(guest: &Guest, path: &Path) {
         .checksum(ContentChecksum::NoChecksum)
         .build(File::create(path).unwrap())
         .unwrap();
-    guest.data(PIECE).for_each(|piece| encoder.write_all(piece).unwrap());
+    guest.data(CALL_BYTES).for_each(|bytes| encoder.write_all(bytes).unwrap());
     encoder.finish().1.unwrap();
 }

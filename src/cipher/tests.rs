@@ -34,37 +34,37 @@ fn unhex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
 }
 
-/// Opens a whole message segment by segment, last one first, as a fragment is opened.
-fn open_all(provider: Provider, key: &SecretKey, aad: &[u8], message: &[u8]) -> Result<Vec<u8>> {
+/// Decrypts a whole message segment by segment, last one first, as a fragment is decrypted.
+fn decrypt_all(provider: Provider, key: &SecretKey, aad: &[u8], message: &[u8]) -> Result<Vec<u8>> {
     let header: [u8; HEADER_BYTES] = message[..HEADER_BYTES].try_into().unwrap();
     check_declared_chunk_size(header)?;
-    let opening = Opening::start_with(provider, key, aad, header, message.len() as u64)?;
-    let chunk = opening.chunk_size_bytes();
-    let mut opener = opening.opener();
-    let mut plaintext = vec![0; usize::try_from(opening.size()).unwrap()];
-    for index in (0..=opening.last_index()).rev() {
+    let decryption = Decryption::start_with(provider, key, aad, header, message.len() as u64)?;
+    let chunk = decryption.chunk_size_bytes();
+    let mut decryptor = decryption.decryptor();
+    let mut plaintext = vec![0; usize::try_from(decryption.size()).unwrap()];
+    for index in (0..=decryption.last_index()).rev() {
         let start = usize::try_from(index).unwrap() * chunk;
-        let length = if index == opening.last_index() { opening.last_chunk_bytes() } else { chunk };
+        let length = if index == decryption.last_index() { decryption.last_chunk_bytes() } else { chunk };
         let offset = usize::try_from(segment_offset(index, chunk)).unwrap();
         let segment = &message[offset..offset + length + SEGMENT_OVERHEAD_BYTES];
-        opener.open(index, segment, &mut plaintext[start..start + length])?;
+        decryptor.decrypt(index, segment, &mut plaintext[start..start + length])?;
     }
     Ok(plaintext)
 }
 
-fn seal_all(provider: Provider, key: &SecretKey, aad: &[u8], chunk: usize, plaintext: &[u8]) -> Vec<u8> {
-    let (sealing, header) = Sealing::start_with(provider, key, aad, chunk).unwrap();
+fn encrypt_all(provider: Provider, key: &SecretKey, aad: &[u8], chunk: usize, plaintext: &[u8]) -> Vec<u8> {
+    let (encryption, header) = Encryption::start_with(provider, key, aad, chunk).unwrap();
     let mut message = header.to_vec();
-    let mut sealer = sealing.sealer();
+    let mut encryptor = encryption.encryptor();
     let full = plaintext.len().saturating_sub(1) / chunk;
     for (index, part) in plaintext.chunks(chunk).take(full).enumerate() {
         let mut segment = vec![0; segment_size(chunk)];
-        sealer.seal(index as u64, part, &mut segment).unwrap();
+        encryptor.encrypt(index as u64, part, &mut segment).unwrap();
         message.extend(segment);
     }
     let last = &plaintext[full * chunk..];
     let mut segment = vec![0; last.len() + SEGMENT_OVERHEAD_BYTES];
-    sealer.seal_last(full as u64, last, &mut segment).unwrap();
+    encryptor.encrypt_last(full as u64, last, &mut segment).unwrap();
     message.extend(segment);
     message
 }
@@ -74,37 +74,37 @@ fn pattern(length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn both_providers_open_the_known_answers() {
+fn both_providers_decrypt_the_known_answers() {
     let Some(vectors) = vectors() else { return };
     let key = SecretKey::from([0; KEY_BYTES]);
-    let mut opened = 0;
-    for (name, sealed, plaintext) in &vectors {
+    let mut decrypted = 0;
+    for (name, encrypted, plaintext) in &vectors {
         for (provider, _) in PROVIDERS.iter().map(|(name, provider)| (*provider, name)) {
             if BELOW_MINIMUM.contains(&name.as_str()) {
                 assert!(
-                    check_declared_chunk_size(sealed[..HEADER_BYTES].try_into().unwrap()).unwrap_err().is_corrupt()
+                    check_declared_chunk_size(encrypted[..HEADER_BYTES].try_into().unwrap()).unwrap_err().is_corrupt()
                 );
                 continue;
             }
-            assert_eq!(&open_all(provider, &key, VECTOR_AAD, sealed).unwrap(), plaintext, "{name}");
-            opened += 1;
+            assert_eq!(&decrypt_all(provider, &key, VECTOR_AAD, encrypted).unwrap(), plaintext, "{name}");
+            decrypted += 1;
         }
     }
     // Ten vectors: four languages and the published Java ones, segments of 64 and of 4096 bytes.
-    assert_eq!(opened, 10 * PROVIDERS.len());
+    assert_eq!(decrypted, 10 * PROVIDERS.len());
 }
 
 #[test]
-fn each_provider_opens_what_the_others_sealed() {
+fn each_provider_decrypts_what_the_others_encrypted() {
     let key = SecretKey::generate().unwrap();
     for chunk in [32, 33, 4096, 65_537] {
         for length in [0, 1, chunk - 1, chunk, chunk + 1, 2 * chunk, 5 * chunk + 7] {
             let plaintext = pattern(length);
-            for (_, sealing) in PROVIDERS {
-                let message = seal_all(*sealing, &key, b"aad", chunk, &plaintext);
-                for (_, opening) in PROVIDERS {
-                    assert_eq!(open_all(*opening, &key, b"aad", &message).unwrap(), plaintext);
-                    assert!(open_all(*opening, &key, b"AAD", &message).unwrap_err().is_authentication());
+            for (_, encryption) in PROVIDERS {
+                let message = encrypt_all(*encryption, &key, b"aad", chunk, &plaintext);
+                for (_, decryption) in PROVIDERS {
+                    assert_eq!(decrypt_all(*decryption, &key, b"aad", &message).unwrap(), plaintext);
+                    assert!(decrypt_all(*decryption, &key, b"AAD", &message).unwrap_err().is_authentication());
                 }
             }
         }
@@ -115,13 +115,14 @@ fn each_provider_opens_what_the_others_sealed() {
 fn a_segment_that_does_not_verify_leaves_only_zeros() {
     let key = SecretKey::generate().unwrap();
     for (_, provider) in PROVIDERS {
-        let mut message = seal_all(*provider, &key, b"", 64, &pattern(150));
+        let mut message = encrypt_all(*provider, &key, b"", 64, &pattern(150));
         message[HEADER_BYTES + 20] ^= 1;
         let header = message[..HEADER_BYTES].try_into().unwrap();
-        let mut opener = Opening::start_with(*provider, &key, b"", header, message.len() as u64).unwrap().opener();
+        let mut decryptor =
+            Decryption::start_with(*provider, &key, b"", header, message.len() as u64).unwrap().decryptor();
         let mut out = [0xff; 64];
         let segment = &message[HEADER_BYTES..HEADER_BYTES + segment_size(64)];
-        assert!(opener.open(0, segment, &mut out).unwrap_err().is_authentication());
+        assert!(decryptor.decrypt(0, segment, &mut out).unwrap_err().is_authentication());
         assert_eq!(out, [0; 64]);
     }
 }
@@ -135,18 +136,18 @@ fn an_empty_last_segment_after_full_ones_is_accepted() {
         let mut message = encryptor.header().as_bytes().to_vec();
         message.extend(encryptor.encrypt_non_final_segment(&[7; 64]).unwrap());
         message.extend(encryptor.encrypt_final_segment(&[]).unwrap());
-        assert_eq!(open_all(*provider, &key, b"", &message).unwrap(), [7; 64]);
+        assert_eq!(decrypt_all(*provider, &key, b"", &message).unwrap(), [7; 64]);
     }
 }
 
 #[test]
-fn short_messages_open_with_the_same_key_and_aad_only() {
+fn short_messages_decrypt_with_the_same_key_and_aad_only() {
     let key = SecretKey::generate().unwrap();
-    let sealed = seal_message(&key, b"a", 1024, b"secret").unwrap();
-    assert!(sealed.starts_with(&message_prefix(1024)));
-    assert_eq!(**open_message(&key, b"a", 1024, &sealed).unwrap(), *b"secret");
-    assert!(open_message(&key, b"b", 1024, &sealed).unwrap_err().is_authentication());
-    assert!(open_message(&SecretKey::generate().unwrap(), b"a", 1024, &sealed).unwrap_err().is_authentication());
+    let encrypted = encrypt_message(&key, b"a", 1024, b"secret").unwrap();
+    assert!(encrypted.starts_with(&message_prefix(1024)));
+    assert_eq!(**decrypt_message(&key, b"a", 1024, &encrypted).unwrap(), *b"secret");
+    assert!(decrypt_message(&key, b"b", 1024, &encrypted).unwrap_err().is_authentication());
+    assert!(decrypt_message(&SecretKey::generate().unwrap(), b"a", 1024, &encrypted).unwrap_err().is_authentication());
 }
 
 #[test]

@@ -11,9 +11,10 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::file_system::{self, Locking};
-use super::{Home, folder};
+use super::folder;
 use crate::error::{Error, Kind, Result};
 use crate::name::MANIFEST;
+use crate::process::OwnerProcess;
 
 /// How long a living process may be without its lock; in fact some microseconds.
 const SETTLING: Duration = Duration::from_millis(20);
@@ -21,7 +22,7 @@ const SETTLING: Duration = Duration::from_millis(20);
 /// The root of a snapshot, open and locked.
 pub(crate) struct LockedRoot {
     folder: OwnedFd,
-    home: Home,
+    owner: OwnerProcess,
 }
 
 impl LockedRoot {
@@ -34,7 +35,7 @@ impl LockedRoot {
 
     /// The same where only the key's wrapping changes, which a sealed snapshot allows.
     pub(crate) fn shared_even_sealed(root: &Path) -> Result<Self> {
-        let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
         match flock(&locked.folder, FlockOperation::NonBlockingLockShared) {
             Err(Errno::WOULDBLOCK) => {
                 let text = format!("the snapshot {} is just being sealed or cleaned away", root.display());
@@ -47,7 +48,7 @@ impl LockedRoot {
 
     /// The root of a snapshot that nobody else may be writing into.
     pub(crate) fn exclusive(root: &Path) -> Result<Self> {
-        let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
         locked.take_alone(root)?;
         check_unsealed(root, &locked.folder)?;
         Ok(locked)
@@ -83,13 +84,13 @@ impl LockedRoot {
         };
         // Waits: whoever looks whether it is abandoned holds it for a moment only.
         let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockShared));
-        let locked = Self { folder, home: Home::here() };
+        let locked = Self { folder, owner: OwnerProcess::current() };
         Ok(folder::is_at(&locked.folder, root).then_some(locked))
     }
 
     /// A folder that nobody uses; none where somebody does.
     pub(crate) fn abandoned(root: &Path) -> Result<Option<Self>> {
-        let locked = Self { folder: folder::open(root, "")?, home: Home::here() };
+        let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
         let unknown = |why: &str| {
             let text = format!("whether somebody uses {} cannot be known: {why}", root.display());
             Error::new(Kind::State, text)
@@ -127,7 +128,7 @@ impl LockedRoot {
 impl Drop for LockedRoot {
     /// Said out loud: a forked child may have a copy of the descriptor, and closing ours would not unlock.
     fn drop(&mut self) {
-        if self.home.is_here() {
+        if self.owner.is_current() {
             let _ = flock(&self.folder, FlockOperation::Unlock);
         }
     }

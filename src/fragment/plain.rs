@@ -4,19 +4,19 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::batches::{BATCH_BYTES, Batches};
 use super::digest::Digest;
-use super::parts::{Kind, Parts};
-use super::pieces::Pieces;
-use super::{STRIP_BYTES, not_written};
+use super::place::not_written;
+use super::positioned::{PositionedKind, PositionedWriter};
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
-use crate::threads::{Poll, for_each};
+use crate::threads::{Interrupt, for_each};
 
 /// Smaller writes are gathered: a system call for every few bytes would be most of the time.
-const GATHER_BYTES: usize = 64 << 10;
+const MAX_GATHERED_BYTES: usize = 64 << 10;
 
 /// One system call moves this much, so that an interruption need not wait for more.
-const PIECE_BYTES: usize = 1 << 20;
+const SYSCALL_BYTES: usize = 1 << 20;
 
 pub(super) struct PlainSink {
     file: Arc<File>,
@@ -38,7 +38,7 @@ impl PlainSink {
 
     /// Takes a small write that there is room for.
     pub(super) fn gather(&mut self, data: &[u8]) -> bool {
-        let fits = self.gathered.len() + data.len() < GATHER_BYTES;
+        let fits = self.gathered.len() + data.len() < MAX_GATHERED_BYTES;
         if fits {
             self.gathered.extend_from_slice(data);
         }
@@ -46,7 +46,7 @@ impl PlainSink {
     }
 
     /// One thread, straight from the caller's buffer: the file's inode lock lets no second one write (measured).
-    pub(super) fn write(&mut self, data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn write(&mut self, data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         if self.gather(data) {
             return Ok(());
         }
@@ -57,30 +57,30 @@ impl PlainSink {
         if let Some(digest) = &mut self.digest {
             // While one thread writes, the others hash.
             let (file, offset) = (&*self.file, self.offset);
-            digest.update_with(data, self.threads, poll, |at, piece| {
-                file.write_all_at(piece, offset + at as u64).map_err(not_written)
+            digest.update_with(data, self.threads, interrupt, |at, batch| {
+                file.write_all_at(batch, offset + at as u64).map_err(not_written)
             })?;
             self.offset += data.len() as u64;
             return Ok(());
         }
-        for piece in data.chunks(PIECE_BYTES) {
-            poll.tick()?;
-            self.file.write_all_at(piece, self.offset).map_err(not_written)?;
-            self.offset += piece.len() as u64;
+        for batch in data.chunks(SYSCALL_BYTES) {
+            interrupt.check()?;
+            self.file.write_all_at(batch, self.offset).map_err(not_written)?;
+            self.offset += batch.len() as u64;
         }
         Ok(())
     }
 
-    /// Parts from the start; `None` where something was written already.
-    pub(super) fn parts(&self) -> Option<Parts> {
-        let kind = Kind::Plain(self.digest.as_ref().map(|_| Mutex::default()));
-        (self.written() == 0).then(|| Parts { file: Arc::clone(&self.file), kind })
+    /// A positioned writer of the fragment from its start on; `None` where something was written already.
+    pub(super) fn positioned(&self) -> Option<PositionedWriter> {
+        let kind = PositionedKind::Plain(self.digest.as_ref().map(|_| Mutex::default()));
+        (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
     }
 
-    /// Goes on after parts that end at `end`.
-    pub(super) fn continue_at(&mut self, parts: Parts, end: u64) {
+    /// Goes on after positioned batches that end at `end`.
+    pub(super) fn continue_at(&mut self, positioned: PositionedWriter, end: u64) {
         self.offset = end;
-        if let Kind::Plain(Some(collected)) = parts.kind {
+        if let PositionedKind::Plain(Some(collected)) = positioned.kind {
             self.digest = Some(collected.into_inner().unwrap_or_else(PoisonError::into_inner).digest);
         }
     }
@@ -117,11 +117,17 @@ impl PlainSource {
     }
 
     /// Fills `buf` from `offset`; both lie within the size.
-    pub(super) fn read(&self, offset: u64, buf: &mut [u8], threads: usize, poll: &mut Poll<'_>) -> Result<()> {
-        let pieces = Pieces::new(offset, buf, STRIP_BYTES);
-        let mut workers = vec![(); threads.min(pieces.len())];
-        for_each(&mut workers, pieces, poll, |(), (offset, piece)| {
-            self.file.read_exact_at(piece, offset).map_err(|error| match error.kind() {
+    pub(super) fn read(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        threads: usize,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
+        let batches = Batches::new(offset, buf, BATCH_BYTES);
+        let mut workers = vec![(); threads.min(batches.len())];
+        for_each(&mut workers, batches, interrupt, |(), (offset, batch)| {
+            self.file.read_exact_at(batch, offset).map_err(|error| match error.kind() {
                 std::io::ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
                 _ => Error::io("cannot be read", error),
             })

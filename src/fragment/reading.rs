@@ -6,18 +6,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::digest::Digest;
+use super::encrypted_source::EncryptedSource;
+use super::folder;
+use super::place::FragmentPlace;
 use super::plain::PlainSource;
-use super::sealed_source::SealedSource;
-use super::{Home, Place, folder};
 use crate::buffer;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
-use crate::threads::Poll;
+use crate::process::OwnerProcess;
+use crate::threads::Interrupt;
 
 /// What is read of a whole fragment at a time.
-const PIECE_BYTES: usize = 8 << 20;
+const READ_THROUGH_BYTES: usize = 8 << 20;
 
 /// A fragment being read: anywhere by [`FragmentReader::read_at`], or in order by [`Read`] and [`Seek`].
 ///
@@ -55,16 +57,16 @@ pub struct FragmentReader {
 }
 
 struct OpenFile {
-    source: Source,
+    source: FragmentSource,
     stored_size: u64,
     threads: usize,
-    place: Place,
-    home: Home,
+    place: FragmentPlace,
+    owner: OwnerProcess,
 }
 
-enum Source {
+enum FragmentSource {
     Plain(PlainSource),
-    Sealed(Box<SealedSource>),
+    Encrypted(Box<EncryptedSource>),
 }
 
 impl FragmentReader {
@@ -76,7 +78,7 @@ impl FragmentReader {
         threads: usize,
         expected: Option<&Entry>,
     ) -> Result<Self> {
-        let place = Place::new(root, path);
+        let place = FragmentPlace::new(root, path);
         let (namespace, name) = path.split();
         let opened = folder::open(root, namespace)
             .and_then(|folder| folder::open_file(&folder, name).map_err(|error| error.context(&place)));
@@ -93,14 +95,14 @@ impl FragmentReader {
             _ => None,
         };
         let source = match key {
-            None => Source::Plain(PlainSource::new(file, stored_size)),
+            None => FragmentSource::Plain(PlainSource::new(file, stored_size)),
             Some(key) => {
                 let source =
-                    SealedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
-                Source::Sealed(Box::new(source))
+                    EncryptedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
+                FragmentSource::Encrypted(Box::new(source))
             }
         };
-        let file = Arc::new(OpenFile { source, stored_size, threads, place, home: Home::here() });
+        let file = Arc::new(OpenFile { source, stored_size, threads, place, owner: OwnerProcess::current() });
         Ok(Self { file, position: 0, current: None })
     }
 
@@ -108,8 +110,8 @@ impl FragmentReader {
     #[must_use]
     pub fn size(&self) -> u64 {
         match &self.file.source {
-            Source::Plain(source) => source.size(),
-            Source::Sealed(source) => source.size(),
+            FragmentSource::Plain(source) => source.size(),
+            FragmentSource::Encrypted(source) => source.size(),
         }
     }
 
@@ -123,16 +125,16 @@ impl FragmentReader {
     #[must_use]
     pub fn chunk_size_bytes(&self) -> Option<usize> {
         match &self.file.source {
-            Source::Plain(_) => None,
-            Source::Sealed(source) => Some(source.chunk_size_bytes()),
+            FragmentSource::Plain(_) => None,
+            FragmentSource::Encrypted(source) => Some(source.chunk_size_bytes()),
         }
     }
 
     /// What the manifest says of an encrypted fragment; a plain one would have to be read for it.
-    pub(crate) fn sealed_entry(&self) -> Option<Entry> {
+    pub(crate) fn encrypted_entry(&self) -> Option<Entry> {
         match &self.file.source {
-            Source::Plain(_) => None,
-            Source::Sealed(source) => Some(Entry {
+            FragmentSource::Plain(_) => None,
+            FragmentSource::Encrypted(source) => Some(Entry {
                 size: source.size(),
                 stored_size: self.file.stored_size,
                 proof: Proof::HeaderTag {
@@ -150,17 +152,22 @@ impl FragmentReader {
     /// [`Error::is_authentication`] where a segment does not verify, and [`Error::is_io`]; `buf` is all zeros then.
     /// [`Error::is_state`] in a forked process.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        self.read_at_polled(offset, buf, &mut || Ok(()))
+        self.read_at_interruptible(offset, buf, &mut || Ok(()))
     }
 
-    /// As [`FragmentReader::read_at`], and asks `poll` from time to time (not more often than every 50 ms) whether to go
+    /// As [`FragmentReader::read_at`], and asks `interrupt` from time to time (not more often than every 50 ms) whether to go
     /// on.
     ///
     /// # Errors
     ///
-    /// As for `read_at`, and what `poll` returns.
-    pub fn read_at_polled(&self, offset: u64, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
-        self.read_at_by(self.file.threads, offset, buf, poll)
+    /// As for `read_at`, and what `interrupt` returns.
+    pub fn read_at_interruptible(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<usize> {
+        self.read_at_by(self.file.threads, offset, buf, interrupt)
     }
 
     /// As [`FragmentReader::read_at`], on the calling thread, which may be one of several that share the work.
@@ -169,8 +176,8 @@ impl FragmentReader {
     }
 
     /// Refuses in a forked child, where locks may be held for ever.
-    pub(crate) fn check_home(&self) -> Result<()> {
-        self.file.home.check().map_err(|error| error.context(&self.file.place))
+    pub(crate) fn check_owner(&self) -> Result<()> {
+        self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))
     }
 
     fn read_at_by(
@@ -178,15 +185,15 @@ impl FragmentReader {
         threads: usize,
         offset: u64,
         buf: &mut [u8],
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<usize> {
         let file = &*self.file;
         let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let wanted = &mut buf[..length];
-        let poll = &mut Poll::new(poll);
-        let result = file.home.check().and_then(|()| match &file.source {
-            Source::Plain(source) => source.read(offset, wanted, threads, poll),
-            Source::Sealed(source) => source.read(offset, wanted, threads, poll),
+        let interrupt = &mut Interrupt::new(interrupt);
+        let result = file.owner.check_fragment().and_then(|()| match &file.source {
+            FragmentSource::Plain(source) => source.read(offset, wanted, threads, interrupt),
+            FragmentSource::Encrypted(source) => source.read(offset, wanted, threads, interrupt),
         });
         match result {
             Ok(()) => Ok(length),
@@ -202,51 +209,55 @@ impl FragmentReader {
     pub(crate) fn read_through(
         &self,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let wanted = usize::try_from(self.size()).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES));
+        let wanted = usize::try_from(self.size()).map_or(READ_THROUGH_BYTES, |size| size.min(READ_THROUGH_BYTES));
         // Whole chunks: a part of one would be decrypted twice.
         let wanted = self.chunk_size_bytes().map_or(wanted, |chunk| wanted.next_multiple_of(chunk));
         buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
         let mut offset = 0;
         while offset < self.size() {
-            let read = self.read_at_polled(offset, &mut buffer[..wanted], poll)?;
+            let read = self.read_at_interruptible(offset, &mut buffer[..wanted], interrupt)?;
             take(&buffer[..read])?;
             offset += read as u64;
-            poll()?;
+            interrupt()?;
         }
         Ok(())
     }
 
     /// BLAKE3 of all of it.
-    pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, poll: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
+    pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
         let mut digest = Digest::default();
-        self.read_through(buffer, poll, |piece| {
-            digest.update_with(piece, self.file.threads, &mut Poll::new(&mut || Ok(())), |_, _| Ok(()))
+        self.read_through(buffer, interrupt, |batch| {
+            digest.update_with(batch, self.file.threads, &mut Interrupt::new(&mut || Ok(())), |_, _| Ok(()))
         })?;
         Ok(digest.finish())
     }
 
     /// Reads on from the position, as [`Read::read`] but until `buf` is full or the fragment ends.
-    pub(crate) fn read_polled(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+    pub(crate) fn read_interruptible(
+        &mut self,
+        buf: &mut [u8],
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<usize> {
         let start = self.position;
-        let result = self.read_on(buf, poll);
+        let result = self.read_on(buf, interrupt);
         if result.is_err() {
-            // As if the call had not been made, and no plaintext of it: neither of the parts that did verify.
+            // As if the call had not been made, and no plaintext of it: not of the segments that did verify either.
             self.position = start;
             buf.fill(0);
         }
         result
     }
 
-    fn read_on(&mut self, buf: &mut [u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+    fn read_on(&mut self, buf: &mut [u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() && self.position < self.size() {
             let rest = &mut buf[done..];
             let read = match self.chunk_size_bytes() {
-                Some(chunk_size_bytes) => self.read_chunks(rest, chunk_size_bytes, poll)?,
-                None => self.read_at_polled(self.position, rest, poll)?,
+                Some(chunk_size_bytes) => self.read_chunks(rest, chunk_size_bytes, interrupt)?,
+                None => self.read_at_interruptible(self.position, rest, interrupt)?,
             };
             self.position += read as u64;
             done += read;
@@ -259,22 +270,22 @@ impl FragmentReader {
         &mut self,
         buf: &mut [u8],
         chunk_size_bytes: usize,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<usize> {
         let chunk_size = chunk_size_bytes as u64;
         let start = self.position - self.position % chunk_size;
         let whole = buf.len() - buf.len() % chunk_size_bytes;
         if start == self.position && whole > 0 {
-            return self.read_at_polled(self.position, &mut buf[..whole], poll);
+            return self.read_at_interruptible(self.position, &mut buf[..whole], interrupt);
         }
         // Also where the process is another one: nothing is given out from memory either.
-        self.file.home.check().map_err(|error| error.context(&self.file.place))?;
+        self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))?;
         if self.current.as_ref().is_none_or(|(held, _)| *held != start) {
             let mut chunk = self.current.take().map(|(_, chunk)| chunk).unwrap_or_default();
             let length =
                 usize::try_from(self.size() - start).map_or(chunk_size_bytes, |rest| rest.min(chunk_size_bytes));
             buffer::fit(&mut chunk, length).map_err(|error| error.context(&self.file.place))?;
-            self.read_at_polled(start, &mut chunk, poll)?;
+            self.read_at_interruptible(start, &mut chunk, interrupt)?;
             self.current = Some((start, chunk));
         }
         let held = self.current.as_ref().map_or(&[][..], |(_, chunk)| chunk);
@@ -294,7 +305,7 @@ impl Clone for FragmentReader {
 impl Read for FragmentReader {
     /// Fills `buf` unless the fragment ends.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        Ok(self.read_polled(buf, &mut || Ok(()))?)
+        Ok(self.read_interruptible(buf, &mut || Ok(()))?)
     }
 }
 

@@ -48,11 +48,11 @@ impl<'a> Rope<'a> {
         self.length = self.length.min(length);
     }
 
-    /// Gives `take` all bytes, `unit` at a time (the last may be fewer): as they lie, where they lie together, and otherwise
+    /// Gives `take` all bytes, `step` at a time (the last may be fewer): as they lie, where they lie together, and otherwise
     /// out of `room`.
-    pub(crate) fn units(
+    pub(crate) fn in_steps(
         &self,
-        unit: usize,
+        step: usize,
         room: &mut Vec<u8>,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
@@ -60,18 +60,18 @@ impl<'a> Rope<'a> {
         for run in &self.runs {
             let mut rest = *run;
             if !room.is_empty() {
-                let (now, later) = rest.split_at((unit - room.len()).min(rest.len()));
+                let (now, later) = rest.split_at((step - room.len()).min(rest.len()));
                 buffer::reserve(room, now.len())?;
                 room.extend_from_slice(now);
                 rest = later;
-                if room.len() < unit {
+                if room.len() < step {
                     continue;
                 }
                 take(room)?;
                 room.clear();
             }
-            let (whole, last) = rest.split_at(rest.len() / unit * unit);
-            whole.chunks_exact(unit).try_for_each(&mut take)?;
+            let (whole, last) = rest.split_at(rest.len() / step * step);
+            whole.chunks_exact(step).try_for_each(&mut take)?;
             buffer::reserve(room, last.len())?;
             room.extend_from_slice(last);
         }
@@ -84,9 +84,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_the_runs_the_units_are_the_same() {
+    fn whatever_the_runs_the_steps_are_the_same() {
         let bytes: Vec<u8> = (0..=255).collect();
-        for unit in [1, 3, 16, 100, 256, 1000] {
+        for step in [1, 3, 16, 100, 256, 1000] {
             for cuts in [vec![], vec![1], vec![16, 32], vec![0, 15, 17, 100, 100, 255]] {
                 let (mut rope, mut at) = (Rope::new(), 0);
                 for cut in cuts.into_iter().chain([bytes.len()]) {
@@ -94,12 +94,12 @@ mod tests {
                     at = cut;
                 }
                 let mut found = Vec::new();
-                rope.units(unit, &mut Vec::new(), |bytes| {
+                rope.in_steps(step, &mut Vec::new(), |bytes| {
                     found.push(bytes.to_vec());
                     Ok(())
                 })
                 .unwrap();
-                assert_eq!(found, bytes.chunks(unit).map(<[u8]>::to_vec).collect::<Vec<_>>());
+                assert_eq!(found, bytes.chunks(step).map(<[u8]>::to_vec).collect::<Vec<_>>());
                 for length in [256, 255, 100, 17, 16, 1, 0] {
                     let mut rest = Vec::new();
                     let before = rope.len();

@@ -9,20 +9,22 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::encrypted_sink::EncryptedSink;
+use super::folder;
 use super::ledger::Staging;
 use super::lock::LockedRoot;
-use super::parts::Parts;
+use super::place::FragmentPlace;
 use super::plain::PlainSink;
-use super::sealed_sink::SealedSink;
-use super::{Home, Place, folder};
+use super::positioned::PositionedWriter;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
-use crate::threads::Poll;
+use crate::process::OwnerProcess;
+use crate::threads::Interrupt;
 
 /// A fragment being written, front to back, by [`Write`].
 ///
-/// A large write is sealed and written by several threads, straight from the caller's buffer; small ones are gathered.
+/// A large write is encrypted and written by several threads, straight from the caller's buffer; small ones are gathered.
 /// [`Fragment::finish`] ends it and tells whether all went well. Dropping it ends it as well, as in crosvm, but cannot
 /// tell; dropped by a panic, its file is removed. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
 /// dropped.
@@ -37,8 +39,8 @@ pub struct Fragment {
     staging: Staging,
     /// Held as long as something can be written.
     lock: Option<LockedRoot>,
-    place: Place,
-    home: Home,
+    place: FragmentPlace,
+    owner: OwnerProcess,
 }
 
 enum State {
@@ -49,7 +51,7 @@ enum State {
 
 enum Sink {
     Plain(PlainSink),
-    Sealed(SealedSink),
+    Encrypted(EncryptedSink),
 }
 
 /// How a fragment is to be written.
@@ -62,7 +64,7 @@ pub(crate) struct Writing<'a> {
 
 impl Fragment {
     pub(crate) fn create(root: &Path, path: &SnapshotPath, writing: &Writing<'_>) -> Result<Self> {
-        let place = Place::new(root, path);
+        let place = FragmentPlace::new(root, path);
         let (namespace, name) = path.split();
         let lock = LockedRoot::shared(root)?;
         let folder = folder::open_below(
@@ -87,7 +89,7 @@ impl Fragment {
             staging: writing.staging.clone(),
             lock: Some(lock),
             place,
-            home: Home::here(),
+            owner: OwnerProcess::current(),
         };
         fragment.state = State::Open(fragment.sink(writing).map_err(|error| error.context(&fragment.place))?);
         Ok(fragment)
@@ -99,7 +101,7 @@ impl Fragment {
         Ok(match key {
             // In another process than that of the staged snapshot nobody would ask for the digest.
             None => Sink::Plain(PlainSink::new(file, writing.staging.ledger().is_some(), threads)),
-            Some(key) => Sink::Sealed(SealedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
+            Some(key) => Sink::Encrypted(EncryptedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
         })
     }
 
@@ -108,7 +110,7 @@ impl Fragment {
     pub fn written(&self) -> u64 {
         match &self.state {
             State::Open(Sink::Plain(sink)) => sink.written(),
-            State::Open(Sink::Sealed(sink)) => sink.written(),
+            State::Open(Sink::Encrypted(sink)) => sink.written(),
             State::Failed | State::Closed => 0,
         }
     }
@@ -116,19 +118,19 @@ impl Fragment {
     /// Takes `data` where that only means to remember it until more comes, and says whether it did.
     #[cfg(feature = "python")]
     pub(crate) fn gather(&mut self, data: &[u8]) -> bool {
-        self.home.is_here()
+        self.owner.is_current()
             && match &mut self.state {
                 State::Open(Sink::Plain(sink)) => sink.gather(data),
-                State::Open(Sink::Sealed(sink)) => sink.gather(data),
+                State::Open(Sink::Encrypted(sink)) => sink.gather(data),
                 State::Failed | State::Closed => false,
             }
     }
 
-    /// Writes all of `data`, and asks `poll` from time to time (not more often than every 50 ms) whether to go on.
+    /// Writes all of `data`, and asks `interrupt` from time to time (not more often than every 50 ms) whether to go on.
     ///
     /// # Errors
     ///
-    /// What `poll` returns, or [`Error::is_io`], for instance when the disk is full; both poison the fragment.
+    /// What `interrupt` returns, or [`Error::is_io`], for instance when the disk is full; both poison the fragment.
     /// [`Error::is_state`] where it was poisoned before, or in a forked process.
     ///
     /// ```
@@ -136,17 +138,17 @@ impl Fragment {
     /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
     /// let mut fragment = writer.raw_fragment("sda")?;
     /// let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    /// fragment.write_all_polled(&[0; 1 << 20], &mut || {
+    /// fragment.write_all_interruptible(&[0; 1 << 20], &mut || {
     ///     if std::time::Instant::now() < deadline { Ok(()) } else { Err(vmsnap::Error::interrupted()) }
     /// })?;
     /// fragment.finish()?;
     /// # Ok::<(), vmsnap::Error>(())
     /// ```
-    pub fn write_all_polled(&mut self, data: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let poll = &mut Poll::new(poll);
+    pub fn write_all_interruptible(&mut self, data: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let interrupt = &mut Interrupt::new(interrupt);
         self.with_sink(|sink| match sink {
-            Sink::Plain(sink) => sink.write(data, poll),
-            Sink::Sealed(sink) => sink.write(data, poll),
+            Sink::Plain(sink) => sink.write(data, interrupt),
+            Sink::Encrypted(sink) => sink.write(data, interrupt),
         })
     }
 
@@ -157,19 +159,19 @@ impl Fragment {
         Ok(metadata.len())
     }
 
-    /// Lets `work` write in parts, before anything else is written; it returns where they end. At least a byte has to be
-    /// written after that, if there were any.
-    pub(crate) fn write_in_parts(&mut self, work: impl FnOnce(&Parts) -> Result<u64>) -> Result<()> {
+    /// Lets `work` write batches at their offsets, before anything else is written; it returns where they end. At least a
+    /// byte has to be written after them, if there were any.
+    pub(crate) fn write_positioned(&mut self, work: impl FnOnce(&PositionedWriter) -> Result<u64>) -> Result<()> {
         self.with_sink(|sink| {
-            let parts = match sink {
-                Sink::Plain(sink) => sink.parts(),
-                Sink::Sealed(sink) => sink.parts(),
+            let positioned = match sink {
+                Sink::Plain(sink) => sink.positioned(),
+                Sink::Encrypted(sink) => sink.positioned(),
             };
-            let parts = parts.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
-            let end = work(&parts)?;
+            let positioned = positioned.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
+            let end = work(&positioned)?;
             match sink {
-                Sink::Plain(sink) => sink.continue_at(parts, end),
-                Sink::Sealed(sink) => sink.continue_at(end),
+                Sink::Plain(sink) => sink.continue_at(positioned, end),
+                Sink::Encrypted(sink) => sink.continue_at(end),
             }
             Ok(())
         })
@@ -181,11 +183,11 @@ impl Fragment {
     ///
     /// As for a write. The file is removed then.
     pub fn finish(mut self) -> Result<()> {
-        self.finish_polled(&mut || Ok(()))
+        self.finish_interruptible(&mut || Ok(()))
     }
 
-    pub(crate) fn finish_polled(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let poll = &mut Poll::new(poll);
+    pub(crate) fn finish_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let interrupt = &mut Interrupt::new(interrupt);
         let mut entry = None;
         self.with_sink(|sink| {
             match sink {
@@ -193,8 +195,8 @@ impl Fragment {
                     sink.flush()?;
                     entry = sink.entry();
                 }
-                Sink::Sealed(sink) => {
-                    sink.finish(poll)?;
+                Sink::Encrypted(sink) => {
+                    sink.finish(interrupt)?;
                     entry = Some(sink.entry());
                 }
             }
@@ -225,7 +227,7 @@ impl Fragment {
 
     /// Removes the file, in whatever state the fragment is.
     pub(crate) fn remove(&mut self) -> Result<()> {
-        self.home.check().map_err(|error| error.context(&self.place))?;
+        self.owner.check_fragment().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
         if let Some(ledger) = self.staging.ledger() {
             ledger.strike_out(self.place.path.as_str());
@@ -242,7 +244,7 @@ impl Fragment {
         if !self.staging.is_staged() {
             // Nobody is there to be told; what cannot be removed does not open either.
             let _ = self.remove();
-        } else if self.home.is_here() {
+        } else if self.owner.is_current() {
             // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
             self.state = State::Closed;
             let _ = self.file.set_len(0);
@@ -280,7 +282,7 @@ impl Fragment {
 
     /// Lets `work` use the sink, and poisons the fragment where that fails.
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
-        let result = self.home.check().and_then(|()| {
+        let result = self.owner.check_fragment().and_then(|()| {
             // Failed meanwhile, so that a panic in the middle leaves it so.
             match std::mem::replace(&mut self.state, State::Failed) {
                 State::Open(mut sink) => {
@@ -304,7 +306,7 @@ impl Fragment {
 impl Write for Fragment {
     /// Takes all of `data`, always.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.write_all_polled(data, &mut || Ok(()))?;
+        self.write_all_interruptible(data, &mut || Ok(()))?;
         Ok(data.len())
     }
 
@@ -313,7 +315,7 @@ impl Write for Fragment {
     fn flush(&mut self) -> io::Result<()> {
         self.with_sink(|sink| match sink {
             Sink::Plain(sink) => sink.flush(),
-            Sink::Sealed(_) => Ok(()),
+            Sink::Encrypted(_) => Ok(()),
         })?;
         Ok(())
     }
@@ -321,7 +323,7 @@ impl Write for Fragment {
 
 impl Drop for Fragment {
     fn drop(&mut self) {
-        if !self.home.is_here() {
+        if !self.owner.is_current() {
             return;
         }
         // While a panic unwinds, what was written is only a part.
@@ -329,7 +331,7 @@ impl Drop for Fragment {
             State::Closed => true,
             // A staged snapshot is complete or absent, and nobody said that this is complete.
             State::Open(_) if self.staging.is_staged() => false,
-            State::Open(_) => !std::thread::panicking() && self.finish_polled(&mut || Ok(())).is_ok(),
+            State::Open(_) => !std::thread::panicking() && self.finish_interruptible(&mut || Ok(())).is_ok(),
             State::Failed => false,
         };
         if !complete {

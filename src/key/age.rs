@@ -142,8 +142,8 @@ pub(super) fn recipients_of(content: &[u8], place: &str) -> Result<Parsed> {
 }
 
 /// The recipients of identities as texts, those of age alone.
-pub(super) fn public_halves(identity: &Identity, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
-    let content = decrypted(identity, poll)?;
+pub(super) fn public_halves(identity: &Identity, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
+    let content = decrypted(identity, interrupt)?;
     let context = |error: Error| error.context(identity.place());
     if is_ssh(&content) {
         let key = parse_ssh(&content).map_err(context)?;
@@ -165,9 +165,9 @@ pub(super) fn public_halves(identity: &Identity, poll: &mut dyn FnMut() -> Resul
     Ok(String::from_utf8_lossy(&lines).lines().map(str::to_owned).collect())
 }
 
-pub(super) fn wrap(payload: &[u8], recipients: Parsed, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
+pub(super) fn wrap(payload: &[u8], recipients: Parsed, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
     let payload = Zeroizing::new(payload.to_vec());
-    finished(in_background(None, poll, move || {
+    finished(in_background(None, interrupt, move || {
         let recipients = recipients.0.iter().map(|recipient| &**recipient as &dyn age::Recipient);
         encrypt(Encryptor::with_recipients(recipients), &payload)
     })?)
@@ -176,12 +176,12 @@ pub(super) fn wrap(payload: &[u8], recipients: Parsed, poll: &mut dyn FnMut() ->
 pub(super) fn wrap_with_passphrase(
     payload: &[u8],
     passphrase: &SecretText,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Vec<u8>> {
     let payload = Zeroizing::new(payload.to_vec());
     let mut recipient = scrypt::Recipient::new(SecretString::from(passphrase.as_str()));
     recipient.set_work_factor(WORK_FACTOR);
-    finished(in_background(None, poll, move || {
+    finished(in_background(None, interrupt, move || {
         probe_scrypt(WORK_FACTOR)?;
         encrypt(Encryptor::with_recipients(std::iter::once(&recipient as &dyn age::Recipient)), &payload)
     })?)
@@ -207,7 +207,7 @@ fn wipe_freed() {
 pub(super) fn unwrap(
     file: &[u8],
     identities: Identities,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
     let decryptor = read_header(file)?;
     if decryptor.is_scrypt() {
@@ -217,7 +217,7 @@ pub(super) fn unwrap(
         ));
     }
     let file = file.to_vec();
-    finished(in_background(None, poll, move || {
+    finished(in_background(None, interrupt, move || {
         decrypt(&file, &mut identities.iter().map(|identity| &**identity as &dyn age::Identity))
     })?)
 }
@@ -225,7 +225,7 @@ pub(super) fn unwrap(
 pub(super) fn unwrap_with_passphrase(
     file: &[u8],
     passphrase: impl FnOnce() -> Result<std::sync::Arc<SecretText>>,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
     let decryptor = read_header(file)?;
     if !decryptor.is_scrypt() {
@@ -238,7 +238,7 @@ pub(super) fn unwrap_with_passphrase(
     let mut identity = scrypt::Identity::new(SecretString::from(passphrase()?.as_str()));
     identity.set_max_work_factor(MAX_WORK_FACTOR);
     let file = file.to_vec();
-    finished(in_background(None, poll, move || decrypt_by_scrypt(&file, &identity))?)
+    finished(in_background(None, interrupt, move || decrypt_by_scrypt(&file, &identity))?)
 }
 
 /// Finds out whether there is the memory for scrypt, which the crate takes as if there were.
@@ -304,10 +304,10 @@ pub(super) fn stanzas(file: &[u8]) -> Result<Vec<String>> {
 }
 
 /// Reads and parses identities of the caller's.
-pub(super) fn load(identities: &[Identity], poll: &mut dyn FnMut() -> Result<()>) -> Result<Identities> {
+pub(super) fn load(identities: &[Identity], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Identities> {
     let mut parsed = Vec::new();
     for identity in identities {
-        parse_identities(&decrypted(identity, poll)?, identity, &mut parsed)
+        parse_identities(&decrypted(identity, interrupt)?, identity, &mut parsed)
             .map_err(|error| error.context(identity.place()))?;
     }
     if parsed.is_empty() {
@@ -325,8 +325,8 @@ pub(super) fn parse_default(content: &[u8], place: &str) -> Result<Identities> {
 }
 
 /// The bytes of an identity, of which those that `age -p` encrypted are opened.
-fn decrypted(identity: &Identity, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
-    let content = identity.load(poll)?;
+fn decrypted(identity: &Identity, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+    let content = identity.load(interrupt)?;
     if !is_encrypted(&content) {
         return Ok(content);
     }

@@ -11,7 +11,7 @@ use super::recipients_file::NoRecipient;
 use super::secret_text::SecretText;
 use crate::error::{Error, Kind, Result};
 
-type Poll<'a> = &'a mut dyn FnMut() -> Result<()>;
+type Interrupt<'a> = &'a mut dyn FnMut() -> Result<()>;
 
 pub(super) enum Parsed {}
 pub(super) enum Identities {}
@@ -47,26 +47,30 @@ pub(super) fn recipients_of(_content: &[u8], _place: &str) -> Result<Parsed> {
     absent()
 }
 
-pub(super) fn public_halves(_identity: &Identity, _poll: Poll<'_>) -> Result<Vec<String>> {
+pub(super) fn public_halves(_identity: &Identity, _interrupt: Interrupt<'_>) -> Result<Vec<String>> {
     absent()
 }
 
-pub(super) fn wrap(_payload: &[u8], recipients: Parsed, _poll: Poll<'_>) -> Result<Vec<u8>> {
+pub(super) fn wrap(_payload: &[u8], recipients: Parsed, _interrupt: Interrupt<'_>) -> Result<Vec<u8>> {
     match recipients {}
 }
 
-pub(super) fn wrap_with_passphrase(_payload: &[u8], _passphrase: &SecretText, _poll: Poll<'_>) -> Result<Vec<u8>> {
+pub(super) fn wrap_with_passphrase(
+    _payload: &[u8],
+    _passphrase: &SecretText,
+    _interrupt: Interrupt<'_>,
+) -> Result<Vec<u8>> {
     absent()
 }
 
-pub(super) fn unwrap(_file: &[u8], identities: Identities, _poll: Poll<'_>) -> Result<Zeroizing<Vec<u8>>> {
+pub(super) fn unwrap(_file: &[u8], identities: Identities, _interrupt: Interrupt<'_>) -> Result<Zeroizing<Vec<u8>>> {
     match identities {}
 }
 
 pub(super) fn unwrap_with_passphrase(
     _file: &[u8],
     _passphrase: impl FnOnce() -> Result<Arc<SecretText>>,
-    _poll: Poll<'_>,
+    _interrupt: Interrupt<'_>,
 ) -> Result<Zeroizing<Vec<u8>>> {
     absent()
 }
@@ -75,7 +79,7 @@ pub(super) fn stanzas(_file: &[u8]) -> Result<Vec<String>> {
     Ok(Vec::new())
 }
 
-pub(super) fn load(_identities: &[Identity], _poll: Poll<'_>) -> Result<Identities> {
+pub(super) fn load(_identities: &[Identity], _interrupt: Interrupt<'_>) -> Result<Identities> {
     absent()
 }
 

@@ -6,15 +6,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
-use crate::threads::{POLL_INTERVAL, lock};
+use crate::threads::{INTERRUPT_INTERVAL, lock};
 
 /// Does `work` in a thread of its own; none where that takes longer than `limit`. The thread is left alone then, as it is when
-/// `poll` says to stop.
+/// `interrupt` says to stop.
 ///
 /// Where the system allows no more threads, this one does it, and neither can be kept.
 pub(super) fn in_background<T: Send + 'static>(
     limit: Option<Duration>,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<Option<T>> {
     let panicked = || Error::new(Kind::Provider, "what opens or wraps the key panicked");
@@ -35,12 +35,13 @@ pub(super) fn in_background<T: Send + 'static>(
     }
     let end = limit.and_then(|limit| Instant::now().checked_add(limit));
     loop {
-        let left = end.map_or(POLL_INTERVAL, |end| end.saturating_duration_since(Instant::now()).min(POLL_INTERVAL));
+        let left =
+            end.map_or(INTERRUPT_INTERVAL, |end| end.saturating_duration_since(Instant::now()).min(INTERRUPT_INTERVAL));
         match receiver.recv_timeout(left) {
             Ok(result) => return Ok(Some(result)),
             Err(RecvTimeoutError::Disconnected) => return Err(panicked()),
             Err(RecvTimeoutError::Timeout) if end.is_some_and(|end| Instant::now() >= end) => return Ok(None),
-            Err(RecvTimeoutError::Timeout) => poll()?,
+            Err(RecvTimeoutError::Timeout) => interrupt()?,
         }
     }
 }

@@ -35,7 +35,7 @@ pub(crate) enum Wrapper<'a> {
 }
 
 /// What unwraps a data key.
-pub(crate) enum Opener<'a> {
+pub(crate) enum Unwrapper<'a> {
     Key(&'a SecretKey),
     Identities(&'a [Identity]),
     Passphrase(&'a Passphrase),
@@ -90,59 +90,61 @@ impl Credentials {
     }
 
     /// What is to unwrap a data key: the default identity, where nothing was passed.
-    pub(crate) fn opener(&self) -> Result<Opener<'_>> {
+    pub(crate) fn unwrapper(&self) -> Result<Unwrapper<'_>> {
         self.check_one()?;
         Ok(match self {
-            Self { key: Some(key), .. } => Opener::Key(key),
-            Self { identities: Some(identities), .. } => Opener::Identities(identities),
-            Self { passphrase: Some(passphrase), .. } => Opener::Passphrase(passphrase),
-            Self { key_provider: Some(provider), .. } => Opener::Provider(provider),
+            Self { key: Some(key), .. } => Unwrapper::Key(key),
+            Self { identities: Some(identities), .. } => Unwrapper::Identities(identities),
+            Self { passphrase: Some(passphrase), .. } => Unwrapper::Passphrase(passphrase),
+            Self { key_provider: Some(provider), .. } => Unwrapper::Provider(provider),
             Self { recipients: Some(_), .. } => {
                 return Err(Error::invalid_argument(
                     "recipients are what a snapshot is written for; identities open it",
                 ));
             }
-            _ => Opener::DefaultIdentity,
+            _ => Unwrapper::DefaultIdentity,
         })
     }
 }
 
 impl Wrapper<'_> {
     /// The contents of `enc_metadata` for a payload.
-    pub(crate) fn wrap(&self, payload: &KeyPayload, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
+    pub(crate) fn wrap(&self, payload: &KeyPayload, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u8>> {
         let bytes = payload.bytes();
         match self {
             Self::Key(key) => raw::wrap(bytes, key),
-            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, poll),
-            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, poll),
-            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, poll),
+            Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, interrupt),
+            Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, interrupt),
+            Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, interrupt),
             Self::DefaultIdentity(announce) => {
                 age::check_present()?;
-                let found = default_identity::find_or_make(announce, poll)?;
-                age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, poll)
+                let found = default_identity::find_or_make(announce, interrupt)?;
+                age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, interrupt)
             }
         }
     }
 }
 
-impl Opener<'_> {
+impl Unwrapper<'_> {
     /// The payload of the contents of `enc_metadata`.
-    pub(crate) fn unwrap(&self, wrapped: &[u8], poll: &mut dyn FnMut() -> Result<()>) -> Result<KeyPayload> {
+    pub(crate) fn unwrap(&self, wrapped: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<KeyPayload> {
         let payload: Zeroizing<Vec<u8>> = match (super::wrapping(wrapped)?, self) {
             (KeyWrapping::RawKey, Self::Key(key)) => raw::unwrap(wrapped, key)?,
             (KeyWrapping::Age { .. }, Self::Identities(identities)) => {
-                age::unwrap(wrapped, age::load(identities, poll)?, poll)?
+                age::unwrap(wrapped, age::load(identities, interrupt)?, interrupt)?
             }
             (KeyWrapping::Age { .. }, Self::DefaultIdentity) => {
                 age::check_present()?;
-                let found = default_identity::find(poll)?;
+                let found = default_identity::find(interrupt)?;
                 let identities = age::parse_default(&found.content, &found.place)?;
-                age::unwrap(wrapped, identities, poll).map_err(|error| error.context(&found.place))?
+                age::unwrap(wrapped, identities, interrupt).map_err(|error| error.context(&found.place))?
             }
             (KeyWrapping::Passphrase, Self::Passphrase(passphrase)) => {
-                age::unwrap_with_passphrase(wrapped, || passphrase.reveal(), poll)?
+                age::unwrap_with_passphrase(wrapped, || passphrase.reveal(), interrupt)?
             }
-            (KeyWrapping::KeyProvider { .. }, Self::Provider(provider)) => provider::unwrap(wrapped, provider, poll)?,
+            (KeyWrapping::KeyProvider { .. }, Self::Provider(provider)) => {
+                provider::unwrap(wrapped, provider, interrupt)?
+            }
             (wrapping, _) => return Err(self.unfit(&wrapping)),
         };
         KeyPayload::decode(payload).map_err(|error| match self {

@@ -23,7 +23,7 @@ const TEXT_VARIABLE: &str = "VMSNAP_IDENTITY";
 const FILE_VARIABLE: &str = "VMSNAP_IDENTITY_FILE";
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 
-type Poll<'a> = &'a mut dyn FnMut() -> Result<()>;
+type Interrupt<'a> = &'a mut dyn FnMut() -> Result<()>;
 
 /// An identity, or several, as a text.
 pub(crate) struct Found {
@@ -42,8 +42,8 @@ impl Found {
 }
 
 /// The default identity; an error that tells all places where there is none.
-pub(super) fn find(poll: Poll<'_>) -> Result<Found> {
-    look(poll)?.ok_or_else(|| {
+pub(super) fn find(interrupt: Interrupt<'_>) -> Result<Found> {
+    look(interrupt)?.ok_or_else(|| {
         let own = own_file().map_or_else(|_| "a home folder".to_owned(), |path| path.display().to_string());
         Error::new(
             Kind::KeyUnavailable,
@@ -56,14 +56,14 @@ pub(super) fn find(poll: Poll<'_>) -> Result<Found> {
 }
 
 /// The default identity, made where there is none.
-pub(super) fn find_or_make(announce: &Announce, poll: Poll<'_>) -> Result<Found> {
-    match look(poll)? {
+pub(super) fn find_or_make(announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
+    match look(interrupt)? {
         Some(found) => Ok(found),
-        None => make(&own_file()?, announce, poll),
+        None => make(&own_file()?, announce, interrupt),
     }
 }
 
-fn look(poll: Poll<'_>) -> Result<Option<Found>> {
+fn look(interrupt: Interrupt<'_>) -> Result<Option<Found>> {
     if let Some(text) = variable_of_ours(TEXT_VARIABLE)? {
         let place = format!("${TEXT_VARIABLE}");
         let text = text.into_string().map_err(|_| Error::invalid_argument(format!("{place} is not UTF-8")))?;
@@ -72,17 +72,17 @@ fn look(poll: Poll<'_>) -> Result<Option<Found>> {
     if let Some(path) = variable_of_ours(FILE_VARIABLE)? {
         let path = PathBuf::from(path);
         let place = format!("{} (from ${FILE_VARIABLE})", place(&path));
-        let content = read_secret(&path, OTHERS, poll).map_err(|error| error.context(&place))?;
+        let content = read_secret(&path, OTHERS, interrupt).map_err(|error| error.context(&place))?;
         return Found::new(content, place).map(Some);
     }
     // A credential belongs to the service, whatever the mode says: an access control list shows as bits of the group.
     if let Some(folder) = variable(CREDENTIALS_VARIABLE)
-        && let Some(found) = read_if_there(&Path::new(&folder).join("vmsnap-identity"), STRANGERS, poll)?
+        && let Some(found) = read_if_there(&Path::new(&folder).join("vmsnap-identity"), STRANGERS, interrupt)?
     {
         return Ok(Some(found));
     }
     match own_file() {
-        Ok(path) => read_if_there(&path, OTHERS, poll),
+        Ok(path) => read_if_there(&path, OTHERS, interrupt),
         Err(_) => Ok(None),
     }
 }
@@ -107,8 +107,8 @@ fn place(path: &Path) -> String {
     format!("the identity file {}", path.display())
 }
 
-fn read_if_there(path: &Path, forbidden: u32, poll: Poll<'_>) -> Result<Option<Found>> {
-    match read_secret(path, forbidden, poll) {
+fn read_if_there(path: &Path, forbidden: u32, interrupt: Interrupt<'_>) -> Result<Option<Found>> {
+    match read_secret(path, forbidden, interrupt) {
         Ok(content) => Found::new(content, place(path)).map(Some),
         Err(error)
             if [Errno::NOENT, Errno::NOTDIR]
@@ -136,7 +136,7 @@ fn own_file() -> Result<PathBuf> {
 
 /// Makes an identity at `path`, or finds the one that another process has made there meanwhile. It is announced before, so that
 /// nothing was made where that is refused.
-fn make(path: &Path, announce: &Announce, poll: Poll<'_>) -> Result<Found> {
+fn make(path: &Path, announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
     let failed = |error: std::io::Error| {
         Error::io(format!("cannot make {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)
     };
@@ -146,14 +146,14 @@ fn make(path: &Path, announce: &Announce, poll: Poll<'_>) -> Result<Found> {
     let mut attempts = 0..100;
     let locked = loop {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
-        let locked = lock(File::open(folder).map_err(failed)?, poll)?;
+        let locked = lock(File::open(folder).map_err(failed)?, interrupt)?;
         // The one before may have failed, and removed the folder again.
         if is_at(&locked, folder) || attempts.next().is_none() {
             break locked;
         }
     };
-    let made = match read_if_there(path, OTHERS, poll) {
-        Ok(None) => announce.announce(path).and_then(|()| make_in(folder, &locked, path, failed, poll)),
+    let made = match read_if_there(path, OTHERS, interrupt) {
+        Ok(None) => announce.announce(path).and_then(|()| make_in(folder, &locked, path, failed, interrupt)),
         Ok(Some(found)) => Ok(found),
         Err(error) => Err(error),
     };
@@ -173,7 +173,7 @@ fn make_in(
     locked: &File,
     path: &Path,
     failed: impl Fn(std::io::Error) -> Error,
-    poll: Poll<'_>,
+    interrupt: Interrupt<'_>,
 ) -> Result<Found> {
     let (identity, recipient) = age::generate()?;
     let content = Zeroizing::new(age::identity_file(&identity, &recipient).into_bytes());
@@ -196,7 +196,7 @@ fn make_in(
         }
         // On a file system without locks.
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            let content = read_secret(path, OTHERS, poll).map_err(|error| error.context(place(path)))?;
+            let content = read_secret(path, OTHERS, interrupt).map_err(|error| error.context(place(path)))?;
             Found::new(content, place(path))
         }
         Err(error) => Err(failed(error)),
@@ -204,8 +204,8 @@ fn make_in(
 }
 
 /// Waits until nobody else has the folder locked. Some network file systems have no locks: there several may go on at once.
-fn lock(folder: File, poll: Poll<'_>) -> Result<File> {
-    let locked = in_background(None, poll, move || {
+fn lock(folder: File, interrupt: Interrupt<'_>) -> Result<File> {
+    let locked = in_background(None, interrupt, move || {
         let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockExclusive));
         folder
     })?;

@@ -27,12 +27,12 @@ const AGE_BINARY: &[u8] = b"age-encryption.org/";
 /// ```
 #[derive(Clone)]
 pub struct Identity {
-    source: Source,
+    source: IdentitySource,
     passphrase: Option<Passphrase>,
 }
 
 #[derive(Clone)]
-enum Source {
+enum IdentitySource {
     Text(Arc<SecretText>),
     File(PathBuf),
 }
@@ -41,14 +41,14 @@ impl Identity {
     /// The text itself: `AGE-SECRET-KEY-1…`, `AGE-PLUGIN-…`, several of them in lines, or an SSH private key.
     #[must_use]
     pub fn text(text: impl Into<Zeroizing<String>>) -> Self {
-        Self { source: Source::Text(Arc::new(text.into())), passphrase: None }
+        Self { source: IdentitySource::Text(Arc::new(text.into())), passphrase: None }
     }
 
     /// A file with such a text, or one that `age -p` encrypted. Unless it is encrypted, only its owner may be able to read it; a
     /// group may read another owner's file, and anybody one on a read-only file system, for its mode cannot be changed.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
-        Self { source: Source::File(path.into()), passphrase: None }
+        Self { source: IdentitySource::File(path.into()), passphrase: None }
     }
 
     /// What opens the file or SSH key itself, where that is encrypted.
@@ -61,8 +61,8 @@ impl Identity {
     /// Where it is from, as errors name it.
     pub(super) fn place(&self) -> String {
         match &self.source {
-            Source::Text(_) => "an identity".to_owned(),
-            Source::File(path) => format!("the identity file {}", path.display()),
+            IdentitySource::Text(_) => "an identity".to_owned(),
+            IdentitySource::File(path) => format!("the identity file {}", path.display()),
         }
     }
 
@@ -74,10 +74,10 @@ impl Identity {
     }
 
     /// The bytes of it.
-    pub(super) fn load(&self, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+    pub(super) fn load(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
         let content = match &self.source {
-            Source::Text(text) => Ok(Zeroizing::new(text.as_bytes().to_vec())),
-            Source::File(path) => read_secret(path, OTHERS, poll),
+            IdentitySource::Text(text) => Ok(Zeroizing::new(text.as_bytes().to_vec())),
+            IdentitySource::File(path) => read_secret(path, OTHERS, interrupt),
         };
         content.and_then(plain_text).map_err(|error| error.context(self.place()))
     }
@@ -86,8 +86,8 @@ impl Identity {
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
-            Source::Text(_) => f.write_str("Identity(…)"),
-            Source::File(path) => write!(f, "Identity({})", path.display()),
+            IdentitySource::Text(_) => f.write_str("Identity(…)"),
+            IdentitySource::File(path) => write!(f, "Identity({})", path.display()),
         }
     }
 }

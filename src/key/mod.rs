@@ -111,20 +111,23 @@ pub fn identity_file(identity: &str, recipient: &str) -> Zeroizing<String> {
 ///
 /// [`Error::is_invalid_argument`] where it is no identity or one of a plugin's, and as for opening a snapshot with it.
 pub fn recipients_of(identity: &Identity) -> Result<Vec<String>> {
-    recipients_of_polled(identity, &mut || Ok(()))
+    recipients_of_interruptible(identity, &mut || Ok(()))
 }
 
 /// [`recipients_of`], which may be interrupted.
-pub(crate) fn recipients_of_polled(identity: &Identity, poll: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
-    age::public_halves(identity, poll)
+pub(crate) fn recipients_of_interruptible(
+    identity: &Identity,
+    interrupt: &mut dyn FnMut() -> Result<()>,
+) -> Result<Vec<String>> {
+    age::public_halves(identity, interrupt)
 }
 
 /// The contents of a file with a secret, which only its owner may be able to use.
 #[cfg(feature = "python")]
 pub(crate) fn read_secret_file(
     path: impl AsRef<std::path::Path>,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
     let path = path.as_ref();
-    secret_file::read_secret(path, secret_file::OTHERS, poll).map_err(|error| error.context(path.display()))
+    secret_file::read_secret(path, secret_file::OTHERS, interrupt).map_err(|error| error.context(path.display()))
 }

@@ -65,11 +65,11 @@ pub(super) fn wrap(
     payload: &[u8],
     secret: &[u8],
     provider: &SharedProvider,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Vec<u8>> {
     let name = checked_name(provider)?;
     let content = Zeroizing::new(payload.to_vec());
-    let wrapped = call(provider, &name, poll, move |provider| provider.wrap(&content))?;
+    let wrapped = call(provider, &name, interrupt, move |provider| provider.wrap(&content))?;
     let refused = |reason: &str| Err(Error::new(Kind::KeyUnavailable, format!("the key service {name:?} {reason}")));
     if wrapped.is_empty() {
         return refused("returned nothing as the wrapped key");
@@ -90,7 +90,7 @@ pub(super) fn wrap(
 pub(super) fn unwrap(
     file: &[u8],
     provider: &SharedProvider,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
     let envelope = parse(file)?;
     let name = checked_name(provider)?;
@@ -100,7 +100,7 @@ pub(super) fn unwrap(
             format!("its key is wrapped by the key service {:?}, and {name:?} was passed", envelope.provider),
         ));
     }
-    call(provider, &name, poll, move |provider| provider.unwrap(&envelope.wrapped)).map(Zeroizing::new)
+    call(provider, &name, interrupt, move |provider| provider.unwrap(&envelope.wrapped)).map(Zeroizing::new)
 }
 
 /// The name of the service that a file was wrapped by.
@@ -142,14 +142,14 @@ fn checked_name(provider: &SharedProvider) -> Result<String> {
 fn call(
     provider: &SharedProvider,
     name: &str,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
     work: impl FnOnce(&dyn KeyProvider) -> std::result::Result<Vec<u8>, ProviderError> + Send + 'static,
 ) -> Result<Vec<u8>> {
     let timeout = provider.timeout();
     let shared = Arc::clone(provider);
     let unavailable =
         |what: String| format!("the key service {name:?} {what}: see whether it can be reached, and may be used");
-    match in_background(Some(timeout), poll, move || work(&*shared))? {
+    match in_background(Some(timeout), interrupt, move || work(&*shared))? {
         Some(Ok(answer)) => Ok(answer),
         Some(Err(error)) => {
             let text = unavailable(format!("failed: {error}"));

@@ -2,7 +2,7 @@
 
 use zeroize::Zeroizing;
 
-use crate::cipher::{SecretKey, message_prefix, open_message, seal_message};
+use crate::cipher::{SecretKey, decrypt_message, encrypt_message, message_prefix};
 use crate::error::Result;
 
 /// Segments of 1056 bytes.
@@ -14,9 +14,9 @@ pub(super) fn is_wrapped(wrapped: &[u8]) -> bool {
 }
 
 pub(super) fn wrap(payload: &[u8], key: &SecretKey) -> Result<Vec<u8>> {
-    seal_message(key, AAD, CHUNK_SIZE_BYTES, payload)
+    encrypt_message(key, AAD, CHUNK_SIZE_BYTES, payload)
 }
 
 pub(super) fn unwrap(wrapped: &[u8], key: &SecretKey) -> Result<Zeroizing<Vec<u8>>> {
-    open_message(key, AAD, CHUNK_SIZE_BYTES, wrapped)
+    decrypt_message(key, AAD, CHUNK_SIZE_BYTES, wrapped)
 }

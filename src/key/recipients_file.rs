@@ -36,9 +36,9 @@ impl RecipientsFile {
     /// Reads a file of recipients. Empty lines, comments after `#` and those of SSH keys are left out, as is a valid SSH key of
     /// another type than age encrypts to, which `age -R` ignores as well. That nothing is left is an error: a snapshot for nobody
     /// is not what was asked for.
-    pub(crate) fn read(path: impl AsRef<Path>, poll: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+    pub(crate) fn read(path: impl AsRef<Path>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let path = path.as_ref();
-        let content = secret_file::read(path, poll).and_then(|content| Self::parse(&content));
+        let content = secret_file::read(path, interrupt).and_then(|content| Self::parse(&content));
         content.map_err(|error| error.context(path.display()))
     }
 

@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use super::identity::is_encrypted;
 use crate::error::{Error, Kind, Result};
-use crate::threads::POLL_INTERVAL;
+use crate::threads::INTERRUPT_INTERVAL;
 
 /// As in age, for identities and recipients.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -24,8 +24,8 @@ pub(super) const STRANGERS: u32 = 0o007;
 const OTHERS_WRITE: u32 = 0o022;
 
 /// Reads a file, or a pipe until its other end is closed.
-pub(super) fn read(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
-    read_opened(path, poll).map(|(_, _, content)| content)
+pub(super) fn read(path: &Path, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
+    read_opened(path, interrupt).map(|(_, _, content)| content)
 }
 
 /// Reads a file with secrets. `forbidden` are the bits that its mode must not have, unless it is encrypted itself.
@@ -36,9 +36,9 @@ pub(super) fn read(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<
 pub(crate) fn read_secret(
     path: &Path,
     forbidden: u32,
-    poll: &mut dyn FnMut() -> Result<()>,
+    interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Zeroizing<Vec<u8>>> {
-    let (file, metadata, content) = read_opened(path, poll)?;
+    let (file, metadata, content) = read_opened(path, interrupt)?;
     let mode = metadata.mode() & 0o7777;
     if metadata.is_file() && mode & forbidden_bits(&file, &metadata, forbidden) != 0 && !is_encrypted(&content) {
         let path = path.display();
@@ -65,7 +65,7 @@ fn forbidden_bits(file: &File, metadata: &Metadata, forbidden: u32) -> u32 {
     }
 }
 
-fn read_opened(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<(File, Metadata, Zeroizing<Vec<u8>>)> {
+fn read_opened(path: &Path, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<(File, Metadata, Zeroizing<Vec<u8>>)> {
     let failed = |error| Error::io("cannot be read", error);
     // Non-blocking: opening a FIFO that nobody writes to would wait for ever.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
@@ -82,7 +82,7 @@ fn read_opened(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<(Fil
         match limited.read_to_end(&mut content) {
             Ok(_) => break,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                poll()?;
+                interrupt()?;
                 wait(&file).map_err(failed)?;
             }
             Err(error) => return Err(failed(error)),
@@ -98,7 +98,7 @@ fn read_opened(path: &Path, poll: &mut dyn FnMut() -> Result<()>) -> Result<(Fil
 
 /// Waits until there is something to read, for a moment.
 fn wait(file: &File) -> std::io::Result<()> {
-    let timeout = Timespec { tv_sec: 0, tv_nsec: POLL_INTERVAL.subsec_nanos().into() };
+    let timeout = Timespec { tv_sec: 0, tv_nsec: INTERRUPT_INTERVAL.subsec_nanos().into() };
     match wait_for(&mut [PollFd::new(file, PollFlags::IN)], Some(&timeout)) {
         // A signal: what it is to do is asked next.
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),

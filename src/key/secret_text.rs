@@ -17,10 +17,10 @@ pub(crate) type SecretText = Zeroizing<String>;
 /// # let _ = options;
 /// ```
 #[derive(Clone)]
-pub struct Passphrase(Source);
+pub struct Passphrase(PassphraseSource);
 
 #[derive(Clone)]
-enum Source {
+enum PassphraseSource {
     Text(Arc<SecretText>),
     Ask(Arc<dyn Fn() -> Result<SecretText> + Send + Sync>),
 }
@@ -35,13 +35,13 @@ impl Passphrase {
     }
 
     pub(crate) fn ask_for(ask: impl Fn() -> Result<SecretText> + Send + Sync + 'static) -> Self {
-        Self(Source::Ask(Arc::new(ask)))
+        Self(PassphraseSource::Ask(Arc::new(ask)))
     }
 
     pub(super) fn reveal(&self) -> Result<Arc<SecretText>> {
         let text = match &self.0 {
-            Source::Text(text) => Arc::clone(text),
-            Source::Ask(ask) => Arc::new(ask()?),
+            PassphraseSource::Text(text) => Arc::clone(text),
+            PassphraseSource::Ask(ask) => Arc::new(ask()?),
         };
         if text.is_empty() { Err(Error::invalid_argument("a passphrase cannot be empty")) } else { Ok(text) }
     }
@@ -49,7 +49,7 @@ impl Passphrase {
 
 impl From<String> for Passphrase {
     fn from(text: String) -> Self {
-        Self(Source::Text(Arc::new(Zeroizing::new(text))))
+        Self(PassphraseSource::Text(Arc::new(Zeroizing::new(text))))
     }
 }
 

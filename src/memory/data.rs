@@ -3,38 +3,38 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::layout::{BlockIndex, Layout};
 use super::lz4;
+use super::metadata::{BlockIndex, Layout};
 use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::FragmentReader;
 use crate::threads::lock;
 
 /// What is read at a time at least, where the data is read in order.
-const STRIP_BYTES: usize = 512 << 10;
+const READ_BATCH_BYTES: usize = 512 << 10;
 
 /// Data of which so much belongs together is read where it belongs.
-const DIRECT_BYTES: u64 = 128 << 10;
+const MIN_DIRECT_READ_BYTES: u64 = 128 << 10;
 
-/// Places that are looked at ahead: as many pages as a strip has.
-const MOST_PLACES: usize = STRIP_BYTES / 4096;
+/// Places that are looked at ahead: as many pages as a batch has.
+const MAX_PLACES_AHEAD: usize = READ_BATCH_BYTES / 4096;
 
-/// Pieces that are decrypted and decompressed for a small read are kept, as the next read is mostly near.
-const CACHED_PIECES: usize = 16;
+/// Blocks that are decrypted and decompressed for a small read are kept, as the next read is mostly near.
+const MAX_CACHED_BLOCKS: usize = 16;
 
-/// Larger pieces are not worth keeping.
-const MAX_CACHED_BYTES: usize = 1 << 20;
+/// Larger blocks are not worth keeping.
+const MAX_CACHED_BLOCK_BYTES: usize = 1 << 20;
 
-type Piece = (u64, Arc<Vec<u8>>);
+type CachedBlock = (u64, Arc<Vec<u8>>);
 
 pub(super) struct Data {
     fragment: FragmentReader,
     size: u64,
     frame: Option<Frame>,
     /// The last used at the end.
-    cache: Mutex<Vec<Piece>>,
+    cache: Mutex<Vec<CachedBlock>>,
     /// Buffers of small reads that have ended.
-    idle: Mutex<Vec<Strip>>,
+    idle: Mutex<Vec<ReadBuffers>>,
 }
 
 /// A compressed `mem`.
@@ -47,7 +47,7 @@ struct Frame {
 
 /// What one thread needs to read data.
 #[derive(Default)]
-pub(super) struct Strip {
+pub(super) struct ReadBuffers {
     stored: Vec<u8>,
     data: Vec<u8>,
     /// Which data that is, from its beginning on.
@@ -70,28 +70,29 @@ impl Data {
         }
     }
 
-    /// Data is read in pieces that begin where this divides the offset: a part of one costs as much as all of it.
-    fn piece_bytes(&self) -> u64 {
+    /// Data is read in blocks that begin where this divides the offset: LZ4's blocks, or else the chunks of the encryption.
+    /// Some of a block costs as much as all of it.
+    fn block_bytes(&self) -> u64 {
         match &self.frame {
             Some(frame) => frame.block_size,
             None => self.fragment.chunk_size_bytes().unwrap_or(1) as u64,
         }
     }
 
-    /// Gives `take` all data from `start` to `end`, in order, in whatever parts.
+    /// Gives `take` all data from `start` to `end`, in order, cut anywhere.
     pub(super) fn read(
         &self,
-        strip: &mut Strip,
+        buffers: &mut ReadBuffers,
         mut start: u64,
         end: u64,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let piece_bytes = self.piece_bytes();
-        let strip_bytes = (STRIP_BYTES as u64 / piece_bytes).max(1) * piece_bytes;
+        let block_bytes = self.block_bytes();
+        let batch_bytes = (READ_BATCH_BYTES as u64 / block_bytes).max(1) * block_bytes;
         while start < end {
-            let first = start - start % piece_bytes;
-            let last = (first + strip_bytes).min(end.next_multiple_of(piece_bytes)).min(self.size);
-            let data = self.read_pieces(strip, first, last)?;
+            let first = start - start % block_bytes;
+            let last = (first + batch_bytes).min(end.next_multiple_of(block_bytes)).min(self.size);
+            let data = self.read_blocks(buffers, first, last)?;
             let from = usize::try_from(start - first).unwrap_or(usize::MAX);
             let to = usize::try_from(last.min(end) - first).unwrap_or(usize::MAX);
             take(&data[from..to])?;
@@ -104,44 +105,47 @@ impl Data {
     /// enough is read, decrypted or decompressed where it belongs, and the rest is copied there.
     pub(super) fn scatter(
         &self,
-        strip: &mut Strip,
+        buffers: &mut ReadBuffers,
         mut at: u64,
         places: &mut [&mut [u8]],
         mut ready: impl FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let piece_bytes = self.piece_bytes();
-        let strip_bytes = (STRIP_BYTES as u64 / piece_bytes).max(1) * piece_bytes;
-        let direct_bytes = piece_bytes.max(DIRECT_BYTES);
+        let block_bytes = self.block_bytes();
+        let batch_bytes = (READ_BATCH_BYTES as u64 / block_bytes).max(1) * block_bytes;
+        let min_direct_bytes = block_bytes.max(MIN_DIRECT_READ_BYTES);
         let mut first = 0;
         while let Some(place) = places.get_mut(first) {
             let left = place.len() as u64;
-            let whole = left.min(strip_bytes) / piece_bytes * piece_bytes;
+            let whole = left.min(batch_bytes) / block_bytes * block_bytes;
             let length = if left == 0 {
                 first += 1;
                 continue;
-            } else if left >= direct_bytes && at.is_multiple_of(piece_bytes) {
+            } else if left >= min_direct_bytes && at.is_multiple_of(block_bytes) {
                 let now = place.split_off_mut(..to_usize(whole)).unwrap_or_default();
                 ready(now)?;
-                self.fill_pieces(&mut strip.stored, at, now)?;
+                self.fill_blocks(&mut buffers.stored, at, now)?;
                 whole
             } else {
-                if !strip.holds.contains(&at) {
+                if !buffers.holds.contains(&at) {
                     // Up to where data is next that is read where it belongs.
                     let short = places[first..].iter().map(|place| place.len() as u64);
                     let wanted: u64 = match left {
-                        left if left > direct_bytes + piece_bytes => 1,
-                        _ => short.take_while(|length| *length <= direct_bytes + piece_bytes).take(MOST_PLACES).sum(),
+                        left if left > min_direct_bytes + block_bytes => 1,
+                        _ => short
+                            .take_while(|length| *length <= min_direct_bytes + block_bytes)
+                            .take(MAX_PLACES_AHEAD)
+                            .sum(),
                     };
-                    let start = at - at % piece_bytes;
-                    let end = (at + wanted).min(start + strip_bytes).next_multiple_of(piece_bytes).min(self.size);
-                    self.read_pieces(strip, start, end)?;
+                    let start = at - at % block_bytes;
+                    let end = (at + wanted).min(start + batch_bytes).next_multiple_of(block_bytes).min(self.size);
+                    self.read_blocks(buffers, start, end)?;
                 }
                 let place = &mut places[first];
-                let length = left.min(strip.holds.end - at);
+                let length = left.min(buffers.holds.end - at);
                 let now = place.split_off_mut(..to_usize(length)).unwrap_or_default();
                 ready(now)?;
-                let from = usize::try_from(at - strip.holds.start).unwrap_or(usize::MAX);
-                now.copy_from_slice(&strip.data[from..from + now.len()]);
+                let from = usize::try_from(at - buffers.holds.start).unwrap_or(usize::MAX);
+                now.copy_from_slice(&buffers.data[from..from + now.len()]);
                 length
             };
             at += length;
@@ -151,10 +155,10 @@ impl Data {
 
     /// Fills `buf` from `start`: as [`Data::read`], for few bytes.
     pub(super) fn read_small(&self, start: u64, mut buf: &mut [u8]) -> Result<()> {
-        let piece_bytes = self.piece_bytes();
-        if piece_bytes == 1 || piece_bytes > MAX_CACHED_BYTES as u64 {
+        let block_bytes = self.block_bytes();
+        if block_bytes == 1 || block_bytes > MAX_CACHED_BLOCK_BYTES as u64 {
             let mut done = 0;
-            return self.read(&mut Strip::default(), start, start + buf.len() as u64, |data| {
+            return self.read(&mut ReadBuffers::default(), start, start + buf.len() as u64, |data| {
                 buf[done..done + data.len()].copy_from_slice(data);
                 done += data.len();
                 Ok(())
@@ -162,11 +166,11 @@ impl Data {
         }
         let mut at = start;
         while !buf.is_empty() {
-            let piece = self.cached(at / piece_bytes)?;
-            let from = usize::try_from(at % piece_bytes).unwrap_or(usize::MAX);
-            let length = (piece.len() - from).min(buf.len());
+            let block = self.cached(at / block_bytes)?;
+            let from = usize::try_from(at % block_bytes).unwrap_or(usize::MAX);
+            let length = (block.len() - from).min(buf.len());
             let (now, later) = std::mem::take(&mut buf).split_at_mut(length);
-            now.copy_from_slice(&piece[from..from + length]);
+            now.copy_from_slice(&block[from..from + length]);
             buf = later;
             at += length as u64;
         }
@@ -174,54 +178,54 @@ impl Data {
     }
 
     fn cached(&self, index: u64) -> Result<Arc<Vec<u8>>> {
-        self.fragment.check_home()?;
+        self.fragment.check_owner()?;
         {
             let mut cache = lock(&self.cache);
             if let Some(at) = cache.iter().position(|(held, _)| *held == index) {
                 let found = cache.remove(at);
-                let piece = Arc::clone(&found.1);
+                let block = Arc::clone(&found.1);
                 cache.push(found);
-                return Ok(piece);
+                return Ok(block);
             }
         }
         // Without the lock: others go on, and at worst two read the same. Buffers are used again: new ones would be faulted in.
-        let mut strip = lock(&self.idle).pop().unwrap_or_default();
-        let first = index * self.piece_bytes();
-        let last = (first + self.piece_bytes()).min(self.size);
-        self.read_pieces(&mut strip, first, last)?;
-        let mut data = std::mem::take(&mut strip.data);
+        let mut buffers = lock(&self.idle).pop().unwrap_or_default();
+        let first = index * self.block_bytes();
+        let last = (first + self.block_bytes()).min(self.size);
+        self.read_blocks(&mut buffers, first, last)?;
+        let mut data = std::mem::take(&mut buffers.data);
         data.truncate(to_usize(last - first));
-        strip.holds = 0..0;
-        let piece = Arc::new(data);
+        buffers.holds = 0..0;
+        let block = Arc::new(data);
         let mut cache = lock(&self.cache);
-        if cache.len() == CACHED_PIECES {
+        if cache.len() == MAX_CACHED_BLOCKS {
             // Unless another thread copies from it just now.
-            strip.data = Arc::try_unwrap(cache.remove(0).1).unwrap_or_default();
+            buffers.data = Arc::try_unwrap(cache.remove(0).1).unwrap_or_default();
         }
-        cache.push((index, Arc::clone(&piece)));
+        cache.push((index, Arc::clone(&block)));
         drop(cache);
         let mut idle = lock(&self.idle);
-        if idle.len() < CACHED_PIECES {
-            idle.push(strip);
+        if idle.len() < MAX_CACHED_BLOCKS {
+            idle.push(buffers);
         }
-        Ok(piece)
+        Ok(block)
     }
 
-    /// Whole pieces from `first` to `last`.
-    fn read_pieces<'a>(&self, strip: &'a mut Strip, first: u64, last: u64) -> Result<&'a [u8]> {
+    /// Whole blocks from `first` to `last`.
+    fn read_blocks<'a>(&self, buffers: &'a mut ReadBuffers, first: u64, last: u64) -> Result<&'a [u8]> {
         let length = usize::try_from(last - first).unwrap_or(usize::MAX);
-        let Strip { stored, data, holds } = strip;
+        let ReadBuffers { stored, data, holds } = buffers;
         if *holds != (first..last) {
             *holds = 0..0;
             buffer::at_least(data, length)?;
-            self.fill_pieces(stored, first, &mut data[..length])?;
+            self.fill_blocks(stored, first, &mut data[..length])?;
             *holds = first..last;
         }
         Ok(&data[..length])
     }
 
-    /// Fills `buf` with whole pieces from `first` on.
-    fn fill_pieces(&self, stored: &mut Vec<u8>, first: u64, buf: &mut [u8]) -> Result<()> {
+    /// Fills `buf` with whole blocks from `first` on.
+    fn fill_blocks(&self, stored: &mut Vec<u8>, first: u64, buf: &mut [u8]) -> Result<()> {
         match &self.frame {
             None => self.fill(first, buf),
             Some(frame) => frame.read(&self.fragment, self.size, first, stored, buf),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, pwrite};
 
-use super::layout::Region;
+use super::metadata::Region;
 use super::own_mappings::{Backing, Mapping, OwnMappings};
 use super::pages::{make_zero, want_huge_pages};
 use crate::error::{Error, Result};
@@ -21,10 +21,10 @@ pub struct GuestDestination<'a> {
     guest_base: Option<u64>,
     size: Option<u64>,
     huge_pages: bool,
-    kind: Kind<'a>,
+    kind: DestinationKind<'a>,
 }
 
-enum Kind<'a> {
+enum DestinationKind<'a> {
     Nowhere,
     Buffer(&'a mut [u8]),
     File { file: BorrowedFd<'a>, offset: Option<u64> },
@@ -33,7 +33,7 @@ enum Kind<'a> {
 impl<'a> GuestDestination<'a> {
     /// A buffer of the region's size. Where it is anonymous or shared memory, holes are given back to the system.
     pub fn buffer(buffer: &'a mut [u8]) -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, kind: Kind::Buffer(buffer) }
+        Self { guest_base: None, size: None, huge_pages: false, kind: DestinationKind::Buffer(buffer) }
     }
 
     /// A file or memfd of the region's size, or an empty one, which gets it; or, from `offset` on, a part of one, which is
@@ -41,13 +41,18 @@ impl<'a> GuestDestination<'a> {
     ///
     /// A file that is open with `O_APPEND` or `O_DIRECT` is opened anew without. One on hugetlbfs is written through a mapping.
     pub fn file(file: &'a (impl AsFd + ?Sized), offset: Option<u64>) -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, kind: Kind::File { file: file.as_fd(), offset } }
+        Self {
+            guest_base: None,
+            size: None,
+            huge_pages: false,
+            kind: DestinationKind::File { file: file.as_fd(), offset },
+        }
     }
 
     /// Nowhere: the region is left out.
     #[must_use]
     pub fn nowhere() -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, kind: Kind::Nowhere }
+        Self { guest_base: None, size: None, huge_pages: false, kind: DestinationKind::Nowhere }
     }
 
     /// The guest-physical address that the region is to have.
@@ -65,7 +70,7 @@ impl<'a> GuestDestination<'a> {
     }
 
     /// Whether anonymous memory gets transparent huge pages where 2 MiB of it are all data; it does not by default. That is
-    /// faster to fill and to use; it costs the system memory in pieces of 2 MiB.
+    /// faster to fill and to use; it costs the system memory in pages of 2 MiB.
     #[must_use]
     pub fn huge_pages(mut self, huge_pages: bool) -> Self {
         self.huge_pages = huge_pages;
@@ -73,16 +78,16 @@ impl<'a> GuestDestination<'a> {
     }
 
     pub(super) fn is_nowhere(&self) -> bool {
-        matches!(self.kind, Kind::Nowhere)
+        matches!(self.kind, DestinationKind::Nowhere)
     }
 }
 
 impl fmt::Debug for GuestDestination<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
-            Kind::Nowhere => "nowhere",
-            Kind::Buffer(_) => "buffer",
-            Kind::File { .. } => "file",
+            DestinationKind::Nowhere => "nowhere",
+            DestinationKind::Buffer(_) => "buffer",
+            DestinationKind::File { .. } => "file",
         };
         f.debug_struct("GuestDestination")
             .field("guest_base", &self.guest_base)
@@ -187,7 +192,8 @@ pub(super) fn prepare<'a>(
             destinations.len()
         )));
     }
-    let mappings = destinations.iter().any(|each| matches!(each.kind, Kind::Buffer(_))).then(OwnMappings::read);
+    let mappings =
+        destinations.iter().any(|each| matches!(each.kind, DestinationKind::Buffer(_))).then(OwnMappings::read);
     let mappings = mappings.unwrap_or_default();
     let (mut taken, mut anew, mut prepared) = (Vec::new(), HashMap::new(), Vec::with_capacity(regions.len()));
     let mut files = Vec::new();
@@ -200,8 +206,8 @@ pub(super) fn prepare<'a>(
             return Err(refuse(format!("has {size} bytes, and the region {}", region.size)));
         }
         prepared.push(match &mut destination.kind {
-            Kind::Nowhere => Prepared::Nowhere,
-            Kind::Buffer(buffer) => {
+            DestinationKind::Nowhere => Prepared::Nowhere,
+            DestinationKind::Buffer(buffer) => {
                 if buffer.len() as u64 != region.size {
                     return Err(refuse(format!("has {} bytes, and the region {}", buffer.len(), region.size)));
                 }
@@ -212,7 +218,7 @@ pub(super) fn prepare<'a>(
                 }
                 Prepared::Buffer(buffer, backing)
             }
-            Kind::File { file, offset } => {
+            DestinationKind::File { file, offset } => {
                 let examined = check_file(*file, *offset, region.size).map_err(|error| match error {
                     Refused::Text(text) => refuse(text),
                     Refused::Error(error) => error,

@@ -1,7 +1,7 @@
 //! Guest memory into the fragments `mem` and `mem_metadata`, by all threads.
 //!
-//! Memory is cut into slices. A thread reads the data of a slice into a buffer of its own, drops what is zero, and puts the
-//! rest into the stream when it is its turn; it compresses, seals and writes its part of the stream while the others do the
+//! Memory is cut into batches. A thread reads the data of a batch into a buffer of its own, drops what is zero, and puts the
+//! rest into the stream when it is its turn; it compresses, encrypts and writes its batch of the stream while the others do the
 //! same with theirs.
 
 use std::io;
@@ -10,28 +10,28 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use super::layout::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::lz4::{self, Packer};
+use super::metadata::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::options::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 use super::pages::readable;
-use super::ranges::{append, append_near, drop_zeros, find_data, page_end, part_of};
+use super::ranges::{append, append_near, bytes_in, drop_zeros, find_data, page_end};
+use super::reorder::{AnnotatedBatch, BatchBuffer, ReorderBuffer, Rest, Sequencer};
 use super::source::{GuestMemorySource, is_of_page};
-use super::turns::{Item, Noted, Rest, Shelf, Turns};
 use crate::buffer;
 use crate::error::{Error, Result};
-use crate::fragment::parts::{PartWorker, Parts};
+use crate::fragment::positioned::{PositionedWorker, PositionedWriter};
 use crate::fragment::rope::Rope;
-use crate::threads::{Poll, for_each_polled, lock};
+use crate::threads::{Interrupt, for_each_interruptible, lock};
 use crate::writer::SnapshotWriter;
 
 /// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
-const SLICE_BYTES: usize = 512 << 10;
+const DUMP_BATCH_BYTES: usize = 512 << 10;
 
-/// Compressed slices that may wait for one before them, besides two a thread: noise compresses ten times as fast as text.
-const SHELVED: usize = 8;
+/// Compressed batches that may wait for one before them, besides two a thread: noise compresses ten times as fast as text.
+const MAX_WAITING_BATCHES: usize = 8;
 
 /// So that the list of ranges of a large and scattered guest stays some tens of MiB, the shortest gap doubles each so many.
-const RANGES_A_DOUBLING: usize = 1 << 16;
+const RANGES_PER_GAP_DOUBLING: usize = 1 << 16;
 
 impl SnapshotWriter {
     /// Writes guest memory: the fragments `mem` and `mem_metadata`, as crosvm reads them.
@@ -53,7 +53,7 @@ impl SnapshotWriter {
     /// [`Error::is_invalid_argument`] for regions that overlap and sizes that are not allowed; [`Error::is_io`] where there is a
     /// fragment of that name, where memory cannot be read, with its address, or the disk is full. No fragment stays then.
     pub fn write_memory(&self, regions: &[GuestRegion<'_>], options: &MemoryOptions) -> Result<MemoryReport> {
-        self.write_memory_polled(regions, options, &mut |_| Ok(()))
+        self.write_memory_interruptible(regions, options, &mut |_| Ok(()))
     }
 
     /// The same, and asks `progress` from time to time (not more often than every 50 ms), and when all was written, whether to go
@@ -62,14 +62,14 @@ impl SnapshotWriter {
     /// # Errors
     ///
     /// As there, and what `progress` returns.
-    pub fn write_memory_polled(
+    pub fn write_memory_interruptible(
         &self,
         regions: &[GuestRegion<'_>],
         options: &MemoryOptions,
         progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
     ) -> Result<MemoryReport> {
         let began = Instant::now();
-        layout::check_apart(regions.iter().map(|region| (region.guest_base, region.source.size())))
+        metadata::check_apart(regions.iter().map(|region| (region.guest_base, region.source.size())))
             .map_err(Error::invalid_argument)?;
         if lz4::header(options.block_size_bytes).is_none() {
             let text =
@@ -84,23 +84,24 @@ impl SnapshotWriter {
         let written = (|| {
             let dump = Dump::new(regions, options);
             let total_bytes = dump.logical_bytes;
-            let poll = &mut || progress(MemoryProgress { done_bytes: dump.done.load(Ordering::Relaxed), total_bytes });
+            let interrupt =
+                &mut || progress(MemoryProgress { done_bytes: dump.done.load(Ordering::Relaxed), total_bytes });
             let mut rest = Vec::new();
             let mut lengths = None;
-            memory.write_in_parts(|parts| {
-                let stored = dump.run(parts, self.threads(), &mut Poll::new(poll))?;
+            memory.write_positioned(|positioned| {
+                let stored = dump.run(positioned, self.threads(), &mut Interrupt::new(interrupt))?;
                 (rest, lengths) = (stored.rest.carry, stored.block_lengths);
                 Ok(stored.rest.offset)
             })?;
-            memory.write_all_polled(&rest, poll)?;
+            memory.write_all_interruptible(&rest, interrupt)?;
             let mut found = dump.found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
             let document = found.metadata(regions, options, lengths);
             let mut report = found.report(&document);
-            metadata.write_all_polled(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
+            metadata.write_all_interruptible(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
             progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
             // First what is short: where one of the two fails, it is not the other's failure that is told.
-            metadata.finish_polled(&mut || Ok(()))?;
-            memory.finish_polled(&mut || Ok(()))?;
+            metadata.finish_interruptible(&mut || Ok(()))?;
+            memory.finish_interruptible(&mut || Ok(()))?;
             report.stored_bytes = memory.stored_size()? + metadata.stored_size()?;
             report.logical_bytes = total_bytes;
             report.duration = began.elapsed();
@@ -131,8 +132,8 @@ struct Dump<'a> {
 }
 
 /// What one thread works on at a time.
-struct Slice {
-    /// Its place among the slices in which there is data.
+struct Batch {
+    /// Its place among the batches in which there is data.
     number: usize,
     region: usize,
     /// Offsets in the region.
@@ -146,30 +147,30 @@ struct Found {
     unreadable: Vec<Range<u64>>,
 }
 
-struct Worker {
-    slice: Item,
-    /// What the source says of the slice, and what is kept of it.
+struct DumpWorker {
+    data: BatchBuffer,
+    /// What the source says of the batch, and what is kept of it.
     found: Vec<Range<u64>>,
     ranges: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
-    /// What the slice before left over, and a unit that does not lie together.
+    /// What the batch before left over, and a block that does not lie together.
     head: Vec<u8>,
     room: Vec<u8>,
-    /// And the buffer for compressed blocks, with their lengths; it is with the shelf meanwhile.
-    packing: Option<(Packer, Option<Noted>)>,
-    part: PartWorker,
+    /// And the buffer for compressed blocks, with their lengths; it is with the reorder buffer meanwhile.
+    packing: Option<(Packer, Option<AnnotatedBatch>)>,
+    position_worker: PositionedWorker,
 }
 
-/// The turns that the bytes of a slice take.
+/// The turns that the bytes of a batch take.
 struct Stages {
-    data: Turns,
+    data: Sequencer,
     /// Where blocks are compressed: the frame.
-    frame: Option<Shelf>,
+    frame: Option<ReorderBuffer>,
 }
 
-/// Bytes that the blocks of a slice may take, with one begun by the slice before.
+/// Bytes that the blocks of a batch may take, with one begun by the batch before.
 fn most_packed(block_size: usize) -> usize {
-    (SLICE_BYTES + block_size).div_ceil(block_size) * lz4::most_stored(block_size)
+    (DUMP_BATCH_BYTES + block_size).div_ceil(block_size) * lz4::most_stored(block_size)
 }
 
 impl<'a> Dump<'a> {
@@ -185,22 +186,28 @@ impl<'a> Dump<'a> {
         }
     }
 
-    fn run(&self, parts: &Parts, threads: usize, poll: &mut Poll<'_>) -> Result<Stored> {
+    fn run(&self, positioned: &PositionedWriter, threads: usize, interrupt: &mut Interrupt<'_>) -> Result<Stored> {
         let block_size = self.options.block_size_bytes;
         let header = lz4::header(block_size).filter(|_| self.options.compress);
         let stages = match header {
-            None => Stages { data: Turns::new(parts.unit_bytes(), &[]), frame: None },
+            None => Stages { data: Sequencer::new(positioned.alignment_bytes(), &[]), frame: None },
             Some(header) => Stages {
-                data: Turns::new(block_size, &[]),
-                frame: Some(Shelf::new(parts.unit_bytes(), &header, most_packed(block_size), threads * 2 + SHELVED)),
+                data: Sequencer::new(block_size, &[]),
+                frame: Some(ReorderBuffer::new(
+                    positioned.alignment_bytes(),
+                    &header,
+                    most_packed(block_size),
+                    threads * 2 + MAX_WAITING_BATCHES,
+                )),
             },
         };
-        let most = usize::try_from(self.logical_bytes.div_ceil(SLICE_BYTES as u64)).map_or(threads, |most| most.max(1));
+        let most =
+            usize::try_from(self.logical_bytes.div_ceil(DUMP_BATCH_BYTES as u64)).map_or(threads, |most| most.max(1));
         let mut workers: Vec<_> =
-            (0..threads.min(most)).map(|_| Self::worker(&stages, parts)).collect::<Result<_>>()?;
-        let result = for_each_polled(&mut workers, self.slices(), poll, |worker, slice, poll| {
-            let _guards = (stages.data.guard(), stages.frame.as_ref().map(Shelf::guard));
-            slice.and_then(|slice| self.slice(&stages, parts, worker, &slice, poll)).map_err(|error| {
+            (0..threads.min(most)).map(|_| Self::worker(&stages, positioned)).collect::<Result<_>>()?;
+        let result = for_each_interruptible(&mut workers, self.batches(), interrupt, |worker, batch, interrupt| {
+            let _guards = (stages.data.guard(), stages.frame.as_ref().map(ReorderBuffer::guard));
+            batch.and_then(|batch| self.batch(&stages, positioned, worker, &batch, interrupt)).map_err(|error| {
                 // Before the others are woken, which would tell only that they were.
                 lock(&self.failure).get_or_insert(error);
                 stages.fail();
@@ -214,29 +221,30 @@ impl<'a> Dump<'a> {
         stages.finish(self.options)
     }
 
-    fn worker(stages: &Stages, parts: &Parts) -> Result<Worker> {
-        let packing = stages.frame.as_ref().map(|shelf| Ok::<_, Error>((Packer::new(), shelf.item()?))).transpose()?;
-        Ok(Worker {
-            slice: stages.data.item(SLICE_BYTES)?,
+    fn worker(stages: &Stages, positioned: &PositionedWriter) -> Result<DumpWorker> {
+        let packing =
+            stages.frame.as_ref().map(|reordered| Ok::<_, Error>((Packer::new(), reordered.batch()?))).transpose()?;
+        Ok(DumpWorker {
+            data: stages.data.batch(DUMP_BATCH_BYTES)?,
             found: Vec::new(),
             ranges: Vec::new(),
             unreadable: Vec::new(),
             head: Vec::new(),
             room: Vec::new(),
             packing,
-            part: parts.worker(),
+            position_worker: positioned.worker(),
         })
     }
 
-    /// The slices in which there is data. A hole costs nothing, however long it is.
-    fn slices(&self) -> impl Iterator<Item = Result<Slice>> + Send {
+    /// The batches in which there is data. A hole costs nothing, however long it is.
+    fn batches(&self) -> impl Iterator<Item = Result<Batch>> + Send {
         let (mut region, mut at, mut number) = (0, 0, 0);
         std::iter::from_fn(move || {
             loop {
                 let source = &*self.regions.get(region)?.source;
                 let size = source.size();
                 let next = match if at < size { self.next_data(source, at) } else { Ok(None) } {
-                    // Slices begin where they would without holes, so that the list of ranges does not depend on them.
+                    // Batches begin where they would without holes, so that the list of ranges does not depend on them.
                     Ok(next) => next.map(|next| next.max(at)).filter(|next| *next < size),
                     Err(error) => {
                         let error = Error::io("cannot be searched for holes", error);
@@ -248,11 +256,11 @@ impl<'a> Dump<'a> {
                     (region, at) = (region + 1, 0);
                     continue;
                 };
-                let start = next / SLICE_BYTES as u64 * SLICE_BYTES as u64;
+                let start = next / DUMP_BATCH_BYTES as u64 * DUMP_BATCH_BYTES as u64;
                 self.done.fetch_add(start - at, Ordering::Relaxed);
-                at = size.min(start + SLICE_BYTES as u64);
+                at = size.min(start + DUMP_BATCH_BYTES as u64);
                 number += 1;
-                return Some(Ok(Slice { number: number - 1, region, range: start..at }));
+                return Some(Ok(Batch { number: number - 1, region, range: start..at }));
             }
         })
     }
@@ -265,77 +273,77 @@ impl<'a> Dump<'a> {
         error.context(format!("guest memory of the region at {:#x}", self.regions[region].guest_base))
     }
 
-    fn slice(
+    fn batch(
         &self,
         stages: &Stages,
-        parts: &Parts,
-        worker: &mut Worker,
-        slice: &Slice,
-        poll: &mut Poll<'_>,
+        positioned: &PositionedWriter,
+        worker: &mut DumpWorker,
+        batch: &Batch,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        let Slice { number, region, range: Range { start, end } } = *slice;
-        worker.slice.clear();
+        let Batch { number, region, range: Range { start, end } } = *batch;
+        worker.data.clear();
         worker.ranges.clear();
         let bytes = self.regions[region].source.bytes();
         let in_place = bytes.is_some_and(|bytes| self.scan(region, start..end, bytes, worker));
         if !in_place {
             self.gather(region, start..end, worker).map_err(|error| self.in_region(region, error))?;
         }
-        let Worker { slice, ranges, unreadable, head, packing, part, room, .. } = worker;
+        let DumpWorker { data, ranges, unreadable, head, packing, position_worker, room, .. } = worker;
         self.ranges.fetch_add(ranges.len(), Ordering::Relaxed);
         let found = || lock(&self.found).add(region, ranges, unreadable);
-        let mut units = Rope::new();
+        let mut aligned = Rope::new();
         let offset;
         if let Some(bytes) = bytes.filter(|_| in_place) {
-            ranges.iter().filter_map(|range| part_of(bytes, range)).for_each(|run| units.push(run));
-            (offset, units) = stages.data.take_in_place(number, &units, head, poll, found)?;
+            ranges.iter().filter_map(|range| bytes_in(bytes, range)).for_each(|run| aligned.push(run));
+            (offset, aligned) = stages.data.take_in_place(number, &aligned, head, interrupt, found)?;
         } else {
-            let (at, taken) = stages.data.take(number, slice, poll, found)?;
-            units.push(taken);
+            let (at, taken) = stages.data.take(number, data, interrupt, found)?;
+            aligned.push(taken);
             offset = at;
         }
         match (packing, &stages.frame) {
-            (Some((packer, buffer)), Some(shelf)) => {
+            (Some((packer, buffer)), Some(reordered)) => {
                 let (mut packed, mut lengths) = buffer.take().ok_or_else(Error::interrupted)?;
-                units.units(self.options.block_size_bytes, room, |block| {
+                aligned.in_steps(self.options.block_size_bytes, room, |block| {
                     let length = packer.pack(block, packed.spare())?;
                     packed.grow(lz4::SIZE_WORD_BYTES + length);
                     lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
                     Result::Ok(())
                 })?;
-                let write = |offset, units: &[u8]| {
+                let write = |offset, aligned: &[u8]| {
                     let mut rope = Rope::new();
-                    rope.push(units);
-                    parts.write(part, offset, &rope)
+                    rope.push(aligned);
+                    positioned.write(position_worker, offset, &rope)
                 };
-                *buffer = Some(shelf.put(number, (packed, lengths), poll, write)?);
+                *buffer = Some(reordered.put(number, (packed, lengths), interrupt, write)?);
             }
-            _ => parts.write(part, offset, &units)?,
+            _ => positioned.write(position_worker, offset, &aligned)?,
         }
         self.done.fetch_add(end - start, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Finds what is to be stored of a slice of bytes that do not change; false where not all of them can be read.
-    fn scan(&self, region: usize, slice: Range<u64>, bytes: &[u8], worker: &mut Worker) -> bool {
+    /// Finds what is to be stored of a batch of bytes that do not change; false where not all of them can be read.
+    fn scan(&self, region: usize, batch: Range<u64>, bytes: &[u8], worker: &mut DumpWorker) -> bool {
         let source = &*self.regions[region].source;
         let min_gap = self.min_gap();
         worker.found.clear();
-        if !self.options.sparse || source.data_ranges(slice.clone(), &mut worker.found).is_err() {
+        if !self.options.sparse || source.data_ranges(batch.clone(), &mut worker.found).is_err() {
             worker.found.clear();
-            worker.found.push(slice.clone());
+            worker.found.push(batch.clone());
         }
-        let mut at = slice.start;
+        let mut at = batch.start;
         for data in &worker.found {
-            let range = data.start.max(at)..data.end.min(slice.end);
-            let Some(part) = part_of(bytes, &range) else { continue };
+            let range = data.start.max(at)..data.end.min(batch.end);
+            let Some(run) = bytes_in(bytes, &range) else { continue };
             // A mapping may have pages that must not be touched.
-            if !readable(part).is_ok_and(|readable| readable == part.len()) {
+            if !readable(run).is_ok_and(|readable| readable == run.len()) {
                 worker.ranges.clear();
                 return false;
             }
             if self.options.detect_zeros {
-                find_data(part, range.start, min_gap, &mut worker.ranges);
+                find_data(run, range.start, min_gap, &mut worker.ranges);
             } else {
                 append_near(&mut worker.ranges, range.clone(), min_gap);
             }
@@ -346,27 +354,27 @@ impl<'a> Dump<'a> {
 
     /// Shorter gaps are stored as zeros.
     fn min_gap(&self) -> u64 {
-        let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_A_DOUBLING;
+        let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_PER_GAP_DOUBLING;
         self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20))
     }
 
-    /// Reads the data of a slice into the worker's buffer, without zeros.
-    fn gather(&self, region: usize, slice: Range<u64>, worker: &mut Worker) -> Result<()> {
+    /// Reads the data of a batch into the worker's buffer, without zeros.
+    fn gather(&self, region: usize, batch: Range<u64>, worker: &mut DumpWorker) -> Result<()> {
         let source = &*self.regions[region].source;
         let min_gap = self.min_gap();
         let mut found = std::mem::take(&mut worker.found);
         found.clear();
         let looked = if self.options.sparse {
-            source.data_ranges(slice.clone(), &mut found)
+            source.data_ranges(batch.clone(), &mut found)
         } else {
-            found.push(slice.clone());
+            found.push(batch.clone());
             Ok(())
         };
         looked.map_err(|error| Error::io("cannot be searched for holes", error))?;
-        let mut at = slice.start;
+        let mut at = batch.start;
         for data in &found {
             // Whatever a source says, nothing is taken twice or from elsewhere.
-            let (start, end) = (data.start.max(at), data.end.min(slice.end));
+            let (start, end) = (data.start.max(at), data.end.min(batch.end));
             if start >= end {
                 continue;
             }
@@ -375,19 +383,19 @@ impl<'a> Dump<'a> {
             {
                 // A hole too short to be told; the zeros after it may yet be.
                 let gap = usize::try_from(start - last.end).unwrap_or(0);
-                worker.slice.spare()[..gap].fill(0);
-                worker.slice.grow(gap);
+                worker.data.spare()[..gap].fill(0);
+                worker.data.grow(gap);
                 last.end = start;
             }
             let length = usize::try_from(end - start).unwrap_or(0);
-            self.read(region, start, &mut worker.slice.spare()[..length], &mut worker.unreadable)?;
+            self.read(region, start, &mut worker.data.spare()[..length], &mut worker.unreadable)?;
             let kept = if self.options.detect_zeros {
-                drop_zeros(&mut worker.slice.spare()[..length], start, min_gap, &mut worker.ranges)
+                drop_zeros(&mut worker.data.spare()[..length], start, min_gap, &mut worker.ranges)
             } else {
                 append(&mut worker.ranges, start..end);
                 length
             };
-            worker.slice.grow(kept);
+            worker.data.grow(kept);
             at = end;
         }
         worker.found = found;
@@ -425,18 +433,18 @@ impl<'a> Dump<'a> {
 impl Stages {
     fn fail(&self) {
         self.data.fail();
-        if let Some(shelf) = &self.frame {
-            shelf.fail();
+        if let Some(reordered) = &self.frame {
+            reordered.fail();
         }
     }
 
-    /// What is left when all slices were taken: the last block, and the end mark.
+    /// What is left when all batches were taken: the last block, and the end mark.
     fn finish(self, options: &MemoryOptions) -> Result<Stored> {
         let data = self.data.rest();
-        let Some(shelf) = self.frame else {
+        let Some(reordered) = self.frame else {
             return Ok(Stored { rest: data, block_lengths: None });
         };
-        let (mut rest, mut lengths) = shelf.rest();
+        let (mut rest, mut lengths) = reordered.rest();
         if !data.carry.is_empty() {
             let mut packed = buffer::zeros(lz4::most_stored(options.block_size_bytes))?;
             let length = Packer::new().pack(&data.carry, &mut packed)?;
@@ -450,7 +458,7 @@ impl Stages {
 }
 
 impl Found {
-    /// Adds what is in a slice, in the order of the slices.
+    /// Adds what is in a batch, in the order of the batches.
     fn add(&mut self, region: usize, ranges: &[Range<u64>], unreadable: &mut Vec<Range<u64>>) -> Result<()> {
         buffer::reserve(&mut self.ranges[region], ranges.len())?;
         for range in ranges {

@@ -4,12 +4,12 @@ use std::fmt;
 use std::ops::Range;
 
 use super::data::Data;
-use super::layout::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
+use super::metadata::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
 use crate::error::{Error, Result};
 use crate::reader::SnapshotReader;
 
-/// Reads up to this size go through the cache of pieces: they are of a caller who looks here and there.
-const SMALL_BYTES: usize = 256 << 10;
+/// Reads up to this size go through the cache of blocks: they are of a caller who looks here and there.
+const MAX_CACHED_READ_BYTES: usize = 256 << 10;
 
 /// The guest memory in a snapshot, vmsnap's or crosvm's.
 ///
@@ -98,20 +98,20 @@ impl GuestMemory {
     /// [`Error::is_invalid_argument`] where there is no such memory; [`Error::is_authentication`] and [`Error::is_corrupt`] where
     /// it is not what was written; `buf` is all zeros then.
     pub fn read_at(&self, guest_address: u64, buf: &mut [u8]) -> Result<()> {
-        self.read_at_polled(guest_address, buf, &mut || Ok(()))
+        self.read_at_interruptible(guest_address, buf, &mut || Ok(()))
     }
 
-    pub(crate) fn read_at_polled(
+    pub(crate) fn read_at_interruptible(
         &self,
         guest_address: u64,
         buf: &mut [u8],
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let (region, offset) = self.find(guest_address, buf.len() as u64)?;
-        let result = if buf.len() <= SMALL_BYTES {
+        let result = if buf.len() <= MAX_CACHED_READ_BYTES {
             self.read_here_and_there(region, offset, buf)
         } else {
-            self.read_by_all(region, offset, buf, poll)
+            self.read_by_all(region, offset, buf, interrupt)
         };
         result.map_err(|error| {
             buf.fill(0);

@@ -9,9 +9,9 @@
 //! pagemap.rs   which pages it has
 //! stop.rs      StoppedProcess: it stands still meanwhile
 //! zeros.rs     pages of zeros
-//! turns.rs     one stream of bytes, brought by several threads
+//! reorder.rs   one stream of bytes, brought by several threads
 //! lz4.rs       one LZ4 frame, made and read block by block
-//! layout.rs    the metadata: which memory is where
+//! metadata.rs  the fragment `mem_metadata`: which memory is where
 //! ranges.rs    ranges of data: put together, and found among zeros
 //! options.rs   what is asked of a dump, and what it tells
 //! dump.rs      SnapshotWriter::write_memory
@@ -28,9 +28,9 @@ mod destination;
 mod dump;
 mod file;
 mod guest_memory;
-mod layout;
 mod lz4;
 mod mappings;
+mod metadata;
 mod options;
 mod own_mappings;
 mod pagemap;
@@ -38,17 +38,17 @@ mod pages;
 mod process;
 mod process_range;
 mod ranges;
+mod reorder;
 mod restore;
 mod source;
 mod stop;
-mod turns;
 mod zeros;
 
 pub use destination::GuestDestination;
 pub use file::FileMemory;
 pub use guest_memory::GuestMemory;
 #[cfg(any(test, fuzzing))]
-pub(crate) use layout::Metadata;
+pub(crate) use metadata::Metadata;
 pub use options::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 #[cfg(feature = "python")]
 pub(crate) use pages::{populate, readable};

@@ -20,10 +20,10 @@ const SWAPPED: u64 = 1 << 62;
 const GUARD: u64 = 1 << 58;
 
 /// Entries that are read together at most: those of 128 MiB.
-const ENTRIES: usize = 1 << 15;
+const MAX_ENTRIES: usize = 1 << 15;
 
-/// Ranges that the kernel tells together: all that a slice of 128 pages can have.
-const REGIONS: usize = 64;
+/// Ranges that the kernel tells together: all that a batch of 128 pages can have.
+const MAX_REGIONS: usize = 64;
 
 /// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED`.
 const IS_THERE: u64 = 8 | 16;
@@ -49,7 +49,7 @@ struct Scan {
 /// `struct page_region`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Region {
+struct PageRegion {
     start: u64,
     end: u64,
     categories: u64,
@@ -167,7 +167,7 @@ pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T>
 fn entries(file: &File, addresses: &Range<u64>) -> io::Result<Vec<u64>> {
     let first = addresses.start / page_bytes();
     let wanted = addresses.end.div_ceil(page_bytes()) - first;
-    let mut bytes = vec![0; usize::try_from(wanted).map_or(ENTRIES, |count| count.min(ENTRIES)) * ENTRY_BYTES];
+    let mut bytes = vec![0; usize::try_from(wanted).map_or(MAX_ENTRIES, |count| count.min(MAX_ENTRIES)) * ENTRY_BYTES];
     let length = retry(|| file.read_at(&mut bytes, first * ENTRY_BYTES as u64))?;
     let entries: Vec<_> = bytes[..length].as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect();
     // Of a process that has ended there is none.
@@ -176,13 +176,13 @@ fn entries(file: &File, addresses: &Range<u64>) -> io::Result<Vec<u64>> {
 
 /// As [`PageMap::look`], by the kernel.
 fn scan(file: &File, addresses: &Range<u64>, most: u64, there: &mut Vec<Range<u64>>) -> io::Result<u64> {
-    let mut regions = [Region::default(); REGIONS];
+    let mut regions = [PageRegion::default(); MAX_REGIONS];
     let mut scan = Scan {
         size: size_of::<Scan>() as u64,
         start: page_start(addresses.start),
         end: page_start(addresses.end.saturating_add(page_bytes() - 1)),
         regions: regions.as_mut_ptr().expose_provenance() as u64,
-        regions_length: REGIONS as u64,
+        regions_length: MAX_REGIONS as u64,
         max_pages: most,
         category_anyof_mask: IS_THERE,
         ..Scan::default()
@@ -194,7 +194,7 @@ fn scan(file: &File, addresses: &Range<u64>, most: u64, there: &mut Vec<Range<u6
     if scan.walk_end <= addresses.start {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    for region in &regions[..count.min(REGIONS)] {
+    for region in &regions[..count.min(MAX_REGIONS)] {
         let (start, end) = (region.start.max(addresses.start), region.end.min(addresses.end));
         if start < end {
             there.push(start..end);

@@ -16,15 +16,15 @@ use rustix::mm::{Advice, madvise};
 use super::own_mappings::{Backing, is_permitted};
 use super::zeros::{PAGE_BYTES, is_zero};
 
-/// Makes a part of a buffer zero, and gives its pages back where that can be.
-pub(super) fn make_zero(part: &mut [u8], backing: Backing) -> io::Result<()> {
+/// Makes a range of a buffer zero, and gives its pages back where that can be.
+pub(super) fn make_zero(bytes: &mut [u8], backing: Backing) -> io::Result<()> {
     let advice = match backing {
         Backing::Zeros => return Ok(()),
         Backing::Anonymous => Advice::LinuxDontNeed,
         Backing::Shared => Advice::LinuxRemove,
-        Backing::Other => return fill_with_zeros(part),
+        Backing::Other => return fill_with_zeros(bytes),
     };
-    let (head, pages, tail) = whole_pages(part);
+    let (head, pages, tail) = whole_pages(bytes);
     for edge in [head, tail] {
         fill_with_zeros(edge)?;
     }
@@ -43,7 +43,7 @@ pub(super) fn make_zero(part: &mut [u8], backing: Backing) -> io::Result<()> {
 /// A transparent huge page of `x86_64`, and of aarch64 with pages of 4 KiB.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Asks for huge pages where a part of a buffer fills them.
+/// Asks for huge pages where a range of a buffer fills them.
 pub(super) fn want_huge_pages(buffer: &mut [u8], start: u64, end: u64) {
     let base = buffer.as_ptr().addr();
     let at = |offset: u64| usize::try_from(offset).map_or(usize::MAX, |offset| base.saturating_add(offset));
@@ -62,16 +62,16 @@ pub(super) fn want_huge_pages(buffer: &mut [u8], start: u64, end: u64) {
 /// # Errors
 ///
 /// Where one of them cannot be had; it must not be touched then.
-pub(crate) fn populate(part: &mut [u8]) -> io::Result<()> {
-    advise(part.as_ptr_range(), Advice::LinuxPopulateWrite)
+pub(crate) fn populate(bytes: &mut [u8]) -> io::Result<()> {
+    advise(bytes.as_ptr_range(), Advice::LinuxPopulateWrite)
 }
 
-/// Where the first page of a part begins that cannot be had; 0 where all can.
-pub(super) fn first_missing(part: &[u8]) -> usize {
+/// Where the first page of a range begins that cannot be had; 0 where all can.
+pub(super) fn first_missing(bytes: &[u8]) -> usize {
     let mut at = 0;
-    while at < part.len() {
-        let page = page_after(&part[at..]);
-        if advise(part[at..at + page].as_ptr_range(), Advice::LinuxPopulateWrite).is_err() {
+    while at < bytes.len() {
+        let page = page_after(&bytes[at..]);
+        if advise(bytes[at..at + page].as_ptr_range(), Advice::LinuxPopulateWrite).is_err() {
             return at;
         }
         at += page;
@@ -79,18 +79,18 @@ pub(super) fn first_missing(part: &[u8]) -> usize {
     0
 }
 
-/// How many bytes from the beginning of a part can be read, at least one.
+/// How many bytes from the beginning of a range can be read, at least one.
 ///
 /// # Errors
 ///
 /// Why the first of them cannot be; it must not be touched then.
-pub(crate) fn readable(part: &[u8]) -> io::Result<usize> {
-    let Err(error) = advise(part.as_ptr_range(), Advice::LinuxPopulateRead) else { return Ok(part.len()) };
+pub(crate) fn readable(bytes: &[u8]) -> io::Result<usize> {
+    let Err(error) = advise(bytes.as_ptr_range(), Advice::LinuxPopulateRead) else { return Ok(bytes.len()) };
     // The pages before the first bad one are there now, so that this costs little more than looking at them.
     let mut good = 0;
-    while good < part.len() {
-        let page = page_after(&part[good..]);
-        match advise(part[good..good + page].as_ptr_range(), Advice::LinuxPopulateRead) {
+    while good < bytes.len() {
+        let page = page_after(&bytes[good..]);
+        match advise(bytes[good..good + page].as_ptr_range(), Advice::LinuxPopulateRead) {
             Ok(()) => good += page,
             Err(_) if good > 0 => break,
             Err(error) => return Err(error),
@@ -99,14 +99,14 @@ pub(crate) fn readable(part: &[u8]) -> io::Result<usize> {
     if good == 0 { Err(error) } else { Ok(good) }
 }
 
-/// Asks for all pages of which a part has some; quiet where the kernel cannot.
-fn advise(part: Range<*const u8>, advice: Advice) -> io::Result<()> {
+/// Asks for all pages of which a range has some; quiet where the kernel cannot.
+fn advise(range: Range<*const u8>, advice: Advice) -> io::Result<()> {
     let page = rustix::param::page_size();
-    let (first, end) = (part.start.addr() / page * page, part.end.addr());
-    if part.is_empty() {
+    let (first, end) = (range.start.addr() / page * page, range.end.addr());
+    if range.is_empty() {
         return Ok(());
     }
-    let (start, length) = (part.start.with_addr(first).cast_mut().cast(), end - first);
+    let (start, length) = (range.start.with_addr(first).cast_mut().cast(), end - first);
     loop {
         // SAFETY: both kinds of advice that are given here change no byte of any page, neither of ours nor of a neighbour's on
         // the same page.
@@ -136,20 +136,20 @@ fn populates() -> bool {
 }
 
 /// Bytes up to the next page, or to the end.
-fn page_after(part: &[u8]) -> usize {
+fn page_after(bytes: &[u8]) -> usize {
     let page = rustix::param::page_size();
-    (page - part.as_ptr().addr() % page).min(part.len())
+    (page - bytes.as_ptr().addr() % page).min(bytes.len())
 }
 
 /// Writes only to pages that are not zero: the others may not be resident, or be a file's.
-fn fill_with_zeros(part: &mut [u8]) -> io::Result<()> {
-    let mut rest = part;
+fn fill_with_zeros(bytes: &mut [u8]) -> io::Result<()> {
+    let mut rest = bytes;
     while !rest.is_empty() {
-        let (piece, later) = rest.split_at_mut(rest.len().min(FILLED_BYTES));
-        if readable(piece)? < piece.len() {
+        let (batch, later) = rest.split_at_mut(rest.len().min(ZERO_FILL_BATCH_BYTES));
+        if readable(batch)? < batch.len() {
             return Err(Errno::FAULT.into());
         }
-        let mut pages = piece;
+        let mut pages = batch;
         while !pages.is_empty() {
             let (page, others) = pages.split_at_mut(page_after(pages).min(PAGE_BYTES));
             if !is_zero(page) {
@@ -164,12 +164,12 @@ fn fill_with_zeros(part: &mut [u8]) -> io::Result<()> {
 }
 
 /// Looked at together.
-const FILLED_BYTES: usize = 1 << 20;
+const ZERO_FILL_BATCH_BYTES: usize = 1 << 20;
 
-fn whole_pages(part: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
+fn whole_pages(bytes: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
     let page = rustix::param::page_size();
-    let head = part.as_ptr().align_offset(page).min(part.len());
-    let (head, rest) = part.split_at_mut(head);
+    let head = bytes.as_ptr().align_offset(page).min(bytes.len());
+    let (head, rest) = bytes.split_at_mut(head);
     let whole = rest.len() / page * page;
     let (pages, tail) = rest.split_at_mut(whole);
     (head, pages, tail)

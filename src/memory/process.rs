@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use super::file::{FileMemory, OpenFile};
 use super::mappings::{Mapping, Serving, mappings};
 use super::pagemap::{PageMap, retry};
-use super::process_range::{Held, Piece, ProcessRange};
+use super::process_range::{HeldRange, PageHolder, ProcessRange};
 use super::source::{GuestMemorySource, is_of_page};
 use super::stop::StoppedProcess;
 use crate::error::{Error, Result};
@@ -120,20 +120,20 @@ impl ProcessMemory {
         if !address.is_multiple_of(rustix::param::page_size() as u64) {
             return refused("the range does not begin with a page");
         }
-        let pieces = process.pieces(address..end);
-        if size > 0 && pieces.iter().all(|piece| matches!(piece.held, Held::Nowhere)) {
+        let ranges = process.held_ranges(address..end);
+        if size > 0 && ranges.iter().all(|range| matches!(range.holder, PageHolder::Nowhere)) {
             return refused("nothing is mapped in the range; /proc/PID/maps tells what is");
         }
-        Ok(ProcessRange { process: Arc::clone(process), addresses: address..end, pieces })
+        Ok(ProcessRange { process: Arc::clone(process), addresses: address..end, ranges })
     }
 }
 
 impl Process {
-    fn pieces(&self, addresses: Range<u64>) -> Vec<Piece> {
-        let (mut pieces, mut at) = (Vec::new(), addresses.start);
-        let mut add = |to: u64, held: Held| {
+    fn held_ranges(&self, addresses: Range<u64>) -> Vec<HeldRange> {
+        let (mut ranges, mut at) = (Vec::new(), addresses.start);
+        let mut add = |to: u64, holder: PageHolder| {
             if to > at {
-                pieces.push(Piece { addresses: at..to, held });
+                ranges.push(HeldRange { addresses: at..to, holder });
                 at = to;
             }
         };
@@ -143,9 +143,9 @@ impl Process {
             if start >= end {
                 continue;
             }
-            add(start, Held::Nowhere);
+            add(start, PageHolder::Nowhere);
             if self.serving.brings(mapping) {
-                add(end, Held::Awaited);
+                add(end, PageHolder::Awaited);
                 continue;
             }
             let file = if mapping.opaque || !mapping.has_file() { None } else { self.file(mapping) };
@@ -156,15 +156,15 @@ impl Process {
                     let pages = file.length().saturating_sub(offset) & !(rustix::param::page_size() as u64 - 1);
                     let part = FileMemory::within(file, offset, pages.min(end - start));
                     let file_end = start + part.size();
-                    add(file_end, if mapping.shared { Held::Shared(part) } else { Held::Private(part) });
-                    add(end, Held::Opaque);
+                    add(file_end, if mapping.shared { PageHolder::Shared(part) } else { PageHolder::Private(part) });
+                    add(end, PageHolder::Opaque);
                 }
-                None if mapping.is_anonymous() => add(end, Held::Anonymous),
-                None => add(end, Held::Opaque),
+                None if mapping.is_anonymous() => add(end, PageHolder::Anonymous),
+                None => add(end, PageHolder::Opaque),
             }
         }
-        add(addresses.end, Held::Nowhere);
-        pieces
+        add(addresses.end, PageHolder::Nowhere);
+        ranges
     }
 
     /// The file of a mapping, if it can be opened: by what the kernel has for it, for which root is needed, or by a

@@ -1,4 +1,4 @@
-//! A range of addresses of a live process as guest memory: of each part of it, what holds its pages.
+//! A range of addresses of a live process as guest memory: with the holder of the pages of each range.
 
 use std::io;
 use std::ops::Range;
@@ -15,18 +15,18 @@ pub struct ProcessRange {
     pub(super) process: Arc<Process>,
     pub(super) addresses: Range<u64>,
     /// All of it, in ascending order.
-    pub(super) pieces: Vec<Piece>,
+    pub(super) ranges: Vec<HeldRange>,
 }
 
 #[derive(Debug)]
-pub(super) struct Piece {
+pub(super) struct HeldRange {
     pub(super) addresses: Range<u64>,
-    pub(super) held: Held,
+    pub(super) holder: PageHolder,
 }
 
-/// What holds the pages of a piece.
+/// What holds the pages of a range.
 #[derive(Debug)]
-pub(super) enum Held {
+pub(super) enum PageHolder {
     /// The process alone: what is not there is zero.
     Anonymous,
     /// A file, whoever maps it.
@@ -47,12 +47,12 @@ fn awaited() -> io::Error {
 }
 
 impl ProcessRange {
-    /// The pieces that hold some of a range of offsets, with the addresses they hold.
-    fn held(&self, offsets: Range<u64>) -> impl Iterator<Item = (&Piece, Range<u64>)> {
+    /// The ranges that hold some of a range of offsets, with the addresses they hold.
+    fn held(&self, offsets: Range<u64>) -> impl Iterator<Item = (&HeldRange, Range<u64>)> {
         let (start, end) = (self.addresses.start + offsets.start, self.addresses.start + offsets.end);
-        let first = self.pieces.partition_point(|piece| piece.addresses.end <= start);
-        let pieces = self.pieces[first..].iter().take_while(move |piece| piece.addresses.start < end);
-        pieces.map(move |piece| (piece, piece.addresses.start.max(start)..piece.addresses.end.min(end)))
+        let first = self.ranges.partition_point(|range| range.addresses.end <= start);
+        let ranges = self.ranges[first..].iter().take_while(move |range| range.addresses.start < end);
+        ranges.map(move |range| (range, range.addresses.start.max(start)..range.addresses.end.min(end)))
     }
 }
 
@@ -63,32 +63,32 @@ impl GuestMemorySource for ProcessRange {
 
     fn data_ranges(&self, within: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
         let base = self.addresses.start;
-        for (piece, addresses) in self.held(within) {
-            // Where the piece begins, in the region: what a file finds is told from there.
-            let first = piece.addresses.start - base;
+        for (range, addresses) in self.held(within) {
+            // Where the range begins, in the region: what a file finds is told from there.
+            let first = range.addresses.start - base;
             let of_file = |file: &FileMemory, part: Range<u64>, found: &mut Vec<Range<u64>>| {
                 let before = found.len();
-                let start = piece.addresses.start;
+                let start = range.addresses.start;
                 file.data_ranges(part.start - start..part.end - start, found)?;
                 found[before..].iter_mut().for_each(|range| *range = first + range.start..first + range.end);
                 io::Result::Ok(())
             };
-            match &piece.held {
-                Held::Shared(file) => of_file(file, addresses, found)?,
-                Held::Anonymous => self.process.runs(addresses, |held, run| {
+            match &range.holder {
+                PageHolder::Shared(file) => of_file(file, addresses, found)?,
+                PageHolder::Anonymous => self.process.runs(addresses, |held, run| {
                     if held {
                         found.push(run.start - base..run.end - base);
                     }
                     Ok(())
                 })?,
-                Held::Private(file) => self.process.runs(addresses, |held, run| {
+                PageHolder::Private(file) => self.process.runs(addresses, |held, run| {
                     if held {
                         found.push(run.start - base..run.end - base);
                         return Ok(());
                     }
                     of_file(file, run, found)
                 })?,
-                Held::Opaque | Held::Awaited | Held::Nowhere => {
+                PageHolder::Opaque | PageHolder::Awaited | PageHolder::Nowhere => {
                     found.push(addresses.start - base..addresses.end - base);
                 }
             }
@@ -98,22 +98,22 @@ impl GuestMemorySource for ProcessRange {
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         let base = self.addresses.start;
-        for (piece, addresses) in self.held(offset.min(self.size())..self.size()) {
-            let start = piece.addresses.start;
+        for (range, addresses) in self.held(offset.min(self.size())..self.size()) {
+            let start = range.addresses.start;
             let of_file = |file: &FileMemory| {
                 let next = file.next_data(addresses.start - start)?;
                 io::Result::Ok(next.map(|next| start + next))
             };
-            let next = match &piece.held {
-                Held::Shared(file) => of_file(file)?,
-                Held::Anonymous => self.process.next(addresses)?,
-                Held::Private(file) => {
+            let next = match &range.holder {
+                PageHolder::Shared(file) => of_file(file)?,
+                PageHolder::Anonymous => self.process.next(addresses)?,
+                PageHolder::Private(file) => {
                     let of_file = of_file(file)?;
                     // No further than where the file has some.
                     let own = self.process.next(addresses.start..of_file.unwrap_or(addresses.end))?;
                     own.or(of_file)
                 }
-                Held::Opaque | Held::Awaited | Held::Nowhere => Some(addresses.start),
+                PageHolder::Opaque | PageHolder::Awaited | PageHolder::Nowhere => Some(addresses.start),
             };
             if let Some(next) = next {
                 return Ok(Some(next - base));
@@ -124,11 +124,11 @@ impl GuestMemorySource for ProcessRange {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let end = self.size().min(offset.saturating_add(buf.len() as u64));
-        let Some((piece, addresses)) = self.held(offset..end).next() else {
+        let Some((range, addresses)) = self.held(offset..end).next() else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
         let in_buf = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(buf.len());
-        let start = piece.addresses.start;
+        let start = range.addresses.start;
         // The first run of pages that are the process' own, or of those that are not.
         let first_run = |addresses: Range<u64>| {
             let mut first = None;
@@ -138,17 +138,17 @@ impl GuestMemorySource for ProcessRange {
             })?;
             first.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
         };
-        match &piece.held {
-            Held::Anonymous | Held::Opaque => {
+        match &range.holder {
+            PageHolder::Anonymous | PageHolder::Opaque => {
                 let length = in_buf(&addresses);
                 self.process.read(addresses.start, &mut buf[..length])
             }
-            Held::Shared(file) => {
+            PageHolder::Shared(file) => {
                 let length = in_buf(&addresses);
                 file.read_at(addresses.start - start, &mut buf[..length])
             }
-            Held::Nowhere => Err(unreadable()),
-            Held::Private(file) => {
+            PageHolder::Nowhere => Err(unreadable()),
+            PageHolder::Private(file) => {
                 let (held, run) = first_run(addresses)?;
                 let length = in_buf(&run);
                 if held {
@@ -158,8 +158,8 @@ impl GuestMemorySource for ProcessRange {
                 }
             }
             // Without a page map, nobody knows what is there.
-            Held::Awaited if !self.process.pages.tells() => Err(awaited()),
-            Held::Awaited => {
+            PageHolder::Awaited if !self.process.pages.tells() => Err(awaited()),
+            PageHolder::Awaited => {
                 let (held, run) = first_run(addresses)?;
                 let length = in_buf(&run);
                 if held { self.process.read(run.start, &mut buf[..length]) } else { Err(awaited()) }
@@ -203,14 +203,14 @@ impl ProcessRange {
     /// Those of [`ProcessRange::fill`].
     pub fn next_readable(&self, offsets: Range<u64>) -> Result<u64> {
         let base = self.addresses.start;
-        for (piece, addresses) in self.held(offsets.clone()) {
-            match &piece.held {
-                Held::Awaited if self.process.pages.tells() => {
+        for (range, addresses) in self.held(offsets.clone()) {
+            match &range.holder {
+                PageHolder::Awaited if self.process.pages.tells() => {
                     if let Some(next) = self.process.next(addresses).map_err(|error| self.failed(error))? {
                         return Ok(next - base);
                     }
                 }
-                Held::Awaited | Held::Nowhere => {}
+                PageHolder::Awaited | PageHolder::Nowhere => {}
                 _ => {
                     for page in addresses.step_by(rustix::param::page_size()) {
                         if self.fill(page - base, &mut [0])? > 0 {

@@ -56,7 +56,7 @@ pub(super) fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut
 }
 
 /// Some of a region's bytes; None where there are none.
-pub(super) fn part_of<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
+pub(super) fn bytes_in<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
     let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
-    bytes.get(start..end).filter(|part| !part.is_empty())
+    bytes.get(start..end).filter(|bytes| !bytes.is_empty())
 }

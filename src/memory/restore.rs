@@ -4,21 +4,21 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::data::Strip;
+use super::data::ReadBuffers;
 use super::destination::{GuestDestination, OpenFile, Prepared, prepare};
 use super::guest_memory::{GuestMemory, ranges_in};
-use super::layout::Region;
+use super::metadata::Region;
 use super::options::MemoryProgress;
 use super::own_mappings::{Backing, is_on_full_file_system};
 use super::pages::{first_missing, make_zero, populate};
 use crate::error::{Error, Result};
-use crate::threads::{Poll, for_each};
+use crate::threads::{Interrupt, for_each};
 
 /// What one thread restores at a time: little of it is decrypted or decompressed twice, by the neighbour too.
-const SLICE_BYTES: usize = 4 << 20;
+const RESTORE_BATCH_BYTES: usize = 4 << 20;
 
-/// Of a slice with more holes, all pages are given back at once.
-const MAX_HOLES: usize = 32;
+/// Of a batch with more holes, all pages are given back at once.
+const MAX_HOLES_PER_BATCH: usize = 32;
 
 impl GuestMemory {
     /// Restores all regions, each to its destination, by all threads.
@@ -28,7 +28,7 @@ impl GuestMemory {
     /// [`Error::is_invalid_argument`] where the destinations are not those of the regions; nothing was written then. After any
     /// other error the destinations hold anything: [`Error::is_authentication`], [`Error::is_corrupt`], [`Error::is_io`].
     pub fn restore(&self, destinations: &mut [GuestDestination<'_>]) -> Result<()> {
-        self.restore_polled(destinations, &mut |_| Ok(()))
+        self.restore_interruptible(destinations, &mut |_| Ok(()))
     }
 
     /// The same, and asks `progress` from time to time (not more often than every 50 ms), and at the end, whether to go on.
@@ -36,7 +36,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// As there, and what `progress` returns.
-    pub fn restore_polled(
+    pub fn restore_interruptible(
         &self,
         destinations: &mut [GuestDestination<'_>],
         progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
@@ -45,26 +45,31 @@ impl GuestMemory {
             self.layout.regions.iter().zip(&*destinations).filter(|(_, destination)| !destination.is_nowhere());
         let total_bytes = chosen.map(|(region, _)| region.size).sum();
         let mut prepared = prepare(&self.layout.regions, destinations)?;
-        let mut slices = Vec::new();
+        let mut batches = Vec::new();
         for (region, destination) in self.layout.regions.iter().zip(&mut prepared) {
             match destination {
                 Prepared::Nowhere => {}
-                Prepared::Buffer(buffer, backing) => push_slices(&mut slices, region, buffer, *backing),
-                Prepared::Mapped(mapping) => push_slices(&mut slices, region, mapping.as_mut_slice(), Backing::Zeros),
+                Prepared::Buffer(buffer, backing) => push_batches(&mut batches, region, buffer, *backing),
+                Prepared::Mapped(mapping) => push_batches(&mut batches, region, mapping.as_mut_slice(), Backing::Zeros),
                 Prepared::File(file, offset) => {
-                    slices.extend(slices_with_data(region).map(|start| (region, start, Target::File(file, *offset))));
+                    batches.extend(batches_with_data(region).map(|start| (region, start, Target::File(file, *offset))));
                 }
             }
         }
         let done = AtomicU64::new(0);
-        let mut poll =
+        let mut interrupt =
             || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed).min(total_bytes), total_bytes });
-        let mut workers: Vec<_> = (0..self.threads.min(slices.len())).map(|_| Strip::default()).collect();
-        for_each(&mut workers, slices.into_iter(), &mut Poll::new(&mut poll), |strip, (region, start, target)| {
-            self.restore_slice(strip, region, start, target).map_err(|error| error.context(&self.place))?;
-            done.fetch_add(SLICE_BYTES as u64, Ordering::Relaxed);
-            Ok(())
-        })?;
+        let mut workers: Vec<_> = (0..self.threads.min(batches.len())).map(|_| ReadBuffers::default()).collect();
+        for_each(
+            &mut workers,
+            batches.into_iter(),
+            &mut Interrupt::new(&mut interrupt),
+            |buffers, (region, start, target)| {
+                self.restore_batch(buffers, region, start, target).map_err(|error| error.context(&self.place))?;
+                done.fetch_add(RESTORE_BATCH_BYTES as u64, Ordering::Relaxed);
+                Ok(())
+            },
+        )?;
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })
     }
 
@@ -74,47 +79,47 @@ impl GuestMemory {
         region: &Region,
         offset: u64,
         buf: &mut [u8],
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
-        let count = buf.len().div_ceil(SLICE_BYTES);
-        let starts = (0..count as u64).map(|number| offset + number * SLICE_BYTES as u64);
-        let slices: Vec<_> = buf.chunks_mut(SLICE_BYTES).zip(starts).collect();
-        let mut workers: Vec<_> = (0..self.threads.min(count)).map(|_| Strip::default()).collect();
-        for_each(&mut workers, slices.into_iter(), &mut Poll::new(poll), |strip, (part, start)| {
-            self.restore_slice(strip, region, start, Target::Buffer(part, Backing::Other))
+        let count = buf.len().div_ceil(RESTORE_BATCH_BYTES);
+        let starts = (0..count as u64).map(|number| offset + number * RESTORE_BATCH_BYTES as u64);
+        let batches: Vec<_> = buf.chunks_mut(RESTORE_BATCH_BYTES).zip(starts).collect();
+        let mut workers: Vec<_> = (0..self.threads.min(count)).map(|_| ReadBuffers::default()).collect();
+        for_each(&mut workers, batches.into_iter(), &mut Interrupt::new(interrupt), |buffers, (buffer, start)| {
+            self.restore_batch(buffers, region, start, Target::Buffer(buffer, Backing::Other))
         })
     }
 
     /// What lies from `start` of a region on, as far as the target goes.
-    fn restore_slice(&self, strip: &mut Strip, region: &Region, start: u64, target: Target<'_>) -> Result<()> {
+    fn restore_batch(&self, buffers: &mut ReadBuffers, region: &Region, start: u64, target: Target<'_>) -> Result<()> {
         let end = match &target {
-            Target::Buffer(part, _) => start + part.len() as u64,
-            Target::File(..) => region.size.min(start + SLICE_BYTES as u64),
+            Target::Buffer(buffer, _) => start + buffer.len() as u64,
+            Target::File(..) => region.size.min(start + RESTORE_BATCH_BYTES as u64),
         };
         let ranges = ranges_in(region, start, end);
-        let parts = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
-        // All data of a slice lies together.
+        let within = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
+        // All data of a batch lies together.
         let from = ranges.first().map_or(0, |first| first.data + (first.start.max(start) - first.start));
         match target {
             Target::Buffer(buffer, backing) => {
                 let failed = |at: u64, place: &[u8], error| not_written(region, at, place, error);
                 let base = buffer.as_ptr().addr();
-                let mut places = cut(buffer, start, parts, ranges.len() > MAX_HOLES, |at, hole| {
+                let mut places = cut(buffer, start, within, ranges.len() > MAX_HOLES_PER_BATCH, |at, hole| {
                     make_zero(hole, backing).map_err(|error| failed(at, hole, error))
                 })?;
-                self.data.scatter(strip, from, &mut places, |place| {
+                self.data.scatter(buffers, from, &mut places, |place| {
                     populate(place).map_err(|error| failed(start + (place.as_ptr().addr() - base) as u64, place, error))
                 })
             }
             Target::File(file, offset) => {
                 let Some(last) = ranges.last() else { return Ok(()) };
                 let to = last.data + (last.end.min(end) - last.start);
-                let mut parts = parts;
+                let mut within = within;
                 let mut current = start..start;
-                self.data.read(strip, from, to, |mut data| {
+                self.data.read(buffers, from, to, |mut data| {
                     while !data.is_empty() {
                         if current.is_empty() {
-                            current = parts.next().unwrap_or_default();
+                            current = within.next().unwrap_or_default();
                         }
                         let left = usize::try_from(current.end - current.start).unwrap_or(usize::MAX);
                         let (now, later) = data.split_at(left.min(data.len()));
@@ -159,7 +164,7 @@ fn cut(
     Ok(places)
 }
 
-/// Where a slice of a region goes.
+/// Where a batch of a region goes.
 enum Target<'a> {
     Buffer(&'a mut [u8], Backing),
     /// The file, which is zero where nothing was written, and where in it the region begins.
@@ -178,22 +183,25 @@ fn not_written(region: &Region, offset: u64, place: &[u8], error: io::Error) -> 
     Error::io(format!("guest-physical address {address:#x} cannot be written{text}"), error)
 }
 
-fn push_slices<'a>(
-    slices: &mut Vec<(&'a Region, u64, Target<'a>)>,
+fn push_batches<'a>(
+    batches: &mut Vec<(&'a Region, u64, Target<'a>)>,
     region: &'a Region,
     buffer: &'a mut [u8],
     backing: Backing,
 ) {
-    let parts = buffer.chunks_mut(SLICE_BYTES).enumerate();
-    slices.extend(parts.map(|(number, part)| (region, (number * SLICE_BYTES) as u64, Target::Buffer(part, backing))));
+    let buffers = buffer.chunks_mut(RESTORE_BATCH_BYTES).enumerate();
+    batches.extend(
+        buffers
+            .map(|(number, buffer)| (region, (number * RESTORE_BATCH_BYTES) as u64, Target::Buffer(buffer, backing))),
+    );
 }
 
-/// Where slices of a region begin in which there is data.
-fn slices_with_data(region: &Region) -> impl Iterator<Item = u64> + '_ {
+/// Where batches of a region begin in which there is data.
+fn batches_with_data(region: &Region) -> impl Iterator<Item = u64> + '_ {
     let mut next = 0;
     region.ranges.iter().flat_map(move |range| {
-        let first = (range.start / SLICE_BYTES as u64 * SLICE_BYTES as u64).max(next);
-        next = range.end.next_multiple_of(SLICE_BYTES as u64).max(next);
-        (first..next).step_by(SLICE_BYTES)
+        let first = (range.start / RESTORE_BATCH_BYTES as u64 * RESTORE_BATCH_BYTES as u64).max(next);
+        next = range.end.next_multiple_of(RESTORE_BATCH_BYTES as u64).max(next);
+        (first..next).step_by(RESTORE_BATCH_BYTES)
     })
 }

@@ -15,8 +15,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::process;
-use crate::threads::POLL_INTERVAL;
+use crate::process::OwnerProcess;
+use crate::threads::INTERRUPT_INTERVAL;
 
 /// Threads that are to stop are looked at this often.
 const TICK: Duration = Duration::from_micros(500);
@@ -50,7 +50,7 @@ pub struct StoppedProcess {
     hold: Option<Sender<()>>,
     /// What is traced belongs to the thread that traces it.
     tracer: Option<JoinHandle<()>>,
-    home: u64,
+    owner: OwnerProcess,
 }
 
 impl StoppedProcess {
@@ -61,15 +61,15 @@ impl StoppedProcess {
     /// [`Error::is_io`] where there is no such process, it may not be traced or somebody else traces it, or one of its threads
     /// does not stop: one deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
     pub fn stop(pid: u32, patience: Duration) -> Result<Self> {
-        Self::stop_polled(pid, patience, &mut || Ok(()))
+        Self::stop_interruptible(pid, patience, &mut || Ok(()))
     }
 
-    /// Stops the process as [`StoppedProcess::stop`] does, and asks `poll` every 50 ms whether to go on.
+    /// Stops the process as [`StoppedProcess::stop`] does, and asks `interrupt` every 50 ms whether to go on.
     ///
     /// # Errors
     ///
-    /// Those of [`StoppedProcess::stop`], and what `poll` returns.
-    pub fn stop_polled(pid: u32, patience: Duration, poll: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+    /// Those of [`StoppedProcess::stop`], and what `interrupt` returns.
+    pub fn stop_interruptible(pid: u32, patience: Duration, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let (hold, held) = mpsc::channel();
         let (tell, told) = mpsc::channel();
         let tracer = thread::Builder::new().name("vmsnap-tracer".to_owned()).spawn(move || {
@@ -85,11 +85,11 @@ impl StoppedProcess {
         let tracer =
             tracer.map_err(|error| Error::io(format!("process {pid}: no thread can be had to stop it"), error))?;
         // Dropped where it fails, so that whatever is stopped by then goes on.
-        let stopped = Self { hold: Some(hold), tracer: Some(tracer), home: process::token() };
+        let stopped = Self { hold: Some(hold), tracer: Some(tracer), owner: OwnerProcess::current() };
         loop {
-            match told.recv_timeout(POLL_INTERVAL) {
+            match told.recv_timeout(INTERRUPT_INTERVAL) {
                 Ok(result) => return result.map(|()| stopped),
-                Err(RecvTimeoutError::Timeout) => poll()?,
+                Err(RecvTimeoutError::Timeout) => interrupt()?,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::interrupted()),
             }
         }
@@ -112,7 +112,7 @@ impl Drop for StoppedProcess {
     fn drop(&mut self) {
         self.hold = None;
         // In a forked child there is no such thread, and the parent holds the process.
-        if let Some(tracer) = self.tracer.take().filter(|_| self.home == process::token()) {
+        if let Some(tracer) = self.tracer.take().filter(|_| self.owner.is_current()) {
             let _ = tracer.join();
         }
     }

@@ -1,4 +1,4 @@
-//! Python buffers as slices: anything with the buffer protocol whose bytes lie in one piece.
+//! Python buffers as slices: anything with the buffer protocol whose bytes lie in one run.
 
 #![allow(unsafe_code, reason = "a buffer's bytes are a pointer and a length")]
 
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::memory::{populate, readable};
 
-/// A buffer as `hashlib` and sockets ask for it, by `PyBUF_SIMPLE`: what does not lie in one piece is a `BufferError`.
+/// A buffer as `hashlib` and sockets ask for it, by `PyBUF_SIMPLE`: what does not lie in one run is a `BufferError`.
 struct View(Box<ffi::Py_buffer>);
 
 impl View {
@@ -49,7 +49,7 @@ impl Drop for View {
 }
 
 /// Of what may be a mapping, so many bytes are made sure of, and then used, at a time.
-const PIECE_BYTES: usize = 32 << 20;
+const TOUCHED_BATCH_BYTES: usize = 32 << 20;
 
 /// Whether an object's bytes are on the heap: pages that are there. Any other may be a mapping, of which pages cannot be had.
 fn is_on_heap(object: &Bound<'_, PyAny>) -> bool {
@@ -72,17 +72,17 @@ impl Bytes<'_> {
         self.bytes.len()
     }
 
-    /// Lets `take` have all bytes, in pieces that can be read.
-    pub(super) fn in_pieces(&self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// Lets `take` have all bytes, in batches that can be read.
+    pub(super) fn in_batches(&self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         if self.on_heap || self.bytes.is_empty() {
             return take(self.bytes);
         }
-        self.bytes.chunks(PIECE_BYTES).try_for_each(|piece| {
-            let readable = readable(piece).map_err(cannot_be_touched)?;
-            if readable < piece.len() {
+        self.bytes.chunks(TOUCHED_BATCH_BYTES).try_for_each(|batch| {
+            let readable = readable(batch).map_err(cannot_be_touched)?;
+            if readable < batch.len() {
                 return Err(cannot_be_touched(Errno::FAULT.into()));
             }
-            take(piece)
+            take(batch)
         })
     }
 }
@@ -94,17 +94,17 @@ pub(super) struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// Fills the first `length` bytes by `read`, in pieces that can be written to: it is given where each begins, and returns how
-    /// much of it there was. After an error all is zeros.
+    /// Fills the first `length` bytes by `read`, in batches that can be written to: `read` is given where each begins, and
+    /// returns how much of it there was. After an error all is zeros.
     pub(super) fn fill(self, length: usize, mut read: impl FnMut(u64, &mut [u8]) -> Result<usize>) -> Result<usize> {
         let Self { bytes, on_heap } = self;
-        let (length, piece_bytes) = (length.min(bytes.len()), if on_heap { usize::MAX } else { PIECE_BYTES });
+        let (length, batch_bytes) = (length.min(bytes.len()), if on_heap { usize::MAX } else { TOUCHED_BATCH_BYTES });
         let mut done = 0_usize;
         loop {
-            let piece = &mut bytes[done..length.min(done.saturating_add(piece_bytes))];
-            let wanted = piece.len();
-            let result = if on_heap { Ok(()) } else { populate(piece).map_err(cannot_be_touched) };
-            match result.and_then(|()| read(done as u64, piece)) {
+            let batch = &mut bytes[done..length.min(done.saturating_add(batch_bytes))];
+            let wanted = batch.len();
+            let result = if on_heap { Ok(()) } else { populate(batch).map_err(cannot_be_touched) };
+            match result.and_then(|()| read(done as u64, batch)) {
                 Ok(count) => {
                     done += count;
                     if count < wanted || done == length {
@@ -137,9 +137,9 @@ impl Readable {
     /// A copy of all bytes.
     pub(super) fn copy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         PyBytes::new_with(py, self.view.len(), |mut room| {
-            Ok(self.bytes().in_pieces(|piece| {
-                let (now, later) = std::mem::take(&mut room).split_at_mut(piece.len());
-                now.copy_from_slice(piece);
+            Ok(self.bytes().in_batches(|batch| {
+                let (now, later) = std::mem::take(&mut room).split_at_mut(batch.len());
+                now.copy_from_slice(batch);
                 room = later;
                 Ok(())
             })?)
@@ -161,7 +161,7 @@ impl Readable {
         if self.view.len() == 0 {
             return &[]; // its pointer may be null
         }
-        // SAFETY: the exporter keeps `buf` valid for `len` bytes in one piece until the release, which is when `self` is
+        // SAFETY: the exporter keeps `buf` valid for `len` bytes in one run until the release, which is when `self` is
         // dropped. Another Python thread may write to the memory meanwhile: a race that every user of the buffer protocol
         // without the interpreter's lock accepts (hashlib, sockets), and that only gets that caller other bytes: none of
         // our decisions depends on what a buffer holds.

@@ -9,7 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyString};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::{buffer, interruptible};
+use super::buffer;
+use super::call::interruptible;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind};
 use crate::key::{self, Announce, RecipientsFile};
@@ -50,7 +51,7 @@ impl Credentials {
         }
         if let Some(key) = key {
             let key = buffer::Readable::get(key)?;
-            key.bytes().in_pieces(|_| Ok(()))?;
+            key.bytes().in_batches(|_| Ok(()))?;
             options = options.key(SecretKey::from_slice(key.as_slice())?);
         }
         if let Some(recipients) = recipients {
@@ -198,7 +199,7 @@ pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
 /// Wraps a snapshot's data key anew.
 #[pyfunction]
 pub(super) fn rekey(py: Python<'_>, root: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<()> {
-    interruptible(py, |poll| key_metadata::rekey_polled(root, &old.0, &new.0, poll))
+    interruptible(py, |interrupt| key_metadata::rekey_interruptible(root, &old.0, &new.0, interrupt))
 }
 
 /// A new identity and its recipient.
@@ -217,19 +218,19 @@ pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
 #[pyfunction]
 pub(super) fn recipients_of(py: Python<'_>, identity: IdentityArguments<'_>) -> PyResult<Vec<String>> {
     let identity = parse_identity(identity)?;
-    interruptible(py, |poll| key::recipients_of_polled(&identity, poll))
+    interruptible(py, |interrupt| key::recipients_of_interruptible(&identity, interrupt))
 }
 
 /// The recipients in a file, and what to warn of.
 #[pyfunction]
 pub(super) fn read_recipients(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<String>, Vec<String>)> {
-    let file = interruptible(py, |poll| RecipientsFile::read(path, poll))?;
+    let file = interruptible(py, |interrupt| RecipientsFile::read(path, interrupt))?;
     Ok((file.recipients, file.ignored))
 }
 
 /// The contents of a file with a secret, in something that can be cleared.
 #[pyfunction]
 pub(super) fn read_secret_file(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyByteArray>> {
-    let content = interruptible(py, |poll| key::read_secret_file(path, poll))?;
+    let content = interruptible(py, |interrupt| key::read_secret_file(path, interrupt))?;
     Ok(PyByteArray::new(py, &content))
 }

@@ -6,8 +6,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::buffer::Readable;
+use super::call::{Callback, interruptible};
 use super::slot::Slot;
-use super::{Callback, interruptible};
 use crate::error::Result;
 
 /// Giving up the interpreter costs more than gathering so few bytes.
@@ -31,9 +31,9 @@ impl Fragment {
         py: Python<'_>,
         work: impl FnOnce(&mut crate::Fragment, Callback<'_>) -> Result<T> + Send,
     ) -> PyResult<T> {
-        let result = interruptible(py, |poll| {
-            self.slot.with(poll, |fragment, poll| {
-                let result = if fragment.is_closed() { None } else { Some(work(fragment, poll)) };
+        let result = interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |fragment, interrupt| {
+                let result = if fragment.is_closed() { None } else { Some(work(fragment, interrupt)) };
                 if self.doomed.load(Ordering::Acquire) {
                     fragment.remove()?;
                 }
@@ -51,14 +51,14 @@ impl Fragment {
         let data = data.bytes();
         let mut gathered = false;
         if data.len() <= KEEP_INTERPRETER_BYTES {
-            data.in_pieces(|piece| {
-                gathered = self.slot.try_with(|fragment| fragment.gather(piece)) == Some(true);
+            data.in_batches(|batch| {
+                gathered = self.slot.try_with(|fragment| fragment.gather(batch)) == Some(true);
                 Ok(())
             })?;
         }
         if !gathered {
-            self.with(py, |fragment, poll| {
-                let written = data.in_pieces(|piece| fragment.write_all_polled(piece, poll));
+            self.with(py, |fragment, interrupt| {
+                let written = data.in_batches(|batch| fragment.write_all_interruptible(batch, interrupt));
                 // As after a failed write: what came before the page that cannot be read is in it.
                 written.map_err(|error| fragment.fail(error))
             })?;
@@ -76,12 +76,12 @@ impl Fragment {
 
     /// Nothing happens to one that is closed already.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| {
-            self.slot.with(poll, |fragment, poll| {
+        interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |fragment, interrupt| {
                 if fragment.is_closed() {
                     return Ok(());
                 }
-                fragment.finish_polled(poll).inspect_err(|_| {
+                fragment.finish_interruptible(interrupt).inspect_err(|_| {
                     // The error to be told is that of finishing.
                     fragment.abandon();
                 })
@@ -91,15 +91,15 @@ impl Fragment {
 
     /// Of a fragment that nobody closed: one of a staged snapshot makes the commit fail, any other is finished.
     fn drop_unclosed(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| {
-            self.slot.with(poll, |fragment, poll| {
+        interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |fragment, interrupt| {
                 if fragment.is_closed() {
                     Ok(())
                 } else if fragment.is_staged() {
                     fragment.abandon();
                     Ok(())
                 } else {
-                    fragment.finish_polled(poll).inspect_err(|_| fragment.abandon())
+                    fragment.finish_interruptible(interrupt).inspect_err(|_| fragment.abandon())
                 }
             })
         })
@@ -108,21 +108,21 @@ impl Fragment {
     /// Removes the file, also of a fragment that was finished, and also where another call is in progress: then at its
     /// end.
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
-        self.slot.home().check()?;
+        self.slot.owner().check_fragment()?;
         self.doomed.store(true, Ordering::Release);
-        interruptible(py, |poll| self.slot.with(poll, |fragment, _| fragment.remove()))
+        interruptible(py, |interrupt| self.slot.with(interrupt, |fragment, _| fragment.remove()))
     }
 
     /// Whether nothing more can be done with it: it was finished or removed, or belongs to another process.
     #[getter]
     fn ended(&self) -> bool {
-        self.slot.home().check().is_err() || self.slot.try_with(|fragment| fragment.is_closed()) == Some(true)
+        self.slot.owner().check_fragment().is_err() || self.slot.try_with(|fragment| fragment.is_closed()) == Some(true)
     }
 }
 
 impl Drop for Fragment {
     fn drop(&mut self) {
-        if self.slot.home().check().is_ok()
+        if self.slot.owner().check_fragment().is_ok()
             && *self.doomed.get_mut()
             && let Some(fragment) = self.slot.get_mut()
         {

@@ -6,8 +6,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::Writable;
+use super::call::{Callback, interruptible, number};
 use super::slot::Slot;
-use super::{Callback, interruptible, number};
 use crate::error::{Error, Result};
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
@@ -28,7 +28,7 @@ impl FragmentReader {
         py: Python<'_>,
         work: impl FnOnce(&mut crate::FragmentReader, Callback<'_>) -> Result<T> + Send,
     ) -> PyResult<T> {
-        interruptible(py, |poll| self.cursor.with(poll, work))
+        interruptible(py, |interrupt| self.cursor.with(interrupt, work))
     }
 
     /// How much of `wanted` bytes from `offset` there are.
@@ -64,7 +64,7 @@ impl FragmentReader {
         let offset = number(offset, "offset")?;
         let length = self.available(offset, number(size, "size")?)?;
         PyBytes::new_with(py, length, |bytes| {
-            interruptible(py, |poll| self.reader.read_at_polled(offset, bytes, poll)).map(drop)
+            interruptible(py, |interrupt| self.reader.read_at_interruptible(offset, bytes, interrupt)).map(drop)
         })
     }
 
@@ -73,20 +73,20 @@ impl FragmentReader {
         let mut buffer = Writable::get(buffer)?;
         let room = buffer.room();
         let length = usize::try_from(self.reader.size().saturating_sub(offset)).unwrap_or(usize::MAX);
-        interruptible(py, |poll| {
-            room.fill(length, |done, piece| self.reader.read_at_polled(offset + done, piece, poll))
+        interruptible(py, |interrupt| {
+            room.fill(length, |done, batch| self.reader.read_at_interruptible(offset + done, batch, interrupt))
         })
     }
 
     fn readinto(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let mut buffer = Writable::get(buffer)?;
         let room = buffer.room();
-        self.with_cursor(py, |cursor, poll| {
+        self.with_cursor(py, |cursor, interrupt| {
             let position = cursor.stream_position()?;
             let length = usize::try_from(cursor.size().saturating_sub(position)).unwrap_or(usize::MAX);
-            let read = room.fill(length, |_, piece| cursor.read_polled(piece, poll));
+            let read = room.fill(length, |_, batch| cursor.read_interruptible(batch, interrupt));
             if read.is_err() {
-                // The pieces before are not given out.
+                // The batches before are not given out.
                 cursor.seek(SeekFrom::Start(position))?;
             }
             read
@@ -101,7 +101,7 @@ impl FragmentReader {
         let length = self.available(position, wanted)?;
         let mut read = 0;
         let bytes = PyBytes::new_with(py, length, |bytes| {
-            read = self.with_cursor(py, |cursor, poll| cursor.read_polled(bytes, poll))?;
+            read = self.with_cursor(py, |cursor, interrupt| cursor.read_interruptible(bytes, interrupt))?;
             Ok(())
         })?;
         if read == length {

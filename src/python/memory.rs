@@ -13,35 +13,35 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::{Readable, Writable};
+use super::call::{check_signals, interruptible, number};
 use super::process::ProcessMemory;
 use super::writer::SnapshotWriter;
-use super::{check_signals, interruptible, number};
 use crate::error::{Error, Result};
 use crate::memory::ChangingBytes;
 use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 
 /// A user looks at progress so often at most.
-const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Guest base; descriptor, buffer or process; offset in it; size.
-type Source<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+type RegionSource<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
 /// Guest base, descriptor or buffer, offset in it, size.
-type Destination<'py> =
+type RegionDestination<'py> =
     (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
 
 /// The fields of `vmsnap.MemoryReport`.
-type Report = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
+type DumpReport = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
 
 /// Memory that Python holds for the time of a call.
-enum Held<T> {
+enum HeldMemory<T> {
     Buffer(T),
     Descriptor(BorrowedFd<'static>),
     Process(crate::ProcessMemory),
     Nowhere,
 }
 
-impl<T> Held<T> {
+impl<T> HeldMemory<T> {
     fn get<'py>(object: &Bound<'py, PyAny>, buffer: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<T>) -> PyResult<Self> {
         if object.is_instance_of::<pyo3::types::PyInt>() {
             let descriptor: i32 = number(object, "a file descriptor")?;
@@ -67,7 +67,7 @@ fn reporting<T: Send>(
     work: impl FnOnce(&mut dyn FnMut(MemoryProgress) -> Result<()>) -> Result<T> + Send,
 ) -> PyResult<T> {
     let progress = progress.map(|progress| progress.clone().unbind());
-    let (mut raised, mut next, mut told) = (None, Instant::now() + REPORT_INTERVAL, 0);
+    let (mut raised, mut next, mut told) = (None, Instant::now() + PROGRESS_INTERVAL, 0);
     let result = py.detach(|| {
         work(&mut |MemoryProgress { done_bytes, total_bytes }| {
             let reported = Python::attach(|py| {
@@ -76,7 +76,7 @@ fn reporting<T: Send>(
                     // The last one always.
                     Some(progress) if Instant::now() >= next || (done_bytes >= total_bytes && told < total_bytes) => {
                         told = done_bytes;
-                        next = Instant::now() + REPORT_INTERVAL;
+                        next = Instant::now() + PROGRESS_INTERVAL;
                         progress.call1(py, (done_bytes.min(total_bytes), total_bytes)).map(drop)
                     }
                     _ => Ok(()),
@@ -100,7 +100,7 @@ fn reporting<T: Send>(
 pub(super) fn write_memory(
     py: Python<'_>,
     writer: &SnapshotWriter,
-    regions: Vec<Source<'_>>,
+    regions: Vec<RegionSource<'_>>,
     compress: bool,
     block_size_bytes: &Bound<'_, PyAny>,
     chunk_size_bytes: &Bound<'_, PyAny>,
@@ -110,7 +110,7 @@ pub(super) fn write_memory(
     sparse: bool,
     stable: bool,
     progress: Option<&Bound<'_, PyAny>>,
-) -> PyResult<Report> {
+) -> PyResult<DumpReport> {
     let options = MemoryOptions::new()
         .compress(compress)
         .block_size_bytes(number(block_size_bytes, "block_size_bytes")?)
@@ -123,43 +123,44 @@ pub(super) fn write_memory(
     for (base, source, offset, size) in &regions {
         let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;
         let held_source = match source.cast::<ProcessMemory>() {
-            Ok(process) => Held::Process(process.get().0.clone()),
-            Err(_) => Held::get(source, Readable::get)?,
+            Ok(process) => HeldMemory::Process(process.get().0.clone()),
+            Err(_) => HeldMemory::get(source, Readable::get)?,
         };
         held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
     // One open file for all regions of a descriptor.
     let mut files = HashMap::new();
     let regions = held.iter().map(|(base, held, offset, size)| match held {
-        Held::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
-        Held::Process(process) => {
+        HeldMemory::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
+        HeldMemory::Process(process) => {
             let size = size.ok_or_else(|| Error::invalid_argument("of a process' memory, the size is needed"))?;
             Ok(GuestRegion::new(*base, process.range(*offset, size)?))
         }
-        Held::Descriptor(descriptor) => {
+        HeldMemory::Descriptor(descriptor) => {
             let file: &FileMemory = match files.entry(descriptor.as_raw_fd()) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => new.insert(FileMemory::new(*descriptor, 0, None)?),
             };
             Ok(GuestRegion::new(*base, file.part(*offset, *size)?))
         }
-        Held::Buffer(buffer) => {
+        HeldMemory::Buffer(buffer) => {
             let bytes = buffer.as_slice();
-            let bytes = &bytes[part(bytes.len(), *offset, *size)?];
+            let bytes = &bytes[range_of(bytes.len(), *offset, *size)?];
             // Where the caller promises that nobody changes them, or nobody can.
             let stable = stable || buffer.is_immutable();
             Ok(if stable { GuestRegion::new(*base, bytes) } else { GuestRegion::new(*base, ChangingBytes(bytes)) })
         }
     });
     let regions = regions.collect::<Result<Vec<_>>>()?;
-    let report = reporting(py, progress, |poll| writer.writer.write_memory_polled(&regions, &options, poll))?;
+    let report =
+        reporting(py, progress, |interrupt| writer.writer.write_memory_interruptible(&regions, &options, interrupt))?;
     let MemoryReport { logical_bytes, data_bytes, stored_bytes, ranges, unreadable, duration } = report;
     let unreadable = unreadable.into_iter().map(|range| (range.start, range.end)).collect();
     Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
 }
 
-/// A part of a buffer that has so many bytes.
-fn part(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize>> {
+/// The range of a buffer that a region asks for.
+fn range_of(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize>> {
     let range = || {
         let start = usize::try_from(offset).ok()?;
         let end = size.map_or(Some(length), |size| start.checked_add(usize::try_from(size).ok()?))?;
@@ -171,7 +172,7 @@ fn part(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize>> {
     })
 }
 
-/// Two slices of the same bytes must not be written to; Python may well give one buffer twice.
+/// Two borrows of the same bytes must not be written to; Python may well give one buffer twice.
 fn refuse_overlaps(buffers: impl Iterator<Item = Range<*const u8>>) -> Result<()> {
     let mut buffers: Vec<_> = buffers.map(|range| range.start.addr()..range.end.addr()).collect();
     buffers.sort_by_key(|range| range.start);
@@ -220,13 +221,15 @@ impl GuestMemory {
     ) -> PyResult<Bound<'py, PyBytes>> {
         let (address, size): (u64, usize) = (number(guest_address, "guest_address")?, number(size, "size")?);
         self.0.check_address(address, size as u64)?;
-        PyBytes::new_with(py, size, |bytes| interruptible(py, |poll| self.0.read_at_polled(address, bytes, poll)))
+        PyBytes::new_with(py, size, |bytes| {
+            interruptible(py, |interrupt| self.0.read_at_interruptible(address, bytes, interrupt))
+        })
     }
 
     fn restore(
         &self,
         py: Python<'_>,
-        destinations: Vec<Destination<'_>>,
+        destinations: Vec<RegionDestination<'_>>,
         huge_pages: bool,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
@@ -235,20 +238,21 @@ impl GuestMemory {
             let optional = |value: &Option<Bound<'_, PyAny>>, name| {
                 value.as_ref().map(|value| number::<u64>(value, name)).transpose()
             };
-            let to = if destination.is_none() { Held::Nowhere } else { Held::get(destination, Writable::get)? };
+            let to =
+                if destination.is_none() { HeldMemory::Nowhere } else { HeldMemory::get(destination, Writable::get)? };
             held.push((optional(base, "guest_base")?, to, optional(offset, "offset")?, optional(size, "size")?));
         }
         refuse_overlaps(held.iter_mut().filter_map(|(_, held, _, _)| match held {
-            Held::Buffer(buffer) => Some(buffer.as_mut_slice().as_ptr_range()),
+            HeldMemory::Buffer(buffer) => Some(buffer.as_mut_slice().as_ptr_range()),
             _ => None,
         }))?;
         let opened = held.iter_mut().map(|(base, held, offset, size)| {
             let mut destination = match held {
-                Held::Process(_) | Held::Nowhere => GuestDestination::nowhere(),
-                Held::Descriptor(descriptor) => GuestDestination::file(descriptor, *offset),
-                Held::Buffer(buffer) => {
+                HeldMemory::Process(_) | HeldMemory::Nowhere => GuestDestination::nowhere(),
+                HeldMemory::Descriptor(descriptor) => GuestDestination::file(descriptor, *offset),
+                HeldMemory::Buffer(buffer) => {
                     let buffer = buffer.as_mut_slice();
-                    let range = part(buffer.len(), offset.unwrap_or(0), *size)?;
+                    let range = range_of(buffer.len(), offset.unwrap_or(0), *size)?;
                     GuestDestination::buffer(&mut buffer[range])
                 }
             };
@@ -261,6 +265,6 @@ impl GuestMemory {
             Ok(destination.huge_pages(huge_pages))
         });
         let mut opened = opened.collect::<Result<Vec<_>>>()?;
-        reporting(py, progress, |poll| self.0.restore_polled(&mut opened, poll))
+        reporting(py, progress, |interrupt| self.0.restore_interruptible(&mut opened, interrupt))
     }
 }

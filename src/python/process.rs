@@ -8,7 +8,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use super::buffer::Writable;
-use super::{interruptible, number};
+use super::call::{interruptible, number};
 use crate::error::Error;
 use crate::memory::GuestMemorySource;
 use crate::threads::lock;
@@ -72,7 +72,8 @@ impl StoppedProcess {
         let pid = number(pid, "pid")?;
         let patience = Duration::try_from_secs_f64(patience_seconds)
             .map_err(|error| Error::invalid_argument(format!("patience_seconds: {error}")))?;
-        let stopped = interruptible(py, |poll| crate::StoppedProcess::stop_polled(pid, patience, poll))?;
+        let stopped =
+            interruptible(py, |interrupt| crate::StoppedProcess::stop_interruptible(pid, patience, interrupt))?;
         Ok(Self(Mutex::new(Some(stopped))))
     }
 

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::call::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
 use super::memory::GuestMemory;
-use super::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use crate::error::Error;
 use crate::serialization;
 
@@ -27,7 +27,7 @@ impl SnapshotReader {
         expect_seal_digest: Option<&[u8]>,
     ) -> PyResult<Self> {
         let options = sealed_options(options(credentials, threads)?, require_sealed, expect_seal_digest)?;
-        Ok(Self(interruptible(py, |poll| options.open_polled(root, poll))?))
+        Ok(Self(interruptible(py, |interrupt| options.open_interruptible(root, interrupt))?))
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {
@@ -52,7 +52,7 @@ impl SnapshotReader {
         let size =
             usize::try_from(fragment.size()).map_err(|_| Error::invalid_argument("more than memory can hold"))?;
         let bytes = PyBytes::new_with(py, size, |bytes| {
-            interruptible(py, |poll| fragment.read_at_polled(0, bytes, poll)).map(drop)
+            interruptible(py, |interrupt| fragment.read_at_interruptible(0, bytes, interrupt)).map(drop)
         })?;
         let data = bytes.as_bytes();
         match py.detach(|| serialization::check(data, format)) {

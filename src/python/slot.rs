@@ -6,93 +6,97 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 
-use super::Callback;
+use super::call::Callback;
 use crate::error::{Error, Kind, Result};
-use crate::fragment::Home;
-use crate::threads::{POLL_INTERVAL, Poll, lock};
+use crate::process::OwnerProcess;
+use crate::threads::{INTERRUPT_INTERVAL, Interrupt, lock};
 
 pub(super) struct Slot<T> {
-    home: Home,
-    place: Mutex<Place<T>>,
+    owner: OwnerProcess,
+    state: Mutex<SlotState<T>>,
     returned: Condvar,
 }
 
-enum Place<T> {
+enum SlotState<T> {
     Free(Box<T>),
     Taken(ThreadId),
 }
 
 impl<T> Slot<T> {
     pub(super) fn new(value: T) -> Self {
-        Self { home: Home::here(), place: Mutex::new(Place::Free(Box::new(value))), returned: Condvar::new() }
+        Self {
+            owner: OwnerProcess::current(),
+            state: Mutex::new(SlotState::Free(Box::new(value))),
+            returned: Condvar::new(),
+        }
     }
 
-    pub(super) fn home(&self) -> Home {
-        self.home
+    pub(super) fn owner(&self) -> OwnerProcess {
+        self.owner
     }
 
     /// Lets `work` have the value alone.
     pub(super) fn with<R>(
         &self,
-        poll: Callback<'_>,
+        interrupt: Callback<'_>,
         work: impl FnOnce(&mut T, Callback<'_>) -> Result<R>,
     ) -> Result<R> {
-        let mut held = Held { slot: self, value: Some(self.take(poll)?) };
-        match &mut held.value {
-            Some(value) => work(value, poll),
+        let mut borrowed = Borrowed { slot: self, value: Some(self.take(interrupt)?) };
+        match &mut borrowed.value {
+            Some(value) => work(value, interrupt),
             None => unreachable!("put there above"),
         }
     }
 
     /// As [`Slot::with`] where nobody has to be waited for; none where somebody has.
     pub(super) fn try_with<R>(&self, work: impl FnOnce(&mut T) -> R) -> Option<R> {
-        self.home.check().ok()?;
-        match &mut *self.place.try_lock().ok()? {
-            Place::Free(value) => Some(work(value)),
-            Place::Taken(_) => None,
+        self.owner.check_fragment().ok()?;
+        match &mut *self.state.try_lock().ok()? {
+            SlotState::Free(value) => Some(work(value)),
+            SlotState::Taken(_) => None,
         }
     }
 
     /// The value, where nobody else can have it any more.
     pub(super) fn get_mut(&mut self) -> Option<&mut T> {
-        match self.place.get_mut().unwrap_or_else(PoisonError::into_inner) {
-            Place::Free(value) => Some(value),
-            Place::Taken(_) => None,
+        match self.state.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            SlotState::Free(value) => Some(value),
+            SlotState::Taken(_) => None,
         }
     }
 
-    fn take(&self, poll: Callback<'_>) -> Result<Box<T>> {
-        self.home.check()?;
+    fn take(&self, interrupt: Callback<'_>) -> Result<Box<T>> {
+        self.owner.check_fragment()?;
         let own = thread::current().id();
-        let mut poll = Poll::new(poll);
-        let mut place = lock(&self.place);
+        let mut interrupt = Interrupt::new(interrupt);
+        let mut state = lock(&self.state);
         loop {
-            match std::mem::replace(&mut *place, Place::Taken(own)) {
-                Place::Free(value) => return Ok(value),
-                Place::Taken(owner) => *place = Place::Taken(owner),
+            match std::mem::replace(&mut *state, SlotState::Taken(own)) {
+                SlotState::Free(value) => return Ok(value),
+                SlotState::Taken(owner) => *state = SlotState::Taken(owner),
             }
-            if matches!(*place, Place::Taken(owner) if owner == own) {
+            if matches!(*state, SlotState::Taken(owner) if owner == own) {
                 // It would wait for itself.
                 let text = "the fragment is in a call of this very thread's: a signal handler cannot use it";
                 return Err(Error::new(Kind::State, text));
             }
-            drop(self.returned.wait_timeout(place, POLL_INTERVAL));
-            poll.tick()?;
-            place = lock(&self.place);
+            drop(self.returned.wait_timeout(state, INTERRUPT_INTERVAL));
+            interrupt.check()?;
+            state = lock(&self.state);
         }
     }
 }
 
 /// The value while it is out; it goes back also where `work` panics.
-struct Held<'a, T> {
+struct Borrowed<'a, T> {
     slot: &'a Slot<T>,
     value: Option<Box<T>>,
 }
 
-impl<T> Drop for Held<'_, T> {
+impl<T> Drop for Borrowed<'_, T> {
     fn drop(&mut self) {
         if let Some(value) = self.value.take() {
-            *lock(&self.slot.place) = Place::Free(value);
+            *lock(&self.slot.state) = SlotState::Free(value);
             self.slot.returned.notify_one();
         }
     }

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::call::{interruptible, options, parse_format, sealed_options};
 use super::credentials::Credentials;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
-use super::{interruptible, options, parse_format, sealed_options};
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -37,7 +37,7 @@ impl StagedSnapshot {
         durable: bool,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
-        let staged = interruptible(py, |poll| options.stage_polled(path, poll))?;
+        let staged = interruptible(py, |interrupt| options.stage_interruptible(path, interrupt))?;
         Ok(Self { writer: staged.writer().clone(), path: staged.path().to_owned(), slot: Slot::new(staged) })
     }
 
@@ -52,12 +52,14 @@ impl StagedSnapshot {
     }
 
     fn commit<'py>(&self, py: Python<'py>) -> PyResult<Id<'py>> {
-        let seal = interruptible(py, |poll| self.slot.with(poll, |staged, poll| staged.commit_polled(poll)))?;
+        let seal = interruptible(py, |interrupt| {
+            self.slot.with(interrupt, |staged, interrupt| staged.commit_interruptible(interrupt))
+        })?;
         Ok(id(py, seal))
     }
 
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
-        interruptible(py, |poll| self.slot.with(poll, |staged, _| staged.remove()))
+        interruptible(py, |interrupt| self.slot.with(interrupt, |staged, _| staged.remove()))
     }
 }
 
@@ -70,7 +72,7 @@ pub(super) fn seal<'py>(
     durable: bool,
 ) -> PyResult<Id<'py>> {
     let options = options(credentials, threads)?.durable(durable);
-    Ok(id(py, interruptible(py, |poll| options.seal_polled(root, poll))?))
+    Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(root, interrupt))?))
 }
 
 /// What was removed, and what is held.
@@ -81,7 +83,8 @@ pub(super) fn clean(py: Python<'_>, parent: PathBuf) -> PyResult<(Vec<PathBuf>, 
 }
 
 /// Problems (path, kind, text), what was not checked, kinds by fragment, bytes verified, and what to pin it by.
-type Report<'py> = (Vec<(String, String, String)>, Vec<String>, Vec<(String, Option<String>)>, u64, Option<Id<'py>>);
+type VerifyReport<'py> =
+    (Vec<(String, String, String)>, Vec<String>, Vec<(String, Option<String>)>, u64, Option<Id<'py>>);
 
 #[pyfunction]
 pub(super) fn verify<'py>(
@@ -90,9 +93,9 @@ pub(super) fn verify<'py>(
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     expect_seal_digest: Option<&[u8]>,
-) -> PyResult<Report<'py>> {
+) -> PyResult<VerifyReport<'py>> {
     let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
-    let report = interruptible(py, |poll| options.verify_polled(root, poll))?;
+    let report = interruptible(py, |interrupt| options.verify_interruptible(root, interrupt))?;
     let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
     let row = |Problem { path, kind, text }| (path, kind.to_string(), text);
     Ok((

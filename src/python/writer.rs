@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::call::{from_state, interruptible, number, options, parse_format, to_state};
 use super::credentials::Credentials;
 use super::fragment::Fragment;
-use super::{from_state, interruptible, number, options, parse_format, to_state};
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotWriter {
@@ -31,7 +31,7 @@ impl SnapshotWriter {
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        Ok(interruptible(py, |poll| options.create_polled(root, poll))?.into())
+        Ok(interruptible(py, |interrupt| options.create_interruptible(root, interrupt))?.into())
     }
 
     #[staticmethod]
@@ -43,7 +43,7 @@ impl SnapshotWriter {
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        Ok(interruptible(py, |poll| options.append_polled(root, poll))?.into())
+        Ok(interruptible(py, |interrupt| options.append_interruptible(root, interrupt))?.into())
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {
@@ -53,7 +53,7 @@ impl SnapshotWriter {
 
     fn write_whole(&self, py: Python<'_>, name: &str, data: &Bound<'_, PyBytes>) -> PyResult<()> {
         let data = data.as_bytes();
-        interruptible(py, |poll| self.writer.write_whole(name, data, poll))
+        interruptible(py, |interrupt| self.writer.write_whole(name, data, interrupt))
     }
 
     fn add_namespace(&self, name: &str) -> PyResult<Self> {

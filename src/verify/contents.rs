@@ -11,43 +11,44 @@ use crate::error::{Error, Result};
 use crate::fragment::{FragmentReader, folder};
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
-use crate::seal::Seal;
-use crate::threads::{Poll, for_each, lock};
+use crate::open_manifest::OpenManifest;
+use crate::threads::{Interrupt, for_each, lock};
 
-/// What is small.
-const SMALL_BYTES: u64 = 4 << 20;
+/// Fragments up to this size are read side by side, one by each thread; a larger one is read by all threads.
+const MAX_SMALL_FRAGMENT_BYTES: u64 = 4 << 20;
 
 impl Verifier {
     /// Reads everything that is found and listed.
     pub(super) fn read_all(
         &mut self,
         key: &Key,
-        seal: Option<&Seal>,
+        open_manifest: Option<&OpenManifest>,
         threads: usize,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
-        let manifest = seal.map(|seal| seal.manifest(&self.root, None)).transpose()?;
+        let manifest = open_manifest.map(|open_manifest| open_manifest.manifest(&self.root, None)).transpose()?;
         let checker = Checker { root: &self.root, key, proofs: manifest.map(proofs_of).unwrap_or_default() };
         let listed = |path: &str| manifest.and_then(|manifest| manifest.fragments.get(path));
-        let items: Vec<_> = self
+        let found: Vec<_> = self
             .found
             .iter()
-            .map(|(path, stored_size)| Item { path, stored_size: *stored_size, entry: listed(path) })
-            .filter(|item| manifest.is_none() || item.entry.is_some())
+            .map(|(path, stored_size)| FoundFragment { path, stored_size: *stored_size, entry: listed(path) })
+            .filter(|found| manifest.is_none() || found.entry.is_some())
             .collect();
-        let (small, large): (Vec<_>, Vec<_>) = items.into_iter().partition(|item| item.stored_size <= SMALL_BYTES);
+        let (small, large): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|found| found.stored_size <= MAX_SMALL_FRAGMENT_BYTES);
         let results = Mutex::new(Vec::new());
         let mut buffers = vec![Vec::new(); threads.min(small.len()).max(1)];
-        for_each(&mut buffers, small.into_iter(), &mut Poll::new(poll), |buffer, item| {
-            let result = checker.check(&item, 1, buffer, &mut || Ok(()))?;
-            lock(&results).push((item.path.to_owned(), result));
+        for_each(&mut buffers, small.into_iter(), &mut Interrupt::new(interrupt), |buffer, found| {
+            let result = checker.check(&found, 1, buffer, &mut || Ok(()))?;
+            lock(&results).push((found.path.to_owned(), result));
             Ok(())
         })?;
         let mut buffer = buffers.pop().unwrap_or_default();
         drop(buffers);
-        for item in large {
-            let result = checker.check(&item, threads, &mut buffer, poll)?;
-            lock(&results).push((item.path.to_owned(), result));
+        for found in large {
+            let result = checker.check(&found, threads, &mut buffer, interrupt)?;
+            lock(&results).push((found.path.to_owned(), result));
         }
         for (path, result) in results.into_inner().unwrap_or_default() {
             let kind = match result {
@@ -67,7 +68,7 @@ impl Verifier {
 }
 
 /// A fragment that is there.
-struct Item<'a> {
+struct FoundFragment<'a> {
     path: &'a str,
     /// Bytes of its file when it was found.
     stored_size: u64,
@@ -97,18 +98,18 @@ impl Checker<'_> {
     ///
     /// # Errors
     ///
-    /// What the poll returns, and nothing else.
+    /// What the interrupt returns, and nothing else.
     fn check(
         &self,
-        item: &Item<'_>,
+        found: &FoundFragment<'_>,
         threads: usize,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Checked> {
         let checked = match self.key {
-            Key::Lacking => self.header(item).map(|_| 0),
-            Key::Held(payload) => self.encrypted(item, payload.data_key(), threads, buffer, poll),
-            Key::Plain => self.plain(item, threads, buffer, poll),
+            Key::Lacking => self.header(found).map(|_| 0),
+            Key::Held(payload) => self.encrypted(found, payload.data_key(), threads, buffer, interrupt),
+            Key::Plain => self.plain(found, threads, buffer, interrupt),
         };
         match checked {
             Ok(bytes) => Ok(Ok(bytes)),
@@ -124,24 +125,24 @@ impl Checker<'_> {
                 } else {
                     ProblemKind::Changed
                 };
-                Ok(Err((kind, error.text_without(self.place(item)))))
+                Ok(Err((kind, error.text_without(self.place(found)))))
             }
         }
     }
 
     /// A fragment as errors name it; a problem is told with its path.
-    fn place(&self, item: &Item<'_>) -> String {
-        let path = SnapshotPath::try_from(item.path.to_owned()).unwrap_or_default();
+    fn place(&self, found: &FoundFragment<'_>) -> String {
+        let path = SnapshotPath::try_from(found.path.to_owned()).unwrap_or_default();
         format!("{path} of {}", self.root.display())
     }
 
-    fn open(&self, item: &Item<'_>, key: Option<&SecretKey>, threads: usize) -> Result<FragmentReader> {
-        FragmentReader::open(self.root, &SnapshotPath::try_from(item.path.to_owned())?, key, threads, None)
+    fn open(&self, found: &FoundFragment<'_>, key: Option<&SecretKey>, threads: usize) -> Result<FragmentReader> {
+        FragmentReader::open(self.root, &SnapshotPath::try_from(found.path.to_owned())?, key, threads, None)
     }
 
     /// The tag in a FLOE header; nothing of it is authenticated.
-    fn header(&self, item: &Item<'_>) -> std::result::Result<[u8; 32], Failure> {
-        let (namespace, name) = item.path.rsplit_once('/').unwrap_or(("", item.path));
+    fn header(&self, found: &FoundFragment<'_>) -> std::result::Result<[u8; 32], Failure> {
+        let (namespace, name) = found.path.rsplit_once('/').unwrap_or(("", found.path));
         let (file, _) = folder::open_file(&folder::open(self.root, namespace)?, name)?;
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, 0).map_err(|error| match error.kind() {
@@ -156,60 +157,63 @@ impl Checker<'_> {
 
     fn encrypted(
         &self,
-        item: &Item<'_>,
+        found: &FoundFragment<'_>,
         key: &SecretKey,
         threads: usize,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> std::result::Result<u64, Failure> {
-        if let Some(entry) = item.entry {
+        if let Some(entry) = found.entry {
             let Proof::HeaderTag { tag: expected, .. } = entry.proof else {
                 return Err(problem(ProblemKind::BadManifest, "it is listed as plain"));
             };
-            let tag = self.header(item)?;
+            let tag = self.header(found)?;
             if tag != expected {
-                self.check_swapped(item, &tag)?;
+                self.check_swapped(found, &tag)?;
             }
-            item.check_size()?;
+            found.check_size()?;
             if tag != expected {
-                self.open(item, Some(key), threads)?;
+                self.open(found, Some(key), threads)?;
                 let text = "it is authentic, but not the one that was sealed: an older or newer one of that name";
                 return Err(problem(ProblemKind::Changed, text));
             }
         }
-        let fragment = self.open(item, Some(key), threads)?;
-        fragment.read_through(buffer, poll, |_| Ok(()))?;
+        let fragment = self.open(found, Some(key), threads)?;
+        fragment.read_through(buffer, interrupt, |_| Ok(()))?;
         Ok(fragment.size())
     }
 
     fn plain(
         &self,
-        item: &Item<'_>,
+        found: &FoundFragment<'_>,
         threads: usize,
         buffer: &mut Vec<u8>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> std::result::Result<u64, Failure> {
-        if item.entry.is_some_and(|entry| item.stored_size > entry.stored_size.saturating_mul(2).max(SMALL_BYTES)) {
+        if found
+            .entry
+            .is_some_and(|entry| found.stored_size > entry.stored_size.saturating_mul(2).max(MAX_SMALL_FRAGMENT_BYTES))
+        {
             // Not read: a sparse giant would take for ever.
-            item.check_size()?;
+            found.check_size()?;
         }
-        let fragment = self.open(item, None, threads)?;
-        let Some(entry) = item.entry else {
-            fragment.read_through(buffer, poll, |_| Ok(()))?;
+        let fragment = self.open(found, None, threads)?;
+        let Some(entry) = found.entry else {
+            fragment.read_through(buffer, interrupt, |_| Ok(()))?;
             return Ok(fragment.size());
         };
-        let digest = fragment.blake3(buffer, poll)?;
+        let digest = fragment.blake3(buffer, interrupt)?;
         if entry.proof == Proof::Blake3(digest) {
             return Ok(fragment.size());
         }
-        self.check_swapped(item, &digest)?;
-        item.check_size()?;
+        self.check_swapped(found, &digest)?;
+        found.check_size()?;
         Err(problem(ProblemKind::Changed, "its content is not the one that was sealed"))
     }
 
-    fn check_swapped(&self, item: &Item<'_>, proof: &[u8; 32]) -> std::result::Result<(), Failure> {
+    fn check_swapped(&self, found: &FoundFragment<'_>, proof: &[u8; 32]) -> std::result::Result<(), Failure> {
         match self.proofs.get(proof) {
-            Some(other) if *other != item.path => {
+            Some(other) if *other != found.path => {
                 Err(problem(ProblemKind::Swapped, format!("it is what was sealed as {other:?}")))
             }
             _ => Ok(()),
@@ -217,7 +221,7 @@ impl Checker<'_> {
     }
 }
 
-impl Item<'_> {
+impl FoundFragment<'_> {
     fn check_size(&self) -> std::result::Result<(), Failure> {
         let (size, listed) = (self.stored_size, self.entry.map_or(self.stored_size, |entry| entry.stored_size));
         let text = || format!("it has {size} bytes, and {listed} in the manifest");

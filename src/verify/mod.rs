@@ -12,8 +12,8 @@ use crate::fragment::folder;
 use crate::key::KeyPayload;
 use crate::key_metadata;
 use crate::name::{KEY_METADATA, MANIFEST};
+use crate::open_manifest::{self, OpenManifest};
 use crate::options::SnapshotOptions;
-use crate::seal::{self, Seal};
 use crate::staging::SealId;
 use crate::threads;
 
@@ -129,25 +129,25 @@ impl SnapshotOptions {
     /// [`crate::Error::is_io`] where there is no such folder; [`crate::Error::is_invalid_argument`] and
     /// [`crate::Error::is_not_encrypted`] as [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
     pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
-        self.verify_polled(root, &mut || Ok(()))
+        self.verify_interruptible(root, &mut || Ok(()))
     }
 
-    pub(crate) fn verify_polled(
+    pub(crate) fn verify_interruptible(
         &self,
         root: impl AsRef<Path>,
-        poll: &mut dyn FnMut() -> Result<()>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
         let root = folder::absolute(root.as_ref())?;
         drop(folder::open(&root, "")?);
         let mut verifier = Verifier { root, report: Verification::default(), found: BTreeMap::new() };
-        let key = verifier.key(self, poll)?;
+        let key = verifier.key(self, interrupt)?;
         let manifest = verifier.manifest(self, &key)?;
-        let namespaces = verifier.walk(poll)?;
-        if let Some(seal) = &manifest {
-            verifier.compare(seal, &namespaces);
+        let namespaces = verifier.walk(interrupt)?;
+        if let Some(open_manifest) = &manifest {
+            verifier.compare(open_manifest, &namespaces);
         }
-        verifier.read_all(&key, manifest.as_ref(), threads, poll)?;
+        verifier.read_all(&key, manifest.as_ref(), threads, interrupt)?;
         Ok(verifier.finish())
     }
 }
@@ -188,8 +188,8 @@ impl Verifier {
         self.problem(name, kind, text);
     }
 
-    fn key(&mut self, options: &SnapshotOptions, poll: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
-        match key_metadata::unlock(&self.root, options, poll) {
+    fn key(&mut self, options: &SnapshotOptions, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
+        match key_metadata::unlock(&self.root, options, interrupt) {
             Ok(None) => Ok(Key::Plain),
             Ok(Some(payload)) => Ok(Key::Held(payload)),
             Err(error) if error.is_key_unavailable() => {
@@ -218,17 +218,17 @@ impl Verifier {
         matches!(exists, Ok(false))
     }
 
-    fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Result<Option<Seal>> {
+    fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Result<Option<OpenManifest>> {
         if matches!(key, Key::Lacking) {
             if self.has_no_manifest() {
-                self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
+                self.problem(MANIFEST, ProblemKind::NotSealed, open_manifest::unsealed(&self.root).to_string());
             }
             return Ok(None);
         }
-        let seal = match Seal::read(&self.root, key.payload()) {
-            Ok(Some(seal)) => seal,
+        let open_manifest = match OpenManifest::read(&self.root, key.payload()) {
+            Ok(Some(open_manifest)) => open_manifest,
             Ok(None) => {
-                self.problem(MANIFEST, ProblemKind::NotSealed, seal::unsealed(&self.root).to_string());
+                self.problem(MANIFEST, ProblemKind::NotSealed, open_manifest::unsealed(&self.root).to_string());
                 return Ok(None);
             }
             Err(error) if error.is_out_of_memory() => return Err(error),
@@ -244,10 +244,10 @@ impl Verifier {
                 return Ok(None);
             }
         };
-        if options.seal_digest.is_some_and(|expected| expected != *seal.digest()) {
-            self.problem(MANIFEST, ProblemKind::BadManifest, seal::another(&self.root).to_string());
+        if options.seal_digest.is_some_and(|expected| expected != *open_manifest.digest()) {
+            self.problem(MANIFEST, ProblemKind::BadManifest, open_manifest::another(&self.root).to_string());
         }
-        Ok(Some(seal))
+        Ok(Some(open_manifest))
     }
 
     fn finish(mut self) -> Verification {

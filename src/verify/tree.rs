@@ -8,16 +8,16 @@ use super::{ProblemKind, Verifier};
 use crate::error::{Error, Result};
 use crate::fragment::folder;
 use crate::name::{self, KEY_METADATA, MANIFEST, SnapshotPath};
-use crate::seal::Seal;
+use crate::open_manifest::OpenManifest;
 use crate::staging::SealId;
 
 impl Verifier {
     /// Finds all there is; returns the namespaces.
-    pub(super) fn walk(&mut self, poll: &mut dyn FnMut() -> Result<()>) -> Result<BTreeSet<Box<str>>> {
+    pub(super) fn walk(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<BTreeSet<Box<str>>> {
         let mut namespaces = BTreeSet::new();
         let mut pending = vec![SnapshotPath::default()];
         while let Some(namespace) = pending.pop() {
-            poll()?;
+            interrupt()?;
             let listed = folder::open(&self.root, namespace.as_str()).and_then(|opened| {
                 Ok((folder::entries(&opened).map_err(|errno| Error::io("cannot be listed", errno))?, opened))
             });
@@ -72,9 +72,9 @@ impl Verifier {
     }
 
     /// What is listed and what is found.
-    pub(super) fn compare(&mut self, seal: &Seal, namespaces: &BTreeSet<Box<str>>) {
-        let Ok(manifest) = seal.manifest(&self.root, None) else { return };
-        self.report.seal = Some(SealId { snapshot_id: manifest.snapshot_id, seal_digest: *seal.digest() });
+    pub(super) fn compare(&mut self, open_manifest: &OpenManifest, namespaces: &BTreeSet<Box<str>>) {
+        let Ok(manifest) = open_manifest.manifest(&self.root, None) else { return };
+        self.report.seal = Some(SealId { snapshot_id: manifest.snapshot_id, seal_digest: *open_manifest.digest() });
         let said: BTreeSet<_> = self.report.problems.iter().map(|problem| problem.path.clone()).collect();
         let mut problems = Vec::new();
         for path in manifest.fragments.keys().filter(|path| !self.found.contains_key(*path)) {

@@ -4,33 +4,35 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::parts::{Kind, Parts};
-use super::sealing::Sealers;
-use super::{Home, aad, strip_bytes};
+use super::batches::batch_bytes;
+use super::encryptors::Encryptors;
+use super::place::{aad, not_written};
+use super::positioned::{PositionedKind, PositionedWriter};
 use crate::buffer;
-use crate::cipher::{HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, Sealing, SecretKey, header_tag, segment_offset};
+use crate::cipher::{Encryption, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey, header_tag, segment_offset};
 use crate::error::Result;
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
-use crate::threads::Poll;
+use crate::process::OwnerProcess;
+use crate::threads::Interrupt;
 
-/// From here on a write is sealed straight from the caller's buffer, and returns when all of it is written; what is less
-/// is copied and sealed while the caller gets the next.
-const DIRECT_BYTES: usize = 4 << 20;
+/// From here on a write is encrypted straight from the caller's buffer, and returns when all of it is written; what is less
+/// is copied and encrypted while the caller gets the next.
+const MIN_DIRECT_WRITE_BYTES: usize = 4 << 20;
 
-pub(super) struct SealedSink {
+pub(super) struct EncryptedSink {
     file: Arc<File>,
-    sealers: Arc<Sealers>,
+    encryptors: Arc<Encryptors>,
     chunk_size_bytes: usize,
     /// Plaintext not handed on yet, from the start of chunk `next_index`. Whether a chunk is the last shows only when more
     /// follows, so at least one byte always stays behind here.
     gathered: Vec<u8>,
     next_index: u64,
     header_tag: [u8; HEADER_TAG_BYTES],
-    home: Home,
+    owner: OwnerProcess,
 }
 
-impl SealedSink {
+impl EncryptedSink {
     pub(super) fn new(
         file: Arc<File>,
         key: &SecretKey,
@@ -38,18 +40,18 @@ impl SealedSink {
         chunk_size_bytes: usize,
         threads: usize,
     ) -> Result<Self> {
-        let (sealing, header) = Sealing::start(key, &aad(path), chunk_size_bytes)?;
-        file.write_all_at(&header, 0).map_err(super::not_written)?;
-        let sealers = Arc::new(Sealers::new(sealing, threads));
+        let (encryption, header) = Encryption::start(key, &aad(path), chunk_size_bytes)?;
+        file.write_all_at(&header, 0).map_err(not_written)?;
+        let encryptors = Arc::new(Encryptors::new(encryption, threads));
         let header_tag = header_tag(&header);
         Ok(Self {
             file,
-            sealers,
+            encryptors,
             chunk_size_bytes,
             gathered: Vec::new(),
             next_index: 0,
             header_tag,
-            home: Home::here(),
+            owner: OwnerProcess::current(),
         })
     }
 
@@ -64,7 +66,7 @@ impl SealedSink {
     }
 
     fn fits(&self, data: &[u8]) -> bool {
-        self.gathered.len() + data.len() <= strip_bytes(self.chunk_size_bytes)
+        self.gathered.len() + data.len() <= batch_bytes(self.chunk_size_bytes)
     }
 
     fn append(&mut self, data: &[u8]) -> Result<()> {
@@ -73,50 +75,53 @@ impl SealedSink {
         Ok(())
     }
 
-    pub(super) fn write(&mut self, mut data: &[u8], poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn write(&mut self, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         let chunk_size_bytes = self.chunk_size_bytes;
         while !self.fits(data) {
-            let (now, later) = if data.len() >= DIRECT_BYTES {
-                // What is gathered ends with a whole chunk, the rest is sealed where it is.
+            let (now, later) = if data.len() >= MIN_DIRECT_WRITE_BYTES {
+                // What is gathered ends with a whole chunk, the rest is encrypted where it is.
                 data.split_at(self.gathered.len().next_multiple_of(chunk_size_bytes) - self.gathered.len())
             } else {
-                data.split_at(strip_bytes(chunk_size_bytes) - self.gathered.len())
+                data.split_at(batch_bytes(chunk_size_bytes) - self.gathered.len())
             };
             self.append(now)?;
             data = later;
             if !self.gathered.is_empty() {
-                let strip = std::mem::replace(&mut self.gathered, self.sealers.buffer(poll)?);
-                let first_index = self.advance(strip.len());
-                self.sealers.submit(&self.file, first_index, strip);
+                let batch = std::mem::replace(&mut self.gathered, self.encryptors.buffer(interrupt)?);
+                let first_index = self.advance(batch.len());
+                self.encryptors.submit(&self.file, first_index, batch);
             }
-            if data.len() >= DIRECT_BYTES {
+            if data.len() >= MIN_DIRECT_WRITE_BYTES {
                 let (body, tail) = self.split_last(data);
                 let first_index = self.advance(body.len());
-                self.sealers.seal(&self.file, first_index, body, poll)?;
+                self.encryptors.encrypt(&self.file, first_index, body, interrupt)?;
                 data = tail;
             }
         }
         self.append(data)
     }
 
-    /// Parts from the start; `None` where something was written already.
-    pub(super) fn parts(&self) -> Option<Parts> {
-        let kind = Kind::Sealed { sealers: Arc::clone(&self.sealers), chunk_size_bytes: self.chunk_size_bytes };
-        (self.written() == 0).then(|| Parts { file: Arc::clone(&self.file), kind })
+    /// A positioned writer of the fragment from its start on; `None` where something was written already.
+    pub(super) fn positioned(&self) -> Option<PositionedWriter> {
+        let kind = PositionedKind::Encrypted {
+            encryptors: Arc::clone(&self.encryptors),
+            chunk_size_bytes: self.chunk_size_bytes,
+        };
+        (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
     }
 
-    /// Goes on after parts that end at `end`.
+    /// Goes on after positioned batches that end at `end`.
     pub(super) fn continue_at(&mut self, end: u64) {
         self.next_index = end / self.chunk_size_bytes as u64;
     }
 
-    pub(super) fn finish(&mut self, poll: &mut Poll<'_>) -> Result<()> {
+    pub(super) fn finish(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let mut gathered = std::mem::take(&mut self.gathered);
         let (body, last) = self.split_last(&gathered);
         let first_index = self.advance(body.len());
-        self.sealers.seal(&self.file, first_index, body, poll)?;
-        self.sealers.drain(poll)?;
-        self.sealers.seal_last(&self.file, self.next_index, last)?;
+        self.encryptors.encrypt(&self.file, first_index, body, interrupt)?;
+        self.encryptors.drain(interrupt)?;
+        self.encryptors.encrypt_last(&self.file, self.next_index, last)?;
         let body_bytes = body.len();
         gathered.drain(..body_bytes);
         self.gathered = gathered;
@@ -147,11 +152,11 @@ impl SealedSink {
     }
 }
 
-impl Drop for SealedSink {
+impl Drop for EncryptedSink {
     /// A forked child must not lock, and has none of the threads.
     fn drop(&mut self) {
-        if self.home.is_here() {
-            self.sealers.stop();
+        if self.owner.is_current() {
+            self.encryptors.stop();
         }
     }
 }

@@ -14,13 +14,13 @@ use crate::name::MANIFEST;
 
 /// The manifest of an open snapshot. It travels with a handle as its digest alone, and is read again where it is needed.
 #[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Seal {
+pub(crate) struct OpenManifest {
     digest: [u8; 32],
     #[serde(skip)]
     manifest: OnceLock<Arc<Manifest>>,
 }
 
-impl Seal {
+impl OpenManifest {
     /// Reads the manifest of the snapshot at `root`; none where it has none and needs none.
     pub(crate) fn read(root: &Path, payload: Option<&KeyPayload>) -> Result<Option<Self>> {
         let Some((manifest, digest)) = read(root, payload.map(KeyPayload::data_key))? else {

@@ -19,7 +19,7 @@ pub(super) const MEMORY: &str = "mem";
 pub(super) const METADATA: &str = "mem_metadata";
 
 /// Nobody has a larger list, whatever the size of the file.
-const MOST_PROBED_BYTES: usize = 256 << 20;
+const MAX_PROBED_BYTES: usize = 256 << 20;
 
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Metadata {
@@ -130,7 +130,7 @@ impl Metadata {
         let fragment = reader.raw_fragment(METADATA)?;
         // The list of blocks grows in serde's hands, where it cannot fail: 64 MiB for a guest of a terabyte.
         let bytes = usize::try_from(fragment.size()).unwrap_or(usize::MAX).saturating_mul(2);
-        buffer::probe(bytes.min(MOST_PROBED_BYTES)).map_err(|error| error.context(METADATA))?;
+        buffer::probe(bytes.min(MAX_PROBED_BYTES)).map_err(|error| error.context(METADATA))?;
         reader.decode(METADATA, fragment)
     }
 

@@ -1,43 +1,43 @@
 //! An encrypted fragment being read: one FLOE message, `docs/format.md` has its bytes.
 //!
-//! Segments have a fixed size, so a thread knows where the segment of a chunk lies: it reads it, opens it into its place
+//! Segments have a fixed size, so a thread knows where the segment of a chunk lies: it reads it, decrypts it into its place
 //! and never meets the others.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
-use super::pieces::Pieces;
-use super::{aad, strip_bytes};
+use super::batches::{Batches, batch_bytes};
+use super::place::aad;
 use crate::buffer;
 use crate::cipher::{
-    HEADER_BYTES, HEADER_TAG_BYTES, Opener, Opening, SEGMENT_OVERHEAD_BYTES, SecretKey, check_declared_chunk_size,
-    header_tag, segment_offset, segment_size,
+    Decryption, Decryptor, HEADER_BYTES, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey,
+    check_declared_chunk_size, header_tag, segment_offset, segment_size,
 };
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
-use crate::threads::{Poll, for_each, lock};
+use crate::threads::{Interrupt, for_each, lock};
 
 /// Of an open fragment that nobody reads, at most this many workers are kept, and none with larger segments.
 const MAX_IDLE_WORKERS: usize = 8;
-const MAX_IDLE_BYTES: usize = 2 << 20;
+const MAX_IDLE_SEGMENT_BYTES: usize = 2 << 20;
 
-pub(super) struct SealedSource {
+pub(super) struct EncryptedSource {
     file: File,
-    opening: Opening,
+    decryption: Decryption,
     header_tag: [u8; HEADER_TAG_BYTES],
     chunk_size_bytes: usize,
     /// Workers that no call uses now: a cipher state and buffers each.
-    idle: Mutex<Vec<OpenWorker>>,
+    idle: Mutex<Vec<DecryptionWorker>>,
 }
 
-struct OpenWorker {
-    opener: Opener,
+struct DecryptionWorker {
+    decryptor: Decryptor,
     segments: Vec<u8>,
     chunk: Vec<u8>,
 }
 
-impl SealedSource {
+impl EncryptedSource {
     /// Verifies the header and the last segment, hence the length.
     ///
     /// `expected` is the header's tag where the manifest says so.
@@ -61,18 +61,18 @@ impl SealedSource {
         if expected.is_some_and(|expected| expected != header_tag) {
             return Err(Error::corrupt("is not the one the manifest lists: it was changed or swapped"));
         }
-        let opening = Opening::start(key, &aad(path), header, stored_size)?;
-        let chunk_size_bytes = opening.chunk_size_bytes();
-        let source = Self { file, opening, header_tag, chunk_size_bytes, idle: Mutex::default() };
+        let decryption = Decryption::start(key, &aad(path), header, stored_size)?;
+        let chunk_size_bytes = decryption.chunk_size_bytes();
+        let source = Self { file, decryption, header_tag, chunk_size_bytes, idle: Mutex::default() };
         let mut worker = source.worker();
-        worker.load(&source, source.opening.last_index(), source.opening.last_index())?;
-        worker.open_chunk(&source, source.opening.last_index(), 0)?;
+        worker.load(&source, source.decryption.last_index(), source.decryption.last_index())?;
+        worker.decrypt_chunk(&source, source.decryption.last_index(), 0)?;
         source.put_back([worker]);
         Ok(source)
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.opening.size()
+        self.decryption.size()
     }
 
     pub(super) fn header_tag(&self) -> [u8; HEADER_TAG_BYTES] {
@@ -84,11 +84,17 @@ impl SealedSource {
     }
 
     /// Fills `buf` from `offset`; both lie within the size. On an error the buffer's contents are for the caller to wipe.
-    pub(super) fn read(&self, offset: u64, buf: &mut [u8], threads: usize, poll: &mut Poll<'_>) -> Result<()> {
-        let pieces = Pieces::new(offset, buf, strip_bytes(self.chunk_size_bytes));
+    pub(super) fn read(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        threads: usize,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
+        let batches = Batches::new(offset, buf, batch_bytes(self.chunk_size_bytes));
         let mut one = None;
         let mut many = Vec::new();
-        let workers = match threads.min(pieces.len()) {
+        let workers = match threads.min(batches.len()) {
             0 => return Ok(()),
             1 => std::slice::from_mut(one.insert(self.worker())),
             count => {
@@ -96,25 +102,30 @@ impl SealedSource {
                 &mut many[..]
             }
         };
-        let result = for_each(workers, pieces, poll, |worker, (offset, piece)| worker.read_piece(self, offset, piece));
+        let result =
+            for_each(workers, batches, interrupt, |worker, (offset, batch)| worker.read_batch(self, offset, batch));
         self.put_back(one.into_iter().chain(many));
         result
     }
 
-    fn worker(&self) -> OpenWorker {
+    fn worker(&self) -> DecryptionWorker {
         let idle = lock(&self.idle).pop();
-        idle.unwrap_or_else(|| OpenWorker { opener: self.opening.opener(), segments: Vec::new(), chunk: Vec::new() })
+        idle.unwrap_or_else(|| DecryptionWorker {
+            decryptor: self.decryption.decryptor(),
+            segments: Vec::new(),
+            chunk: Vec::new(),
+        })
     }
 
     /// Keeps workers for the next calls: not more than some, and not such large buffers that it matters.
-    fn put_back(&self, workers: impl IntoIterator<Item = OpenWorker>) {
+    fn put_back(&self, workers: impl IntoIterator<Item = DecryptionWorker>) {
         let mut idle = lock(&self.idle);
-        idle.extend(workers.into_iter().filter(|worker| worker.segments.len() <= MAX_IDLE_BYTES));
+        idle.extend(workers.into_iter().filter(|worker| worker.segments.len() <= MAX_IDLE_SEGMENT_BYTES));
         idle.truncate(MAX_IDLE_WORKERS);
     }
 
     fn chunk_bytes(&self, index: u64) -> usize {
-        if index == self.opening.last_index() { self.opening.last_chunk_bytes() } else { self.chunk_size_bytes }
+        if index == self.decryption.last_index() { self.decryption.last_chunk_bytes() } else { self.chunk_size_bytes }
     }
 
     /// Where segment `index` lies among those a worker has loaded, of which it is number `number`.
@@ -124,34 +135,34 @@ impl SealedSource {
     }
 }
 
-impl OpenWorker {
-    /// Reads the segments of a piece at once, and opens each into its place.
-    fn read_piece(&mut self, source: &SealedSource, offset: u64, mut piece: &mut [u8]) -> Result<()> {
+impl DecryptionWorker {
+    /// Reads the segments of a batch at once, and decrypts each into its place.
+    fn read_batch(&mut self, source: &EncryptedSource, offset: u64, mut batch: &mut [u8]) -> Result<()> {
         let chunk_size = source.chunk_size_bytes as u64;
         let first_index = offset / chunk_size;
-        self.load(source, first_index, (offset + piece.len() as u64 - 1) / chunk_size)?;
+        self.load(source, first_index, (offset + batch.len() as u64 - 1) / chunk_size)?;
         let mut from = usize::try_from(offset % chunk_size).unwrap_or(0);
         for (number, index) in (first_index..).enumerate() {
             let chunk_bytes = source.chunk_bytes(index);
-            let (place, rest) = piece.split_at_mut(piece.len().min(chunk_bytes - from));
+            let (place, rest) = batch.split_at_mut(batch.len().min(chunk_bytes - from));
             if place.len() == chunk_bytes {
                 let segment = source.loaded_segment(index, number);
-                self.opener.open(index, &self.segments[segment], place)?;
+                self.decryptor.decrypt(index, &self.segments[segment], place)?;
             } else {
-                self.open_chunk(source, index, number)?;
+                self.decrypt_chunk(source, index, number)?;
                 place.copy_from_slice(&self.chunk[from..from + place.len()]);
             }
             if rest.is_empty() {
                 break;
             }
-            piece = rest;
+            batch = rest;
             from = 0;
         }
         Ok(())
     }
 
     /// Reads the segments `first..=last` from the file.
-    fn load(&mut self, source: &SealedSource, first: u64, last: u64) -> Result<()> {
+    fn load(&mut self, source: &EncryptedSource, first: u64, last: u64) -> Result<()> {
         let full = usize::try_from(last - first).unwrap_or(usize::MAX);
         let stored = full * segment_size(source.chunk_size_bytes) + source.chunk_bytes(last) + SEGMENT_OVERHEAD_BYTES;
         buffer::at_least(&mut self.segments, stored)?;
@@ -159,11 +170,11 @@ impl OpenWorker {
         source.file.read_exact_at(&mut self.segments[..stored], offset).map_err(not_read)
     }
 
-    /// Opens segment `index` into the worker's own buffer.
-    fn open_chunk(&mut self, source: &SealedSource, index: u64, number: usize) -> Result<()> {
+    /// Decrypts segment `index` into the worker's own buffer.
+    fn decrypt_chunk(&mut self, source: &EncryptedSource, index: u64, number: usize) -> Result<()> {
         let segment = source.loaded_segment(index, number);
         buffer::fit(&mut self.chunk, source.chunk_bytes(index))?;
-        self.opener.open(index, &self.segments[segment], &mut self.chunk)
+        self.decryptor.decrypt(index, &self.segments[segment], &mut self.chunk)
     }
 }
 

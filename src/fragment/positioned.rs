@@ -1,0 +1,119 @@
+//! A fragment whose beginning several threads write in batches, each at its own offset.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::sync::{Arc, Mutex};
+
+use rustix::io::{Errno, pwritev};
+
+use super::digest::{Digest, SUBTREE_BYTES, Subtree, subtree};
+use super::encryptors::{EncryptionWorker, Encryptors};
+use super::place::not_written;
+use super::rope::Rope;
+use crate::error::Result;
+use crate::threads::lock;
+
+/// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and an
+/// ordinary write must follow the last batch.
+pub(crate) struct PositionedWriter {
+    pub(super) file: Arc<File>,
+    pub(super) kind: PositionedKind,
+}
+
+pub(super) enum PositionedKind {
+    Plain(Option<Mutex<Collected>>),
+    Encrypted { encryptors: Arc<Encryptors>, chunk_size_bytes: usize },
+}
+
+/// Digests of batches, which come in any order.
+#[derive(Default)]
+pub(super) struct Collected {
+    pub(super) digest: Box<Digest>,
+    /// By the index of the first subtree; as many as there are threads, at most.
+    waiting: BTreeMap<u64, Vec<Subtree>>,
+}
+
+/// The buffers one thread needs to write batches.
+pub(crate) struct PositionedWorker {
+    encryption: Option<EncryptionWorker>,
+    /// For a chunk or subtree whose bytes do not lie together.
+    room: Vec<u8>,
+}
+
+impl PositionedWriter {
+    /// The length of a batch, and its offset, are multiples of this.
+    pub(crate) fn alignment_bytes(&self) -> usize {
+        match &self.kind {
+            PositionedKind::Plain(None) => 1,
+            PositionedKind::Plain(Some(_)) => SUBTREE_BYTES,
+            PositionedKind::Encrypted { chunk_size_bytes, .. } => *chunk_size_bytes,
+        }
+    }
+
+    pub(crate) fn worker(&self) -> PositionedWorker {
+        let encryption = match &self.kind {
+            PositionedKind::Plain(_) => None,
+            PositionedKind::Encrypted { encryptors, .. } => Some(encryptors.worker()),
+        };
+        PositionedWorker { encryption, room: Vec::new() }
+    }
+
+    /// Writes a batch to `offset`, in bytes of plaintext.
+    pub(crate) fn write(&self, worker: &mut PositionedWorker, offset: u64, batch: &Rope<'_>) -> Result<()> {
+        let PositionedWorker { encryption, room } = worker;
+        match (&self.kind, encryption) {
+            (PositionedKind::Encrypted { encryptors, chunk_size_bytes }, Some(worker)) => {
+                encryptors.encrypt_rope(worker, &self.file, offset / *chunk_size_bytes as u64, batch, room)
+            }
+            (PositionedKind::Plain(digest), _) => {
+                write_runs(&self.file, batch.runs(), offset).map_err(not_written)?;
+                if let Some(collected) = digest
+                    && batch.len() > 0
+                {
+                    let first = offset / SUBTREE_BYTES as u64;
+                    let mut subtrees = Vec::with_capacity(batch.len() / SUBTREE_BYTES);
+                    batch.in_steps(SUBTREE_BYTES, room, |bytes| {
+                        subtrees.push(subtree(first + subtrees.len() as u64, bytes));
+                        Result::Ok(())
+                    })?;
+                    lock(collected).add(first, subtrees);
+                }
+                Ok(())
+            }
+            (PositionedKind::Encrypted { .. }, None) => unreachable!("a worker belongs to the writer that made it"),
+        }
+    }
+}
+
+/// Writes runs one after the other.
+fn write_runs(file: &File, runs: &[&[u8]], mut offset: u64) -> io::Result<()> {
+    for runs in runs.chunks(IOV_MAX) {
+        let mut slices: Vec<_> = runs.iter().map(|run| IoSlice::new(run)).collect();
+        let mut left = &mut slices[..];
+        while !left.is_empty() {
+            match pwritev(file, left, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    offset += count as u64;
+                    IoSlice::advance_slices(&mut left, count);
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `IOV_MAX` of linux/uio.h: what one call takes.
+const IOV_MAX: usize = 1024;
+
+impl Collected {
+    fn add(&mut self, first: u64, subtrees: Vec<Subtree>) {
+        self.waiting.insert(first, subtrees);
+        while let Some(next) = self.waiting.remove(&self.digest.next_subtree()) {
+            self.digest.push(next);
+        }
+    }
+}

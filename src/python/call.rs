@@ -1,0 +1,94 @@
+//! Helpers of a call from Python: its arguments, its signals, and handles as `pickle` carries them.
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::credentials::Credentials;
+use crate::error::{Error, Result};
+use crate::options::SnapshotOptions;
+use crate::serialization::Format;
+
+pub(super) fn parse_format(name: &str) -> Result<Format> {
+    Format::from_name(name)
+        .ok_or_else(|| Error::invalid_argument(format!("format is \"cbor\" or \"json\", not {name:?}")))
+}
+
+/// Options as both kinds of handle take them.
+pub(super) fn options(credentials: &Credentials, threads: Option<&Bound<'_, PyAny>>) -> PyResult<SnapshotOptions> {
+    let mut options = credentials.0.clone();
+    if let Some(threads) = threads {
+        options = options.threads(number(threads, "threads")?);
+    }
+    Ok(options)
+}
+
+/// What a reader asks of the seal.
+pub(super) fn sealed_options(
+    options: SnapshotOptions,
+    require_sealed: bool,
+    expect_seal_digest: Option<&[u8]>,
+) -> Result<SnapshotOptions> {
+    let options = options.require_sealed(require_sealed);
+    Ok(match expect_seal_digest {
+        None => options,
+        Some(digest) => {
+            let length = digest.len();
+            options.expect_seal_digest(digest.try_into().map_err(|_| {
+                Error::invalid_argument(format!("a seal digest has 32 bytes (64 hexadecimal digits), not {length}"))
+            })?)
+        }
+    })
+}
+
+/// A whole number that fits `T`; any other int is a bad argument, not an `OverflowError`.
+pub(super) fn number<'py, T>(value: &Bound<'py, PyAny>, name: &str) -> PyResult<T>
+where
+    T: for<'a> FromPyObject<'a, 'py, Error = PyErr>,
+{
+    value.extract().map_err(|error: PyErr| {
+        if error.is_instance_of::<pyo3::exceptions::PyOverflowError>(value.py()) {
+            Error::invalid_argument(format!("{name} cannot be {value}")).into()
+        } else {
+            error
+        }
+    })
+}
+
+/// A callback that long work calls from time to time to learn whether to go on.
+pub(super) type Callback<'a> = &'a mut dyn FnMut() -> Result<()>;
+
+/// Does long `work` with the interpreter free for other threads, and lets it be interrupted by signals (Ctrl-C).
+pub(super) fn interruptible<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(Callback<'_>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let mut raised = None;
+    let result = py.detach(|| {
+        work(&mut || {
+            Python::attach(check_signals).map_err(|error| {
+                raised = Some(error);
+                Error::interrupted()
+            })
+        })
+    });
+    // What the signal's handler raised says more than that it interrupted.
+    raised.map_or(Ok(()), Err).and(result.map_err(PyErr::from))
+}
+
+/// A handle as CBOR, data key included.
+pub(super) fn to_state<'py>(py: Python<'py>, handle: &impl serde::Serialize) -> PyResult<Bound<'py, PyBytes>> {
+    let mut state = zeroize::Zeroizing::new(Vec::with_capacity(4096 + 512));
+    ciborium::into_writer(handle, &mut *state).map_err(|error| Error::invalid_argument(error.to_string()))?;
+    Ok(PyBytes::new(py, &state))
+}
+
+pub(super) fn from_state<T: serde::de::DeserializeOwned>(state: &[u8]) -> PyResult<T> {
+    // A buffer of our own, to be wiped: the state holds a key.
+    let mut scratch = zeroize::Zeroizing::new(vec![0; 4096]);
+    ciborium::de::from_reader_with_buffer(state, &mut scratch)
+        .map_err(|error| Error::invalid_argument(format!("not a pickled handle: {error}")).into())
+}
+
+pub(super) fn check_signals(py: Python<'_>) -> PyResult<()> {
+    py.check_signals()
+}
