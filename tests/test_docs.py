@@ -38,6 +38,7 @@ BLOCKS = {
     ("README.md", "python"): 4,  # test_readme
     ("README.md", "rust"): 1,  # cargo test: src/lib.rs includes the README
     ("docs/cli.md", "sh"): 4,  # below
+    ("docs/design.md", "text"): 3,  # diagrams
     ("docs/format.md", ""): 9,  # the worked example in test_independent_reader, and below; the others are formulas
     ("docs/guide.md", "python"): 4,  # test_readme
     ("docs/index.md", "python"): 1,  # below
