@@ -93,7 +93,7 @@
 //     memory, verify                                guest memory; verification
 //     staging                                       StagedSnapshot: commit, seal
 //     writer, reader, any_snapshot                  the handles
-//     seal, key_metadata, outline, clean            the files at the root of a snapshot
+//     open_manifest, key_metadata, outline, clean            the files at the root of a snapshot
 //     options                                       SnapshotOptions
 //     fragment, key, serialization                  files; wrapped keys; values
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
