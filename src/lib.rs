@@ -103,6 +103,8 @@ mod any_snapshot;
 mod buffer;
 mod cipher;
 mod clean;
+#[cfg(feature = "crosvm")]
+pub mod crosvm;
 mod durability;
 mod error;
 mod fragment;
