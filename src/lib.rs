@@ -126,6 +126,7 @@ mod python;
 mod reader;
 mod serialization;
 mod staging;
+mod stored_file;
 mod strict_cbor;
 mod threads;
 mod verify;
