@@ -65,7 +65,7 @@ impl Drop for DroppedFragment {
             // The fragment is only a part, and removes its file when it is dropped unfinished now.
             return;
         }
-        match self.fragment.finish_polled(&mut || Ok(())) {
+        match self.fragment.finish_interruptible(&mut || Ok(())) {
             Ok(()) => {}
             // The caller has had the error of an earlier write; or this is a forked process, where a drop does nothing.
             Err(error) if error.is_state() => {}
