@@ -61,7 +61,11 @@ class OpeningKeys:
             raise click.UsageError(
                 "a new snapshot is encrypted with recipients, a key or a passphrase: give only one of them"
             )
-        return WritingKeys(False, self.key, recipients, self.passphrase)
+        # A mistyped passphrase only fails to open a snapshot, but nobody would open a new one with it.
+        asked = callable(self.passphrase)
+        return WritingKeys(
+            False, self.key, recipients, _asker("New passphrase: ", twice=True) if asked else self.passphrase
+        )
 
     def open(self, root: str | Path, *, threads: int | None = None) -> SnapshotReader:
         """Open a snapshot for reading."""

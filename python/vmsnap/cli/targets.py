@@ -27,13 +27,6 @@ def is_marked(location: str | Path) -> bool:
     return any(os.path.lexists(os.path.join(location, name)) for name in _MARKERS)
 
 
-def not_a_snapshot(location: str | Path, found: str) -> CorruptSnapshotError:
-    """Return the error for a directory without markers, in which `found` cannot be part of a snapshot."""
-    return CorruptSnapshotError(
-        f"{location} is not a vmsnap snapshot: it contains neither {' nor '.join(_MARKERS)}, and it contains {found}"
-    )
-
-
 @contextmanager
 def expecting_snapshot(location: str | Path) -> Iterator[None]:
     """Refuse, as not a snapshot, a directory without markers in which the block finds something that does not fit."""
@@ -42,7 +35,10 @@ def expecting_snapshot(location: str | Path) -> Iterator[None]:
     except CorruptSnapshotError as error:
         if is_marked(location):
             raise
-        raise not_a_snapshot(location, f"something that does not belong into one: {error}") from error
+        raise CorruptSnapshotError(
+            f"{location} is not a vmsnap snapshot: it contains neither {' nor '.join(_MARKERS)}, and something else: "
+            f"{error}"
+        ) from error
 
 
 def enter(snapshot: SnapshotReader, path: str) -> SnapshotReader:
