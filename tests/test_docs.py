@@ -208,7 +208,7 @@ def test_the_page_on_the_command_line_has_every_command() -> None:
 
 def parts(section: str) -> list[tuple[str, str]]:
     """The parts of a section, each with its heading."""
-    return re.findall(r"^### (.*)\n(.*?)(?=^### |\Z)", section, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^### ([^\n]*)\n(.*?)(?=^### |\Z)", section, re.MULTILINE | re.DOTALL)
 
 
 def test_the_versions_on_the_page_on_compatibility_are_those_of_the_tests(shared_dir: Path) -> None:
