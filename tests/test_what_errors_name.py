@@ -119,10 +119,15 @@ def error_with(injection: str, *arguments: object, of: Path | None = None) -> st
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, ram: Path) -> None:
-    for arguments in (["dump", ram, tmp_path / "out"], ["put", ram, tmp_path / "out", "sda", "--create"]):
-        text = error_with("read:error=EIO", *arguments, of=ram)
-        assert text in (f"{ram}: Input/output error", f"{ram}: cannot be read: Input/output error")
-        assert not (tmp_path / "out").exists()
+    # First its beginning is read, which tells its format; then its memory.
+    for number, said in ((1, f"{ram}: cannot be read"), (2, "guest-physical address 0x0 cannot be read")):
+        text = error_with(f"pread64:error=EIO:when={number}", "dump", ram, tmp_path / "out", of=ram)
+        assert text.endswith(f"{said}: Input/output error")
+        assert os.listdir(tmp_path) == ["ram.img"]
+    assert error_with("read:error=EIO", "put", ram, tmp_path / "out", "sda", "--create", of=ram) == (
+        f"{ram}: Input/output error"
+    )
+    assert not (tmp_path / "out").exists()
     text = error_with("read:error=EIO", "put", "-", tmp_path / "out", "sda", "--create", of=Path(os.devnull))
     assert text == "standard input: Input/output error"
     key = write_private(tmp_path / "key", KEY)
