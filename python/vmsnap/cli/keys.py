@@ -198,13 +198,13 @@ def _passphrase_options(prefix: str, what: str) -> list[Callable[[_Command], _Co
             f"--{prefix}passphrase-file",
             type=TEXT_PATH,
             metavar="FILE",
-            help="Read it from the first line of a file that only you may read.",
+            help="Read the passphrase from the first line of a file that only you may read.",
         ),
         click.option(
             f"--{prefix}passphrase-fd",
             type=click.IntRange(min=0),
             metavar="N",
-            help="Read it from an open file descriptor.",
+            help="Read the passphrase from an open file descriptor.",
         ),
     ]
 
