@@ -41,4 +41,9 @@ class Command(click.Command):
 
 def argument(name: str, *, metavar: str, description: str, **attributes: Any) -> Callable[[_Decorated], _Decorated]:
     """Return a decorator that gives a command an argument with a description."""
-    return click.argument(name, cls=Argument, metavar=metavar, description=description, **attributes)
+
+    def decorate(command: _Decorated) -> _Decorated:
+        # A new decorator for each command: those of click 8.1.0 forget the class after their first use.
+        return click.argument(name, cls=Argument, metavar=metavar, description=description, **attributes)(command)
+
+    return decorate
