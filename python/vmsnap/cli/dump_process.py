@@ -187,8 +187,8 @@ def dump_process(
     """Store all memory of a process, a fragment per mapping.
 
     This is for looking into a process, not for the memory of a guest: "vmsnap dump" stores that, sparse and readable by
-    guest-physical address. The fragment mem/START-END holds the mapping at these addresses, the fragment maps the text
-    of /proc/PID/maps. Pages that cannot be read, and holes of 1 GiB or more, are left out and reported.
+    guest-physical address. The fragment "mem/START-END" holds the mapping at these addresses, the fragment "maps"
+    the text of /proc/PID/maps. Pages that cannot be read, and holes of 1 GiB or more, are left out and reported.
 
     The process is stopped during the dump, and continues afterwards if it was running before.
 

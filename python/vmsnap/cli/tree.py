@@ -13,8 +13,8 @@ from rich.tree import Tree
 
 from vmsnap import SnapshotReader
 from vmsnap.cli.command import Command
+from vmsnap.cli.entry import Entry, entries
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.ls import Entry, entries
 from vmsnap.cli.options import json_option
 from vmsnap.cli.targets import enter, expecting_snapshot, namespace_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, to_terminal

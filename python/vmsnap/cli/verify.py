@@ -76,7 +76,8 @@ def verify(
 
     Exits 0 if everything was checked and nothing is wrong, otherwise 1. Without the key of an encrypted snapshot only
     a part can be checked: the rest is reported as not checked, and the exit code is 1. A snapshot that is not sealed
-    has no manifest, so nothing shows whether it is complete: the exit code is 1.
+    has no manifest, so nothing shows whether it is complete: the exit code is 1. A directory that is not a snapshot is
+    refused with exit code 4.
     """
     marked = is_marked(snapshot)
     if not marked:
