@@ -67,8 +67,8 @@ def encrypt(
     """Copy a snapshot into a new one that is encrypted.
 
     -r, -R, --new-key-file or a --new-passphrase option says who can open the copy; without any of them, your own
-    identity. SNAPSHOT may be encrypted itself. The copy gets a new data key, so
-    somebody who kept that of SNAPSHOT cannot open the copy. Chunk sizes are kept.
+    identity. SNAPSHOT may be encrypted itself. The copy gets a new data key, so somebody who kept that of
+    SNAPSHOT cannot open the copy. Chunk sizes are kept.
 
     NEW-SNAPSHOT appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
