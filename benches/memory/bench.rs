@@ -141,7 +141,7 @@ impl Bench {
         seconds(work)
     }
 
-    fn options(&self, form: Form, threads: usize) -> SnapshotOptions {
+    pub(crate) fn options(&self, form: Form, threads: usize) -> SnapshotOptions {
         let options = SnapshotOptions::new().threads(threads);
         if form.encrypted { options.key(self.key.clone()) } else { options }
     }
