@@ -12,15 +12,16 @@
 //! # let path = folder.path().join("vm1");
 //! let options = SnapshotOptions::new().key(SecretKey::generate()?);
 //!
-//! let writer = options.create(&path)?;
-//! writer.write_fragment("clock", &12_u64)?;
-//! let mut memory = writer.raw_fragment_with_chunk_size("mem", 64 << 10)?;
-//! memory.write_all(&vec![0xa5; 1 << 20])?;
-//! memory.finish()?;
+//! let mut staged = options.create(&path)?;
+//! staged.writer().write_fragment("clock", &12_u64)?;
+//! let mut disk = staged.writer().raw_fragment_with_chunk_size("sda", 64 << 10)?;
+//! disk.write_all(&vec![0xa5; 1 << 20])?;
+//! disk.finish()?;
+//! staged.commit()?;
 //!
 //! let reader = options.open(&path)?;
 //! let mut page = [0; 4096];
-//! reader.raw_fragment("mem")?.read_at(0x1000, &mut page)?;
+//! reader.raw_fragment("sda")?.read_at(0x1000, &mut page)?;
 //! assert_eq!(page, [0xa5; 4096]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -28,6 +29,8 @@
 //! Linux only, for now.
 
 #![deny(unsafe_code)]
+// Whether and where to print is for the program to decide; clippy.toml forbids the streams themselves.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod any_snapshot;
 mod buffer;
@@ -39,6 +42,7 @@ mod fragment;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod inspect;
 mod key;
 mod key_metadata;
 mod manifest;
@@ -46,7 +50,6 @@ mod memory;
 mod name;
 mod open_manifest;
 mod options;
-mod outline;
 mod pool;
 mod process;
 #[cfg(feature = "python")]
@@ -71,16 +74,16 @@ pub use cipher::{
 pub use clean::{Cleaned, clean};
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
+pub use inspect::{InspectedFragment, Inspection, inspect};
 pub use key::{
     Identity, KeyProvider, KeyWrapping, Passphrase, ProviderError, generate_identity, identity_file, recipients_of,
 };
-pub use key_metadata::{key_wrapping, rekey};
+pub use key_metadata::rekey;
 pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
     MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
 pub use options::SnapshotOptions;
-pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;
 pub use serialization::Format;
 pub use staging::{SealId, StagedSnapshot};

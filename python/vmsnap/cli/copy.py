@@ -88,8 +88,8 @@ def new_snapshot(root: Path, keys: WritingKeys, *, threads: int | None) -> Itera
     try:
         yield writer
     except BaseException:
-        shutil.rmtree(writer.root, ignore_errors=True)
-        if writer.root.exists():
+        shutil.rmtree(writer.path, ignore_errors=True)
+        if writer.path.exists():
             click.echo(f"vmsnap: half-written, and cannot be removed: {printable(str(root))}", err=True)
         raise
 
@@ -104,7 +104,7 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
                 writer = writer.namespace(name)
             except FileNotFoundError:
                 writer = writer.add_namespace(name)
-                made.append(writer.root / writer.namespace_path)
+                made.append(writer.path / writer.namespace_path)
         yield writer
     except BaseException:
         with contextlib.suppress(OSError):

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from vmsnap import InvalidArgumentError, SnapshotWriter
-from vmsnap._vmsnap import ProcessRange
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import Image, format_option, open_image, refuse_format
@@ -18,6 +17,7 @@ from vmsnap.cli.keys import WritingKeys, no_durable_option, threads_option, writ
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.process import Mapping, Process, parse_maps, range_name
 from vmsnap.cli.terminal import human_size, printable, progress
+from vmsnap.process import ProcessRange
 
 # Fits a second-level cache, and is enough chunks for every thread to have some.
 PIECE_BYTES = 1 << 20

@@ -8,7 +8,6 @@ from types import FrameType
 import click
 
 import vmsnap
-from vmsnap import _vmsnap
 from vmsnap.cli.completion import completion
 from vmsnap.cli.convert import decrypt, encrypt
 from vmsnap.cli.copy import cp
@@ -42,8 +41,9 @@ Exit codes:
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        built = f"aead: {vmsnap.aead_provider()}; features: {', '.join(_vmsnap.FEATURES)}"
-        click.echo(f"vmsnap {vmsnap.__version__} ({built}; commit: {_vmsnap.COMMIT or 'unknown'})")
+        build = vmsnap.build_info()
+        built = f"aead: {vmsnap.aead_provider()}; features: {', '.join(build.features)}"
+        click.echo(f"vmsnap {build.version} ({built}; commit: {build.commit or 'unknown'})")
         context.exit()
 
 

@@ -1,26 +1,23 @@
 """``vmsnap info``: what a snapshot is, as much of it as can be said."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
 import vmsnap
-from vmsnap import CorruptSnapshotError, FragmentReader, SnapshotReader
-from vmsnap._vmsnap import check_serialized, key_wrapping, outline
+from vmsnap import FragmentReader, SnapshotReader
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.places import directory_argument, json_option, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
+from vmsnap.serialization import format_of
 
 # Of one fragment and of all: enough to tell the format by, in no time.
 _LOOKED_AT_BYTES = 64 << 10
 _LOOKED_AT_BYTES_IN_ALL = 16 << 20
 # In CBOR whatever begins below is a number; a JSON digit is one too, so that they tell nothing.
 _CBOR_NUMBERS_BELOW = 0x40
-
-_MANIFEST = "vmsnap_manifest"
 
 _WRAPPINGS = {
     "raw-key": "a 32-byte key",
@@ -88,10 +85,7 @@ class Info:
 def _format_of(fragment: FragmentReader) -> str | None:
     """Return the format of the value that a fragment is, None where it is none."""
     data = fragment.read()
-    try:
-        found = check_serialized(data, None, "the fragment")
-    except CorruptSnapshotError:
-        return None
+    found = format_of(data)
     return None if found == "cbor" and data[0] < _CBOR_NUMBERS_BELOW else found
 
 
@@ -109,7 +103,8 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
 
 def inspect(root: Path, keys: OpeningKeys) -> Info:
     """Find out what a snapshot is; without its key, what shows of it."""
-    wrapping, recipients = key_wrapping(str(root)) or (None, [])
+    found = vmsnap.inspect(root)
+    wrapping = found.key_wrapping.kind if found.key_wrapping else None
     values, size = None, None
     if wrapping in (None, "age") or keys.given:
         try:
@@ -118,21 +113,20 @@ def inspect(root: Path, keys: OpeningKeys) -> Info:
             # The user's own identity need not be the one.
             if keys.given:
                 raise
-    namespaces, fragments = outline(str(root))
-    stored_size = sum(stored for _, stored, _ in fragments)
+    stored_size = sum(fragment.stored_size for fragment in found.fragments)
     return Info(
         root=str(root),
-        encrypted=wrapping is not None,
+        encrypted=found.encrypted,
         key_wrapping=wrapping,
-        key_recipients=recipients,
-        sealed=os.path.lexists(root / _MANIFEST),
+        key_recipients=found.key_wrapping.recipients if found.key_wrapping else [],
+        sealed=found.sealed,
         values=values,
-        namespaces=len(namespaces),
-        fragments=len(fragments),
+        namespaces=len(found.namespaces),
+        fragments=len(found.fragments),
         size=size,
         stored_size=stored_size,
         overhead=None if size is None else stored_size - size,
-        modified=iso_time(max((time for _, _, time in fragments if time is not None), default=None)),
+        modified=iso_time(max((each.modified for each in found.fragments if each.modified is not None), default=None)),
     )
 
 

@@ -10,7 +10,6 @@ from click.shell_completion import CompletionItem
 
 import vmsnap
 from vmsnap import FragmentReader, SnapshotReader
-from vmsnap._vmsnap import outline
 from vmsnap.cli.dump import PIECE_BYTES
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.names import NAME
@@ -65,8 +64,7 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
 
 def times(root: Path) -> dict[str, datetime | None]:
     """Return when each fragment was last written to."""
-    _, fragments = outline(str(root))
-    return {path: time for path, _, time in fragments}
+    return {fragment.path: fragment.modified for fragment in vmsnap.inspect(root).fragments}
 
 
 def _complete_folder(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -76,10 +74,10 @@ def _complete_folder(_context: click.Context, _parameter: click.Parameter, begun
 def _complete(context: click.Context, begun: str, *, namespaces: bool) -> list[CompletionItem]:
     """Return the paths in DIR that begin so. Names show without the key, so that none is asked for."""
     try:
-        spaces, fragments = outline(str(context.params["directory"]))
+        found = vmsnap.inspect(context.params["directory"])
     except (vmsnap.VmsnapError, OSError, KeyError):
         return []
-    paths = spaces if namespaces else [path for path, _, _ in fragments]
+    paths = found.namespaces if namespaces else [fragment.path for fragment in found.fragments]
     # A line of the shell's protocol ends where a name with a newline does not.
     return [CompletionItem(path) for path in paths if path.startswith(begun) and path.isprintable()]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 import vmsnap
-from vmsnap import _vmsnap
 from vmsnap.cli.files import named
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, identity_of, opening_options, writing_options
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.places import directory_argument, write_all
+from vmsnap.keys import identity_file
 
 
 @click.command()
@@ -33,8 +33,9 @@ def keygen(output: Path | None, recipient: Path | None) -> None:
         else:
             _write_new(output, "\n".join(lines) + "\n", mode=0o666)
         return
-    identity, public = _vmsnap.generate_identity()
-    content = _vmsnap.identity_file(identity, public)
+    identity = vmsnap.generate_identity()
+    [public] = vmsnap.recipients_of(identity)
+    content = identity_file(identity)
     if output is None:
         sys.stdout.write(content)
         if not sys.stdout.isatty():
