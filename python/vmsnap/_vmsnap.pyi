@@ -87,29 +87,45 @@ class ProcessMemory:
 
 @final
 class ProcessRange:
-    """A range of addresses of a process; offsets count from its first."""
+    """A range of addresses in the memory of a process. Offsets count from its first address."""
 
     def __new__(cls, memory: ProcessMemory, address: int, size: int) -> Self: ...
     def next_data(self, offset: int) -> int | None:
-        """Return where the next bytes are that may be other than zero, None where only zeros follow."""
+        """Return the offset of the next bytes that may be other than zero; None if only zeros follow."""
 
     def next_readable(self, start: int, end: int) -> int:
-        """Return the first of these offsets at which a page can be read, or the end."""
+        """Return the first offset from `start` on at which a page can be read, or `end`."""
 
     def read_into(self, offset: int, buffer: WriteableBuffer) -> int:
-        """Fill a buffer up to the first page that cannot be read; what was never touched is zeros, and stays so."""
+        """Fill a buffer up to the first page that cannot be read, and return the number of bytes.
+
+        Pages that the process never touched read as zeros, and stay untouched.
+        """
 
 @final
 class StoppedProcess:
-    """A process none of whose threads runs: until it is let go, or this process ends in whatever way."""
+    """Stops all threads of a process until `let_go`, or until this process ends.
+
+    Parameters
+    ----------
+    pid
+        The ID of the process.
+    patience_seconds
+        How long to wait until all threads have stopped.
+
+    Raises
+    ------
+    OSError
+        There is no such process, this user may not trace it, or a thread does not stop in time.
+    """
 
     def __new__(cls, pid: int, patience_seconds: float) -> Self: ...
     def let_go(self) -> None:
-        """Let it go on; nothing, if it does already."""
+        """Let the process continue. Does nothing if it does already."""
 
     @staticmethod
     def is_stopped(pid: int) -> bool:
-        """Return whether no thread of a process runs, whatever stopped them."""
+        """Return whether all threads of a process are stopped, for whatever reason."""
 
 @final
 class GuestMemory:

@@ -1,4 +1,6 @@
-//! `_vmsnap.inspect` and `_vmsnap.key_wrapping`: what shows without a key.
+//! `_vmsnap.inspect` and `_vmsnap.key_wrapping`: a snapshot without its key.
+
+#![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -13,6 +15,9 @@ type Wrapping = (&'static str, Option<String>, Vec<String>);
 
 /// Path, stored size, time of modification where Python has such a date, and whether the fragment was finished.
 type Row = (String, u64, Option<Py<PyAny>>, bool);
+
+/// Location, key wrapping, whether the snapshot is sealed, paths of the namespaces, and the fragments.
+type Fields = (OsString, Option<Wrapping>, bool, Vec<String>, Vec<Row>);
 
 fn wrapping(wrapping: KeyWrapping) -> Wrapping {
     match wrapping {
@@ -29,12 +34,8 @@ pub(super) fn key_wrapping(location: PathBuf) -> PyResult<Option<Wrapping>> {
     Ok(key_metadata::wrapping(&location)?.map(wrapping))
 }
 
-/// Location, key wrapping, whether it is sealed, paths of the namespaces, and the fragments.
 #[pyfunction]
-pub(super) fn inspect(
-    py: Python<'_>,
-    location: PathBuf,
-) -> PyResult<(OsString, Option<Wrapping>, bool, Vec<String>, Vec<Row>)> {
+pub(super) fn inspect(py: Python<'_>, location: PathBuf) -> PyResult<Fields> {
     let Inspection { location, key_wrapping, sealed, namespaces, fragments } =
         py.detach(|| crate::inspect(location))?;
     let date = |time: SystemTime| time.into_pyobject(py).ok().map(|date| date.into_any().unbind());
