@@ -10,8 +10,8 @@ use crate::key::KeyWrapping;
 use crate::key_metadata;
 use crate::name::{MANIFEST, SnapshotPath};
 
-/// A snapshot as it looks to anybody who may read its directory, encrypted or not: how its key is wrapped, and the names,
-/// sizes and times of its fragments.
+/// A snapshot as it looks to anybody who may read its directory, encrypted or not: how its key is wrapped, and the
+/// names, sizes and times of its fragments.
 ///
 /// Nothing of it is authenticated. Paths are names joined with `/`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,8 +71,8 @@ impl Inspection {
 ///
 /// # Errors
 ///
-/// [`Error::is_io`] if there is no such directory, [`Error::is_corrupt`] if it contains something that a snapshot cannot
-/// contain (a link, a special file, a name that is not allowed) or if `enc_metadata` is not a wrapped key.
+/// [`Error::is_io`] if there is no such directory, [`Error::is_corrupt`] if it contains something that a snapshot
+/// cannot contain (a link, a special file, a name that is not allowed) or if `enc_metadata` is not a wrapped key.
 pub fn inspect(location: impl AsRef<Path>) -> Result<Inspection> {
     let location = folder::absolute(location.as_ref())?;
     let key_wrapping = key_metadata::wrapping(&location)?;

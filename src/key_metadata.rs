@@ -36,13 +36,13 @@ pub(crate) fn unlock(
     }
 }
 
-/// Wraps the data key of the snapshot at `location` anew: opened with `old`, wrapped with what `new` says, or for the user's own
-/// identity where that says nothing but [`SnapshotOptions::encrypt`]. Only `enc_metadata` is written, so it takes no longer for a
-/// larger snapshot; after a crash there is the one or the other.
+/// Wraps the data key of the snapshot at `location` anew: opens it with `old`, and wraps it with the key of `new`, or
+/// for the user's own identity if `new` has only [`SnapshotOptions::encrypt`]. Only `enc_metadata` is replaced, so this
+/// takes no longer for a larger snapshot; after a crash it is the old or the new one.
 ///
-/// What opened the snapshot before does not open it any more. That takes back nothing: whoever has opened it, or kept a copy of
-/// `enc_metadata`, can go on reading its fragments, and forge them, because the data key stays what it is. To lock somebody out,
-/// copy the snapshot into a new one.
+/// The previous key no longer opens the snapshot. This does not revoke access: the data key stays the same, so anyone
+/// who has opened the snapshot, or kept a copy of `enc_metadata`, can still read its fragments and forge them. To lock
+/// somebody out, copy the snapshot into a new one.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -58,8 +58,9 @@ pub(crate) fn unlock(
 ///
 /// # Errors
 ///
-/// As [`SnapshotOptions::open`] with `old` and [`SnapshotOptions::create_in_place`] with `new`; [`Error::is_not_encrypted`] where the
-/// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
+/// [`Error::is_not_encrypted`] if the snapshot is not encrypted, [`Error::is_invalid_argument`] if `new` has no key,
+/// the errors of [`SnapshotOptions::open`] with `old`, and the errors of [`SnapshotOptions::create`] with the key of
+/// `new`. After an error the snapshot is unchanged.
 pub fn rekey(location: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
     rekey_interruptible(location, old, new, &mut || Ok(()))
 }

@@ -78,8 +78,8 @@ impl SnapshotOptions {
 
     /// Encrypts a new snapshot, and refuses to open a plain one.
     ///
-    /// Without a key, recipients, a passphrase or a key provider, the snapshot is encrypted to the user's own age identity:
-    /// from `VMSNAP_IDENTITY` (the text), `VMSNAP_IDENTITY_FILE`, `$CREDENTIALS_DIRECTORY/vmsnap-identity` or
+    /// Without a key, recipients, a passphrase or a key provider, the snapshot is encrypted to the user's own age
+    /// identity: from `VMSNAP_IDENTITY` (the text), `VMSNAP_IDENTITY_FILE`, `$CREDENTIALS_DIRECTORY/vmsnap-identity` or
     /// `$XDG_CONFIG_HOME/vmsnap/identity.txt`. If none of these exists, creating a snapshot makes the last one; see
     /// [`SnapshotOptions::on_new_identity`].
     #[must_use]
@@ -124,9 +124,9 @@ impl SnapshotOptions {
         self
     }
 
-    /// Calls `callback` with the path of the user's own identity before vmsnap makes it there, so that the user can be told to
-    /// back it up: snapshots encrypted to it cannot be opened without it. An error of the callback prevents the identity and
-    /// the snapshot, and is returned. Without a callback the identity is made silently.
+    /// Calls `callback` with the path of the user's own identity before vmsnap makes it there, so that the user can be
+    /// told to back it up: snapshots encrypted to it cannot be opened without it. An error of the callback prevents the
+    /// identity and the snapshot, and is returned. Without a callback the identity is made silently.
     ///
     /// ```
     /// let options = vmsnap::SnapshotOptions::new().encrypt(true).on_new_identity(|path| {

@@ -54,8 +54,9 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is none, [`Error::is_not_encrypted`] where `require_encrypted` and it is plain,
-    /// [`Error::is_key_unavailable`] where it is encrypted: [`SnapshotOptions::key`] gives the key.
+    /// [`Error::is_io`] if there is no such directory, [`Error::is_not_encrypted`] if `require_encrypted` and the
+    /// snapshot is not encrypted, [`Error::is_key_unavailable`] if it is encrypted and the user's own identity cannot
+    /// be found; and the other errors of [`SnapshotOptions::open`].
     pub fn new(location: impl AsRef<Path>, require_encrypted: bool) -> Result<Self> {
         SnapshotOptions::new().encrypt(require_encrypted).open(location)
     }
@@ -168,7 +169,7 @@ impl SnapshotReader {
         Ok(Self { namespace, ..self.clone() })
     }
 
-    /// The snapshot's folder, absolute.
+    /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
     pub fn location(&self) -> &Path {
         &self.location
@@ -203,12 +204,15 @@ impl SnapshotReader {
 }
 
 impl SnapshotOptions {
-    /// Opens the snapshot at `location`, as [`SnapshotReader::new`]. A key implies that it must be encrypted.
+    /// Opens the snapshot at `location` to read it. A key implies that the snapshot must be encrypted.
     ///
     /// # Errors
     ///
-    /// As there; [`Error::is_authentication`] where the key is not the one, or `enc_metadata` is damaged;
-    /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
+    /// [`Error::is_io`] if there is no such directory, [`Error::is_not_encrypted`] if the snapshot is required to be
+    /// encrypted and is not, [`Error::is_key_unavailable`] if it is encrypted and no fitting key is given,
+    /// [`Error::is_authentication`] if the key is wrong, `enc_metadata` is damaged or the seal digest is not the
+    /// expected one, [`Error::is_not_sealed`] if it is required to be sealed and is not, [`Error::is_corrupt`] if its
+    /// manifest is damaged or missing, and [`Error::is_unsupported_format`] if it needs a newer version of vmsnap.
     pub fn open(&self, location: impl AsRef<Path>) -> Result<SnapshotReader> {
         self.open_interruptible(location, &mut || Ok(()))
     }

@@ -73,8 +73,8 @@ impl SnapshotOptions {
     /// # Errors
     ///
     /// [`Error::is_io`] if something exists at `location` or the parent directory does not exist,
-    /// [`Error::is_invalid_argument`] if an option or the file name is not allowed, and [`Error::is_key_unavailable`] if
-    /// the data key cannot be wrapped. After an error nothing is left behind.
+    /// [`Error::is_invalid_argument`] if an option or the file name is not allowed, and [`Error::is_key_unavailable`]
+    /// if the data key cannot be wrapped. After an error nothing is left behind.
     pub fn create(&self, location: impl AsRef<Path>) -> Result<StagedSnapshot> {
         self.create_interruptible(location, &mut || Ok(()))
     }
@@ -119,15 +119,15 @@ impl SnapshotOptions {
         })
     }
 
-    /// Seals the snapshot at `location`, which was written in place: writes the manifest that lists its fragments and their
-    /// digests. From then on vmsnap refuses to change the snapshot, and finds changes that others make. Sealing reads the
-    /// whole snapshot. Returns the snapshot's id and seal digest.
+    /// Seals the snapshot at `location`, which was written in place: writes the manifest that lists its fragments and
+    /// their digests. From then on vmsnap refuses to change the snapshot, and finds changes that others make. Sealing
+    /// reads the whole snapshot. Returns the snapshot's id and seal digest.
     ///
     /// # Errors
     ///
-    /// [`Error::is_sealed`] if the snapshot is sealed already, [`Error::is_state`] if a fragment is still being written,
-    /// and the errors of [`SnapshotOptions::open`]. After an error the snapshot is unchanged, with one exception: if only
-    /// the last sync fails, the snapshot is sealed, and the error's text says so.
+    /// [`Error::is_sealed`] if the snapshot is sealed already, [`Error::is_state`] if a fragment is still being
+    /// written, and the errors of [`SnapshotOptions::open`]. After an error the snapshot is unchanged, with one
+    /// exception: if only the last sync fails, the snapshot is sealed, and the error's text says so.
     pub fn seal(&self, location: impl AsRef<Path>) -> Result<SealId> {
         self.seal_interruptible(location, &mut || Ok(()))
     }
@@ -225,7 +225,8 @@ impl StagedSnapshot {
         &self.writer
     }
 
-    /// Where the snapshot will be, as an absolute path. The location of [`StagedSnapshot::writer`] is the hidden directory.
+    /// Where the snapshot will be, as an absolute path. The location of [`StagedSnapshot::writer`] is the hidden
+    /// directory.
     #[must_use]
     pub fn location(&self) -> &Path {
         &self.location

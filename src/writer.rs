@@ -58,11 +58,11 @@ impl SnapshotWriter {
         SnapshotOptions::new().encrypt(encrypt).create_in_place(location.into())
     }
 
-    /// Opens the snapshot at `location`, which is plain, to add to it. What is there already is never written over.
+    /// Opens the plain snapshot at `location` to add to it. Existing fragments are never overwritten.
     ///
     /// # Errors
     ///
-    /// As [`SnapshotOptions::append`].
+    /// The errors of [`SnapshotOptions::append`].
     pub fn open(location: impl AsRef<Path>) -> Result<Self> {
         SnapshotOptions::new().append(location)
     }
@@ -157,7 +157,7 @@ impl SnapshotWriter {
         Ok(Self { namespace, ..self.clone() })
     }
 
-    /// The snapshot's folder, absolute.
+    /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
     pub fn location(&self) -> &Path {
         &self.location
@@ -197,7 +197,7 @@ impl Prepared {
         self.write_at(location)
     }
 
-    /// The same in an empty folder of ours, which goes where this fails.
+    /// Writes the key metadata into an empty directory of ours, which is removed if this fails.
     pub(crate) fn write_at(&self, location: PathBuf) -> Result<SnapshotWriter> {
         if let Some((_, wrapped)) = &self.payload {
             key_metadata::write(&location, wrapped).inspect_err(|_| {
@@ -282,8 +282,8 @@ impl SnapshotOptions {
         Ok(Prepared { payload, threads, format: self.format.unwrap_or_default(), staged })
     }
 
-    /// Opens the snapshot at `location` to add fragments and namespaces to it, with the key it was written with. A key implies
-    /// that it must be encrypted.
+    /// Opens the snapshot at `location` to add fragments and namespaces to it, with the key that it was written with. A
+    /// key implies that the snapshot must be encrypted.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;

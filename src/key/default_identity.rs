@@ -134,8 +134,8 @@ fn own_file() -> Result<PathBuf> {
     Ok(config.join("vmsnap").join("identity.txt"))
 }
 
-/// Makes an identity at `path`, or finds the one that another process has made there meanwhile. The callback is called first, so
-/// that its error prevents the identity.
+/// Makes an identity at `path`, or finds the one that another process has made there meanwhile. The callback is called
+/// first, so that its error prevents the identity.
 fn make(path: &Path, on_new_identity: &OnNewIdentity, interrupt: Interrupt<'_>) -> Result<Found> {
     let failed = |error: std::io::Error| {
         Error::io(format!("cannot make {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)

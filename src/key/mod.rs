@@ -54,7 +54,8 @@ pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
 
 const AGE_PREFIX: &[u8] = b"age-encryption.org/";
 
-/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::inspect`] reads it.
+/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::inspect`] reads
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyWrapping {

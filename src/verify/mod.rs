@@ -107,8 +107,8 @@ impl Verification {
 }
 
 impl SnapshotOptions {
-    /// Reads all of the snapshot at `location`, by all threads, and tells everything that is not as it was sealed. Without the key
-    /// of an encrypted one, it checks what can be checked and says what it could not.
+    /// Reads all of the snapshot at `location` with all threads, and reports every difference from its sealed state.
+    /// Without the key of an encrypted snapshot it checks as much as it can, and reports what it could not check.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;
