@@ -21,7 +21,7 @@ pub struct Cleaned {
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
-/// let staged = vmsnap::SnapshotOptions::new().stage(folder.path().join("vm1"))?;
+/// let staged = vmsnap::SnapshotOptions::new().create(folder.path().join("vm1"))?;
 /// let cleaned = vmsnap::clean(folder.path())?;
 /// assert_eq!((cleaned.removed.len(), cleaned.held.len()), (0, 1));
 /// # Ok::<(), vmsnap::Error>(())

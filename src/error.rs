@@ -48,8 +48,10 @@ pub(crate) enum Kind {
     Corrupt,
     /// Newer than this version, or wrapped in a way it does not open.
     Unsupported,
-    /// A fragment after a failed write, or in another process than its own.
+    /// A fragment or a snapshot that cannot be used in its current state.
     State,
+    /// The snapshot is sealed already.
+    Sealed,
     /// A value that serde cannot write or read in the format at hand.
     Serialization,
     /// A callback asked to stop.
@@ -162,10 +164,17 @@ impl Error {
         self.0.kind == Kind::Unsupported
     }
 
-    /// The fragment cannot be used: a write failed earlier, or it was opened in another process.
+    /// The fragment or the snapshot cannot be used in its current state: an earlier write failed, a fragment is still
+    /// being written or was never finished, or this is not the process that opened it.
     #[must_use]
     pub fn is_state(&self) -> bool {
         self.0.kind == Kind::State
+    }
+
+    /// The snapshot is sealed already: nothing can be added to it, and it cannot be sealed again.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        self.0.kind == Kind::Sealed
     }
 
     /// serde could not write or read the value.
@@ -213,7 +222,7 @@ impl Error {
             }
             Kind::KeyUnavailable | Kind::NotEncrypted | Kind::NotSealed => io::ErrorKind::PermissionDenied,
             // Not io::ErrorKind::Interrupted: std's loops would try again, and a stop was asked for.
-            Kind::State | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,
+            Kind::State | Kind::Sealed | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,
             Kind::OutOfMemory => io::ErrorKind::OutOfMemory,
         }
     }

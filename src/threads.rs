@@ -3,7 +3,6 @@
 //! The calling thread always works too, so that a call ends however busy the pool is, and it is the caller that looks for an
 //! interruption. A helper gives its thread back after an item for which others wait.
 
-use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -74,8 +73,10 @@ impl<'a> Interrupt<'a> {
             // The callback forked, and this is the child: cipher state must not be used here.
             if self.accompanied {
                 // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.
-                let text = "forked in the middle of a call that uses several threads; this child cannot go on";
-                let _ = writeln!(std::io::stderr(), "vmsnap: {text}");
+                // The panic hook tells why: it is the application's to set. Nothing is unwound but this closure.
+                let _ = std::panic::catch_unwind(|| {
+                    panic!("forked in the middle of a call that uses several threads; this child cannot go on")
+                });
                 std::process::abort();
             }
             return Err(Error::new(Kind::State, "the process was forked in the middle of the call"));

@@ -61,7 +61,7 @@ def test_a_disk_that_gets_full_fails_the_write_and_poisons_the_fragment(
     for call in (lambda: fragment.write(b"x"), lambda: fragment.write(pattern(MIB)), fragment.flush):
         with refused("after-failed-write", message, small_place.file("others")):
             call()
-    with pytest.raises(vmsnap.FragmentStateError, match=message):
+    with pytest.raises(vmsnap.StateError, match=message):
         fragment.close()
     assert fragment.closed
     assert tree(small_place.location) == before
@@ -145,7 +145,7 @@ def test_a_buffered_writer_over_a_full_disk_leaves_nothing(small_place: Place) -
     stream = io.BufferedWriter(small_place.create().raw_fragment("mem"), buffer_size=1 << 17)
     stream.write(pattern(100_000))
     fill(small_place.location.parent)
-    with pytest.raises((OSError, vmsnap.FragmentStateError)):
+    with pytest.raises((OSError, vmsnap.StateError)):
         stream.close()
     assert not small_place.file("mem").exists()
 

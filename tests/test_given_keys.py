@@ -13,7 +13,7 @@ import vmsnap
 from commands import error_of, run, write_private
 from refusals import refused, refused_elsewhere, row
 from support import pattern, run_python, tree
-from vmsnap._vmsnap import key_wrapping
+from vmsnap.keys import KeyWrapping, key_wrapping
 
 ECDSA = (
     "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlzdHAyNTYAAABBBHFliOyIZs1gxGF3fmDxFykQhE88wy6AKDGFBfn0R6"
@@ -115,7 +115,7 @@ def test_each_file_of_recipients_has_to_name_somebody(tmp_path: Path, ram: Path,
         assert ": the file contains no recipients; " in line
         assert tree(tmp_path) == before
     shell(tmp_path, "vmsnap dump ram.img vm2 -R good.txt -R <(cat good.txt)")
-    assert key_wrapping(str(tmp_path / "vm2")) == ("age", ["X25519", "X25519"])
+    assert key_wrapping(tmp_path / "vm2") == KeyWrapping("age", None, ["X25519", "X25519"])
 
 
 @pytest.mark.parametrize("command", WRITING)
@@ -251,7 +251,7 @@ def test_recipients_are_read_as_editors_write_them(tmp_path: Path, ram: Path, re
     (tmp_path / "team.txt").write_text(form.format(recipient), newline="")
     done = run("dump", ram, tmp_path / "vm1", "-R", tmp_path / "team.txt")
     assert b"ignored" not in done.stderr
-    kinds = [kind.split()[0] for kind in key_wrapping(str(tmp_path / "vm1"))[1]]  # type: ignore[index]
+    kinds = [kind.split()[0] for kind in key_wrapping(tmp_path / "vm1").recipients]  # type: ignore[union-attr]
     assert kinds == ["X25519", "ssh-ed25519"][: 1 + ("ssh-" in form)]
 
 
@@ -264,7 +264,7 @@ def test_ssh_keys_that_age_cannot_encrypt_to_are_ignored_with_a_warning(
     assert f"vmsnap: {team}: line 2 is ignored: age encrypts to SSH keys of the types" in told
     assert f"{team}: line 4 is ignored: " in told
     assert "and not sk-ssh-ed25519@openssh.com\n" in told
-    assert key_wrapping(str(tmp_path / "vm1")) == ("age", ["X25519"])
+    assert key_wrapping(tmp_path / "vm1") == KeyWrapping("age", None, ["X25519"])
     team.write_text(f"{ECDSA}\n")
     before = tree(tmp_path)
     line = error_of(run("dump", ram, tmp_path / "vm2", "-R", team, status=1))
@@ -446,7 +446,7 @@ def test_where_the_warning_of_a_new_identity_is_an_error_nothing_is_made(
     tmp_path: Path, home: Path, maker: str
 ) -> None:
     script = f"import warnings; warnings.simplefilter('error'); {MAKERS[maker]}"
-    message = f"a new identity was made in {home}"
+    message = f"creating the identity {home}"
     for _ in range(2):  # the second time too: there is no identity yet
         refused_elsewhere("new-identity", message, tmp_path, script, tmp_path)
     # What was there before stays.
@@ -465,5 +465,5 @@ def test_the_command_line_tells_of_a_new_identity_whatever_python_is_told_of_war
         shutil.rmtree(home.parent, ignore_errors=True)
         root = tmp_path / f"vm{number}"
         done = run("dump", ram, root, "--encrypt", env={"PYTHONWARNINGS": setting})
-        assert done.stderr.decode().count(f"vmsnap: a new identity was made in {home}: keep a copy of it") == 1
+        assert done.stderr.decode().count(f"vmsnap: creating the identity {home}: back it up") == 1
         assert vmsnap.verify(root).ok

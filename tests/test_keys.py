@@ -22,7 +22,7 @@ from commands import error_of, run, write_private
 from key_provider import SocketProvider, key_service
 from refusals import refused, refused_elsewhere, row
 from support import pattern, read, run_python, run_python_well, tree, write
-from vmsnap._vmsnap import key_wrapping
+from vmsnap.keys import KeyWrapping, key_wrapping
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = REPOSITORY / "tests/programs"
@@ -110,7 +110,7 @@ def write_some(root: Path, **credentials: Any) -> vmsnap.SnapshotWriter:
 
 def test_recipients_are_opened_by_their_identities(tmp_path: Path, pair: Pair) -> None:
     other, third = Pair.new(), Pair.new()
-    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, other.recipient]).root
+    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, other.recipient]).path
     several = write_private(tmp_path / "several.txt", f"# mine\n{third.identity}\n\n{other.identity}\n".encode())
     forms: list[Any] = [
         pair.identity,
@@ -123,7 +123,7 @@ def test_recipients_are_opened_by_their_identities(tmp_path: Path, pair: Pair) -
     ]
     for identities in forms:
         check_opens(root, identities=identities)
-    assert key_wrapping(str(root)) == ("age", ["X25519", "X25519"])
+    assert key_wrapping(root) == KeyWrapping("age", None, ["X25519", "X25519"])
     assert vmsnap.recipients_of(several) == [third.recipient, other.recipient]
 
 
@@ -132,31 +132,31 @@ def test_recipients_are_opened_by_their_identities(tmp_path: Path, pair: Pair) -
 def test_ssh_keys_are_recipients_and_identities(tmp_path: Path, kind: str, passphrase: str, pair: Pair) -> None:
     file = ssh_key(tmp_path / "key", kind, passphrase)
     public = (tmp_path / "key.pub").read_text()
-    root = write_some(tmp_path / "vm1", recipients=[public, pair.recipient]).root
+    root = write_some(tmp_path / "vm1", recipients=[public, pair.recipient]).path
     identity: Any = vmsnap.IdentityFile(file, passphrase) if passphrase else file
     check_opens(root, identities=identity)
     if not passphrase:
         check_opens(root, identities=file.read_text())
     check_opens(root, identities=pair.identity)
-    [first, second] = key_wrapping(str(root))[1]  # type: ignore[index]
+    [first, second] = key_wrapping(root).recipients  # type: ignore[union-attr]
     assert first.startswith(f"ssh-{kind} ")
     assert second == "X25519"
     assert public.startswith(vmsnap.recipients_of(identity)[0])
 
 
 def test_a_plugin_wraps_and_unwraps(tmp_path: Path, plugin: None, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, PLUGIN_RECIPIENT]).root
+    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, PLUGIN_RECIPIENT]).path
     check_opens(root, identities=PLUGIN_IDENTITY)
     check_opens(root, identities=write_private(tmp_path / "id.txt", PLUGIN_IDENTITY.encode()))
     check_opens(root, identities=pair.identity)
-    assert key_wrapping(str(root)) == ("age", ["X25519", "vmsnaptest"])
+    assert key_wrapping(root) == KeyWrapping("age", None, ["X25519", "vmsnaptest"])
 
 
 @pytest.mark.parametrize("form", [PASSPHRASE, PASSPHRASE.encode(), lambda: PASSPHRASE, lambda: PASSPHRASE.encode()])
 def test_a_passphrase_opens_what_it_was_written_with(tmp_path: Path, form: Any) -> None:
-    root = write_some(tmp_path / "vm1", passphrase=form).root
+    root = write_some(tmp_path / "vm1", passphrase=form).path
     check_opens(root, passphrase=form)
-    assert key_wrapping(str(root)) == ("passphrase", [])
+    assert key_wrapping(root) == KeyWrapping("passphrase", None, [])
 
 
 def test_a_bytearray_is_taken_and_cleared(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_what_asks_for_a_passphrase_may_raise(tmp_path: Path) -> None:
 def test_a_key_service_opens_what_it_wrapped(tmp_path: Path) -> None:
     with key_service(tmp_path) as socket:
         provider = SocketProvider(socket)
-        root = write_some(tmp_path / "vm1", key_provider=provider).root
+        root = write_some(tmp_path / "vm1", key_provider=provider).path
         check_opens(root, key_provider=provider)
-        assert key_wrapping(str(root)) == ("key-provider", ["socket-service"])
+        assert key_wrapping(root) == KeyWrapping("key-provider", "socket-service", [])
         content = (root / "enc_metadata").read_bytes()
         assert content.startswith(b"\xd9\xd9\xf7")  # tag 55799, self-described CBOR
         envelope = cbor2.loads(content[3:])
@@ -225,7 +225,7 @@ def test_a_provider_may_return_any_buffer_and_is_called_without_the_interpreter_
 
     event = threading.Event()
     threading.Timer(0.1, event.set).start()
-    root = write_some(tmp_path / "vm1", key_provider=Provider()).root
+    root = write_some(tmp_path / "vm1", key_provider=Provider()).path
     check_opens(root, key_provider=Provider())
 
 
@@ -247,7 +247,7 @@ def mode(path: Path) -> int:
 
 
 def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home: Path) -> None:
-    with pytest.warns(vmsnap.NewIdentityWarning, match=f"{home}: keep a copy of it elsewhere") as caught:
+    with pytest.warns(vmsnap.NewIdentityWarning, match=f"creating the identity {home}: back it up") as caught:
         write_some(tmp_path / "vm1", encrypt=True)
     assert caught[0].filename == write_some.__code__.co_filename
     assert (mode(home), mode(home.parent)) == (0o600, 0o700)
@@ -266,7 +266,7 @@ def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home:
 
 @row("no-identity")
 def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass what it was written", tmp_path):
         vmsnap.SnapshotReader(root)
     assert not home.parent.exists()
@@ -351,7 +351,7 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("VMSNAP_IDENTITY_FILE", str(tmp_path / "absent.txt"))
     with refused("identity-missing", r"absent.txt \(from \$VMSNAP_IDENTITY_FILE\).*cannot be read", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
-    root = write_some(tmp_path / "vm1", recipients=Pair.new().recipient).root
+    root = write_some(tmp_path / "vm1", recipients=Pair.new().recipient).path
     with refused("identity-missing", "absent.txt: cannot be read", tmp_path):
         vmsnap.SnapshotReader(root, identities=Path("absent.txt"))
 
@@ -376,7 +376,7 @@ def test_without_a_home_nothing_is_made(tmp_path: Path) -> None:
 
 
 def test_age_in_go_and_vmsnap_open_each_other_s(tmp_path: Path, go_age: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     identity = pair.file(tmp_path / "id.txt")
     command = [go_age / "age", "-d", "-i", identity, root / "enc_metadata"]
     payload = subprocess.run(command, check=True, capture_output=True).stdout
@@ -400,7 +400,7 @@ def test_age_in_go_and_vmsnap_open_each_other_s(tmp_path: Path, go_age: Path, pa
 def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     identity = pyrage.x25519.Identity.from_str(pair.identity)
     payload = pyrage.decrypt(file.read_bytes(), [identity])
@@ -416,7 +416,7 @@ def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None
 def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     for armored in (False, True):
         file = tmp_path / f"{armored}.age"
         file.write_bytes(pyrage.passphrase.encrypt(pair.identity.encode(), PASSPHRASE, armored=armored))
@@ -447,7 +447,7 @@ def test_in_an_emergency_age_and_a_script_are_enough(tmp_path: Path, go_age: Pat
 
 
 def test_rekey_changes_what_opens_and_nothing_else(tmp_path: Path, key: bytes, pair: Pair, home: Path) -> None:
-    root = write_some(tmp_path / "vm1", key=key).root
+    root = write_some(tmp_path / "vm1", key=key).path
     fragments = {path: entry for path, entry in tree(root).items() if path != "enc_metadata"}
     other = Pair.new()
     with key_service(tmp_path) as socket:
@@ -473,7 +473,7 @@ def test_rekey_changes_what_opens_and_nothing_else(tmp_path: Path, key: bytes, p
 def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     identity = pyrage.x25519.Identity.from_str(pair.identity)
     file = root / "enc_metadata"
     payload = cbor2.loads(pyrage.decrypt(file.read_bytes(), [identity])) | {"note": ["later", {"a": 1}]}
@@ -484,7 +484,7 @@ def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path,
 
 @row("rekey-for-nobody", "two-kinds", "wrong-key", "unparsable-recipient", "not-encrypted")
 def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", key=key).root
+    root = write_some(tmp_path / "vm1", key=key).path
     with refused("rekey-for-nobody", "nothing says what the key is to be wrapped with", tmp_path):
         vmsnap.rekey(root, key=key)
     with refused("two-kinds", "a key and recipients were passed together", tmp_path):
@@ -533,7 +533,7 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
 
 @row("unparsable-identity", "identity-for-all")
 def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     cases: list[tuple[Any, str]] = [
         ("hunter2", "an identity begins with AGE-SECRET-KEY-"),
         ("id.txt", "a file is given as a Path"),
@@ -557,7 +557,7 @@ def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
 
 def test_no_secret_is_in_an_error_or_a_repr(tmp_path: Path, pair: Pair, key: bytes) -> None:
     secret = pair.identity[16:40]
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     shown = [
         repr(vmsnap.IdentityFile("id.txt", "hunter2")),
         repr(vmsnap.SnapshotReader(root, identities=pair.identity)),
@@ -584,7 +584,7 @@ def test_no_secret_is_in_an_error_or_a_repr(tmp_path: Path, pair: Pair, key: byt
 def test_a_plugin_that_fails_is_told_with_what_it_said(
     tmp_path: Path, plugin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = write_some(tmp_path / "vm1", recipients=PLUGIN_RECIPIENT).root
+    root = write_some(tmp_path / "vm1", recipients=PLUGIN_RECIPIENT).path
     for behaviour, message in (("refuse", r"the \[31mcard\[0m is not in the reader"), ("garbage", "the plugin failed")):
         monkeypatch.setenv("AGE_PLUGIN_VMSNAPTEST", behaviour)
         with refused("plugin-failed", message, tmp_path):
@@ -637,7 +637,7 @@ def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> No
 def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -> None:
     with refused("two-kinds", "a key and recipients were passed together: a snapshot has one kind of key", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, recipients=pair.recipient)
-    root = write_some(tmp_path / "vm1", key=key).root
+    root = write_some(tmp_path / "vm1", key=key).path
     with refused("two-kinds", "a key and a passphrase were passed together", tmp_path):
         vmsnap.SnapshotReader(root, key=key, passphrase="x")
 
@@ -670,19 +670,19 @@ def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, 
 
 @row("wrong-identity", "wrong-passphrase")
 def test_a_wrong_identity_or_passphrase_is_not_told_from_damage(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "age", recipients=pair.recipient).root
+    root = write_some(tmp_path / "age", recipients=pair.recipient).path
     with refused(
         "wrong-identity", "none of the identities opens it: it was written for others, or it is damaged", root
     ):
         vmsnap.SnapshotReader(root, identities=[Pair.new().identity, Pair.new().identity])
-    root = write_some(tmp_path / "passphrase", passphrase="right").root
+    root = write_some(tmp_path / "passphrase", passphrase="right").path
     with refused("wrong-passphrase", "the passphrase or identity is wrong, or it is damaged", root):
         vmsnap.SnapshotReader(root, passphrase="wrong")
 
 
 @row("key-metadata-damaged")
 def test_damaged_key_metadata_is_refused_wherever_the_damage_is(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     whole = file.read_bytes()
     for position in range(0, len(whole), 3):
@@ -702,7 +702,7 @@ def test_damaged_key_metadata_is_refused_wherever_the_damage_is(tmp_path: Path, 
 
 @row("wrong-data-key")
 def test_key_metadata_of_another_snapshot_opens_no_fragment(tmp_path: Path, pair: Pair) -> None:
-    roots = [write_some(tmp_path / name, recipients=pair.recipient).root for name in ("one", "two")]
+    roots = [write_some(tmp_path / name, recipients=pair.recipient).path for name in ("one", "two")]
     shutil.copy(roots[0] / "enc_metadata", roots[1] / "enc_metadata")
     reader = vmsnap.SnapshotReader(roots[1], identities=pair.identity)
     with refused("wrong-data-key", "sda", roots[1]):
@@ -711,7 +711,7 @@ def test_key_metadata_of_another_snapshot_opens_no_fragment(tmp_path: Path, pair
 
 @row("work-factor")
 def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> None:
-    root = write_some(tmp_path / "vm1", passphrase="x").root
+    root = write_some(tmp_path / "vm1", passphrase="x").path
     file = root / "enc_metadata"
     content = file.read_bytes()
     assert b" 18\n" in content  # as age's own
@@ -724,7 +724,7 @@ def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> 
 
 @row("newer-format")
 def test_a_later_version_of_age_or_of_a_wrapped_key_is_told(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     file.write_bytes(file.read_bytes().replace(b"org/v1", b"org/v2"))
     with refused("newer-format", "a version of age that is not known", root):
@@ -763,7 +763,7 @@ def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
     message = 'the key service "xor" failed: RuntimeError: the tunnel is down: see whether it can be reached'
     with refused("provider-failed", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=Xor(error))
-    root = write_some(tmp_path / "vm1", key_provider=Xor()).root
+    root = write_some(tmp_path / "vm1", key_provider=Xor()).path
     with refused("provider-failed", message, tmp_path):
         vmsnap.SnapshotReader(root, key_provider=Xor(None, error))
     with pytest.raises(vmsnap.KeyUnavailableError) as caught:
@@ -793,14 +793,14 @@ def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, m
 @row("provider-rubbish")
 @pytest.mark.parametrize("answer", [b"", b"rubbish", cbor2.dumps({"format": "vmsnap-key"}), bytes(1 << 20)])
 def test_a_provider_that_unwraps_rubbish_is_refused(tmp_path: Path, answer: bytes) -> None:
-    root = write_some(tmp_path / "vm1", key_provider=Xor()).root
+    root = write_some(tmp_path / "vm1", key_provider=Xor()).path
     with refused("provider-rubbish", 'what the key service "xor" returned is no key of vmsnap\'s', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=Xor(None, lambda _: answer))
 
 
 @row("other-provider")
 def test_another_provider_than_the_one_it_was_written_with_is_refused(tmp_path: Path) -> None:
-    root = write_some(tmp_path / "vm1", key_provider=Xor()).root
+    root = write_some(tmp_path / "vm1", key_provider=Xor()).path
     other = Xor()
     other.name = "vault"
     with refused("other-provider", 'wrapped by the key service "xor", and "vault" was passed', tmp_path):
@@ -824,7 +824,7 @@ def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("behaviour", "message"), [("slow", "did not answer within 0.5 s"), ("rude", "failed: ")])
 def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: str, message: str) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, behaviour) as bad:
-        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).root
+        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).path
         began = time.monotonic()
         with refused("provider-failed", message, tmp_path):
             vmsnap.SnapshotReader(root, key_provider=SocketProvider(bad, timeout_seconds=0.5))
@@ -837,7 +837,7 @@ def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: s
 @row("provider-rubbish", "provider-failed")
 def test_a_service_that_answers_with_something_else_is_told(tmp_path: Path) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, "wrong") as bad:
-        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).root
+        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).path
         with refused("provider-rubbish", "is no key of vmsnap's", tmp_path):
             vmsnap.SnapshotReader(root, key_provider=SocketProvider(bad))
     with refused("provider-failed", "failed: (ConnectionRefused|FileNotFound)Error", tmp_path):
@@ -863,7 +863,7 @@ def told(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def test_the_default_identity_from_an_empty_home_twice(tmp_path: Path, ram: Path, home: Path) -> None:
-    assert "a new identity was made in" in told(run("dump", ram, tmp_path / "vm1", "--encrypt"))
+    assert "creating the identity" in told(run("dump", ram, tmp_path / "vm1", "--encrypt"))
     assert "identity" not in told(run("dump", ram, tmp_path / "vm2", "--encrypt"))
     for name in ("vm1", "vm2"):
         assert vmsnap.open(tmp_path / name).memory().read(0, 300_000) == ram.read_bytes()

@@ -15,6 +15,7 @@ from child import ANONYMOUS, PRIVATE_FILE, USERFAULT, Child, child, expected
 from refusals import refused, refused_elsewhere, row
 from seccomp import refusing
 from vmsnap import GuestRegion
+from vmsnap.process import StoppedProcess
 
 COMMAND = "import sys\nfrom vmsnap.cli import main\nmain()\n"
 SIZE = 8 << 20
@@ -120,7 +121,7 @@ def test_who_may_not_trace_is_told_what_to_do(tmp_path: Path) -> None:
 def test_pages_that_a_stopped_process_would_bring_itself_are_an_error(tmp_path: Path) -> None:
     with child(tmp_path, USERFAULT) as process:
         writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
-        held = vmsnap._vmsnap.StoppedProcess(process.pid, 60)
+        held = StoppedProcess(process.pid, 60)
         region = GuestRegion(0, vmsnap.ProcessMemory(process.pid), offset=process.address, size=SIZE)
         with refused("process-awaited", "stands still: let it run meanwhile", tmp_path):
             writer.write_memory([region])

@@ -377,7 +377,7 @@ def test_threads_that_close_one_fragment_at_once_do_it_once(place: Place) -> Non
 LONG_CALLS = """
 import mmap, os, pickle, signal, sys, threading, vmsnap
 handle, number = pickle.loads(bytes.fromhex(sys.argv[1])), signal.Signals[sys.argv[2]]
-path = handle.root / "mem"
+path = handle.path / "mem"
 ones = b"\\1" * (128 << 20)
 
 def send_when(begun):
@@ -406,7 +406,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=65536) as fragment:
         print("size", os.stat(path).st_size)
         try:
             fragment.write(b"more")
-        except vmsnap.FragmentStateError as error:
+        except vmsnap.StateError as error:
             print("then", error)
 """
     handle = pickle.dumps(write(place.create(threads=1), "other", b"kept")).hex()
@@ -431,7 +431,7 @@ def test_ctrl_c_stops_a_long_read_in_the_middle_and_the_buffer_is_emptied(tmp_pa
     script = """
 with handle.raw_fragment("mem", chunk_size_bytes=32) as fragment:
     fragment.write(ones)
-with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3]), threads=1).raw_fragment("mem") as fragment:
+with vmsnap.SnapshotReader(handle.path, key=bytes.fromhex(sys.argv[3]), threads=1).raw_fragment("mem") as fragment:
     for read in (lambda into: fragment.readinto_at(0, into), fragment.readinto):
         into = bytearray(len(ones))
         send_when(lambda: into[0])
@@ -464,7 +464,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=32) as fragment:
         print("interrupted")
     other.join()
     fragment.write(b"three")
-with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
+with vmsnap.SnapshotReader(handle.path, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
     print(fragment.read() == ones + b"three")
 """
     writer = vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, threads=1)
@@ -482,7 +482,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=32) as fragment:
     send_when(lambda: os.stat(path).st_size > 1 << 20)
     fragment.write(ones)
 assert 1 << 20 < sizes[0] < os.stat(path).st_size - (1 << 20), (sizes, os.stat(path).st_size)
-with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
+with vmsnap.SnapshotReader(handle.path, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
     print(fragment.read() == ones)
 """
     writer = vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, threads=1)
@@ -498,7 +498,7 @@ def handler(*_):
     for call in (lambda: fragment.write(b"x"), lambda: fragment.write(ones), fragment.tell, fragment.flush):
         try:
             call()
-        except vmsnap.FragmentStateError:
+        except vmsnap.StateError:
             refusals.append(call)
     fragment.tell()
 signal.signal(number, handler)

@@ -18,7 +18,7 @@ import pytest
 import vmsnap
 from child import ANONYMOUS, USERFAULT, Child, child, expected
 from commands import error_of, run
-from vmsnap._vmsnap import StoppedProcess
+from vmsnap.process import StoppedProcess
 
 PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 8 << 20

@@ -669,7 +669,7 @@ UNBUILDABLE = [
 
 @pytest.mark.parametrize("type", UNBUILDABLE, ids=repr)
 def test_a_type_that_nobody_can_build_is_refused_before_anything_is_read(tmp_path: Path, type: Any) -> None:
-    reader = vmsnap.SnapshotReader(vmsnap.SnapshotWriter(tmp_path / "vm1").root)
+    reader = vmsnap.SnapshotReader(vmsnap.SnapshotWriter(tmp_path / "vm1").path)
     deeper = dataclasses.make_dataclass("Deeper", [("part", dict[str, list[type] if type is not ... else list[5]])])
     for kind in (type, deeper, list[deeper | None], dict[str, tuple[int, deeper]]):
         # There is no such fragment: nobody looked.

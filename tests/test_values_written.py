@@ -602,7 +602,7 @@ def test_what_default_raises_is_passed_on(tmp_path: Path, error: BaseException) 
     assert caught.value is error
     assert tree(tmp_path) == before
     if isinstance(error, Exception):
-        assert error.__notes__ == [f"while the value for 'cpu' of {writer.root} was serialized"]
+        assert error.__notes__ == [f"while the value for 'cpu' of {writer.path} was serialized"]
 
 
 # Fragments ------------------------------------------------------------------------------------------------------------

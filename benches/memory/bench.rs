@@ -176,11 +176,11 @@ impl Bench {
                     .collect(),
             };
             if self.arguments.sync {
-                let mut staged = options.stage(&root).unwrap();
+                let mut staged = options.create(&root).unwrap();
                 staged.writer().write_memory(&regions, how).unwrap();
                 staged.commit().unwrap();
             } else {
-                options.create(&root).unwrap().write_memory(&regions, how).unwrap();
+                options.create_in_place(&root).unwrap().write_memory(&regions, how).unwrap();
             }
         })
     }

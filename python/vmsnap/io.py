@@ -5,7 +5,7 @@ import io
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from vmsnap.errors import FragmentStateError
+from vmsnap.errors import StateError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -28,7 +28,7 @@ class Fragment(io.RawIOBase):
     ``with`` statement of such a wrapper alone only closes.) A fragment that is dropped without either is finished too,
     as in crosvm; in a snapshot of `create` it makes the commit fail.
 
-    A write that fails or is interrupted poisons the fragment: every later call raises `FragmentStateError`, and its
+    A write that fails or is interrupted poisons the fragment: every later call raises `StateError`, and its
     file is removed when it is closed.
     """
 
@@ -66,7 +66,7 @@ class Fragment(io.RawIOBase):
         ------
         OSError
             For instance ``ENOSPC``. The fragment is poisoned then.
-        FragmentStateError
+        StateError
             An earlier write failed, or this is a forked process.
         """
         return self._open.write(data)
@@ -110,7 +110,7 @@ class Fragment(io.RawIOBase):
         # The base class would close, and so finish, a fragment of a staged snapshot that nobody said is complete.
         raw = getattr(self, "_raw", None)
         if raw is not None:
-            with contextlib.suppress(FragmentStateError):
+            with contextlib.suppress(StateError):
                 raw.drop_unclosed()
             self._let_go()
 

@@ -138,8 +138,17 @@ pub(crate) fn mark_finished(file: &File) -> io::Result<()> {
 
 /// Whether the file was begun in a staged snapshot and never finished.
 pub(crate) fn is_unfinished(stat: &fs::Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-        && Mode::from_raw_mode(stat.st_mode) & Mode::RUSR != Mode::RUSR
+    is_unfinished_mode(stat.st_mode)
+}
+
+pub(crate) fn is_unfinished_mode(mode: u32) -> bool {
+    FileType::from_raw_mode(mode) == FileType::RegularFile && Mode::from_raw_mode(mode) & Mode::RUSR != Mode::RUSR
+}
+
+/// Size, mode and times of a file, which need not be readable; links are not followed.
+pub(crate) fn metadata(folder: &OwnedFd, name: &str) -> io::Result<std::fs::Metadata> {
+    let file = fs::openat(folder, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    File::from(file).metadata()
 }
 
 /// Of what is called so in a folder, if there is anything; links are not followed.

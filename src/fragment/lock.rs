@@ -134,11 +134,14 @@ impl Drop for LockedRoot {
     }
 }
 
-/// A sealed snapshot does not change any more.
+/// Refuses a sealed snapshot, which must not change.
 pub(crate) fn check_unsealed(root: &Path, folder: &OwnedFd) -> Result<()> {
     if !folder::exists(folder, MANIFEST)? {
         return Ok(());
     }
-    let text = format!("nothing can be added to the snapshot {}: it is sealed (it has a {MANIFEST})", root.display());
-    Err(Error::new(Kind::Unsupported, text))
+    let text = format!(
+        "cannot change the snapshot {}: it is sealed (it has a {MANIFEST}); write a new snapshot",
+        root.display()
+    );
+    Err(Error::new(Kind::Sealed, text))
 }

@@ -36,7 +36,7 @@ const READ_THROUGH_BYTES: usize = 8 << 20;
 /// # let folder = tempfile::tempdir()?;
 /// let key = vmsnap::SecretKey::generate()?;
 /// let options = vmsnap::SnapshotOptions::new().key(key);
-/// let mut fragment = options.create(folder.path().join("vm1"))?.raw_fragment("sda")?;
+/// let mut fragment = options.create_in_place(folder.path().join("vm1"))?.raw_fragment("sda")?;
 /// fragment.write_all(b"the whole disk")?;
 /// fragment.finish()?;
 ///

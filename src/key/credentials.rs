@@ -4,8 +4,8 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
-use super::announce::Announce;
 use super::identity::Identity;
+use super::new_identity::OnNewIdentity;
 use super::payload::KeyPayload;
 use super::provider::{self, SharedProvider};
 use super::secret_text::Passphrase;
@@ -21,8 +21,8 @@ pub(crate) struct Credentials {
     pub(crate) identities: Option<Vec<Identity>>,
     pub(crate) passphrase: Option<Passphrase>,
     pub(crate) key_provider: Option<SharedProvider>,
-    /// Used where none of these was passed, and an identity is made.
-    pub(crate) announce: Announce,
+    /// Called before the default identity is made.
+    pub(crate) on_new_identity: OnNewIdentity,
 }
 
 /// What wraps a new data key.
@@ -31,7 +31,7 @@ pub(crate) enum Wrapper<'a> {
     Recipients(&'a [String]),
     Passphrase(&'a Passphrase),
     Provider(&'a SharedProvider),
-    DefaultIdentity(&'a Announce),
+    DefaultIdentity(&'a OnNewIdentity),
 }
 
 /// What unwraps a data key.
@@ -85,7 +85,7 @@ impl Credentials {
                     "identities open a snapshot; it is written for recipients, which recipients_of() tells of them",
                 ));
             }
-            _ => Wrapper::DefaultIdentity(&self.announce),
+            _ => Wrapper::DefaultIdentity(&self.on_new_identity),
         })
     }
 
@@ -116,9 +116,9 @@ impl Wrapper<'_> {
             Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, interrupt),
             Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, interrupt),
             Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, interrupt),
-            Self::DefaultIdentity(announce) => {
+            Self::DefaultIdentity(on_new_identity) => {
                 age::check_present()?;
-                let found = default_identity::find_or_make(announce, interrupt)?;
+                let found = default_identity::find_or_make(on_new_identity, interrupt)?;
                 age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, interrupt)
             }
         }

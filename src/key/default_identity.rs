@@ -11,9 +11,9 @@ use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use super::age;
-use super::announce::Announce;
 use super::background::in_background;
 use super::identity::plain_text;
+use super::new_identity::OnNewIdentity;
 use super::secret_file::{OTHERS, STRANGERS, read_secret};
 use crate::cipher::fill_random;
 use crate::durability;
@@ -56,10 +56,10 @@ pub(super) fn find(interrupt: Interrupt<'_>) -> Result<Found> {
 }
 
 /// The default identity, made where there is none.
-pub(super) fn find_or_make(announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
+pub(super) fn find_or_make(on_new_identity: &OnNewIdentity, interrupt: Interrupt<'_>) -> Result<Found> {
     match look(interrupt)? {
         Some(found) => Ok(found),
-        None => make(&own_file()?, announce, interrupt),
+        None => make(&own_file()?, on_new_identity, interrupt),
     }
 }
 
@@ -134,15 +134,15 @@ fn own_file() -> Result<PathBuf> {
     Ok(config.join("vmsnap").join("identity.txt"))
 }
 
-/// Makes an identity at `path`, or finds the one that another process has made there meanwhile. It is announced before, so that
-/// nothing was made where that is refused.
-fn make(path: &Path, announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
+/// Makes an identity at `path`, or finds the one that another process has made there meanwhile. The callback is called
+/// first, so that its error prevents the identity.
+fn make(path: &Path, on_new_identity: &OnNewIdentity, interrupt: Interrupt<'_>) -> Result<Found> {
     let failed = |error: std::io::Error| {
         Error::io(format!("cannot make {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)
     };
     let folder = path.parent().unwrap_or(path);
     let missing: Vec<_> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
-    // One process at a time, so that one alone announces it.
+    // One process at a time, so that the callback of one alone is called.
     let mut attempts = 0..100;
     let locked = loop {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
@@ -153,7 +153,7 @@ fn make(path: &Path, announce: &Announce, interrupt: Interrupt<'_>) -> Result<Fo
         }
     };
     let made = match read_if_there(path, OTHERS, interrupt) {
-        Ok(None) => announce.announce(path).and_then(|()| make_in(folder, &locked, path, failed, interrupt)),
+        Ok(None) => on_new_identity.call(path).and_then(|()| make_in(folder, &locked, path, failed, interrupt)),
         Ok(Some(found)) => Ok(found),
         Err(error) => Err(error),
     };

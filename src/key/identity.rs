@@ -19,7 +19,7 @@ const AGE_BINARY: &[u8] = b"age-encryption.org/";
 /// # let path = folder.path().join("vm1");
 /// # #[cfg(feature = "age")] {
 /// let (identity, recipient) = vmsnap::generate_identity()?;
-/// vmsnap::SnapshotOptions::new().recipients([recipient]).create(&path)?.write_fragment("clock", &12_u64)?;
+/// vmsnap::SnapshotOptions::new().recipients([recipient]).create_in_place(&path)?.write_fragment("clock", &12_u64)?;
 /// let options = vmsnap::SnapshotOptions::new().identities([vmsnap::Identity::text(identity)]);
 /// assert_eq!(options.open(&path)?.read_fragment::<u64>("clock")?, 12);
 /// # }

@@ -8,7 +8,7 @@
 //! credentials.rs       which of these a caller asks for
 //! identity.rs          age identities, and the files they are in
 //! default_identity.rs  the identity of somebody who did not say which
-//! announce.rs          how the user is told of an identity that is made
+//! new_identity.rs      the caller's callback for a new identity
 //! recipients_file.rs   files of recipients
 //! secret_file.rs       files with secrets, and who may use them
 //! secret_text.rs       passphrases
@@ -22,12 +22,12 @@ mod age;
 #[cfg(not(feature = "age"))]
 #[path = "age_absent.rs"]
 mod age;
-mod announce;
 mod background;
 mod credentials;
 mod default_identity;
 #[cfg_attr(not(feature = "age"), expect(dead_code, reason = "nothing reads identities"))]
 mod identity;
+mod new_identity;
 mod payload;
 mod provider;
 mod raw;
@@ -36,10 +36,9 @@ mod recipients_file;
 mod secret_file;
 mod secret_text;
 
-#[cfg(feature = "python")]
-pub(crate) use announce::Announce;
 pub(crate) use credentials::Credentials;
 pub use identity::Identity;
+pub(crate) use new_identity::OnNewIdentity;
 pub(crate) use payload::KeyPayload;
 pub use provider::{KeyProvider, ProviderError};
 #[cfg(feature = "python")]
@@ -55,7 +54,8 @@ pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
 
 const AGE_PREFIX: &[u8] = b"age-encryption.org/";
 
-/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::key_wrapping`] reads it.
+/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::inspect`] reads
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyWrapping {

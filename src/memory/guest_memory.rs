@@ -23,7 +23,7 @@ const MAX_CACHED_READ_BYTES: usize = 256 << 10;
 /// let options = SnapshotOptions::new();
 /// let mut ram = vec![0; 1 << 20];
 /// ram[0x1000..0x1004].copy_from_slice(b"boot");
-/// options.create(&path)?.write_memory(&[GuestRegion::new(0, &ram)], &MemoryOptions::new())?;
+/// options.create_in_place(&path)?.write_memory(&[GuestRegion::new(0, &ram)], &MemoryOptions::new())?;
 ///
 /// let memory = options.open(&path)?.memory()?;
 /// let mut word = [0; 4];

@@ -107,14 +107,14 @@ impl Verification {
 }
 
 impl SnapshotOptions {
-    /// Reads all of the snapshot at `root`, by all threads, and tells everything that is not as it was sealed. Without the key
-    /// of an encrypted one, it checks what can be checked and says what it could not.
+    /// Reads all of the snapshot at `location` with all threads, and reports every difference from its sealed state.
+    /// Without the key of an encrypted snapshot it checks as much as it can, and reports what it could not check.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;
     /// # let path = folder.path().join("vm1");
     /// let options = vmsnap::SnapshotOptions::new();
-    /// let mut staged = options.stage(&path)?;
+    /// let mut staged = options.create(&path)?;
     /// staged.writer().write_fragment("clock", &12_u64)?;
     /// staged.commit()?;
     /// assert!(options.verify(&path)?.is_ok());
@@ -128,19 +128,19 @@ impl SnapshotOptions {
     ///
     /// [`crate::Error::is_io`] where there is no such folder; [`crate::Error::is_invalid_argument`] and
     /// [`crate::Error::is_not_encrypted`] as [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
-    pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
-        self.verify_interruptible(root, &mut || Ok(()))
+    pub fn verify(&self, location: impl AsRef<Path>) -> Result<Verification> {
+        self.verify_interruptible(location, &mut || Ok(()))
     }
 
     pub(crate) fn verify_interruptible(
         &self,
-        root: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        drop(folder::open(&root, "")?);
-        let mut verifier = Verifier { root, report: Verification::default(), found: BTreeMap::new() };
+        let location = folder::absolute(location.as_ref())?;
+        drop(folder::open(&location, "")?);
+        let mut verifier = Verifier { root: location, report: Verification::default(), found: BTreeMap::new() };
         let key = verifier.key(self, interrupt)?;
         let manifest = verifier.manifest(self, &key)?;
         let namespaces = verifier.walk(interrupt)?;

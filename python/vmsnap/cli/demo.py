@@ -135,7 +135,7 @@ def race_plain_write(
         began = perf_counter()
         dump(writer, pid, address, size, None)
         seconds = perf_counter() - began
-        shutil.rmtree(writer.root)
+        shutil.rmtree(writer.path)
         return seconds
 
     # The first pair warms up: pages that a file system takes for the first time cost several times what used ones do.

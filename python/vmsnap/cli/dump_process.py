@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from vmsnap import InvalidArgumentError, SnapshotWriter
-from vmsnap._vmsnap import ProcessRange
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.io import COPY_BATCH_BYTES
@@ -18,6 +17,7 @@ from vmsnap.cli.options import chunk_size_option, encrypt_option, no_durable_opt
 from vmsnap.cli.process import Mapping, Process, parse_maps, range_name
 from vmsnap.cli.targets import new_snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, progress
+from vmsnap.process import ProcessRange
 
 # A fragment holds every byte of its range, and some processes map terabytes that they never touch: a hole of this size
 # is left out.

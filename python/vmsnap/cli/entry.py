@@ -35,7 +35,7 @@ class Entry:
 
 def entries(snapshot: SnapshotReader) -> list[Entry]:
     """Return all fragments in a namespace and in the namespaces below it, sorted."""
-    modified = times(snapshot.root)
+    modified = times(snapshot.path)
     return [
         Entry(path, fragment.size, fragment.stored_size, fragment.chunk_size_bytes, iso_time(modified.get(path)))
         for path, fragment in walk(snapshot)

@@ -12,15 +12,14 @@ from typing import Any
 import click
 
 import vmsnap
-from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot, _vmsnap
-from vmsnap._vmsnap import key_wrapping
+from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file, read_private
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.terminal import printable
-from vmsnap.keys import Passphrase
+from vmsnap.keys import Passphrase, key_wrapping, read_recipients_file
 
 # The limit for a passphrase with its newline.
 _MAX_PASSPHRASE_BYTES = 4096
@@ -120,10 +119,10 @@ def identity_of(path: Path) -> IdentityFile:
 
 def _is_passphrase(root: str | Path) -> bool:
     try:
-        wrapping = key_wrapping(str(root))
+        wrapping = key_wrapping(root)
     except (vmsnap.VmsnapError, OSError):
         return False  # opening the snapshot raises a better error
-    return wrapping is not None and wrapping[0] == "passphrase"
+    return wrapping is not None and wrapping.kind == "passphrase"
 
 
 def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
@@ -165,7 +164,7 @@ def _read_descriptor(number: int) -> bytearray:
 
 def _read_recipients(path: Path) -> list[str]:
     """Return the recipients in a file, and report ignored lines on standard error."""
-    recipients, ignored = _vmsnap.read_recipients(os.fspath(path))
+    recipients, ignored = read_recipients_file(path)
     for text in ignored:
         click.echo(f"vmsnap: {printable(f'{path}: {text}')}", err=True)
     return recipients

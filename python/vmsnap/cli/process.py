@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
-from vmsnap import ProcessMemory
-from vmsnap._vmsnap import ProcessRange, StoppedProcess
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import named
+from vmsnap.process import ProcessMemory, ProcessRange, StoppedProcess
 
 # A thread deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
 _STOP_TIMEOUT_SECONDS = 10.0

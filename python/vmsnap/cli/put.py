@@ -32,8 +32,8 @@ def new_snapshot(location: Path, keys: WritingKeys, *, threads: int | None) -> I
     try:
         yield writer
     except BaseException:
-        shutil.rmtree(writer.root, ignore_errors=True)
-        if writer.root.exists():
+        shutil.rmtree(writer.path, ignore_errors=True)
+        if writer.path.exists():
             click.echo(f"vmsnap: cannot remove the incomplete snapshot {printable(str(location))}", err=True)
         raise
 
@@ -48,7 +48,7 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
                 writer = writer.namespace(name)
             except FileNotFoundError:
                 writer = writer.add_namespace(name)
-                made.append(writer.root / writer.namespace_path)
+                made.append(writer.path / writer.namespace_path)
         yield writer
     except BaseException:
         with contextlib.suppress(OSError):

@@ -11,7 +11,6 @@ from click.shell_completion import CompletionItem
 
 import vmsnap
 from vmsnap import CorruptSnapshotError, FragmentReader, GuestMemory, SnapshotReader
-from vmsnap._vmsnap import outline
 from vmsnap.cli.command import argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys
@@ -89,8 +88,7 @@ def walk(snapshot: SnapshotReader) -> Iterator[tuple[str, FragmentReader]]:
 
 def times(location: Path) -> dict[str, datetime | None]:
     """Return when each fragment was last written."""
-    _, fragments = outline(str(location))
-    return {path: time for path, _, time in fragments}
+    return {fragment.path: fragment.modified for fragment in vmsnap.inspect(location).fragments}
 
 
 def complete_directory(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -106,10 +104,10 @@ def complete_file(_context: click.Context, _parameter: click.Parameter, begun: s
 def _complete(context: click.Context, begun: str, *, namespaces: bool) -> list[CompletionItem]:
     """Return the paths in SNAPSHOT that begin so. Names are visible without the key, so no key is asked for."""
     try:
-        spaces, fragments = outline(str(context.params["snapshot"]))
+        found = vmsnap.inspect(context.params["snapshot"])
     except (vmsnap.VmsnapError, OSError, KeyError):
         return []
-    paths = spaces if namespaces else [path for path, _, _ in fragments]
+    paths = found.namespaces if namespaces else [fragment.path for fragment in found.fragments]
     # The shell's protocol has one candidate a line, so a name with a newline cannot be offered.
     return [CompletionItem(path) for path in paths if path.startswith(begun) and path.isprintable()]
 

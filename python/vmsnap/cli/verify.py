@@ -7,7 +7,6 @@ import click
 
 import vmsnap
 from vmsnap import Verification
-from vmsnap._vmsnap import outline
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.names import NAME
@@ -82,7 +81,7 @@ def verify(
     marked = is_marked(snapshot)
     if not marked:
         with expecting_snapshot(snapshot):
-            outline(str(snapshot))
+            vmsnap.inspect(snapshot)
     report = vmsnap.verify(snapshot, expect_seal_digest=expect_seal_digest, **keys.arguments(snapshot))
     if as_json:
         click.echo(_as_json(report))

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
+from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices, without_shared_memory
@@ -17,8 +18,9 @@ from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
-from vmsnap.sealing import verify as verify_snapshot
-from vmsnap.snapshot import SnapshotReader
+from vmsnap.reader import SnapshotReader
+from vmsnap.verification import Verification
+from vmsnap.verification import verify as verify_snapshot
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath
@@ -42,15 +44,16 @@ class LoadReport:
     machine: Machine
 
 
-def load(path: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
-    """Bring a saved guest back; `load_async` for callers that have no event loop, with the same parameters."""
-    return run(load_async(path, command, **options), undo=lambda report: end(report.process))
+def load(location: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
+    """Bring a saved guest back. This is `load_async` for callers without an event loop, with the same parameters."""
+    return run(load_async(location, command, **options), undo=lambda report: end(report.process))
 
 
 async def load_async(
-    path: "StrPath",
+    location: "StrPath",
     command: Sequence[str],
     *,
+    keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
     identities: "Identity | Iterable[Identity] | None" = None,
     passphrase: "Passphrase | None" = None,
@@ -69,13 +72,13 @@ async def load_async(
 
     Parameters
     ----------
-    path
-        The snapshot.
+    location
+        The directory of the snapshot.
     command
         QEMU and its arguments, as the guest was started: the same machine type, devices, and memory backends by id and
         size. ``-incoming`` is added, and a monitor of vmsnap's own. Memory in a ``memory-backend-memfd`` is QEMU's
         alone; with a ``memory-backend-file`` the file is filled. With ``share=off`` the guest changes nothing in it.
-    key, identities, passphrase, key_provider, threads, expect_seal_digest
+    keys, key, identities, passphrase, key_provider, threads, expect_seal_digest
         As for `vmsnap.open`.
     verify
         Whether the snapshot has to be sealed, and a plain one is read and verified before. What is encrypted is never
@@ -103,20 +106,15 @@ async def load_async(
     """
     started = perf_counter()
     _check_command(command)
-    opening: dict[str, Any] = {
-        "key": key,
-        "identities": identities,
-        "passphrase": passphrase,
-        "key_provider": key_provider,
-        "threads": threads,
-        "expect_seal_digest": expect_seal_digest,
-    }
+    given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
+    keys = one_of(keys, given)
+    pinned: dict[str, Any] = {"threads": threads, "expect_seal_digest": expect_seal_digest}
 
     def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory]:
-        reader = SnapshotReader(path, require_sealed=verify, **opening)
+        reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
         machine = _machine_of(reader)
         if verify and not reader.encrypted:
-            _verify(path, opening)
+            _check(verify_snapshot(location, keys=keys, **pinned), location)
         return reader, machine, reader.memory()
 
     reader, machine, memory = await in_thread(open_snapshot)
@@ -156,19 +154,18 @@ def _machine_of(reader: SnapshotReader) -> Machine:
     names = reader.list_fragments()
     for name, what in ((MACHINE, "is of no QEMU guest"), (DEVICE_STATE, "has no state of devices")):
         if name not in names:
-            raise QemuError(f"{reader.root}: this snapshot {what}: it has no fragment {name!r}")
+            raise QemuError(f"{reader.location}: this snapshot {what}: it has no fragment {name!r}")
     machine = reader.read_fragment(MACHINE, type=Machine)
-    machine.check_format(reader.root)
+    machine.check_format(reader.path)
     return machine
 
 
-def _verify(path: "StrPath", opening: dict[str, Any]) -> None:
-    report = verify_snapshot(path, **opening)
+def _check(report: Verification, location: "StrPath") -> None:
     if not report.ok:
         texts = [f"{problem.path}: {problem.text}" for problem in report.problems] or report.not_checked
         more = f"; and {len(texts) - _SHOWN_PROBLEMS} more" if len(texts) > _SHOWN_PROBLEMS else ""
         raise CorruptSnapshotError(
-            f"{os.fspath(path)}: is not what was saved: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
+            f"{os.fspath(location)}: is not what was saved: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
         )
 
 

@@ -11,13 +11,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmsnap.errors import InvalidArgumentError, QemuError
+from vmsnap.keys import Keys, one_of
 from vmsnap.memory import MemoryReport, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import cancel, save_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, survey
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
-from vmsnap.sealing import StagedSnapshot, create
-from vmsnap.snapshot import SnapshotWriter
+from vmsnap.staging import StagedSnapshot, create
+from vmsnap.writer import SnapshotWriter
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath
@@ -60,16 +61,17 @@ class SaveReport:
     """To pin the snapshot by, kept elsewhere."""
 
 
-def save(qmp: "StrPath", path: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
-    """Save a running guest; `save_async` for callers that have no event loop, with the same parameters."""
-    return run(save_async(qmp, path, encrypt, **options))
+def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
+    """Save a running guest. This is `save_async` for callers without an event loop, with the same parameters."""
+    return run(save_async(qmp, location, encrypt, **options))
 
 
 async def save_async(
     qmp: "StrPath",
-    path: "StrPath",
+    location: "StrPath",
     encrypt: bool = False,
     *,
+    keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
     recipients: str | Iterable[str] | None = None,
     passphrase: "Passphrase | None" = None,
@@ -90,7 +92,7 @@ async def save_async(
     ----------
     qmp
         The Unix socket of QEMU's monitor: ``-qmp unix:PATH,server=on,wait=off``. No other client may be connected.
-    path, encrypt, key, recipients, passphrase, key_provider, threads, durable
+    location, encrypt, keys, key, recipients, passphrase, key_provider, threads, durable
         As for `vmsnap.create`.
     compress
         ``"lz4"``, or nothing: of the guest's memory.
@@ -114,6 +116,8 @@ async def save_async(
     """
     if then not in ("as-before", "continue", "quit"):
         raise InvalidArgumentError(f'then is "as-before", "continue" or "quit", not {then!r}')
+    given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
+    keys = one_of(keys, given)
     started = perf_counter()
     with ExitStack() as stack:
         connection = connection_to(Path(qmp))
@@ -121,18 +125,7 @@ async def save_async(
         async with connected(connection, os.fspath(qmp)) as monitor:
             ran = await _check_state(monitor)
             ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
-            staged = await _staged(
-                lambda: create(
-                    path,
-                    encrypt,
-                    key=key,
-                    recipients=recipients,
-                    passphrase=passphrase,
-                    key_provider=key_provider,
-                    threads=threads,
-                    durable=durable,
-                ),
-            )
+            staged = await _staged(lambda: create(location, keys=keys, threads=threads, durable=durable))
             async with _complete_or_absent(staged) as writer, _prepared(monitor):
                 writer.write_fragment(MACHINE, ram.machine)
                 async with _standing_still(monitor, ran, ran or then == "continue") as pause:

@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import cbor2
 
@@ -29,7 +29,7 @@ from vmsnap.serialization.build import converter
 from vmsnap.serialization.converter import Mismatch
 from vmsnap.serialization.plain import Plain, Unwritable, located
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "format_of"]
 
 if TYPE_CHECKING:
     _Format = Literal["cbor", "json"]
@@ -138,6 +138,17 @@ def decode(data: bytes, type: Any = None, *, format: "_Format | None" = None, pl
     # First, for what cannot be built cannot be built of anything.
     build = None if type is None else converter(type)
     return decode_checked(data, _vmsnap.check_serialized(data, format, place), build, lambda: place)
+
+
+def format_of(data: bytes) -> "_Format | None":
+    """Return the format of the one serialized value that `data` holds; None if it holds anything else.
+
+    A bare number in JSON cannot be told from CBOR, and counts as CBOR.
+    """
+    try:
+        return cast("_Format", _vmsnap.check_serialized(data, None, "the data"))
+    except CorruptSnapshotError:
+        return None
 
 
 def decode_checked(data: bytes, format: str, build: Callable[[Any], Any] | None, place: Callable[[], str]) -> Any:
