@@ -69,8 +69,8 @@ impl SnapshotReader {
             return error;
         }
         let place = match self.namespace_path() {
-            "" => self.root().display().to_string(),
-            namespace => format!("the namespace {namespace:?} of {}", self.root().display()),
+            "" => self.location().display().to_string(),
+            namespace => format!("the namespace {namespace:?} of {}", self.location().display()),
         };
         let text = format!("{place} contains no guest memory, because it has no fragment {METADATA:?}");
         Error::io(text, rustix::io::Errno::NOENT)
