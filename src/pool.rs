@@ -1,11 +1,11 @@
-//! The process's threads, and the jobs that they take turns at.
+//! The thread pool of the process, and the jobs that its threads take turns at.
 //!
-//! Each thread takes the job that has waited longest, gives it one turn, and puts it back behind the others where there is
-//! more to do. So every job gets on, however long the others are. A job whose turn has not begun can be withdrawn: nobody
-//! ever waits for a thread that is busy elsewhere.
+//! Each thread takes the job that has waited longest, gives it one turn, and queues it again if there is more to do. So
+//! every job makes progress, even beside long ones. A job whose turn has not begun can be withdrawn, so a caller never
+//! waits for a thread that is busy with another job.
 //!
-//! The pool is made on first use, and anew in a forked child, which has none of its parent's threads. Where the system
-//! allows fewer threads than wanted, or none at all, there are fewer turns, and callers do the rest themselves.
+//! The pool is made on first use, and again in a forked child, which does not have its parent's threads. If the system
+//! allows fewer threads, or none, there are fewer turns, and callers do the rest of the work themselves.
 
 #![allow(unsafe_code, reason = "a shared call lends its closure to threads that outlive it")]
 
@@ -25,9 +25,10 @@ thread_local! {
     static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Something that threads of the pool do in turns.
+/// Work that threads of the pool do in turns.
 pub(crate) trait Job: Send + Sync {
-    /// Does some of it, and says whether there is more. A turn does not panic, and ends soon once [`Pool::is_wanted`].
+    /// Does a part of the work; returns whether there is more. A turn must not panic, and ends soon once
+    /// [`Pool::is_wanted`].
     fn turn(&self) -> bool;
 }
 
@@ -40,7 +41,7 @@ pub(crate) struct Pool {
 
 #[derive(Default)]
 struct State {
-    /// Turns to be taken, in this order.
+    /// The queue of turns.
     jobs: VecDeque<Arc<dyn Job>>,
     threads: usize,
 }
@@ -54,13 +55,13 @@ pub(crate) fn pool() -> &'static Pool {
     pool
 }
 
-/// The number of this thread in the pool, from 1 on; 0 for a thread that is not one of the pool's.
+/// The number of this thread in the pool, from 1 on; 0 for a thread outside the pool.
 pub(crate) fn thread_number() -> usize {
     NUMBER.get()
 }
 
 impl Pool {
-    /// Asks up to `count` threads for turns at a job; returns how many were asked, 0 where no thread can be started.
+    /// Asks up to `count` threads for turns at a job; returns how many were asked: 0 if no thread can be started.
     pub(crate) fn invite(&'static self, job: &Arc<dyn Job>, count: usize) -> usize {
         let mut state = lock(&self.state);
         while state.threads < self.most && self.start(state.threads) {

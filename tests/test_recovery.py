@@ -176,7 +176,7 @@ DAMAGES = {
 
 def told(root: Path, key: bytes | None) -> tuple[int, list[str]]:
     """The exit status of the page's `vmsnap verify`, and the problems that it names."""
-    [command] = commands(blocks(PAGE, "sh", "What is wrong?")[0])
+    [command] = commands(blocks(PAGE, "sh")[0])
     command = command.replace("vm1", root.name)
     if key is None:
         command = command.replace(" --key-file vm.key", "")
