@@ -25,8 +25,8 @@ pub(crate) fn zeros(length: usize) -> Result<Vec<u8>> {
     if memory.is_null() {
         return Err(out_of_memory(length));
     }
-    // SAFETY: the global allocator has just allocated it with the layout of `length` bytes. All of them are zero, and nothing
-    // else refers to them.
+    // SAFETY: the global allocator has just allocated it with the layout of `length` bytes. All of them are zero, and
+    // nothing else refers to them.
     Ok(unsafe { Box::from_raw(ptr::slice_from_raw_parts_mut(memory, length)) }.into_vec())
 }
 

@@ -1,7 +1,8 @@
 //! FLOE, the encrypted format. Only this module uses the crate that implements it.
 //!
 //! Specification: <https://c2sp.org/FLOE>. A message is a header and segments. Each segment is encrypted by itself, so
-//! threads can encrypt and decrypt them in any order. There are two AEAD providers, and each reads the other's messages.
+//! threads can encrypt and decrypt them in any order. There are two AEAD providers, and each reads the other's
+//! messages.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -81,8 +82,8 @@ fn provider() -> Result<Provider> {
         .map_err(Error::invalid_argument)
 }
 
-/// A secret of 32 bytes: the data key of a snapshot, or the caller's key that wraps it. It is wiped when it is dropped, and
-/// `Debug` does not show it.
+/// A secret of 32 bytes: the data key of a snapshot, or the caller's key that wraps it. It is wiped when it is dropped,
+/// and `Debug` does not show it.
 ///
 /// It lives on the heap, because a move on the stack leaves a copy behind.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
@@ -270,8 +271,8 @@ impl Encryption {
     }
 }
 
-/// Encrypts segments of one message, each once, in any order. It holds nonces drawn in batches, so it must not be used after
-/// a fork.
+/// Encrypts segments of one message, each once, in any order. It holds nonces drawn in batches, so it must not be used
+/// after a fork.
 pub(crate) struct Encryptor {
     state: Box<EncryptionState>,
     chunk_size_bytes: usize,
@@ -313,8 +314,8 @@ pub(crate) struct Decryption {
 }
 
 impl Decryption {
-    /// Verifies the header of a message that is stored in `stored_size` bytes. The caller must decrypt the last segment next,
-    /// which shows whether the message was truncated or extended.
+    /// Verifies the header of a message that is stored in `stored_size` bytes. The caller must decrypt the last segment
+    /// next, which shows whether the message was truncated or extended.
     pub(crate) fn start(key: &SecretKey, aad: &[u8], header: [u8; HEADER_BYTES], stored_size: u64) -> Result<Self> {
         Self::start_with(provider()?, key, aad, header, stored_size)
     }
@@ -375,8 +376,8 @@ pub(crate) struct Decryptor {
 }
 
 impl Decryptor {
-    /// Verifies and decrypts segment `index` into `out`, which must have the length of its plaintext. If the segment does not
-    /// verify, `out` is filled with zeros.
+    /// Verifies and decrypts segment `index` into `out`, which must have the length of its plaintext. If the segment
+    /// does not verify, `out` is filled with zeros.
     pub(crate) fn decrypt(&mut self, index: u64, segment: &[u8], out: &mut [u8]) -> Result<()> {
         let decrypted = self
             .layout

@@ -16,9 +16,9 @@ pub struct Cleaned {
     pub held: Vec<PathBuf>,
 }
 
-/// Removes the files and directories that killed processes left in `parent`: the hidden directories of snapshots that were
-/// never committed and, if `parent` is itself a snapshot, unfinished replacements of its files. Files and directories that
-/// a running process uses stay.
+/// Removes the files and directories that killed processes left in `parent`: the hidden directories of snapshots that
+/// were never committed and, if `parent` is itself a snapshot, unfinished replacements of its files. Files and
+/// directories that a running process uses stay.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -30,9 +30,9 @@ pub struct Cleaned {
 ///
 /// # Errors
 ///
-/// [`Error::is_io`] if `parent` is not a directory, or a file in it cannot be removed. [`Error::is_state`] if locks of the
-/// file system cannot show whether a directory is in use: on NFS, SMB, 9p, FUSE and other file systems that several hosts
-/// write to, a lock on a directory does not reach the other hosts. Remove abandoned directories there by hand.
+/// [`Error::is_io`] if `parent` is not a directory, or a file in it cannot be removed. [`Error::is_state`] if locks of
+/// the file system cannot show whether a directory is in use: on NFS, SMB, 9p, FUSE and other file systems that several
+/// hosts write to, a lock on a directory does not reach the other hosts. Remove abandoned directories there by hand.
 pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
     let parent = folder::absolute(parent.as_ref())?;
     let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);

@@ -22,8 +22,8 @@ pub(crate) fn sync_file(file: &File) -> Result<()> {
 
 /// Syncs the names in a directory, if its file system can.
 ///
-/// Some cannot (CIFS, vboxsf, old versions of virtiofs and 9p). The files themselves are synced, so this is not an error;
-/// `PostgreSQL` (`fsync_fname`) and `SQLite` (`unixSync`) continue in this case, too.
+/// Some cannot (CIFS, vboxsf, old versions of virtiofs and 9p). The files themselves are synced, so this is not an
+/// error; `PostgreSQL` (`fsync_fname`) and `SQLite` (`unixSync`) continue in this case, too.
 pub(crate) fn sync_directory(directory: impl AsFd) -> std::result::Result<(), Errno> {
     match fsync(directory) {
         Err(errno) if cannot_sync(errno) => Ok(()),

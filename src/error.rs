@@ -178,8 +178,8 @@ impl Error {
         self.0.kind == Kind::Interrupted
     }
 
-    /// There is not enough memory: for a chunk, a block, a list of ranges, or the scrypt of a passphrase. As after any other
-    /// error, nothing has changed, or the change was undone.
+    /// There is not enough memory: for a chunk, a block, a list of ranges, or the scrypt of a passphrase. As after any
+    /// other error, nothing has changed, or the change was undone.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
         self.0.kind == Kind::OutOfMemory

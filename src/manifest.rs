@@ -53,7 +53,8 @@ pub(crate) struct Entry {
 pub(crate) enum Proof {
     /// The BLAKE3 of a plain fragment's file.
     Blake3([u8; 32]),
-    /// The header tag of an encrypted fragment. It covers the random IV and the path, from which the segment keys derive.
+    /// The header tag of an encrypted fragment. It covers the random IV and the path, from which the segment keys
+    /// derive.
     HeaderTag { chunk_size_bytes: u64, tag: [u8; 32] },
 }
 
@@ -277,8 +278,12 @@ impl BodyOfEntry {
         let proof = match (encrypted, chunk_size, blake3, floe_header_tag) {
             (false, None, Some(digest), None) => Proof::Blake3(digest),
             (true, Some(chunk_size_bytes), None, Some(tag)) => Proof::HeaderTag { chunk_size_bytes, tag },
-            (false, ..) => return Err("a plain fragment must have only 'blake3', not 'chunk_size' or 'floe_header_tag'"),
-            (true, ..) => return Err("an encrypted fragment must have 'chunk_size' and 'floe_header_tag', not 'blake3'"),
+            (false, ..) => {
+                return Err("a plain fragment must have only 'blake3', not 'chunk_size' or 'floe_header_tag'");
+            }
+            (true, ..) => {
+                return Err("an encrypted fragment must have 'chunk_size' and 'floe_header_tag', not 'blake3'");
+            }
         };
         let fits = match proof {
             Proof::Blake3(_) => stored_size == size,

@@ -27,8 +27,8 @@ pub(crate) fn is_reserved(name: &str) -> bool {
 ///
 /// # Errors
 ///
-/// [`Error::is_invalid_argument`] if the name is empty, `.`, `..`, longer than 255 bytes of UTF-8 or reserved, or contains
-/// `/`, `\` or NUL.
+/// [`Error::is_invalid_argument`] if the name is empty, `.`, `..`, longer than 255 bytes of UTF-8 or reserved, or
+/// contains `/`, `\` or NUL.
 pub(crate) fn check(name: &str) -> Result<()> {
     let reason = if name.is_empty() {
         "it is empty"

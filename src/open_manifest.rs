@@ -12,7 +12,8 @@ use crate::key::KeyPayload;
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest};
 use crate::name::MANIFEST;
 
-/// The manifest of an open snapshot. A serialized handle contains only its digest; the manifest is read again when needed.
+/// The manifest of an open snapshot. A serialized handle contains only its digest; the manifest is read again when
+/// needed.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct OpenManifest {
     digest: [u8; 32],
@@ -39,7 +40,10 @@ impl OpenManifest {
         }
         let (manifest, digest) = read(root, data_key)?.ok_or_else(|| incomplete(root))?;
         if digest != self.digest {
-            let text = format!("the snapshot {} was replaced by another one after it was opened; open it again", root.display());
+            let text = format!(
+                "the snapshot {} was replaced by another one after it was opened; open it again",
+                root.display()
+            );
             return Err(Error::corrupt(text));
         }
         Ok(self.manifest.get_or_init(|| Arc::new(manifest)))

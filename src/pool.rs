@@ -107,16 +107,17 @@ impl Pool {
         }
     }
 
-    /// Calls `own` on this thread and, meanwhile, `help` on up to `helpers` threads of the pool, again and again while it
-    /// returns true. When this returns, or panics, no thread is in `help`, nor will be.
+    /// Calls `own` on this thread and, meanwhile, `help` on up to `helpers` threads of the pool, again and again while
+    /// it returns true. When this returns, or panics, no thread is in `help`, nor will be.
     ///
     /// # Panics
     ///
     /// With the panic of `own`, or of a call of `help`.
     pub(crate) fn share(&'static self, helpers: usize, help: &(dyn Fn() -> bool + Sync), own: impl FnOnce(&Helpers)) {
-        // SAFETY: only the lifetime changes. `Call::turn` alone uses the reference, between counting itself as running and
-        // counting itself out, and begins only while `Lent::help` is there. `Helpers::wait` takes that away and returns when
-        // nobody is running; dropping `helpers` calls it, so this function is not left, by a panic either, before that.
+        // SAFETY: only the lifetime changes. `Call::turn` alone uses the reference, between counting itself as running
+        // and counting itself out, and begins only while `Lent::help` is there. `Helpers::wait` takes that away and
+        // returns when nobody is running; dropping `helpers` calls it, so this function is not left, by a panic either,
+        // before that.
         let help =
             unsafe { std::mem::transmute::<&(dyn Fn() -> bool + Sync), &'static (dyn Fn() -> bool + Sync)>(help) };
         let lent = Lent { help: Some(help), running: 0, panic: None };

@@ -104,8 +104,8 @@ fn map_page() -> Option<*mut AtomicU64> {
     let page = unsafe {
         mmap_anonymous(ptr::null_mut(), PAGE_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?
     };
-    // SAFETY: the range is exactly the mapping made above, and nothing else refers to it yet. The first call passes invalid
-    // advice, which must be refused; BoringSSL makes the same check.
+    // SAFETY: the range is exactly the mapping made above, and nothing else refers to it yet. The first call passes
+    // invalid advice, which must be refused; BoringSSL makes the same check.
     let wiped = unsafe {
         libc::madvise(page, PAGE_BYTES, -1) != 0 && madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork).is_ok()
     };

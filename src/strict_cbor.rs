@@ -1,5 +1,5 @@
-//! The CBOR of vmsnap's own metadata. `docs/format.md` allows exactly one encoding of each value, so that readers in all
-//! languages refuse the same input. Decoders, also serde's, are more lenient, each in its own way.
+//! The CBOR of vmsnap's own metadata. `docs/format.md` allows exactly one encoding of each value, so that readers in
+//! all languages refuse the same input. Decoders, also serde's, are more lenient, each in its own way.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -73,7 +73,8 @@ fn unsupported(what: &str) -> Error {
     Error::new(Kind::Unsupported, text)
 }
 
-/// Checks that `bytes` are one item with definite lengths, shortest forms, no tags, and maps whose keys are distinct texts.
+/// Checks that `bytes` are one item with definite lengths, shortest forms, no tags, and maps whose keys are distinct
+/// texts.
 pub(crate) fn check(bytes: &[u8]) -> Scan<()> {
     let mut scanner = Scanner { rest: bytes };
     scanner.item(1)?;

@@ -1,7 +1,7 @@
 //! A parallel loop: each item goes to the next free thread, the calling thread or one of the [pool](crate::pool).
 //!
-//! The calling thread always works too, so a call ends even if the pool is busy, and only the calling thread checks for an
-//! interruption. A helper returns its thread to the pool after an item if another job waits for a thread.
+//! The calling thread always works too, so a call ends even if the pool is busy, and only the calling thread checks for
+//! an interruption. A helper returns its thread to the pool after an item if another job waits for a thread.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,7 +73,8 @@ impl<'a> Interrupt<'a> {
         if !self.owner.is_current() {
             // The callback forked, and this is the child, where cipher state must not be used.
             if self.accompanied {
-                // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.
+                // The other threads do not exist here: waiting for them, or for a lock that one held, would be for
+                // ever.
                 let text = "forked in the middle of a call that uses several threads; this child cannot go on";
                 let _ = writeln!(std::io::stderr(), "vmsnap: {text}");
                 std::process::abort();

@@ -1,4 +1,4 @@
-//! A fragment whose beginning several threads write in batches, each at its own offset.
+//! Positioned writes: several threads write the beginning of a fragment in batches, each at its own offset.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,8 +14,8 @@ use super::rope::Rope;
 use crate::error::Result;
 use crate::threads::lock;
 
-/// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and an
-/// ordinary write must follow the last batch.
+/// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and
+/// an ordinary write must follow the last batch.
 pub(crate) struct PositionedWriter {
     pub(super) file: Arc<File>,
     pub(super) kind: PositionedKind,
@@ -26,18 +26,18 @@ pub(super) enum PositionedKind {
     Encrypted { encryptors: Arc<Encryptors>, chunk_size_bytes: usize },
 }
 
-/// Digests of batches, which come in any order.
+/// The digests of batches, which arrive in any order.
 #[derive(Default)]
 pub(super) struct Collected {
     pub(super) digest: Box<Digest>,
-    /// By the index of the first subtree; as many as there are threads, at most.
+    /// Waiting batches, by the index of their first subtree; at most one for each thread.
     waiting: BTreeMap<u64, Vec<Subtree>>,
 }
 
-/// The buffers one thread needs to write batches.
+/// The buffers that one thread needs to write batches.
 pub(crate) struct PositionedWorker {
     encryption: Option<EncryptionWorker>,
-    /// For a chunk or subtree whose bytes do not lie together.
+    /// A buffer for a chunk or subtree that is scattered in memory.
     room: Vec<u8>,
 }
 
@@ -106,7 +106,7 @@ fn write_runs(file: &File, runs: &[&[u8]], mut offset: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// `IOV_MAX` of linux/uio.h: what one call takes.
+/// `IOV_MAX` of linux/uio.h: the limit of one call.
 const IOV_MAX: usize = 1024;
 
 impl Collected {

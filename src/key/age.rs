@@ -1,4 +1,5 @@
-//! A data key wrapped by [age](https://c2sp.org/age), for recipients or with a passphrase. Only this module uses the crate.
+//! A data key wrapped by [age](https://c2sp.org/age), for recipients or with a passphrase. Only this module uses the
+//! crate.
 
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read, Write};
@@ -68,7 +69,9 @@ pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
                 plugins.entry(recipient.plugin().to_owned()).or_default().push(recipient);
             }
             // An identity is a secret, so the error does not quote it.
-            Err(NoRecipient::Identity) => return Err(Error::invalid_argument(format!("the given recipient {IS_IDENTITY}"))),
+            Err(NoRecipient::Identity) => {
+                return Err(Error::invalid_argument(format!("the given recipient {IS_IDENTITY}")));
+            }
             Err(NoRecipient::Malformed) => {
                 return Err(Error::invalid_argument(format!("{text:?} {IS_MALFORMED}")));
             }
@@ -196,8 +199,9 @@ fn encrypt(encryptor: std::result::Result<Encryptor, EncryptError>, payload: &[u
     Ok(file)
 }
 
-/// Overwrites memory that the crate has just freed: it keeps the plaintext in a buffer of 64 KiB and does not wipe it. The
-/// next allocation of this size by the same thread usually gets the same memory; the allocator does not promise that.
+/// Overwrites memory that the crate has just freed: it keeps the plaintext in a buffer of 64 KiB and does not wipe it.
+/// The next allocation of this size by the same thread usually gets the same memory; the allocator does not promise
+/// that.
 fn wipe_freed() {
     const CHUNK_BYTES: usize = 64 << 10;
     std::hint::black_box(vec![0xff_u8; CHUNK_BYTES]);
@@ -380,7 +384,9 @@ fn parse_ssh(content: &[u8]) -> Result<ssh::Identity> {
             UnsupportedKey::Hardware(kind) => {
                 format!("it is an SSH key on a security key ({kind}), which age cannot use")
             }
-            UnsupportedKey::Type(kind) => format!("it is an SSH key of type {kind}; age supports ssh-ed25519 and ssh-rsa"),
+            UnsupportedKey::Type(kind) => {
+                format!("it is an SSH key of type {kind}; age supports ssh-ed25519 and ssh-rsa")
+            }
         })),
         Ok(identity) => Ok(identity),
         Err(_) => Err(Error::invalid_argument("it is not an SSH key that age can read")),
@@ -433,9 +439,9 @@ fn not_wrapped(error: &EncryptError) -> Error {
         EncryptError::Plugin(errors) => plugin_failed(errors),
         EncryptError::PluginResolve(error) => no_plugin(error),
         EncryptError::Io(error) => plugin_failed(&[error]),
-        EncryptError::IncompatibleRecipients { .. } => {
-            Error::invalid_argument("these recipients cannot be mixed: post-quantum recipients cannot be combined with others")
-        }
+        EncryptError::IncompatibleRecipients { .. } => Error::invalid_argument(
+            "these recipients cannot be mixed: post-quantum recipients cannot be combined with others",
+        ),
         _ => Error::invalid_argument("there are no recipients, or they cannot be mixed"),
     }
 }

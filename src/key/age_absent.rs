@@ -1,6 +1,10 @@
 //! Replaces `age.rs` in a build without the feature `age`: every function returns an error.
 
-#![expect(clippy::needless_pass_by_value, clippy::unnecessary_wraps, reason = "the functions are those of age.rs")]
+#![expect(
+    clippy::needless_pass_by_value,
+    clippy::unnecessary_wraps,
+    reason = "the functions have the signatures of age.rs"
+)]
 
 use std::sync::Arc;
 

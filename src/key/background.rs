@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::threads::{INTERRUPT_INTERVAL, lock};
 
-/// Runs `work` in a thread of its own; returns `None` if that takes longer than `limit`. In this case, and if `interrupt`
-/// returns an error, the thread continues unobserved.
+/// Runs `work` in a thread of its own; returns `None` if that takes longer than `limit`. In this case, and if
+/// `interrupt` returns an error, the thread continues unobserved.
 ///
 /// If the system refuses another thread, the calling thread does the work, without a limit and without interruption.
 pub(super) fn in_background<T: Send + 'static>(

@@ -98,9 +98,7 @@ impl Credentials {
             Self { passphrase: Some(passphrase), .. } => Unwrapper::Passphrase(passphrase),
             Self { key_provider: Some(provider), .. } => Unwrapper::Provider(provider),
             Self { recipients: Some(_), .. } => {
-                return Err(Error::invalid_argument(
-                    "recipients only create snapshots; to open one pass identities",
-                ));
+                return Err(Error::invalid_argument("recipients only create snapshots; to open one pass identities"));
             }
             _ => Unwrapper::DefaultIdentity,
         })

@@ -41,7 +41,7 @@ impl Found {
     }
 }
 
-/// The default identity. If there is none, the error names all places that were searched.
+/// The default identity. Without one, the error names all places that were searched.
 pub(super) fn find(interrupt: Interrupt<'_>) -> Result<Found> {
     look(interrupt)?.ok_or_else(|| {
         let own = own_file().map_or_else(|_| "the home directory".to_owned(), |path| path.display().to_string());
@@ -55,7 +55,7 @@ pub(super) fn find(interrupt: Interrupt<'_>) -> Result<Found> {
     })
 }
 
-/// The default identity, which is made if there is none.
+/// The default identity, which is made if it does not exist.
 pub(super) fn find_or_make(announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
     match look(interrupt)? {
         Some(found) => Ok(found),
@@ -75,7 +75,8 @@ fn look(interrupt: Interrupt<'_>) -> Result<Option<Found>> {
         let content = read_secret(&path, OTHERS, interrupt).map_err(|error| error.context(&place))?;
         return Found::new(content, place).map(Some);
     }
-    // A credential belongs to the service, even if its mode has bits of the group, which stand for an access control list.
+    // A credential belongs to the service, even if its mode has bits of the group, which stand for an access control
+    // list.
     if let Some(folder) = variable(CREDENTIALS_VARIABLE)
         && let Some(found) = read_if_there(&Path::new(&folder).join("vmsnap-identity"), STRANGERS, interrupt)?
     {
@@ -92,8 +93,8 @@ fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// A variable of vmsnap. An empty one is an error: it may come from a command that failed, and another identity must not be
-/// used instead.
+/// A variable of vmsnap. An empty one is an error: it may come from a command that failed, and another identity must
+/// not be used instead.
 fn variable_of_ours(name: &str) -> Result<Option<OsString>> {
     match std::env::var_os(name) {
         Some(value) if value.is_empty() => {
@@ -128,14 +129,16 @@ fn own_file() -> Result<PathBuf> {
     let config = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config"))).ok_or_else(|| {
         Error::new(
             Kind::KeyUnavailable,
-            format!("there is no place for an identity: set $XDG_CONFIG_HOME, $HOME or ${FILE_VARIABLE}, or pass a key"),
+            format!(
+                "there is no place for an identity: set $XDG_CONFIG_HOME, $HOME or ${FILE_VARIABLE}, or pass a key"
+            ),
         )
     })?;
     Ok(config.join("vmsnap").join("identity.txt"))
 }
 
-/// Makes an identity at `path`, or returns the one that another process has made there meanwhile. The callback comes first:
-/// if it returns an error, nothing is made.
+/// Makes an identity at `path`, or returns the one that another process has made there meanwhile. The callback comes
+/// first: if it returns an error, nothing is made.
 fn make(path: &Path, announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
     let failed = |error: std::io::Error| {
         Error::io(format!("cannot create {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)

@@ -12,7 +12,8 @@ use crate::error::{Error, Kind, Result};
 
 const AGE_BINARY: &[u8] = b"age-encryption.org/";
 
-/// One or more identities, which open snapshots that are encrypted to their recipients: of age, of a plugin, or an SSH key.
+/// One or more identities, which open snapshots that are encrypted to their recipients: of age, of a plugin, or an SSH
+/// key.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -44,9 +45,9 @@ impl Identity {
         Self { source: IdentitySource::Text(Arc::new(text.into())), passphrase: None }
     }
 
-    /// An identity from a file with such a text, or from a file that `age -p` encrypted. If the file is not encrypted, only
-    /// its owner may be able to read it. Two kinds of files are exempt, because their mode cannot be changed: the group may
-    /// read a file of another owner, and everybody a file on a read-only file system.
+    /// An identity from a file with such a text, or from a file that `age -p` encrypted. If the file is not encrypted,
+    /// only its owner may be able to read it. Two kinds of files are exempt, because their mode cannot be changed: the
+    /// group may read a file of another owner, and everybody a file on a read-only file system.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self { source: IdentitySource::File(path.into()), passphrase: None }

@@ -55,7 +55,8 @@ pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
 
 const AGE_PREFIX: &[u8] = b"age-encryption.org/";
 
-/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::key_wrapping`] reads it.
+/// The wrapping of the data key of an encrypted snapshot, with its recipients as far as they are visible.
+/// [`crate::key_wrapping`] reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyWrapping {

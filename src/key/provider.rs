@@ -24,11 +24,11 @@ pub type ProviderError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A key service of the caller that wraps the data key: only users of the service can open the snapshot.
 ///
-/// The payload is about 130 bytes long and contains the data key. The service must **authenticate**: `unwrap` must fail for
-/// any bytes that `wrap` did not return. Each call runs in a thread of its own.
+/// The payload is about 130 bytes long and contains the data key. The service must **authenticate**: `unwrap` must fail
+/// for any bytes that `wrap` did not return. Each call runs in a thread of its own.
 pub trait KeyProvider: Send + Sync {
-    /// The name of the service. It is stored in the snapshot, and the reader's provider must have the same name. It is not a
-    /// secret.
+    /// The name of the service. It is stored in the snapshot, and the reader's provider must have the same name. It is
+    /// not a secret.
     fn name(&self) -> &str;
 
     /// Encrypts `payload`.
@@ -76,7 +76,10 @@ pub(super) fn wrap(
         return refused("returned an empty wrapped key");
     }
     if wrapped.len() > MAX_WRAPPED_BYTES {
-        return refused(&format!("returned a wrapped key of {} bytes; the limit is {MAX_WRAPPED_BYTES}", wrapped.len()));
+        return refused(&format!(
+            "returned a wrapped key of {} bytes; the limit is {MAX_WRAPPED_BYTES}",
+            wrapped.len()
+        ));
     }
     if wrapped.windows(secret.len()).any(|part| part == secret) {
         return refused("returned the key unwrapped");
@@ -110,8 +113,7 @@ pub(super) fn name_of(file: &[u8]) -> Result<String> {
 }
 
 fn parse(file: &[u8]) -> Result<Envelope> {
-    let malformed =
-        |error: &dyn std::fmt::Display| Error::corrupt(format!("it is not a wrapped vmsnap key: {error}"));
+    let malformed = |error: &dyn std::fmt::Display| Error::corrupt(format!("it is not a wrapped vmsnap key: {error}"));
     let content = file.strip_prefix(PREFIX).unwrap_or_default();
     strict_cbor::check(content).map_err(|error| malformed(&error))?;
     let envelope: Envelope = ciborium::from_reader(content).map_err(|error| malformed(&error))?;

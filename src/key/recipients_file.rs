@@ -33,8 +33,8 @@ pub(crate) struct RecipientsFile {
 }
 
 impl RecipientsFile {
-    /// Reads a file of recipients. It skips empty lines, comments after `#`, comments of SSH keys and, like `age -R`, valid
-    /// SSH keys of a type that age does not support. If no recipient is left, that is an error.
+    /// Reads a file of recipients. It skips empty lines, comments after `#`, comments of SSH keys and, like `age -R`,
+    /// valid SSH keys of a type that age does not support. If no recipient is left, that is an error.
     pub(crate) fn read(path: impl AsRef<Path>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let path = path.as_ref();
         let content = secret_file::read(path, interrupt).and_then(|content| Self::parse(&content));

@@ -30,9 +30,9 @@ pub(super) fn read(path: &Path, interrupt: &mut dyn FnMut() -> Result<()>) -> Re
 
 /// Reads a file with secrets. Its mode must not have the bits `forbidden`, unless the file itself is encrypted.
 ///
-/// The mode of a pipe does not matter. The check is relaxed if the caller cannot change the mode, which is usual for secrets
-/// of an orchestrator or a service manager: everybody may read a file on a read-only file system (secrets of Kubernetes,
-/// credentials of systemd), and the group may read a file of another owner.
+/// The mode of a pipe does not matter. The check is relaxed if the caller cannot change the mode, which is usual for
+/// secrets of an orchestrator or a service manager: everybody may read a file on a read-only file system (secrets of
+/// Kubernetes, credentials of systemd), and the group may read a file of another owner.
 pub(crate) fn read_secret(
     path: &Path,
     forbidden: u32,

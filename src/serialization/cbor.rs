@@ -3,16 +3,16 @@
 use super::hashes;
 use super::malformed::{MAX_DEPTH, Malformed};
 
-/// The limit of comparisons of keys. An attacker can choose keys that are arrays, tagged values or sets so that all have the
-/// same hash value; each is then compared with all others of its map, byte by byte. (At most 16 numbers share a hash value.)
-/// This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.
+/// The limit of comparisons of keys. An attacker can choose keys that are arrays, tagged values or sets so that all
+/// have the same hash value; each is then compared with all others of its map, byte by byte. (At most 16 numbers share
+/// a hash value.) This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.
 const MAX_KEY_COMPARISONS: u64 = 2_000_000_000;
 
 /// The limit of rows of an array without elements, which nothing else bounds.
 const MAX_EMPTY_ROWS: u64 = 1 << 20;
 
-/// Checks that `bytes` are one well-formed item, with no other tags than vmsnap's, no other simple values than false, true
-/// and null, and hashable keys.
+/// Checks that `bytes` are one well-formed item, with no other tags than vmsnap's, no other simple values than false,
+/// true and null, and hashable keys.
 ///
 /// The decoder finds duplicate keys, because equality depends on its types.
 pub(super) fn check(bytes: &[u8]) -> Result<(), Malformed> {
@@ -132,7 +132,10 @@ impl<'a> Scanner<'a> {
                             total += part(self, start, length)?;
                         }
                         other => {
-                            return Err(Malformed::new(other.start, "a part of a string is not a string of the same kind"));
+                            return Err(Malformed::new(
+                                other.start,
+                                "a part of a string is not a string of the same kind",
+                            ));
                         }
                     }
                 }
@@ -188,7 +191,10 @@ impl<'a> Scanner<'a> {
         let Collidable { numbers, composed, composed_bytes } = collidable;
         self.key_comparisons = self.key_comparisons.saturating_add(composed.saturating_mul(*composed_bytes));
         if self.key_comparisons > MAX_KEY_COMPARISONS {
-            return Err(Malformed::new(start, format!("too many of its keys ({composed}) are arrays, tagged values or sets")));
+            return Err(Malformed::new(
+                start,
+                format!("too many of its keys ({composed}) are arrays, tagged values or sets"),
+            ));
         }
         if hashes::crowded(numbers) {
             return Err(Malformed::new(start, "its keys are numbers whose hash values collide"));

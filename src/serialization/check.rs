@@ -1,8 +1,8 @@
 //! The check of untrusted bytes before another decoder than serde reads them.
 //!
-//! serde knows the type that it must build, and stops at anything else. A decoder that builds any value is open to attacks:
-//! nesting that overflows the stack, declared lengths that exhaust the memory, tags that build unexpected objects, keys that
-//! collide. So the bytes are checked first, without building values.
+//! serde knows the type that it must build, and stops at anything else. A decoder that builds any value is open to
+//! attacks: nesting that overflows the stack, declared lengths that exhaust the memory, tags that build unexpected
+//! objects, keys that collide. So the bytes are checked first, without building values.
 
 use super::malformed::Malformed;
 use super::{Format, cbor, json};
@@ -51,7 +51,7 @@ mod tests {
             b"\xbf\x61a\xbf\xff\xff",
             b"\xf9\x7e\x00",                  // NaN as a value
             b"\xa2\x01\x00\x82\x01\x61a\x00", // a number and a list as keys
-            b"\xc0\x74tttttttttttttttttttt",  // what it means is for the decoder
+            b"\xc0\x74tttttttttttttttttttt",  // the decoder checks the meaning
             b"\xc1\xfb\x7f\xf0\x00\x00\x00\x00\x00\x00",
             b"\xc2\x5f\x41\x01\xff",
             b"\xd8\x25\x500123456789abcdef",

@@ -1,16 +1,16 @@
 //! The time that Python needs for dicts and sets with keys whose hash values an attacker can choose.
 //!
-//! The hash value of a text has a random key in every process, but the hash value of a number is almost the number itself.
-//! Python looks for a free slot in an order that depends only on the hash value (`find_empty_slot` in
-//! `Objects/dictobject.c`, `set_add_entry` in `Objects/setobject.c`; unchanged from 3.7 to 3.14). So an attacker can choose
-//! numbers for which Python must look at most of the used slots: hours for some megabytes. This module counts the slots
-//! first.
+//! The hash value of a text has a random key in every process, but the hash value of a number is almost the number
+//! itself. Python looks for a free slot in an order that depends only on the hash value (`find_empty_slot` in
+//! `Objects/dictobject.c`, `set_add_entry` in `Objects/setobject.c`; unchanged from 3.7 to 3.14). So an attacker can
+//! choose numbers for which Python must look at most of the used slots: hours for some megabytes. This module counts
+//! the slots first.
 
 /// So few keys are always allowed, even if all of them collide.
 const FEW: usize = 1000;
 
-/// The limit of slots that are looked at for a key, on average. A random key takes 2 in a dict and 12 in a set. The worst
-/// natural keys, multiples of 2^39 and 2^40, take 71 and 104.
+/// The limit of slots that are looked at for a key, on average. A random key takes 2 in a dict and 12 in a set. The
+/// worst natural keys, multiples of 2^39 and 2^40, take 71 and 104.
 const MAX_SLOTS_A_KEY: usize = 300;
 
 /// The bits of the hash value that each further step adds: `PERTURB_SHIFT`.
@@ -99,8 +99,8 @@ mod tests {
 
     const SLOTS: u64 = 8192;
 
-    /// The hash values of as many keys as a dict of 8192 slots takes. Some fill 2700 slots that a dict's steps pass last; the
-    /// others find no free slot before these.
+    /// The hash values of as many keys as a dict of 8192 slots takes. Some fill 2700 slots that a dict's steps pass
+    /// last; the others find no free slot before these.
     fn chosen() -> Vec<u64> {
         let ways: Vec<_> = std::iter::successors(Some(0), |slot| Some((slot * 5 + 1) % SLOTS)).take(2700).collect();
         let taken: HashSet<_> = ways.iter().copied().collect();

@@ -9,8 +9,8 @@ use serde::{Deserialize, Deserializer};
 
 use super::malformed::Malformed;
 
-/// Checks that `bytes` are one JSON text that `serde_json` can read: its depth, its numbers in the range of 64-bit floats, no
-/// lone surrogates.
+/// Checks that `bytes` are one JSON text that `serde_json` can read: its depth, its numbers in the range of 64-bit
+/// floats, no lone surrogates.
 pub(super) fn check(bytes: &[u8]) -> Result<(), Malformed> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     AnyValue.deserialize(&mut deserializer).and_then(|()| deserializer.end()).map_err(|error| {

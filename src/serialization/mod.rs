@@ -62,12 +62,12 @@ impl Format {
 
     /// Detects the format of a value that begins with `start`: the whole value, or more than one byte.
     ///
-    /// No whole CBOR item looks like the JSON texts that are recognised here. Numbers in JSON are not recognised, because a
-    /// digit is a CBOR item, too.
+    /// No whole CBOR item looks like the JSON texts that are recognised here. Numbers in JSON are not recognised,
+    /// because a digit is a CBOR item, too.
     fn of(start: &[u8]) -> Self {
         let json = match start {
-            // In CBOR, a string whose length has eight bytes. JSON does not continue with a zero byte, and without a zero byte
-            // the string would have petabytes.
+            // In CBOR, a string whose length has eight bytes. JSON does not continue with a zero byte, and without a
+            // zero byte the string would have petabytes.
             [b'{' | b'[', rest @ ..] => rest.first() != Some(&0),
             // In CBOR, the number -3, which is one byte long.
             [b'"', rest @ ..] => !rest.is_empty(),
@@ -198,9 +198,15 @@ mod tests {
         for format in [Format::Cbor, Format::Json] {
             let bytes = encode("hunter2, expected", format).unwrap();
             let error = text(decode::<u8>(&*bytes, Some(format), "x").unwrap_err());
-            assert!(error.starts_with("x does not contain a value of this type: invalid type: string, expected"), "{error}");
+            assert!(
+                error.starts_with("x does not contain a value of this type: invalid type: string, expected"),
+                "{error}"
+            );
             let error = text(decode::<Variants>(&*bytes, Some(format), "x").unwrap_err());
-            assert!(error.starts_with("x does not contain a value of this type: unknown variant, expected `One`"), "{error}");
+            assert!(
+                error.starts_with("x does not contain a value of this type: unknown variant, expected `One`"),
+                "{error}"
+            );
             let error = text(decode::<bool>(&*encode(&77, format).unwrap(), Some(format), "x").unwrap_err());
             assert!(error.contains("expected") && error.contains("bool") && !error.contains("77"), "{error}");
         }
@@ -210,7 +216,10 @@ mod tests {
     fn what_follows_a_value_is_an_error() {
         for (bytes, format) in [(&b"\x01\x01"[..], Format::Cbor), (b"1 1", Format::Json)] {
             let error = decode::<u8>(bytes, Some(format), "x").unwrap_err();
-            assert!(error.is_corrupt() && error.to_string().contains("x does not contain a value of this type"), "{error}");
+            assert!(
+                error.is_corrupt() && error.to_string().contains("x does not contain a value of this type"),
+                "{error}"
+            );
         }
     }
 }

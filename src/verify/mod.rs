@@ -107,8 +107,8 @@ impl Verification {
 }
 
 impl SnapshotOptions {
-    /// Reads the whole snapshot at `root` with all threads and reports every difference from the sealed state. Without the
-    /// key of an encrypted snapshot it checks less, and lists the skipped checks.
+    /// Reads the whole snapshot at `root` with all threads and reports every difference from the sealed state. Without
+    /// the key of an encrypted snapshot it checks less, and lists the skipped checks.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;
@@ -127,8 +127,8 @@ impl SnapshotOptions {
     /// # Errors
     ///
     /// [`crate::Error::is_io`] if the directory does not exist; [`crate::Error::is_invalid_argument`] and
-    /// [`crate::Error::is_not_encrypted`] like [`SnapshotOptions::open`]. Problems of the snapshot are not errors but part of
-    /// the report.
+    /// [`crate::Error::is_not_encrypted`] like [`SnapshotOptions::open`]. Problems of the snapshot are not errors but
+    /// part of the report.
     pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
         self.verify_interruptible(root, &mut || Ok(()))
     }
