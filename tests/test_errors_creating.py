@@ -41,7 +41,7 @@ def test_nothing_is_written_over(place: Place, tmp_path: Path, what: str) -> Non
 @row("root-exists")
 def test_two_snapshots_cannot_have_one_path(place: Place, tmp_path: Path) -> None:
     writer = write(place.create(), "mem", b"x")
-    with refused("root-exists", "nothing is yet", tmp_path):
+    with refused("root-exists", "the path already exists", tmp_path):
         vmsnap.SnapshotWriter(place.location, key=bytes(32))
     write(writer, "more", b"y")
     check_independently(place.location, place.key, {"mem": b"x", "more": b"y"})

@@ -51,7 +51,7 @@ NO_VALUES = {
 def test_a_fragment_that_holds_no_value_is_refused(place: Place, content: bytes) -> None:
     write(place.create().add_namespace("vcpus"), "0", content)
     reader = place.open().namespace("vcpus")
-    message = rf'"0" in namespace "vcpus" of .*/vm1 does not hold a serialized value: .*{NO_VALUES[content]}'
+    message = rf'"0" in namespace "vcpus" of .*/vm1 does not contain a serialized value: .*{NO_VALUES[content]}'
     with refused("no-value", message, place.location):
         reader.read_fragment("0")
     with refused("no-value", message, place.location):

@@ -178,7 +178,7 @@ def test_no_recipients_are_refused_by_the_library(tmp_path: Path, home: Path, ma
     nobody: list[Any] = [[], (), iter([]), {}, set()]
     for recipients in nobody:
         for encrypt in (False, True):
-            with refused("unparsable-recipient", "there are no recipients: nobody could open the snapshot", tmp_path):
+            with refused("unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path):
                 make(tmp_path / "vm2", encrypt, recipients=recipients)
         with refused("unparsable-recipient", "there are no recipients", tmp_path):
             vmsnap.rekey(tmp_path / "vm1", key=key, recipients=recipients)
@@ -201,15 +201,15 @@ def test_no_identities_open_nothing(tmp_path: Path, home: Path, recipient: str, 
     assert vmsnap.SnapshotReader(tmp_path / "vm1").encrypted
     nothing: list[Any] = [[], (), iter([])]
     for identities in nothing:
-        with refused("unparsable-identity", "there are no identities", tmp_path):
+        with refused("unparsable-identity", "the list of identities is empty", tmp_path):
             vmsnap.SnapshotReader(tmp_path / "vm1", identities=identities)
     with refused("not-encrypted", "is not encrypted", tmp_path):
         vmsnap.SnapshotReader(tmp_path / "plain", identities=[])
     empty = write_private(tmp_path / "empty", b"")
     for path in (empty, Path("/dev/null")):
-        assert "it holds no identity" in error_of(run("ls", tmp_path / "vm1", "-i", path, status=1))
-        assert "it holds no identity" in error_of(run("ls", tmp_path / "vm1", "-i", home, "-i", path, status=1))
-        with refused("unparsable-identity", f"{path}: it holds no identity", tmp_path):
+        assert "it contains no identity" in error_of(run("ls", tmp_path / "vm1", "-i", path, status=1))
+        assert "it contains no identity" in error_of(run("ls", tmp_path / "vm1", "-i", home, "-i", path, status=1))
+        with refused("unparsable-identity", f"{path}: it contains no identity", tmp_path):
             vmsnap.recipients_of(path)
 
 
@@ -222,7 +222,7 @@ def test_a_variable_for_an_identity_that_is_empty_is_refused(
     write_private(home, identity.encode())
     vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=recipient)
     monkeypatch.setenv(name, "")
-    message = rf"\${name} is set, but empty: set it to an identity, or unset it"
+    message = rf"\${name} is set but empty; set it to an identity, or unset it"
     with refused("unparsable-identity", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", True)
     with refused("unparsable-identity", message, tmp_path):
@@ -358,8 +358,8 @@ def test_secrets_that_others_may_use_are_refused_whatever_they_are(
         for mode in (0o644, 0o640, 0o444, 0o440, 0o602):
             secrets[option].chmod(mode)
             told = error_of(run("ls", root, option, secrets[option], status=3 if option == "-i" else 1))
-            assert f"{secrets[option]}: others may use it (mode {mode:04o}): chmod 600 '{secrets[option]}'" in told
-            assert f"give its content instead, in a shell as <(cat '{secrets[option]}')" in told
+            assert f"{secrets[option]}: other users may read or change it (mode {mode:04o}): chmod 600 '{secrets[option]}'" in told
+            assert f"pass its contents, in a shell as <(cat '{secrets[option]}')" in told
         secrets[option].chmod(0o400)
         run("ls", root, option, secrets[option])
 
@@ -415,7 +415,7 @@ def test_on_a_read_only_file_system_secrets_may_be_readable(
     for option, root in roots.items():
         for index in range(3):
             run("ls", root, option, small_disk / f"{option}{index}")
-    assert "others may use it" in error_of(run("ls", roots["--key-file"], "--key-file", small_disk / "bad", status=1))
+    assert "other users may read or change it" in error_of(run("ls", roots["--key-file"], "--key-file", small_disk / "bad", status=1))
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(small_disk))
     assert vmsnap.SnapshotReader(roots["-i"]).encrypted
 
@@ -429,7 +429,7 @@ def test_of_another_owner_s_secret_a_group_may_read(tmp_path: Path, secrets: dic
         run("ls", root, option, secrets[option])
         for mode in (0o444, 0o460):
             secrets[option].chmod(mode)
-            assert "others may use it" in error_of(
+            assert "other users may read or change it" in error_of(
                 run("ls", root, option, secrets[option], status=3 if option == "-i" else 1)
             )
 

@@ -267,7 +267,7 @@ def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home:
 @row("no-identity")
 def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
-    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass what it was written", tmp_path):
+    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass the key that the snapshot was written with", tmp_path):
         vmsnap.SnapshotReader(root)
     assert not home.parent.exists()
 
@@ -334,11 +334,11 @@ def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_
         return
     file.write_text(vmsnap.generate_identity())
     file.chmod(0o644)
-    with refused("identity-for-all", rf"{file}.*others may use it \(mode 0644\): chmod 600 '{file}'", tmp_path):
+    with refused("identity-for-all", rf"{file}.*other users may read or change it \(mode 0644\): chmod 600 '{file}'", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.write_text("")
     file.chmod(0o600)
-    with refused("unparsable-identity", "it holds no identity", tmp_path):
+    with refused("unparsable-identity", "it contains no identity", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.unlink()
     file.mkdir()
@@ -424,7 +424,7 @@ def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path:
         assert vmsnap.SnapshotReader(root, identities=vmsnap.IdentityFile(file, lambda: PASSPHRASE)).encrypted
     with refused("wrong-passphrase", f"{file}: the passphrase or identity is wrong", tmp_path):
         vmsnap.SnapshotReader(root, identities=vmsnap.IdentityFile(file, "wrong"))
-    with refused("identity-encrypted", f"{file} is encrypted: give its passphrase with it", tmp_path):
+    with refused("identity-encrypted", f"{file} is encrypted; pass its passphrase with it", tmp_path):
         vmsnap.SnapshotReader(root, identities=file)
 
 
@@ -485,9 +485,9 @@ def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path,
 @row("rekey-for-nobody", "two-kinds", "wrong-key", "unparsable-recipient", "not-encrypted")
 def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", key=key).root
-    with refused("rekey-for-nobody", "nothing says what the key is to be wrapped with", tmp_path):
+    with refused("rekey-for-nobody", "no new key was given", tmp_path):
         vmsnap.rekey(root, key=key)
-    with refused("two-kinds", "a key and recipients were passed together", tmp_path):
+    with refused("two-kinds", "a key and recipients cannot be passed together", tmp_path):
         vmsnap.rekey(root, key=key, new_key=key, recipients=pair.recipient)
     with refused("wrong-key", "enc_metadata of .*vm1", tmp_path):
         vmsnap.rekey(root, key=key[::-1], recipients=pair.recipient)
@@ -520,7 +520,7 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
     for recipient, message in missing.items():
         with refused("plugin-missing", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
-    with refused("unparsable-recipient", "there are no recipients: nobody could open the snapshot", tmp_path):
+    with refused("unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[])
     ecdsa = ssh_key(tmp_path / "key", "ecdsa").with_suffix(".pub").read_text()
     with refused(
@@ -542,16 +542,16 @@ def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
         (f"{pair.identity}\nhunter2", "line 2 is no identity"),
         (f"# me\n\n{pair.recipient}", "line 3 is a recipient, and no identity"),
         ("AGE-SECRET-KEY-PQ-1QQQQ", "line 1 is a post-quantum identity"),
-        ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "no SSH key that age can read"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "not an SSH key that age can read"),
         (ssh_key(tmp_path / "key", "ecdsa"), "SSH key"),
-        ([], "there are no identities"),
-        ("# nothing", "it holds no identity"),
+        ([], "the list of identities is empty"),
+        ("# nothing", "it contains no identity"),
     ]
     for identity, message in cases:
         with refused("unparsable-identity", message, tmp_path) as _:
             vmsnap.SnapshotReader(root, identities=identity)
     (tmp_path / "key").chmod(0o640)
-    with refused("identity-for-all", "others may use it", tmp_path):
+    with refused("identity-for-all", "other users may read or change it", tmp_path):
         vmsnap.SnapshotReader(root, identities=tmp_path / "key")
 
 
@@ -635,10 +635,10 @@ def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> No
 
 @row("two-kinds")
 def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -> None:
-    with refused("two-kinds", "a key and recipients were passed together: a snapshot has one kind of key", tmp_path):
+    with refused("two-kinds", "a key and recipients cannot be passed together: a snapshot has one kind of key", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, recipients=pair.recipient)
     root = write_some(tmp_path / "vm1", key=key).root
-    with refused("two-kinds", "a key and a passphrase were passed together", tmp_path):
+    with refused("two-kinds", "a key and a passphrase cannot be passed together", tmp_path):
         vmsnap.SnapshotReader(root, key=key, passphrase="x")
 
 
@@ -646,13 +646,13 @@ def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -
 def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, pair: Pair) -> None:
     with key_service(tmp_path) as socket:
         kinds: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-            "raw": ({"key": key}, {"key": key}, "with a 32-byte key.*: pass the key it was written with"),
+            "raw": ({"key": key}, {"key": key}, "with a 32-byte key.*: pass the key that it was written with"),
             "age": (
                 {"recipients": pair.recipient},
                 {"identities": pair.identity},
-                "for age recipients.*: pass identities",
+                "to age recipients.*: pass identities",
             ),
-            "passphrase": ({"passphrase": "x"}, {"passphrase": "x"}, "with a passphrase.*: pass it"),
+            "passphrase": ({"passphrase": "x"}, {"passphrase": "x"}, "with a passphrase.*: pass the passphrase"),
             "provider": (
                 {"key_provider": SocketProvider(socket)},
                 {"key_provider": SocketProvider(socket)},
@@ -672,11 +672,11 @@ def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, 
 def test_a_wrong_identity_or_passphrase_is_not_told_from_damage(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "age", recipients=pair.recipient).root
     with refused(
-        "wrong-identity", "none of the identities opens it: it was written for others, or it is damaged", root
+        "wrong-identity", "none of the identities opens it: it is encrypted to other recipients, or it is damaged", root
     ):
         vmsnap.SnapshotReader(root, identities=[Pair.new().identity, Pair.new().identity])
     root = write_some(tmp_path / "passphrase", passphrase="right").root
-    with refused("wrong-passphrase", "the passphrase or identity is wrong, or it is damaged", root):
+    with refused("wrong-passphrase", "the passphrase or identity is wrong, or the file is damaged", root):
         vmsnap.SnapshotReader(root, passphrase="wrong")
 
 
@@ -727,7 +727,7 @@ def test_a_later_version_of_age_or_of_a_wrapped_key_is_told(tmp_path: Path, pair
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
     file = root / "enc_metadata"
     file.write_bytes(file.read_bytes().replace(b"org/v1", b"org/v2"))
-    with refused("newer-format", "a version of age that is not known", root):
+    with refused("newer-format", "an unknown version of age", root):
         vmsnap.SnapshotReader(root, identities=pair.identity)
     envelope = {"format": "vmsnap-wrapped-key", "version": 2, "provider": "x", "wrapped": b"x"}
     file.write_bytes(b"\xd9\xd9\xf7" + cbor2.dumps(envelope))
@@ -780,9 +780,9 @@ def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
         (5, "TypeError: wrap returned int, and not bytes"),
         (None, "wrap returned"),
         ("text", "wrap returned str, and not bytes"),
-        (b"", "returned nothing as the wrapped key"),
+        (b"", "returned an empty wrapped key"),
         (bytes(100_000), "returned 100000 bytes as the wrapped key, more than 65536"),
-        (lambda payload: b"wrapped:" + payload, "returned the key as it is, and not wrapped"),
+        (lambda payload: b"wrapped:" + payload, "returned the key unwrapped"),
     ],
 )
 def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, message: str) -> None:
@@ -838,7 +838,7 @@ def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: s
 def test_a_service_that_answers_with_something_else_is_told(tmp_path: Path) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, "wrong") as bad:
         root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).root
-        with refused("provider-rubbish", "is no key of vmsnap's", tmp_path):
+        with refused("provider-rubbish", "that are not a vmsnap key", tmp_path):
             vmsnap.SnapshotReader(root, key_provider=SocketProvider(bad))
     with refused("provider-failed", "failed: (ConnectionRefused|FileNotFound)Error", tmp_path):
         vmsnap.SnapshotReader(root, key_provider=SocketProvider(good))
