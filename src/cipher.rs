@@ -205,7 +205,8 @@ pub(crate) fn check_chunk_size(chunk_size_bytes: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::invalid_argument(format!(
-        "chunk_size_bytes must be from {MIN_CHUNK_SIZE_BYTES} to {MAX_CHUNK_SIZE_BYTES} (64 MiB), not {chunk_size_bytes}"
+        "chunk_size_bytes must be from {MIN_CHUNK_SIZE_BYTES} to {MAX_CHUNK_SIZE_BYTES} (64 MiB), not \
+         {chunk_size_bytes}"
     )))
 }
 

@@ -69,8 +69,8 @@ fn place(root: &Path) -> String {
 /// The error for a snapshot that must have a manifest and does not have one.
 pub(crate) fn incomplete(root: &Path) -> Error {
     let text = format!(
-        "the snapshot {} is not complete: it has no {MANIFEST}, so it was never committed, or the file was removed; restore \
-         the file from a copy",
+        "the snapshot {} is not complete: it has no {MANIFEST}, so it was never committed, or the file was removed; \
+         restore the file from a copy",
         root.display()
     );
     Error::corrupt(text)
@@ -79,8 +79,8 @@ pub(crate) fn incomplete(root: &Path) -> Error {
 /// The error for a snapshot that is required to be sealed and is not.
 pub(crate) fn unsealed(root: &Path) -> Error {
     let text = format!(
-        "the snapshot {} is not sealed (it has no {MANIFEST}), so nothing shows whether it is complete; `vmsnap seal` or \
-         seal() seals it in its present state",
+        "the snapshot {} is not sealed (it has no {MANIFEST}), so nothing shows whether it is complete; `vmsnap seal` \
+         or seal() seals it in its present state",
         root.display()
     );
     Error::new(Kind::NotSealed, text)

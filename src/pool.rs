@@ -35,7 +35,7 @@ pub(crate) trait Job: Send + Sync {
 pub(crate) struct Pool {
     most: usize,
     state: Mutex<State>,
-    /// A job was added.
+    /// Notified when a job is added.
     added: Condvar,
 }
 
@@ -74,7 +74,7 @@ impl Pool {
         count
     }
 
-    /// Takes back all invitations to turns that have not begun.
+    /// Withdraws all turns at a job that have not begun.
     pub(crate) fn withdraw(&self, job: &Arc<dyn Job>) {
         lock(&self.state).jobs.retain(|other| !Arc::ptr_eq(other, job));
     }
@@ -107,17 +107,16 @@ impl Pool {
         }
     }
 
-    /// Calls `own` on this thread and, meanwhile, `help` on up to `helpers` threads of the pool, again and again while
-    /// it returns true. When this returns, or panics, no thread is in `help`, nor will be.
+    /// Calls `own` on this thread and, at the same time, `help` on up to `helpers` threads of the pool, repeatedly
+    /// while it returns true. When this function returns or panics, no thread runs `help` any more.
     ///
     /// # Panics
     ///
-    /// With the panic of `own`, or of a call of `help`.
+    /// If `own` or a call of `help` panics, with the same panic.
     pub(crate) fn share(&'static self, helpers: usize, help: &(dyn Fn() -> bool + Sync), own: impl FnOnce(&Helpers)) {
-        // SAFETY: only the lifetime changes. `Call::turn` alone uses the reference, between counting itself as running
-        // and counting itself out, and begins only while `Lent::help` is there. `Helpers::wait` takes that away and
-        // returns when nobody is running; dropping `helpers` calls it, so this function is not left, by a panic either,
-        // before that.
+        // SAFETY: only the lifetime changes. Only `Call::turn` uses the reference. It begins only while `Lent::help` is
+        // set, and counts itself as running meanwhile. `Helpers::wait` clears `Lent::help`, and returns when no thread
+        // is running. The drop of `helpers` calls it, so this function does not end before that, not even by a panic.
         let help =
             unsafe { std::mem::transmute::<&(dyn Fn() -> bool + Sync), &'static (dyn Fn() -> bool + Sync)>(help) };
         let lent = Lent { help: Some(help), running: 0, panic: None };
@@ -142,7 +141,7 @@ pub(crate) struct Helpers {
 }
 
 impl Helpers {
-    /// Withdraws the turns that have not begun, and waits for those that have; calls `meanwhile` again and again.
+    /// Withdraws the turns that have not begun, and waits for the others; calls `meanwhile` repeatedly.
     pub(crate) fn wait(&self, mut meanwhile: impl FnMut()) {
         lock(&self.call.lent).help = None;
         self.pool.withdraw(&self.job);
@@ -166,14 +165,14 @@ impl Drop for Helpers {
 /// A closure that [`Pool::share`] lends to threads of the pool.
 struct Call {
     lent: Mutex<Lent>,
-    /// A turn ended.
+    /// Notified when a turn ends.
     ended: Condvar,
 }
 
 struct Lent {
-    /// Of a shorter life than it says: until [`Helpers::wait`] takes it away.
+    /// The closure. Its real lifetime is shorter than `'static`: it ends when [`Helpers::wait`] clears this field.
     help: Option<&'static (dyn Fn() -> bool + Sync)>,
-    /// Threads that are in it.
+    /// The number of threads that run the closure.
     running: usize,
     panic: Option<Box<dyn Any + Send>>,
 }

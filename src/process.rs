@@ -1,4 +1,4 @@
-//! The owner process: it tells this process from the one that it was forked from.
+//! The owner process: distinguishes a process from the parent that it was forked from.
 //!
 //! A forked child inherits nonce batches, locks, and pools whose threads do not exist in it. A value with such state
 //! remembers its [`OwnerProcess`] and asks whether it is the current one. The process ID cannot identify the owner,
@@ -62,7 +62,8 @@ impl OwnerProcess {
         if self.is_current() {
             return Ok(());
         }
-        let text = "the snapshot was created before this process was forked; only the process that created it can commit or discard it";
+        let text =
+            "the snapshot was created before this process was forked; only its own process can commit or discard it";
         Err(Error::new(Kind::State, text))
     }
 

@@ -285,7 +285,7 @@ mod tests {
                 });
             });
             is_begun.recv().unwrap();
-            // Two of its items have to be done at the same time.
+            // Two items must be done at the same time.
             let both = Barrier::new(2);
             by_all_threads(0..2, |_| {
                 both.wait();

@@ -51,8 +51,8 @@ impl EncryptedSource {
         let mut header = [0; HEADER_BYTES];
         if stored_size < (HEADER_BYTES + SEGMENT_OVERHEAD_BYTES) as u64 {
             return Err(Error::corrupt(format!(
-                "is {stored_size} bytes long, shorter than any encrypted fragment (is it truncated, or a plain file in an \
-                 encrypted snapshot?)"
+                "is {stored_size} bytes long, shorter than any encrypted fragment (is it truncated, or a plain file in \
+                 an encrypted snapshot?)"
             )));
         }
         file.read_exact_at(&mut header, 0).map_err(not_read)?;
@@ -128,7 +128,7 @@ impl EncryptedSource {
         if index == self.decryption.last_index() { self.decryption.last_chunk_bytes() } else { self.chunk_size_bytes }
     }
 
-    /// The position of segment `index` in a worker's buffer, where it is number `number`.
+    /// The position in a worker's buffer of segment `index`, which is its segment number `number`.
     fn loaded_segment(&self, index: u64, number: usize) -> std::ops::Range<usize> {
         let start = number * segment_size(self.chunk_size_bytes);
         start..start + self.chunk_bytes(index) + SEGMENT_OVERHEAD_BYTES

@@ -150,8 +150,8 @@ impl FragmentReader {
     ///
     /// # Errors
     ///
-    /// [`Error::is_authentication`] if a segment does not verify, [`Error::is_io`], and [`Error::is_state`] in a forked
-    /// process. After an error, `buf` is filled with zeros.
+    /// [`Error::is_authentication`] if a segment does not verify; [`Error::is_io`] if the file cannot be read;
+    /// [`Error::is_state`] in a forked process. After an error, `buf` is filled with zeros.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         self.read_at_interruptible(offset, buf, &mut || Ok(()))
     }

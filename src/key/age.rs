@@ -403,7 +403,8 @@ fn parse_identity_file(content: &[u8]) -> Result<IdentityFile<NoCallbacks>> {
         });
         let reason = match line.and_then(|index| text.lines().nth(index)) {
             Some(line) if line.starts_with("AGE-SECRET-KEY-PQ-") => {
-                "is a post-quantum identity, which this version does not support; wrap the key for another one with the age command"
+                "is a post-quantum identity, which this version does not support; wrap the key for another identity \
+                 with the age command"
             }
             Some(line) if line.starts_with("age1") => "is a recipient, not an identity (AGE-SECRET-KEY-…)",
             _ => "is not an identity (AGE-SECRET-KEY-…)",
@@ -465,8 +466,8 @@ fn not_opened(error: &DecryptError) -> Error {
         DecryptError::ExcessiveWork { required, .. } => Error::new(
             Kind::Unsupported,
             format!(
-                "its scrypt work factor is 2^{required}, which could take hours; the limit is 2^{MAX_WORK_FACTOR}: wrap it \
-                 again with the age command"
+                "its scrypt work factor is 2^{required}, which could take hours; the limit is 2^{MAX_WORK_FACTOR}: \
+                 wrap it again with the age command"
             ),
         ),
         DecryptError::UnknownFormat => {

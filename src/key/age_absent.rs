@@ -23,8 +23,8 @@ pub(super) enum Identities {}
 fn absent<T>() -> Result<T> {
     Err(Error::new(
         Kind::Unsupported,
-        "this build of vmsnap does not support age (recipients, identities, passphrases): build it with the feature `age`, or \
-         pass a key",
+        "this build of vmsnap does not support age (recipients, identities, passphrases): build it with the feature \
+         `age`, or pass a key",
     ))
 }
 

@@ -45,8 +45,8 @@ pub(crate) fn read_secret(
         return Err(Error::new(
             Kind::KeyUnavailable,
             format!(
-                "other users may read or change it (mode {mode:04o}): chmod 600 '{path}'; if that is not possible, pass its \
-                 contents, in a shell as <(cat '{path}')"
+                "other users may read or change it (mode {mode:04o}): chmod 600 '{path}'; if that is not possible, \
+                 pass its contents, in a shell as <(cat '{path}')"
             ),
         ));
     }
