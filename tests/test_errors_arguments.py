@@ -25,13 +25,13 @@ BAD_NAMES = {
     "a\0b": "NUL",
     "x" * 256: "255 bytes",
     "é" * 128: "255 bytes",
-    ".vmsnap": "its own files",
-    ".vmsnap-0123456789abcdef": "its own files",
-    ".vmsnapshot": "its own files",
-    "enc_metadata": "its own files",
-    "ENC_metadata": "its own files",
-    "vmsnap_manifest": "its own files",
-    "VMSNAP_MANIFEST": "its own files",
+    ".vmsnap": "vmsnap's own files",
+    ".vmsnap-0123456789abcdef": "vmsnap's own files",
+    ".vmsnapshot": "vmsnap's own files",
+    "enc_metadata": "vmsnap's own files",
+    "ENC_metadata": "vmsnap's own files",
+    "vmsnap_manifest": "vmsnap's own files",
+    "VMSNAP_MANIFEST": "vmsnap's own files",
 }
 
 
