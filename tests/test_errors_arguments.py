@@ -91,17 +91,17 @@ def test_a_chunk_size_out_of_range_is_refused(place: Place, size: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 16, 31, 33, 64])
 def test_a_key_of_another_length_is_refused(encrypted_place: Place, tmp_path: Path, length: int) -> None:
     encrypted_place.create()
-    with refused("key-length", f"32 bytes, this one {length}; generate_key", tmp_path):
+    with refused("key-length", f"32 bytes long, not {length}; generate_key", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", key=bytes(length))
-    with refused("key-length", f"32 bytes, this one {length}; generate_key", tmp_path):
+    with refused("key-length", f"32 bytes long, not {length}; generate_key", tmp_path):
         vmsnap.SnapshotReader(tmp_path / "vm1", key=bytes(length))
 
 
 @row("key-length")
 def test_the_length_of_a_key_is_counted_in_bytes(tmp_path: Path) -> None:
-    with refused("key-length", "this one 256", tmp_path):
+    with refused("key-length", "not 256", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", key=np.zeros(32).data)
-    with refused("key-length", "this one 128", tmp_path):
+    with refused("key-length", "not 128", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", key=array.array("i", [0] * 32))
 
 

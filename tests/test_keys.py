@@ -359,7 +359,7 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
 @row("unwritable-home")
 def test_a_home_that_cannot_be_written_to_is_an_error(tmp_path: Path, home: Path) -> None:
     (tmp_path / "settings").write_text("a file")
-    with refused("unwritable-home", f"cannot make the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
+    with refused("unwritable-home", f"cannot create the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
 
 
