@@ -27,7 +27,9 @@ def test_a_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
 def test_an_encrypted_snapshot_needs_its_key(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"x")
     for require_encrypted in (False, True):
-        with refused("no-key", "enc_metadata of .*vm1: .*pass the key that it was written with", encrypted_place.location):
+        with refused(
+            "no-key", "enc_metadata of .*vm1: .*pass the key that it was written with", encrypted_place.location
+        ):
             vmsnap.SnapshotReader(encrypted_place.location, require_encrypted)
 
 
@@ -35,7 +37,9 @@ def test_an_encrypted_snapshot_needs_its_key(encrypted_place: Place) -> None:
 def test_a_plain_snapshot_is_refused_where_an_encrypted_one_is_required(tmp_path: Path, key: bytes) -> None:
     write(vmsnap.SnapshotWriter(tmp_path / "vm1"), "mem", b"x")
     for require_encrypted, given_key in ((True, None), (False, key), (True, key)):
-        with refused("not-encrypted", "vm1 is not encrypted .*, but encryption is required or a key was given", tmp_path):
+        with refused(
+            "not-encrypted", "vm1 is not encrypted .*, but encryption is required or a key was given", tmp_path
+        ):
             vmsnap.SnapshotReader(tmp_path / "vm1", require_encrypted, key=given_key)
 
 
@@ -111,7 +115,9 @@ def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> N
     stored = encrypted_place.stored("enc_metadata")
     for length in (MIB + 1, 2 * MIB):
         encrypted_place.store("enc_metadata", stored.ljust(length, b"\0"))
-        with refused("key-metadata-too-long", f"is {length} bytes long; the limit is 1048576", encrypted_place.location):
+        with refused(
+            "key-metadata-too-long", f"is {length} bytes long; the limit is 1048576", encrypted_place.location
+        ):
             encrypted_place.open()
     os.truncate(encrypted_place.file("enc_metadata"), 1 << 40)  # a hole: whoever reads it runs out of memory
     with pytest.raises(vmsnap.CorruptSnapshotError, match="the limit is"):

@@ -178,7 +178,9 @@ def test_no_recipients_are_refused_by_the_library(tmp_path: Path, home: Path, ma
     nobody: list[Any] = [[], (), iter([]), {}, set()]
     for recipients in nobody:
         for encrypt in (False, True):
-            with refused("unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path):
+            with refused(
+                "unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path
+            ):
                 make(tmp_path / "vm2", encrypt, recipients=recipients)
         with refused("unparsable-recipient", "there are no recipients", tmp_path):
             vmsnap.rekey(tmp_path / "vm1", key=key, recipients=recipients)
@@ -263,14 +265,14 @@ def test_ssh_keys_that_age_cannot_encrypt_to_are_ignored_with_a_warning(
     team = tmp_path / "team.txt"
     team.write_text(f"# the team\n{ECDSA}\n{recipient}\n{SECURITY_KEY}\n")
     told = run("dump-memory", ram, tmp_path / "vm1", "-R", team).stderr.decode()
-    assert f"vmsnap: {team}: line 2 is ignored: age encrypts to SSH keys of the types" in told
+    assert f"vmsnap: {team}: line 2 is ignored: age supports SSH keys of the types" in told
     assert f"{team}: line 4 is ignored: " in told
     assert "and not sk-ssh-ed25519@openssh.com\n" in told
     assert key_wrapping(str(tmp_path / "vm1")) == ("age", ["X25519"])
     team.write_text(f"{ECDSA}\n")
     before = tree(tmp_path)
     line = error_of(run("dump-memory", ram, tmp_path / "vm2", "-R", team, status=1))
-    assert f"{team}: the file contains no recipients that age can encrypt to; line 1 is ignored: " in line
+    assert f"{team}: the file contains no recipients that age supports; line 1 is ignored: " in line
     # Given as such it is an error.
     assert "cannot be used as a recipient" in error_of(run("dump", ram, tmp_path / "vm2", "-r", ECDSA, status=1))
     assert tree(tmp_path) == before
@@ -312,7 +314,7 @@ def test_identities_are_read_as_editors_write_them(tmp_path: Path, recipient: st
     write_private(file, file.read_bytes() + b"\r\nhunter2\r\n")
     number = 1 + file.read_bytes().split(b"\n").index(b"hunter2\r")
     for call in (vmsnap.recipients_of, lambda file: vmsnap.SnapshotReader(tmp_path / "vm1", identities=file)):
-        with refused("unparsable-identity", f"{file}: line {number} is no identity", tmp_path):
+        with refused("unparsable-identity", f"{file}: line {number} is not an identity", tmp_path):
             call(file)
     write_private(file, identity.encode("utf-16"))
     with refused("unparsable-identity", f"{file}: it is in UTF-16: save it in UTF-8", tmp_path):
@@ -358,7 +360,10 @@ def test_secrets_that_others_may_use_are_refused_whatever_they_are(
         for mode in (0o644, 0o640, 0o444, 0o440, 0o602):
             secrets[option].chmod(mode)
             told = error_of(run("ls", root, option, secrets[option], status=3 if option == "-i" else 1))
-            assert f"{secrets[option]}: other users may read or change it (mode {mode:04o}): chmod 600 '{secrets[option]}'" in told
+            assert (
+                f"{secrets[option]}: other users may read or change it (mode {mode:04o}): chmod 600 '{secrets[option]}'"
+                in told
+            )
             assert f"pass its contents, in a shell as <(cat '{secrets[option]}')" in told
         secrets[option].chmod(0o400)
         run("ls", root, option, secrets[option])
@@ -415,7 +420,9 @@ def test_on_a_read_only_file_system_secrets_may_be_readable(
     for option, root in roots.items():
         for index in range(3):
             run("ls", root, option, small_disk / f"{option}{index}")
-    assert "other users may read or change it" in error_of(run("ls", roots["--key-file"], "--key-file", small_disk / "bad", status=1))
+    assert "other users may read or change it" in error_of(
+        run("ls", roots["--key-file"], "--key-file", small_disk / "bad", status=1)
+    )
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(small_disk))
     assert vmsnap.SnapshotReader(roots["-i"]).encrypted
 

@@ -267,7 +267,7 @@ def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home:
 @row("no-identity")
 def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
-    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass the key that the snapshot was written with", tmp_path):
+    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}; pass the key that", tmp_path):
         vmsnap.SnapshotReader(root)
     assert not home.parent.exists()
 
@@ -328,13 +328,15 @@ def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_
     else:
         monkeypatch.setenv(where, f"# ok\n{secret}" if where == "VMSNAP_IDENTITY" else str(file))
     place = r"\$VMSNAP_IDENTITY: " if where == "VMSNAP_IDENTITY" else f"{file}.*: "
-    with refused("unparsable-identity", f"{place}line 2 is no identity", tmp_path) as _:
+    with refused("unparsable-identity", f"{place}line 2 is not an identity", tmp_path) as _:
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     if where == "VMSNAP_IDENTITY":
         return
     file.write_text(vmsnap.generate_identity())
     file.chmod(0o644)
-    with refused("identity-for-all", rf"{file}.*other users may read or change it \(mode 0644\): chmod 600 '{file}'", tmp_path):
+    with refused(
+        "identity-for-all", rf"{file}.*other users may read or change it \(mode 0644\): chmod 600 '{file}'", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.write_text("")
     file.chmod(0o600)
@@ -368,7 +370,7 @@ def test_without_a_home_nothing_is_made(tmp_path: Path) -> None:
     script = (
         "[os.environ.pop(name, None) for name in ('HOME', 'XDG_CONFIG_HOME')]; vmsnap.SnapshotWriter(sys.argv[1], True)"
     )
-    message = r"neither \$XDG_CONFIG_HOME nor \$HOME says where an identity may be kept: set \$VMSNAP_IDENTITY_FILE"
+    message = r"there is no place for an identity: set \$XDG_CONFIG_HOME, \$HOME or \$VMSNAP_IDENTITY_FILE"
     refused_elsewhere("no-home", message, tmp_path, script, tmp_path / "vm1")
 
 
@@ -508,7 +510,7 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
         ("age1", "expected age1"),
         (pair.recipient[:-1] + ("p" if pair.recipient.endswith("q") else "q"), "expected age1"),
         ("ssh-ed25519 AAAA", "expected age1… or an SSH public key"),
-        (pair.identity, r"what was given is an identity \(AGE-…\), a secret, and not the recipient"),
+        (pair.identity, r"the given recipient is an identity \(AGE-…\), which is secret; pass the recipient"),
     ]
     for recipient, message in cases:
         with refused("unparsable-recipient", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
@@ -520,7 +522,9 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
     for recipient, message in missing.items():
         with refused("plugin-missing", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
-    with refused("unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path):
+    with refused(
+        "unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[])
     ecdsa = ssh_key(tmp_path / "key", "ecdsa").with_suffix(".pub").read_text()
     with refused(
@@ -538,9 +542,9 @@ def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
         ("hunter2", "an identity begins with AGE-SECRET-KEY-"),
         ("id.txt", "a file is given as a Path"),
         (pair.recipient, "an identity begins with"),
-        ("AGE-SECRET-KEY-1HUNTER2", "line 1 is no identity"),
-        (f"{pair.identity}\nhunter2", "line 2 is no identity"),
-        (f"# me\n\n{pair.recipient}", "line 3 is a recipient, and no identity"),
+        ("AGE-SECRET-KEY-1HUNTER2", "line 1 is not an identity"),
+        (f"{pair.identity}\nhunter2", "line 2 is not an identity"),
+        (f"# me\n\n{pair.recipient}", "line 3 is a recipient, not an identity"),
         ("AGE-SECRET-KEY-PQ-1QQQQ", "line 1 is a post-quantum identity"),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "not an SSH key that age can read"),
         (ssh_key(tmp_path / "key", "ecdsa"), "SSH key"),
@@ -635,7 +639,9 @@ def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> No
 
 @row("two-kinds")
 def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -> None:
-    with refused("two-kinds", "a key and recipients cannot be passed together: a snapshot has one kind of key", tmp_path):
+    with refused(
+        "two-kinds", "a key and recipients cannot be passed together: a snapshot has one kind of key", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, recipients=pair.recipient)
     root = write_some(tmp_path / "vm1", key=key).root
     with refused("two-kinds", "a key and a passphrase cannot be passed together", tmp_path):
@@ -717,7 +723,7 @@ def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> 
     assert b" 18\n" in content  # as age's own
     file.write_bytes(content.replace(b" 18\n", b" 30\n"))
     began = time.monotonic()
-    with refused("work-factor", r"scrypt with a work factor of 2\^30, and no more than 2\^22 is accepted", root):
+    with refused("work-factor", r"its scrypt work factor is 2\^30, which could take hours; the limit is 2\^22", root):
         vmsnap.SnapshotReader(root, passphrase="x")
     assert time.monotonic() - began < 5
 
@@ -760,7 +766,7 @@ class Xor:
 @row("provider-failed")
 def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
     error = RuntimeError("the tunnel is down")
-    message = 'the key service "xor" failed: RuntimeError: the tunnel is down: see whether it can be reached'
+    message = 'the key service "xor" failed: RuntimeError: the tunnel is down; check that it is reachable'
     with refused("provider-failed", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=Xor(error))
     root = write_some(tmp_path / "vm1", key_provider=Xor()).root
@@ -781,7 +787,7 @@ def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
         (None, "wrap returned"),
         ("text", "wrap returned str, and not bytes"),
         (b"", "returned an empty wrapped key"),
-        (bytes(100_000), "returned 100000 bytes as the wrapped key, more than 65536"),
+        (bytes(100_000), "returned a wrapped key of 100000 bytes; the limit is 65536"),
         (lambda payload: b"wrapped:" + payload, "returned the key unwrapped"),
     ],
 )
@@ -794,7 +800,7 @@ def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, m
 @pytest.mark.parametrize("answer", [b"", b"rubbish", cbor2.dumps({"format": "vmsnap-key"}), bytes(1 << 20)])
 def test_a_provider_that_unwraps_rubbish_is_refused(tmp_path: Path, answer: bytes) -> None:
     root = write_some(tmp_path / "vm1", key_provider=Xor()).root
-    with refused("provider-rubbish", 'what the key service "xor" returned is no key of vmsnap\'s', tmp_path):
+    with refused("provider-rubbish", 'the key service "xor" returned bytes that are not a vmsnap key', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=Xor(None, lambda _: answer))
 
 
@@ -803,7 +809,7 @@ def test_another_provider_than_the_one_it_was_written_with_is_refused(tmp_path: 
     root = write_some(tmp_path / "vm1", key_provider=Xor()).root
     other = Xor()
     other.name = "vault"
-    with refused("other-provider", 'wrapped by the key service "xor", and "vault" was passed', tmp_path):
+    with refused("other-provider", 'wrapped by the key service "xor", but "vault" was passed', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=other)
 
 
@@ -816,7 +822,7 @@ def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
     for bad in ("", "a\nb", "x" * 256):
         provider = Xor()
         provider.name = bad
-        with refused("provider-name", "the name of a key service is a text of 1 to 255 bytes", tmp_path):
+        with refused("provider-name", "the name of a key service must have 1 to 255 bytes", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=provider)
 
 
