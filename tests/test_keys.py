@@ -517,7 +517,7 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
     missing = {
         "age1nosuchplugin10q5t30u5": "age-plugin-nosuchplugin is not on the PATH: install it",
-        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(age1pq… are post-quantum",
+        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(post-quantum recipients, age1pq…, need",
     }
     for recipient, message in missing.items():
         with refused("plugin-missing", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
@@ -529,7 +529,7 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
     ecdsa = ssh_key(tmp_path / "key", "ecdsa").with_suffix(".pub").read_text()
     with refused(
         "unparsable-recipient",
-        "types ssh-ed25519 and ssh-rsa, and not ecdsa-sha2",
+        "types ssh-ed25519 and ssh-rsa, not ecdsa-sha2",
         tmp_path,
     ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=ecdsa)
