@@ -95,7 +95,7 @@ def test_a_file_of_recipients_that_names_nobody_is_refused_by_every_command(
     before = tree(tmp_path)
     for given in ("-R empty.txt", "-R <(false)"):
         line = error_of(shell(tmp_path, f"vmsnap {WRITING[command].format(given)}", status=1))
-        assert ": the file contains no recipients; write one a line into it" in line
+        assert ": the file contains no recipients; write one per line" in line
         assert tree(tmp_path) == before
 
 
