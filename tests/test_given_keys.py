@@ -182,7 +182,7 @@ def test_no_recipients_are_refused_by_the_library(tmp_path: Path, home: Path, ma
                 "unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path
             ):
                 make(tmp_path / "vm2", encrypt, recipients=recipients)
-        with refused("unparsable-recipient", "there are no recipients", tmp_path):
+        with refused("unparsable-recipient", "the list of recipients is empty", tmp_path):
             vmsnap.rekey(tmp_path / "vm1", key=key, recipients=recipients)
     for text in ("", " ", "\n"):
         with refused("unparsable-recipient", '"" is not an age recipient', tmp_path):
