@@ -44,6 +44,8 @@ RULES = {
 
 # False positives of the rules.
 ALLOWED = [
+    # A product name: "VirtualBox shared folder".
+    r"\b[Ss]hared folders?\b",
     r"\b[Tt]here (is|are|was|were) no\b",
     r"\b(is|are|was|were|be) no (longer|more|less|later|greater|larger|smaller|faster|slower|newer|older)\b",
     # An indirect question, not a clause in place of a noun.

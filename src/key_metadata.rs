@@ -73,7 +73,9 @@ pub(crate) fn rekey_interruptible(
     interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
     if !new.is_encrypted() {
-        return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
+        return Err(Error::invalid_argument(
+            "no new key was given: pass recipients, a key, a passphrase or a key provider",
+        ));
     }
     let location = &folder::absolute(location.as_ref())?;
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
@@ -95,8 +97,10 @@ fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()>
 }
 
 fn plain(root: &Path) -> Error {
-    let text =
-        format!("the snapshot {} is not encrypted, and was required to be (it has no {KEY_METADATA})", root.display());
+    let text = format!(
+        "the snapshot {} is not encrypted (it has no {KEY_METADATA}), but encryption is required or a key was given",
+        root.display()
+    );
     Error::new(Kind::NotEncrypted, text)
 }
 

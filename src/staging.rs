@@ -176,12 +176,12 @@ fn not_durable(path: &Path, errno: Errno) -> Error {
 /// What was staged cannot be renamed to its path.
 fn not_placed(errno: Errno) -> Error {
     let text = match errno {
-        Errno::EXIST => "a snapshot needs a path at which nothing is yet",
+        Errno::EXIST => "the path already exists",
         Errno::XDEV => {
-            "the file system does not rename what was staged into place, as if both were on different ones; create the \
-             snapshot in another directory"
+            "the file system cannot rename the staged directory into place, as if both were on different file systems; \
+             create the snapshot in another directory"
         }
-        _ => "what was staged cannot be renamed into place",
+        _ => "the staged directory cannot be renamed into place",
     };
     Error::io(text, errno)
 }
@@ -300,7 +300,7 @@ impl StagedSnapshot {
         }
         // Under another name first, where no writer in another process adds to it; still locked while it goes.
         let (root, parent) = (self.writer.location(), self.location.parent().unwrap_or(Path::new("/")));
-        let failed = |error| Error::io(format!("cannot remove what was staged in {}", root.display()), error);
+        let failed = |error| Error::io(format!("cannot remove the staged directory {}", root.display()), error);
         let name = folder::temporary_name()?;
         let renamed = folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, &name);
         let removed = match renamed {
@@ -363,7 +363,9 @@ impl Scanned {
                 let stat = folder::stat(&opened, &name)
                     .map_err(|errno| Error::io(format!("{path} cannot be examined"), errno))?;
                 if folder::is_unfinished(&stat) {
-                    let text = format!("{path} was begun and never finished, so the snapshot would not be complete");
+                    let text = format!(
+                        "{path} was never finished, so the snapshot would not be complete; discard it and write it again"
+                    );
                     return Err(Error::new(Kind::State, text));
                 }
                 let known = ledger.and_then(|ledger| ledger.get(path.as_str()));

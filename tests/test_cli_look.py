@@ -534,16 +534,16 @@ def test_the_exit_code_tells_what_kind_of_error_it_was(
     wrong = write_private(tmp_path / "wrong.key", vmsnap.generate_key())
     for command in (["tree"], ["ls"], ["show", "clock"]):
         arguments = [command[0], place.location, *command[1:]]
-        assert "pass the key it was written with" in error_of(run(*arguments, status=3))
+        assert "pass the key that it was written with" in error_of(run(*arguments, status=3))
         assert "enc_metadata" in error_of(run(*arguments, "--key-file", wrong, status=3))
         assert "not encrypted" in error_of(run(command[0], plain.path, *command[1:], "--key-file", wrong, status=3))
     assert "enc_metadata" in error_of(run("info", place.location, "--key-file", wrong, status=3))
     (plain.path / "link").symlink_to("nowhere")
     assert "symbolic link" in error_of(run("info", plain.path, status=4))
     place.file("enc_metadata").write_bytes(b"age-encryption.org/v2\n")
-    assert "use a newer vmsnap" in error_of(run("ls", place.location, "--key-file", key_file, status=4))
+    assert "install a newer vmsnap" in error_of(run("ls", place.location, "--key-file", key_file, status=4))
     place.file("enc_metadata").write_bytes(b"foreign")
-    assert "no wrapped key" in error_of(run("info", place.location, status=4))
+    assert "does not contain a wrapped vmsnap key" in error_of(run("info", place.location, status=4))
     assert "No such file" in error_of(run("info", tmp_path / "none", status=1))
     help_text = text_of("--help")
     for code in (0, 1, 2, 3, 4, 130, 141):

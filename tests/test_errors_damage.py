@@ -75,7 +75,7 @@ def test_a_fragment_cut_off_anywhere_does_not_open(segmented: Place) -> None:
     for length in range(len(stored)):
         segmented.store("disks/sda", stored[:length])
         if length < HEADER_BYTES + 32:
-            with refused("no-header", f"{WHERE}: has {length} bytes, fewer than any", segmented.location):
+            with refused("no-header", f"{WHERE}: is {length} bytes long, shorter than any", segmented.location):
                 reader.raw_fragment("sda")
         else:
             with refused("changed", NOT_AUTHENTIC, segmented.location):

@@ -31,16 +31,16 @@ def test_a_value_that_cannot_be_written_is_refused(place: Place) -> None:
 
 
 NO_VALUES = {
-    b"": "it is cut off, at byte 0",
-    b"\x82\x01": "a container declares 2 items, and 1 bytes are left, at byte 0",
-    b"\x81\x19\x01": "it is cut off, at byte 3",
+    b"": "it is truncated, at byte 0",
+    b"\x82\x01": "a container declares 2 items, but only 1 bytes are left, at byte 0",
+    b"\x81\x19\x01": "it is truncated, at byte 3",
     b"\x01\x01": "bytes follow its end, at byte 1",
     b"{}{}": "trailing characters, at byte 2",
     b"[1,": "EOF while parsing a value",
-    b"\x9b" + b"\xff" * 8: "a container declares 18446744073709551615 items, and 0 bytes are left, at byte 0",
+    b"\x9b" + b"\xff" * 8: "a container declares 18446744073709551615 items, but only 0 bytes are left, at byte 0",
     b"\xa2\x01\x02\x01\x03": "a key of a map comes twice, before byte 5",
     b'{"a":1,"a":2}': "a key of a map comes twice, at byte 9",
-    b"\xd8\x1c\x80": "tag 28 is none that vmsnap knows",
+    b"\xd8\x1c\x80": "tag 28 is unknown",
     b"\x81" * 128 + b"\x01": "deeper than 127 levels, at byte 127",
     bytes(8): "bytes follow its end",
 }
@@ -51,7 +51,7 @@ NO_VALUES = {
 def test_a_fragment_that_holds_no_value_is_refused(place: Place, content: bytes) -> None:
     write(place.create().add_namespace("vcpus"), "0", content)
     reader = place.open().namespace("vcpus")
-    message = rf'"0" in namespace "vcpus" of .*/vm1 does not hold a serialized value: .*{NO_VALUES[content]}'
+    message = rf'"0" in namespace "vcpus" of .*/vm1 does not contain a serialized value: .*{NO_VALUES[content]}'
     with refused("no-value", message, place.location):
         reader.read_fragment("0")
     with refused("no-value", message, place.location):

@@ -226,7 +226,7 @@ CLEAN = "vmsnap.clean(sys.argv[1])"
 def test_clean_removes_nothing_where_other_hosts_may_write(folder: Path, inject: Inject, name: str) -> None:
     (folder / LEFT).mkdir()
     inject(f_type(NETWORK[name]))
-    message = f"whether somebody uses .*{LEFT} cannot be known: it lies on {name}, .* other hosts; .* by hand"
+    message = f"cannot tell whether .*{LEFT} is in use: it is on {name}, .* other hosts; .* by hand"
     refused_elsewhere("clean-among-hosts", message, folder, CLEAN, folder)
 
 
@@ -260,5 +260,5 @@ def test_clean_goes_on_where_a_lock_tells_everybody(folder: Path, name: str) -> 
 
 def test_a_file_system_that_cannot_be_asked_is_not_cleaned(folder: Path) -> None:
     (folder / LEFT).mkdir()
-    assert "cannot be asked what it is" in error_of(command_line("fstatfs:error=ENOSYS", "clean", folder))
+    assert "the type of its file system is unknown" in error_of(command_line("fstatfs:error=ENOSYS", "clean", folder))
     assert os.listdir(folder) == [LEFT]

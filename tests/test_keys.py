@@ -267,7 +267,7 @@ def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home:
 @row("no-identity")
 def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
-    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass what it was written", tmp_path):
+    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}; pass the key that", tmp_path):
         vmsnap.SnapshotReader(root)
     assert not home.parent.exists()
 
@@ -328,17 +328,19 @@ def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_
     else:
         monkeypatch.setenv(where, f"# ok\n{secret}" if where == "VMSNAP_IDENTITY" else str(file))
     place = r"\$VMSNAP_IDENTITY: " if where == "VMSNAP_IDENTITY" else f"{file}.*: "
-    with refused("unparsable-identity", f"{place}line 2 is no identity", tmp_path) as _:
+    with refused("unparsable-identity", f"{place}line 2 is not an identity", tmp_path) as _:
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     if where == "VMSNAP_IDENTITY":
         return
     file.write_text(vmsnap.generate_identity())
     file.chmod(0o644)
-    with refused("identity-for-all", rf"{file}.*others may use it \(mode 0644\): chmod 600 '{file}'", tmp_path):
+    with refused(
+        "identity-for-all", rf"{file}.*other users may read or change it \(mode 0644\): chmod 600 '{file}'", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.write_text("")
     file.chmod(0o600)
-    with refused("unparsable-identity", "it holds no identity", tmp_path):
+    with refused("unparsable-identity", "it contains no identity", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.unlink()
     file.mkdir()
@@ -359,7 +361,7 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
 @row("unwritable-home")
 def test_a_home_that_cannot_be_written_to_is_an_error(tmp_path: Path, home: Path) -> None:
     (tmp_path / "settings").write_text("a file")
-    with refused("unwritable-home", f"cannot make the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
+    with refused("unwritable-home", f"cannot create the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
 
 
@@ -368,7 +370,7 @@ def test_without_a_home_nothing_is_made(tmp_path: Path) -> None:
     script = (
         "[os.environ.pop(name, None) for name in ('HOME', 'XDG_CONFIG_HOME')]; vmsnap.SnapshotWriter(sys.argv[1], True)"
     )
-    message = r"neither \$XDG_CONFIG_HOME nor \$HOME says where an identity may be kept: set \$VMSNAP_IDENTITY_FILE"
+    message = r"there is no place for an identity: set \$XDG_CONFIG_HOME, \$HOME or \$VMSNAP_IDENTITY_FILE"
     refused_elsewhere("no-home", message, tmp_path, script, tmp_path / "vm1")
 
 
@@ -424,7 +426,7 @@ def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path:
         assert vmsnap.SnapshotReader(root, identities=vmsnap.IdentityFile(file, lambda: PASSPHRASE)).encrypted
     with refused("wrong-passphrase", f"{file}: the passphrase or identity is wrong", tmp_path):
         vmsnap.SnapshotReader(root, identities=vmsnap.IdentityFile(file, "wrong"))
-    with refused("identity-encrypted", f"{file} is encrypted: give its passphrase with it", tmp_path):
+    with refused("identity-encrypted", f"{file} is encrypted; pass its passphrase with it", tmp_path):
         vmsnap.SnapshotReader(root, identities=file)
 
 
@@ -485,9 +487,9 @@ def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path,
 @row("rekey-for-nobody", "two-kinds", "wrong-key", "unparsable-recipient", "not-encrypted")
 def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", key=key).path
-    with refused("rekey-for-nobody", "nothing says what the key is to be wrapped with", tmp_path):
+    with refused("rekey-for-nobody", "no new key was given", tmp_path):
         vmsnap.rekey(root, key=key)
-    with refused("two-kinds", "a key and recipients were passed together", tmp_path):
+    with refused("two-kinds", "a key and recipients cannot be passed together", tmp_path):
         vmsnap.rekey(root, key=key, new_key=key, recipients=pair.recipient)
     with refused("wrong-key", "enc_metadata of .*vm1", tmp_path):
         vmsnap.rekey(root, key=key[::-1], recipients=pair.recipient)
@@ -508,24 +510,26 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
         ("age1", "expected age1"),
         (pair.recipient[:-1] + ("p" if pair.recipient.endswith("q") else "q"), "expected age1"),
         ("ssh-ed25519 AAAA", "expected age1… or an SSH public key"),
-        (pair.identity, r"what was given is an identity \(AGE-…\), a secret, and not the recipient"),
+        (pair.identity, r"the given recipient is an identity \(AGE-…\), which is secret; pass the recipient"),
     ]
     for recipient, message in cases:
         with refused("unparsable-recipient", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
     missing = {
         "age1nosuchplugin10q5t30u5": "age-plugin-nosuchplugin is not on the PATH: install it",
-        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(age1pq… are post-quantum",
+        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(post-quantum recipients, age1pq…, need",
     }
     for recipient, message in missing.items():
         with refused("plugin-missing", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
-    with refused("unparsable-recipient", "there are no recipients: nobody could open the snapshot", tmp_path):
+    with refused(
+        "unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[])
     ecdsa = ssh_key(tmp_path / "key", "ecdsa").with_suffix(".pub").read_text()
     with refused(
         "unparsable-recipient",
-        "types ssh-ed25519 and ssh-rsa, and not ecdsa-sha2",
+        "types ssh-ed25519 and ssh-rsa, not ecdsa-sha2",
         tmp_path,
     ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=ecdsa)
@@ -538,20 +542,20 @@ def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
         ("hunter2", "an identity begins with AGE-SECRET-KEY-"),
         ("id.txt", "a file is given as a Path"),
         (pair.recipient, "an identity begins with"),
-        ("AGE-SECRET-KEY-1HUNTER2", "line 1 is no identity"),
-        (f"{pair.identity}\nhunter2", "line 2 is no identity"),
-        (f"# me\n\n{pair.recipient}", "line 3 is a recipient, and no identity"),
+        ("AGE-SECRET-KEY-1HUNTER2", "line 1 is not an identity"),
+        (f"{pair.identity}\nhunter2", "line 2 is not an identity"),
+        (f"# me\n\n{pair.recipient}", "line 3 is a recipient, not an identity"),
         ("AGE-SECRET-KEY-PQ-1QQQQ", "line 1 is a post-quantum identity"),
-        ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "no SSH key that age can read"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "not an SSH key that age can read"),
         (ssh_key(tmp_path / "key", "ecdsa"), "SSH key"),
-        ([], "there are no identities"),
-        ("# nothing", "it holds no identity"),
+        ([], "the list of identities is empty"),
+        ("# nothing", "it contains no identity"),
     ]
     for identity, message in cases:
         with refused("unparsable-identity", message, tmp_path) as _:
             vmsnap.SnapshotReader(root, identities=identity)
     (tmp_path / "key").chmod(0o640)
-    with refused("identity-for-all", "others may use it", tmp_path):
+    with refused("identity-for-all", "other users may read or change it", tmp_path):
         vmsnap.SnapshotReader(root, identities=tmp_path / "key")
 
 
@@ -635,10 +639,12 @@ def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> No
 
 @row("two-kinds")
 def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -> None:
-    with refused("two-kinds", "a key and recipients were passed together: a snapshot has one kind of key", tmp_path):
+    with refused(
+        "two-kinds", "a key and recipients cannot be passed together: a snapshot has one kind of key", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, recipients=pair.recipient)
     root = write_some(tmp_path / "vm1", key=key).path
-    with refused("two-kinds", "a key and a passphrase were passed together", tmp_path):
+    with refused("two-kinds", "a key and a passphrase cannot be passed together", tmp_path):
         vmsnap.SnapshotReader(root, key=key, passphrase="x")
 
 
@@ -646,13 +652,13 @@ def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -
 def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, pair: Pair) -> None:
     with key_service(tmp_path) as socket:
         kinds: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-            "raw": ({"key": key}, {"key": key}, "with a 32-byte key.*: pass the key it was written with"),
+            "raw": ({"key": key}, {"key": key}, "with a 32-byte key.*: pass the key that it was written with"),
             "age": (
                 {"recipients": pair.recipient},
                 {"identities": pair.identity},
-                "for age recipients.*: pass identities",
+                "to age recipients.*: pass identities",
             ),
-            "passphrase": ({"passphrase": "x"}, {"passphrase": "x"}, "with a passphrase.*: pass it"),
+            "passphrase": ({"passphrase": "x"}, {"passphrase": "x"}, "with a passphrase.*: pass the passphrase"),
             "provider": (
                 {"key_provider": SocketProvider(socket)},
                 {"key_provider": SocketProvider(socket)},
@@ -672,11 +678,11 @@ def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, 
 def test_a_wrong_identity_or_passphrase_is_not_told_from_damage(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "age", recipients=pair.recipient).path
     with refused(
-        "wrong-identity", "none of the identities opens it: it was written for others, or it is damaged", root
+        "wrong-identity", "none of the identities opens it: it is encrypted to other recipients, or it is damaged", root
     ):
         vmsnap.SnapshotReader(root, identities=[Pair.new().identity, Pair.new().identity])
     root = write_some(tmp_path / "passphrase", passphrase="right").path
-    with refused("wrong-passphrase", "the passphrase or identity is wrong, or it is damaged", root):
+    with refused("wrong-passphrase", "the passphrase or identity is wrong, or the file is damaged", root):
         vmsnap.SnapshotReader(root, passphrase="wrong")
 
 
@@ -717,7 +723,7 @@ def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> 
     assert b" 18\n" in content  # as age's own
     file.write_bytes(content.replace(b" 18\n", b" 30\n"))
     began = time.monotonic()
-    with refused("work-factor", r"scrypt with a work factor of 2\^30, and no more than 2\^22 is accepted", root):
+    with refused("work-factor", r"its scrypt work factor is 2\^30, which could take hours; the limit is 2\^22", root):
         vmsnap.SnapshotReader(root, passphrase="x")
     assert time.monotonic() - began < 5
 
@@ -727,7 +733,7 @@ def test_a_later_version_of_age_or_of_a_wrapped_key_is_told(tmp_path: Path, pair
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     file.write_bytes(file.read_bytes().replace(b"org/v1", b"org/v2"))
-    with refused("newer-format", "a version of age that is not known", root):
+    with refused("newer-format", "an unknown version of age", root):
         vmsnap.SnapshotReader(root, identities=pair.identity)
     envelope = {"format": "vmsnap-wrapped-key", "version": 2, "provider": "x", "wrapped": b"x"}
     file.write_bytes(b"\xd9\xd9\xf7" + cbor2.dumps(envelope))
@@ -760,7 +766,7 @@ class Xor:
 @row("provider-failed")
 def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
     error = RuntimeError("the tunnel is down")
-    message = 'the key service "xor" failed: RuntimeError: the tunnel is down: see whether it can be reached'
+    message = 'the key service "xor" failed: RuntimeError: the tunnel is down; check that it is reachable'
     with refused("provider-failed", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=Xor(error))
     root = write_some(tmp_path / "vm1", key_provider=Xor()).path
@@ -780,9 +786,9 @@ def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
         (5, "TypeError: wrap returned int, and not bytes"),
         (None, "wrap returned"),
         ("text", "wrap returned str, and not bytes"),
-        (b"", "returned nothing as the wrapped key"),
-        (bytes(100_000), "returned 100000 bytes as the wrapped key, more than 65536"),
-        (lambda payload: b"wrapped:" + payload, "returned the key as it is, and not wrapped"),
+        (b"", "returned an empty wrapped key"),
+        (bytes(100_000), "returned a wrapped key of 100000 bytes; the limit is 65536"),
+        (lambda payload: b"wrapped:" + payload, "returned the key unwrapped"),
     ],
 )
 def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, message: str) -> None:
@@ -794,7 +800,7 @@ def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, m
 @pytest.mark.parametrize("answer", [b"", b"rubbish", cbor2.dumps({"format": "vmsnap-key"}), bytes(1 << 20)])
 def test_a_provider_that_unwraps_rubbish_is_refused(tmp_path: Path, answer: bytes) -> None:
     root = write_some(tmp_path / "vm1", key_provider=Xor()).path
-    with refused("provider-rubbish", 'what the key service "xor" returned is no key of vmsnap\'s', tmp_path):
+    with refused("provider-rubbish", 'the key service "xor" returned bytes that are not a vmsnap key', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=Xor(None, lambda _: answer))
 
 
@@ -803,7 +809,7 @@ def test_another_provider_than_the_one_it_was_written_with_is_refused(tmp_path: 
     root = write_some(tmp_path / "vm1", key_provider=Xor()).path
     other = Xor()
     other.name = "vault"
-    with refused("other-provider", 'wrapped by the key service "xor", and "vault" was passed', tmp_path):
+    with refused("other-provider", 'wrapped by the key service "xor", but "vault" was passed', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=other)
 
 
@@ -816,7 +822,7 @@ def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
     for bad in ("", "a\nb", "x" * 256):
         provider = Xor()
         provider.name = bad
-        with refused("provider-name", "the name of a key service is a text of 1 to 255 bytes", tmp_path):
+        with refused("provider-name", "the name of a key service must have 1 to 255 bytes", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=provider)
 
 
@@ -838,7 +844,7 @@ def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: s
 def test_a_service_that_answers_with_something_else_is_told(tmp_path: Path) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, "wrong") as bad:
         root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).path
-        with refused("provider-rubbish", "is no key of vmsnap's", tmp_path):
+        with refused("provider-rubbish", "that are not a vmsnap key", tmp_path):
             vmsnap.SnapshotReader(root, key_provider=SocketProvider(bad))
     with refused("provider-failed", "failed: (ConnectionRefused|FileNotFound)Error", tmp_path):
         vmsnap.SnapshotReader(root, key_provider=SocketProvider(good))

@@ -98,7 +98,7 @@ def append(path: Path) -> None:
 
 def cut_to_the_size_in_the_text(root: Path) -> None:
     text = run("verify", root, "--key-file", root.parent / "vm.key", status=1).stderr.decode()
-    [size] = re.findall(r"bytes, and (\d+) in the manifest", text)
+    [size] = re.findall(r"bytes long, and (\d+) bytes in the manifest", text)
     shell(f"truncate -s {size} vm1/disks/sda", root.parent)
 
 
@@ -176,7 +176,7 @@ DAMAGES = {
 
 def told(root: Path, key: bytes | None) -> tuple[int, list[str]]:
     """The exit status of the page's `vmsnap verify`, and the problems that it names."""
-    [command] = commands(blocks(PAGE, "sh", "What is wrong?")[0])
+    [command] = commands(blocks(PAGE, "sh")[0])
     command = command.replace("vm1", root.name)
     if key is None:
         command = command.replace(" --key-file vm.key", "")
@@ -485,7 +485,7 @@ def test_a_newer_format_says_so(folder: Path) -> None:
     make(folder / "vm2", None)
     manifest = folder / "vm2/vmsnap_manifest"
     manifest.write_bytes(cbor2.dumps(cbor2.loads(manifest.read_bytes()) | {"version": 2}))
-    assert "use a newer one" in error_of(run("ls", folder / "vm2", status=4))
+    assert "install a newer one" in error_of(run("ls", folder / "vm2", status=4))
 
 
 def test_the_reader_in_python_needs_no_vmsnap(folder: Path) -> None:

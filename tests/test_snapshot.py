@@ -226,7 +226,7 @@ def test_adding_needs_what_reading_needs(tmp_path: Path, key: bytes) -> None:
     with refused("root-missing", "cannot open the snapshot", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1")
     vmsnap.SnapshotWriter(tmp_path / "vm1", key=key)
-    with refused("no-key", "pass the key it was written with", tmp_path):
+    with refused("no-key", "pass the key that it was written with", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1")
     with refused("wrong-key", "enc_metadata of .*vm1", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1", key=vmsnap.generate_key())

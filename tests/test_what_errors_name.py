@@ -181,7 +181,7 @@ def test_what_a_failed_command_leaves_behind_is_said(tmp_path: Path, ram: Path) 
 
 def test_a_staged_directory_that_cannot_be_made_is_one_error_of_the_snapshot(tmp_path: Path, ram: Path) -> None:
     text = error_with("mkdirat:error=EIO", "dump", ram, tmp_path / "out")
-    assert text == f"cannot create the snapshot {tmp_path}/out: the folder cannot be made: Input/output error"
+    assert text == f"cannot create the snapshot {tmp_path}/out: the directory cannot be created: Input/output error"
 
 
 def test_a_descriptor_too_many_is_an_error_of_the_fragment(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def _decode_cbor(data: bytes, place: Callable[[], str]) -> Any:
         if isinstance(cause, ImportError):
             text = f"{place()} has typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
             raise UnsupportedFormatError(text) from error
-        text = f"{place()} does not hold a serialized value: {_reason(error)}, before byte {_offset_of_error(data)}"
+        text = f"{place()} does not contain a serialized value: {_reason(error)}, before byte {_offset_of_error(data)}"
         raise CorruptSnapshotError(text) from None
 
 
