@@ -44,9 +44,9 @@ lint: lint-tools build $(venv)/dev ## check format, types, documentation, licenc
 	@$(call step,rustfmt)
 	cargo fmt --all --check
 	@$(call step,clippy)
-	PYO3_PYTHON='$(CURDIR)/$(python)' cargo clippy --locked --all-targets --features python -- -D warnings
+	PYO3_PYTHON='$(CURDIR)/$(python)' cargo clippy --locked --all-targets --features python,crosvm -- -D warnings
 	@$(call step,rustdoc)
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features crosvm
 	@$(call step,ruff check)
 	$(python) -m ruff check .
 	@$(call step,ruff format)
@@ -68,9 +68,9 @@ lint: lint-tools build $(venv)/dev ## check format, types, documentation, licenc
 test-rust: ## run cargo test with all default features, then with none
 	@scripts/check-tools.sh '$(PYTHON)'
 	@$(call step,cargo test)
-	cargo test --locked
+	cargo test --locked --features crosvm
 	@$(call step,cargo test --no-default-features)
-	cargo test --locked --no-default-features
+	cargo test --locked --no-default-features --features crosvm
 
 .PHONY: test-python
 test-python: build $(venv)/dev $(if $(filter 1,$(VMSNAP_REQUIRE_ALL)),$(venv)/docs) ## run pytest against the installed wheel
@@ -111,7 +111,7 @@ bench-qemu: build $(venv)/dev ## compare the pause of a QEMU guest that vmsnap s
 docs: $(venv)/docs ## build the documentation site in site/
 	@scripts/check-tools.sh '$(PYTHON)'
 	@$(call step,rustdoc)
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features crosvm
 	@$(call step,mkdocs)
 	$(python) -m mkdocs build --strict
 

@@ -27,8 +27,8 @@ ln -sfn "$PWD/../shared" "$copy/../shared"
 cd "$copy"
 # An option of the nightly cargo, which this lets the other take. Of crates that others bring in, the newest that fit.
 RUSTC_BOOTSTRAP=1 cargo -Z direct-minimal-versions update --quiet
-cargo tree --depth 1 --edges normal --features python
-cargo test --locked
+cargo tree --depth 1 --edges normal --features python,crosvm
+cargo test --locked --features crosvm
 
 printf '\n==> %s, and the least version of every package\n' "$("$python" --version)"
 rm -rf target/venv

@@ -89,7 +89,7 @@
 
 // The map of the rooms. A room imports from its own row and from the rows below; `docs/design.md` explains each.
 //
-//     python                                        the extension module
+//     python, crosvm                                the extension module; crosvm's own signatures
 //     memory, verify                                guest memory; verification
 //     staging                                       StagedSnapshot: commit, seal
 //     writer, reader, any_snapshot                  the handles
@@ -97,12 +97,14 @@
 //     options                                       SnapshotOptions
 //     fragment, key, serialization                  files; wrapped keys; values
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
-//     threads, pool, process, buffer, durability, error
+//     threads, pool, process, buffer, durability, stored_file, error
 
 mod any_snapshot;
 mod buffer;
 mod cipher;
 mod clean;
+#[cfg(feature = "crosvm")]
+pub mod crosvm;
 mod durability;
 mod error;
 mod fragment;
@@ -124,6 +126,7 @@ mod python;
 mod reader;
 mod serialization;
 mod staging;
+mod stored_file;
 mod strict_cbor;
 mod threads;
 mod verify;

@@ -1,4 +1,4 @@
-"""The command line: `vmsnap dump`, `ls`, `cat` and `demo`, run as a user runs them."""
+"""The command line: `vmsnap dump`, `dump-process`, `ls`, `cat` and `demo`, run as a user runs them."""
 
 import errno
 import functools
@@ -95,28 +95,34 @@ def listing(*arguments: str | Path) -> dict[str, int]:
     return {path: int(size) for path, size in (line.split("\t") for line in lines)}
 
 
+def memory_of(root: Path, key: bytes | None = None) -> bytes:
+    """All guest memory of a snapshot with one region."""
+    memory = vmsnap.open(root, key=key).memory()
+    [region] = memory.regions
+    return memory.read(region.start, len(region))
+
+
 def test_a_dumped_file_reads_back_byte_for_byte(tmp_path: Path, ram: Path) -> None:
     run("dump", ram, tmp_path / "vm")
-    assert run("cat", tmp_path / "vm", "ram").stdout == ram.read_bytes()
+    assert memory_of(tmp_path / "vm") == ram.read_bytes()
 
 
 def test_a_key_file_encrypts_the_dump(tmp_path: Path, ram: Path, key_file: Path, key: bytes) -> None:
     run("dump", ram, tmp_path / "vm", "--key-file", key_file)
-    with vmsnap.SnapshotReader(tmp_path / "vm", True, key=key).raw_fragment("ram") as fragment:
+    with vmsnap.SnapshotReader(tmp_path / "vm", True, key=key).raw_fragment("mem") as fragment:
         assert fragment.chunk_size_bytes == 65536
-        assert fragment.readall() == ram.read_bytes()
-    assert run("cat", tmp_path / "vm", "ram", "--key-file", key_file).stdout == ram.read_bytes()
+    assert memory_of(tmp_path / "vm", key) == ram.read_bytes()
 
 
-def test_a_file_of_one_byte_becomes_a_fragment_of_one_byte(tmp_path: Path, key_file: Path) -> None:
+def test_a_file_of_one_byte_becomes_memory_of_one_byte(tmp_path: Path, key_file: Path, key: bytes) -> None:
     (tmp_path / "short").write_bytes(b"x")
     run("dump", tmp_path / "short", tmp_path / "vm", "--key-file", key_file)
-    assert listing(tmp_path / "vm", "--key-file", key_file) == {"ram": 1}
+    assert memory_of(tmp_path / "vm", key) == b"x"
 
 
 def test_chunk_size_and_threads_reach_the_library(tmp_path: Path, ram: Path, key_file: Path, key: bytes) -> None:
     run("dump", ram, tmp_path / "vm", "--key-file", key_file, "--chunk-size", 8192, "--threads", 1)
-    with vmsnap.SnapshotReader(tmp_path / "vm", key=key).raw_fragment("ram") as fragment:
+    with vmsnap.SnapshotReader(tmp_path / "vm", key=key).raw_fragment("mem") as fragment:
         assert fragment.chunk_size_bytes == 8192
 
 
@@ -124,7 +130,7 @@ def test_every_mapping_of_a_process_equals_its_memory(
     tmp_path: Path, victim: Victim, key_file: Path, key: bytes
 ) -> None:
     victim.stop()  # so that what is compared afterwards is what was dumped
-    run("dump", victim.pid, tmp_path / "vm", "--key-file", key_file)
+    run("dump-process", victim.pid, tmp_path / "vm", "--key-file", key_file)
     snapshot = vmsnap.SnapshotReader(tmp_path / "vm", True, key=key)
     with snapshot.raw_fragment("maps") as fragment:
         maps = fragment.readall()
@@ -140,19 +146,19 @@ def test_every_mapping_of_a_process_equals_its_memory(
 
 
 def test_a_process_goes_on_after_its_dump(tmp_path: Path, victim: Victim) -> None:
-    run("dump", victim.pid, tmp_path / "vm")
+    run("dump-process", victim.pid, tmp_path / "vm")
     assert victim.answers()
 
 
 def test_a_process_that_was_stopped_stays_so(tmp_path: Path, victim: Victim) -> None:
     victim.stop()
-    run("dump", victim.pid, tmp_path / "vm")
+    run("dump-process", victim.pid, tmp_path / "vm")
     assert victim.state() == "T"
 
 
 def test_a_process_goes_on_after_a_dump_that_failed(tmp_path: Path, victim: Victim) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vmsnap", "dump", str(victim.pid), tmp_path / "vm"],
+        [sys.executable, "-m", "vmsnap", "dump-process", str(victim.pid), tmp_path / "vm"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
         capture_output=True,
     )
@@ -178,13 +184,13 @@ def test_memory_that_this_user_may_not_read_names_the_remedy(victim: Victim, mon
 
 
 def test_no_stop_leaves_the_process_running(tmp_path: Path, victim: Victim) -> None:
-    run("dump", victim.pid, tmp_path / "vm", "--no-stop")
+    run("dump-process", victim.pid, tmp_path / "vm", "--no-stop")
     assert victim.answers()
     assert any(path.startswith("mem/") for path in listing(tmp_path / "vm"))
 
 
 def test_pages_that_nobody_can_read_are_left_out_and_named(tmp_path: Path, victim: Victim) -> None:
-    done = run("dump", victim.pid, tmp_path / "vm")
+    done = run("dump-process", victim.pid, tmp_path / "vm")
     page = os.sysconf("SC_PAGE_SIZE")
     start = victim.short_address
     assert f"left out: {start + page:016x}-{start + 3 * page:016x}" in done.stderr.decode()
@@ -196,49 +202,63 @@ def test_pages_that_nobody_can_read_are_left_out_and_named(tmp_path: Path, victi
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_a_dump_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    # A named pipe is a file that never ends, so that the signal always comes in the middle of the dump.
+def test_a_signal_during_a_copy_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    # A named pipe is a file that never ends, so that the signal always comes in the middle of the copy.
     os.mkfifo(tmp_path / "endless")
-    command = [sys.executable, "-m", "vmsnap", "dump", str(tmp_path / "endless"), str(tmp_path / "vm")]
+    command = [
+        sys.executable,
+        "-m",
+        "vmsnap",
+        "put",
+        str(tmp_path / "endless"),
+        str(tmp_path / "vm"),
+        "ns/ram",
+        "--create",
+    ]
     # Whoever runs the tests in the background has these signals ignored, and children inherit that.
     heed = functools.partial(signal.signal, number, signal.SIG_DFL)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as dump:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as put:
         with open(tmp_path / "endless", "wb", buffering=0) as pipe:
-            # More than the pipe holds: it is written only when the dump has begun to read.
+            # More than the pipe holds: it is written only when the copy has begun to read.
             pipe.write(b"x" * (1 << 20))
-            assert list(tmp_path.glob(".vmsnap-*/ram"))
-            assert not (tmp_path / "vm").exists()
-            dump.send_signal(number)
-            assert dump.wait(timeout=60) == 128 + number
-        assert dump.stderr is not None
-        assert b"Traceback" not in dump.stderr.read()
+            assert (tmp_path / "vm/ns/ram").exists()
+            put.send_signal(number)
+            assert put.wait(timeout=60) == 128 + number
+        assert put.stderr is not None
+        assert b"Traceback" not in put.stderr.read()
     assert os.listdir(tmp_path) == ["endless"]
 
 
 def test_a_process_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    assert "no such process" in error_of(run("dump", gone.pid, tmp_path / "vm", status=1))
+    assert "no such process" in error_of(run("dump-process", gone.pid, tmp_path / "vm", status=1))
     assert not (tmp_path / "vm").exists()
 
 
 def test_a_process_without_memory_is_refused(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
-        assert f"process {child.pid}" in error_of(run("dump", child.pid, tmp_path / "vm", status=1))
+        assert f"process {child.pid}" in error_of(run("dump-process", child.pid, tmp_path / "vm", status=1))
     assert not (tmp_path / "vm").exists()
 
 
 def test_a_number_names_a_file_where_no_process_has_it(tmp_path: Path) -> None:
     (tmp_path / "99999999").write_bytes(b"file")
     run("dump", "99999999", "vm", cwd=tmp_path)
-    assert run("cat", "vm", "ram", cwd=tmp_path).stdout == b"file"
+    assert memory_of(tmp_path / "vm") == b"file"
 
 
 def test_a_number_with_a_slash_names_a_file_always(tmp_path: Path, victim: Victim) -> None:
     (tmp_path / str(victim.pid)).write_bytes(b"file")
     run("dump", f"./{victim.pid}", "vm", cwd=tmp_path)
-    assert run("cat", "vm", "ram", cwd=tmp_path).stdout == b"file"
+    assert memory_of(tmp_path / "vm") == b"file"
+
+
+def test_the_command_for_processes_names_the_one_for_files(tmp_path: Path, ram: Path) -> None:
+    done = run("dump-process", ram, tmp_path / "vm", status=2)
+    assert b"is not a process ID; vmsnap dump stores a file" in done.stderr
+    assert not (tmp_path / "vm").exists()
 
 
 def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path, ram: Path) -> None:
@@ -261,7 +281,7 @@ def test_a_key_file_is_raw_or_hex_with_or_without_a_newline(tmp_path: Path, ram:
     text = form.format(raw=key.decode(), hex=key.hex(), HEX=key.hex().upper())
     path = write_private(tmp_path / "vm.key", text.encode())
     run("dump", ram, tmp_path / "vm", "--key-file", path)
-    assert vmsnap.SnapshotReader(tmp_path / "vm", True, key=key).list_fragments() == ["ram"]
+    assert vmsnap.SnapshotReader(tmp_path / "vm", True, key=key).list_fragments() == ["mem", "mem_metadata"]
 
 
 @pytest.mark.parametrize("content", [b"", b"k" * 31, b"k" * 34, b"0" * 63, b"0" * 62 + b" 0", b"g" * 64, b"k" * 5000])
@@ -279,7 +299,7 @@ def test_a_key_file_that_others_may_use_is_refused(tmp_path: Path, ram: Path, ke
 
 
 def test_the_wrong_key_is_refused_and_nothing_is_printed(tmp_path: Path, ram: Path, key_file: Path) -> None:
-    run("dump", ram, tmp_path / "vm", "--key-file", key_file)
+    run("put", ram, tmp_path / "vm", "ram", "--create", "--key-file", key_file)
     wrong = write_private(tmp_path / "wrong.key", vmsnap.generate_key())
     error_of(run("ls", tmp_path / "vm", "--key-file", wrong, status=3))
     error_of(run("ls", tmp_path / "vm", "--json", "--key-file", wrong, status=3))
@@ -314,7 +334,7 @@ def test_a_name_cannot_send_codes_to_the_terminal(tmp_path: Path) -> None:
 
 
 def test_forced_colours_do_not_reach_a_pipe(tmp_path: Path, ram: Path) -> None:
-    run("dump", ram, tmp_path / "vm", env={"FORCE_COLOR": "1"})
+    run("put", ram, tmp_path / "vm", "ram", "--create", env={"FORCE_COLOR": "1"})
     assert b"\x1b" not in run("ls", tmp_path / "vm", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).stdout
 
 
@@ -323,18 +343,18 @@ def test_forced_colours_do_not_reach_a_pipe(tmp_path: Path, ram: Path) -> None:
     [(0, 0), (0, 1), (65535, 2), (MIB - 1, MIB + 2), (2 * MIB + 4320, 99), (3 * MIB, 1), (sys.maxsize, 1)],
 )
 def test_cat_writes_the_part_asked_for(tmp_path: Path, ram: Path, key_file: Path, offset: int, size: int) -> None:
-    run("dump", ram, tmp_path / "vm", "--key-file", key_file)
+    run("put", ram, tmp_path / "vm", "ram", "--create", "--key-file", key_file)
     part = run("cat", tmp_path / "vm", "ram", "--offset", offset, "--size", size, "--key-file", key_file)
     assert part.stdout == ram.read_bytes()[offset : offset + size]
 
 
 def test_cat_without_a_size_goes_to_the_end(tmp_path: Path, ram: Path) -> None:
-    run("dump", ram, tmp_path / "vm")
+    run("put", ram, tmp_path / "vm", "ram", "--create")
     assert run("cat", tmp_path / "vm", "ram", "--offset", MIB + 7).stdout == ram.read_bytes()[MIB + 7 :]
 
 
 def test_cat_into_a_closed_pipe_is_quiet(tmp_path: Path, ram: Path) -> None:
-    run("dump", ram, tmp_path / "vm")
+    run("put", ram, tmp_path / "vm", "ram", "--create")
     command = [sys.executable, "-m", "vmsnap", "cat", str(tmp_path / "vm"), "ram"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as cat:
         assert cat.stdout is not None
@@ -345,7 +365,7 @@ def test_cat_into_a_closed_pipe_is_quiet(tmp_path: Path, ram: Path) -> None:
 
 
 def test_output_that_cannot_be_written_is_an_error(tmp_path: Path, ram: Path) -> None:
-    run("dump", ram, tmp_path / "vm")
+    run("put", ram, tmp_path / "vm", "ram", "--create")
     with open("/dev/full", "wb") as full:
         for arguments in (["cat", tmp_path / "vm", "ram", "--size", "5"], ["ls", tmp_path / "vm"]):
             command = [sys.executable, "-m", "vmsnap", *map(str, arguments)]
@@ -356,7 +376,7 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path: Path, ram: Path) ->
 
 @pytest.mark.parametrize("path", ["missing", "missing/ram", "../vm/ram", "/ram", "", "ram/"])
 def test_cat_of_what_is_not_there_is_an_error(tmp_path: Path, ram: Path, path: str) -> None:
-    run("dump", ram, tmp_path / "vm")
+    run("put", ram, tmp_path / "vm", "ram", "--create")
     error_of(run("cat", tmp_path / "vm", path, status=1))
 
 
@@ -398,7 +418,7 @@ def test_the_demo_passes_and_leaves_nothing(tmp_path: Path) -> None:
         "restore",
         "random read",
         "plain write",
-        "sealed dump",
+        "encrypted dump",
         "ratio",
     ):
         assert re.search(rf"^{figure} +[0-9]", told, re.MULTILINE), figure

@@ -1,4 +1,4 @@
-"""Looking inside from the command line: `vmsnap tree`, `show`, `info`, `ls -l`, `cp`, completion and exit codes."""
+"""Looking inside from the command line: `tree`, `show`, `info`, `ls -l`, `get`, `put`, completion and exit codes."""
 
 import datetime
 import errno
@@ -186,7 +186,7 @@ def test_info_tells_all_with_the_key_and_what_shows_without(place: Place, key_fi
     told = json_of("info", place.location, "--key-file", key_file)
     assert TIME.fullmatch(told.pop("modified"))
     assert told == {
-        "root": str(place.location),
+        "location": str(place.location),
         "encrypted": True,
         "sealed": False,
         "key_wrapping": "raw-key",
@@ -326,7 +326,7 @@ def test_a_format_that_is_given_is_held_to(plain: vmsnap.SnapshotWriter) -> None
     assert text_of("show", plain.root, "number") == "-22\n"
     assert text_of("show", plain.root, "number", "--format", "json") == "5\n"
     assert '"raw"' in error_of(run("show", plain.root, "raw", "--format", "cbor", status=4))
-    assert b"goes with none of" in run("show", plain.root, "raw", "--format", "cbor", "--hex", status=2).stderr
+    assert b"cannot be combined with" in run("show", plain.root, "raw", "--format", "cbor", "--hex", status=2).stderr
 
 
 # show: bytes ---------------------------------------------------------------------------------------------------------
@@ -347,14 +347,14 @@ def test_bytes_are_shown_as_hexdump_does(plain: vmsnap.SnapshotWriter) -> None:
     )
     part = run("show", plain.root, "raw", "--offset", 65, "--size", 9)
     assert part.stdout.splitlines()[0] == (b"00000041  00 00 00 00 00 00 00 00  00                       |.........|")
-    assert part.stderr == b"vmsnap: 41 more bytes follow: --offset 74 shows the next, --size N more at once\n"
+    assert part.stderr == b"vmsnap: 41 more bytes: --offset 74 shows the next ones, --size N more at once\n"
     assert run("show", plain.root, "raw", "--offset", 200).stdout == b""
 
 
 def test_of_many_bytes_the_first_are_shown_and_how_to_see_more(place: Place, key_file: Path) -> None:
     done = run("show", place.location, "disks/sda", "--key-file", key_file)
     assert done.stdout.endswith(b"\n00001000\n")
-    assert done.stderr == b"vmsnap: 904 more bytes follow: --offset 4096 shows the next, --size N more at once\n"
+    assert done.stderr == b"vmsnap: 904 more bytes: --offset 4096 shows the next ones, --size N more at once\n"
     assert run("show", place.location, "disks/sda", "--full", "--key-file", key_file).stderr == b""
     assert run("show", place.location, "pci/00:1f.2/état", "--key-file", key_file).stderr == (
         b"vmsnap: the fragment is empty\n"
@@ -383,7 +383,7 @@ def test_a_large_fragment_is_not_read_whole_to_be_shown(plain: vmsnap.SnapshotWr
     assert far.splitlines()[1] == f"{(1 << 39) + 1:x}"
 
 
-# cp ------------------------------------------------------------------------------------------------------------------
+# get and put ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -393,42 +393,45 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_cp_copies_in_and_out_byte_for_byte(place: Place, image: Path, key_file: Path) -> None:
-    run("cp", image, f"{place.location}:new/space/sdb", "--key-file", key_file)
+def test_a_file_goes_in_and_out_byte_for_byte(place: Place, image: Path, key_file: Path) -> None:
+    run("put", image, place.location, "new/space/sdb", "--key-file", key_file)
     assert read(place.open().namespace("new").namespace("space"), "sdb") == image.read_bytes()
     out = image.with_name("out")
-    assert run("cp", f"{place.location}:new/space/sdb", out, "--key-file", key_file).stdout == b""
+    assert run("get", place.location, "new/space/sdb", out, "--key-file", key_file).stdout == b""
     assert out.read_bytes() == image.read_bytes()
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
-    assert run("cp", f"{place.location}:disks/sda", "-", "--key-file", key_file).stdout == pattern(5000)
+    assert run("get", place.location, "disks/sda", "-", "--key-file", key_file).stdout == pattern(5000)
 
 
-def test_cp_takes_the_name_along_into_folders_and_namespaces(place: Place, image: Path, key_file: Path) -> None:
-    run("cp", image, f"{place.location}:disks/", "--key-file", key_file)
-    run("cp", image, f"{place.location}:", "--key-file", key_file)
+def test_a_name_that_is_left_out_is_the_other_one(place: Place, image: Path, key_file: Path) -> None:
+    run("put", image, place.location, "disks/", "--key-file", key_file)
+    run("put", image, place.location, "--key-file", key_file)
     assert place.open().namespace("disks").list_fragments() == ["disk.img", "sda"]
     assert place.open().list_fragments() == ["clock", "disk.img"]
-    run("cp", f"{place.location}:pci/00:1f.2/état", image.parent, "--key-file", key_file)
+    run("get", place.location, "pci/00:1f.2/état", image.parent, "--key-file", key_file)
     assert (image.parent / "état").read_bytes() == b""
+    run("get", place.location, "disks/sda", "--key-file", key_file, cwd=image.parent)
+    assert (image.parent / "sda").read_bytes() == pattern(5000)
 
 
-def test_cp_reads_standard_input(plain: vmsnap.SnapshotWriter) -> None:
-    command = [sys.executable, "-m", "vmsnap", "cp", "-", f"{plain.root}:in"]
+def test_put_reads_standard_input(plain: vmsnap.SnapshotWriter) -> None:
+    command = [sys.executable, "-m", "vmsnap", "put", "-", plain.root, "in"]
     subprocess.run(command, input=pattern(5000), check=True)
     assert (plain.root / "in").read_bytes() == pattern(5000)
-    assert b"name the fragment" in run("cp", "-", f"{plain.root}:", status=2).stderr
+    assert b"name the fragment" in run("put", "-", plain.root, status=2).stderr
+    assert b"name the fragment" in run("put", "-", plain.root, "ns/", status=2).stderr
 
 
-def test_cp_never_writes_over_a_fragment(place: Place, image: Path, key_file: Path) -> None:
+def test_put_never_overwrites_a_fragment(place: Place, image: Path, key_file: Path) -> None:
     before = tree(place.location)
     for target in ("clock", "disks", "disks/sda"):
-        error = error_of(run("cp", image, f"{place.location}:{target}", "--key-file", key_file, status=1))
+        error = error_of(run("put", image, place.location, target, "--key-file", key_file, status=1))
         assert "exists" in error
     assert tree(place.location) == before
 
 
-def test_cp_replaces_a_plain_file_only_where_it_is_forced(place: Place, image: Path, key_file: Path) -> None:
-    arguments = ["cp", f"{place.location}:disks/sda", image, "--key-file", key_file]
+def test_get_overwrites_a_regular_file_only_if_forced(place: Place, image: Path, key_file: Path) -> None:
+    arguments = ["get", place.location, "disks/sda", image, "--key-file", key_file]
     before = tree(image.parent)
     assert "disk.img: File exists" in error_of(run(*arguments, status=1))
     assert tree(image.parent) == before
@@ -436,31 +439,37 @@ def test_cp_replaces_a_plain_file_only_where_it_is_forced(place: Place, image: P
     assert image.read_bytes() == pattern(5000)
     link = image.with_name("link")
     link.symlink_to(image)
-    arguments[2] = link
-    assert "is no plain file" in error_of(run(*arguments, "--force", status=1))
+    arguments[3] = link
+    assert "is not a regular file" in error_of(run(*arguments, "--force", status=1))
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
-def test_cp_writes_no_file_into_a_snapshot(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
-    run("cp", image, f"{place.location}:disks/sdb", "--key-file", key_file)
+def test_get_writes_no_file_into_a_snapshot(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
+    run("put", image, place.location, "disks/sdb", "--key-file", key_file)
     before = tree(place.location)
     for target in ("", "/new", "/disks/new", "/disks", "/enc_metadata", f"/../{place.location.name}/disks/sdb"):
         path = f"{place.location}{target}"
-        done = run("cp", f"{place.location}:disks/sdb", path, "--key-file", key_file, *force, status=1)
+        done = run("get", place.location, "disks/sdb", path, "--key-file", key_file, *force, status=1)
         assert "is in the snapshot" in error_of(done)
+        assert "vmsnap put" in error_of(done)
         assert tree(place.location) == before
+    done = run("get", place.location, "disks/sda", "--key-file", key_file, *force, cwd=place.location / "pci", status=1)
+    assert "is in the snapshot" in error_of(done)
+    assert tree(place.location) == before
 
 
 def test_options_that_do_not_apply_are_refused(place: Place, image: Path, tmp_path: Path, key_file: Path) -> None:
-    run("cp", image, f"{place.location}:disks/sdb", "--key-file", key_file)
+    before = tree(tmp_path)
     for arguments in (
-        [f"{place.location}:disks/sdb", tmp_path / "out", "--create"],
-        [f"{place.location}:", tmp_path / "out"],
-        [image, f"{place.location}:new", "--force"],
-        [image, f"{place.location}:new", "--chunk-size", "5"],
+        ["get", place.location, "disks/sda", tmp_path / "out", "--create"],
+        ["get", place.location],
+        ["put", image, place.location, "new", "--force"],
+        ["put", image, place.location, "new", "--chunk-size", "5"],
+        ["put", image, place.location, "new", "-r", "age1x"],
+        ["put", image, place.location, ""],
     ):
-        run("cp", *arguments, "--key-file", key_file, status=2)
-        assert not (tmp_path / "out").exists()
+        run(*arguments, "--key-file", key_file, status=2)
+        assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", ["ls", "tree", "info"])
@@ -473,51 +482,46 @@ def test_a_closed_standard_output_is_an_error(plain: vmsnap.SnapshotWriter, comm
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
-def test_a_copy_out_that_fails_leaves_nothing(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
-    place.damage("disks/sda", 200)
+def test_a_get_that_fails_leaves_nothing(place: Place, image: Path, key_file: Path, force: list[str]) -> None:
+    stored = bytearray(place.file("disks/sda").read_bytes())
+    stored[200] ^= 1
+    place.file("disks/sda").write_bytes(stored)
     if not force:
         image.unlink()
     before = tree(image.parent)
-    error = error_of(run("cp", f"{place.location}:disks/sda", image, "--key-file", key_file, *force, status=3))
+    error = error_of(run("get", place.location, "disks/sda", image, "--key-file", key_file, *force, status=3))
     assert '"sda"' in error
     assert tree(image.parent) == before
 
 
-@pytest.mark.parametrize("source", ["none", "folder", "unreadable"])
-def test_a_copy_in_that_fails_leaves_nothing(place: Place, tmp_path: Path, key_file: Path, source: str) -> None:
-    (tmp_path / "folder").mkdir()
+@pytest.mark.parametrize("source", ["none", "directory", "unreadable"])
+def test_a_put_that_fails_leaves_nothing(place: Place, tmp_path: Path, key_file: Path, source: str) -> None:
+    (tmp_path / "directory").mkdir()
     # It opens, and then cannot be read.
     path = "/proc/self/mem" if source == "unreadable" else str(tmp_path / source)
     before = tree(tmp_path)
-    error_of(run("cp", path, f"{place.location}:new/space/it", "--key-file", key_file, status=1))
-    error_of(run("cp", path, f"{place.location}:new/../it", "--key-file", key_file, status=1))
-    error_of(run("cp", path, f"{tmp_path}/made:it", "--create", status=1))
+    error_of(run("put", path, place.location, "new/space/it", "--key-file", key_file, status=1))
+    error_of(run("put", path, place.location, "new/../it", "--key-file", key_file, status=1))
+    error_of(run("put", path, tmp_path / "made", "it", "--create", status=1))
     assert tree(tmp_path) == before
 
 
-def test_cp_makes_a_snapshot_only_where_it_is_asked_to(tmp_path: Path, image: Path, key_file: Path, key: bytes) -> None:
-    target = f"{tmp_path}/made:disks/sda"
-    assert "made" in error_of(run("cp", image, target, status=1))
+def test_put_creates_a_snapshot_only_if_asked_to(tmp_path: Path, image: Path, key_file: Path, key: bytes) -> None:
+    target = [tmp_path / "made", "disks/sda"]
+    assert "made" in error_of(run("put", image, *target, status=1))
     assert not (tmp_path / "made").exists()
-    run("cp", image, target, "--create", "--key-file", key_file)
+    run("put", image, *target, "--create", "--key-file", key_file)
     made = vmsnap.SnapshotReader(tmp_path / "made", True, key=key)
     assert read(made.namespace("disks"), "sda") == image.read_bytes()
-    assert "exists" in error_of(run("cp", image, f"{tmp_path}/made:x", "--create", "--key-file", key_file, status=1))
+    assert "exists" in error_of(run("put", image, tmp_path / "made", "x", "--create", "--key-file", key_file, status=1))
 
 
-def test_cp_needs_a_fragment_on_one_side(place: Place, image: Path, key_file: Path) -> None:
-    assert b"SNAPSHOT:PATH" in run("cp", image, "copy", status=2).stderr
-    both = run("cp", f"{place.location}:clock", f"{place.location}:copy", "--key-file", key_file, status=2)
-    assert b"both are fragments" in both.stderr
-    assert "nowhere: there is no such snapshot" in error_of(run("cp", "nowhere:it", "copy", status=1))
-
-
-def test_colons_belong_to_folders_fragments_and_files_alike(tmp_path: Path) -> None:
+def test_colons_are_ordinary_characters(tmp_path: Path) -> None:
     root = tmp_path / "vm:12:30"
     write(vmsnap.SnapshotWriter(root), "00:1f.2", b"it")
-    run("cp", f"{root}:00:1f.2", tmp_path / "a:b")
+    run("get", root, "00:1f.2", tmp_path / "a:b")
     assert (tmp_path / "a:b").read_bytes() == b"it"
-    run("cp", tmp_path / "a:b", f"{root}:c:d")
+    run("put", tmp_path / "a:b", root, "c:d")
     assert (root / "c:d").read_bytes() == b"it"
 
 
@@ -546,10 +550,10 @@ def test_the_exit_code_tells_what_kind_of_error_it_was(
         assert re.search(rf"^ +{code} +\w", help_text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [["cat", "ram"], ["show", "ram", "--hex", "--full"], ["cp"]])
+@pytest.mark.parametrize("command", [["cat", "ram"], ["show", "ram", "--hex", "--full"], ["get", "ram", "-"]])
 def test_a_reader_that_goes_away_ends_a_command_quietly(plain: vmsnap.SnapshotWriter, command: list[str]) -> None:
     write(plain, "ram", pattern(MIB))
-    arguments = [command[0], plain.root, *command[1:]] if command != ["cp"] else ["cp", f"{plain.root}:ram", "-"]
+    arguments = [command[0], plain.root, *command[1:]]
     done = subprocess.Popen(
         [sys.executable, "-m", "vmsnap", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -564,7 +568,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(plain: vmsnap.SnapshotWr
 
 def test_all_is_written_where_standard_output_has_no_buffer(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "ram", pattern(3 * MIB))
-    for arguments in (["cat", plain.root, "ram"], ["cp", f"{plain.root}:ram", "-"]):
+    for arguments in (["cat", plain.root, "ram"], ["get", plain.root, "ram", "-"]):
         assert run(*arguments, env={"PYTHONUNBUFFERED": "1"}).stdout == pattern(3 * MIB)
 
 
@@ -594,6 +598,9 @@ def test_fragments_and_namespaces_complete_without_a_key(place: Place) -> None:
     assert completed("show", place.location, "pci/") == ["plain,pci/00:1f.2/état"]
     assert completed("ls", place.location, "p") == ["plain,pci", "plain,pci/00:1f.2"]
     assert completed("tree", "v") == ["dir,v"]
+    assert completed("get", place.location, "di") == ["plain,disks/sda"]
+    assert completed("get", place.location, "disks/sda", "s") == ["file,s"]
+    assert completed("put", "di") == ["file,di"]
     assert completed("cat", place.location, "di", "--key-file", "none", "di") == []
 
 

@@ -1,4 +1,4 @@
-"""The command line for guest memory: `vmsnap dump-memory`, `restore-memory`, `peek` and `map`, as a user runs them."""
+"""The command line for guest memory: `vmsnap dump`, `restore`, `peek` and `map`, as a user runs them."""
 
 import io
 import json
@@ -31,21 +31,21 @@ def ram(tmp_path: Path) -> Path:
 
 def test_a_file_goes_in_and_comes_out(tmp_path: Path, ram: Path, key_file: Path) -> None:
     opened = ["--key-file", key_file]
-    told = run("dump-memory", ram, tmp_path / "vm1", "--compress", "lz4", *opened).stderr.decode()
+    told = run("dump", ram, tmp_path / "vm1", "--compress", "lz4", *opened).stderr.decode()
     assert "stored 4.0 MiB of guest memory" in told
     assert "384.0 KiB of data (ranges: 1)" in told
-    run("restore-memory", tmp_path / "vm1", tmp_path / "out", *opened)
+    run("restore", tmp_path / "vm1", tmp_path / "out", *opened)
     assert (tmp_path / "out").read_bytes() == ram.read_bytes()
     assert (tmp_path / "out").stat().st_blocks * 512 < MIB
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o600
-    assert b"exists" in run("restore-memory", tmp_path / "vm1", tmp_path / "out", *opened, status=1).stderr
+    assert b"exists" in run("restore", tmp_path / "vm1", tmp_path / "out", *opened, status=1).stderr
     (tmp_path / "out").write_bytes(b"older")
-    run("restore-memory", tmp_path / "vm1", tmp_path / "out", "--force", *opened)
+    run("restore", tmp_path / "vm1", tmp_path / "out", "--force", *opened)
     assert (tmp_path / "out").read_bytes() == ram.read_bytes()
 
 
 def test_json_tells_what_the_report_has(tmp_path: Path, ram: Path) -> None:
-    told = json.loads(run("dump-memory", ram, tmp_path / "vm1", "--json").stdout)
+    told = json.loads(run("dump", ram, tmp_path / "vm1", "--json").stdout)
     assert told["seconds"] > 0
     del told["seconds"]
     stored = sum((tmp_path / "vm1" / name).stat().st_size for name in ("mem", "mem_metadata"))
@@ -60,18 +60,21 @@ def test_json_tells_what_the_report_has(tmp_path: Path, ram: Path) -> None:
 
 def test_ranges_lie_at_their_addresses(tmp_path: Path, ram: Path) -> None:
     low, high = ["--range", "0-100000"], ["--range", "0x100000-400000@0x100000000"]
-    run("dump-memory", ram, tmp_path / "vm1", *low, *high)
+    run("dump", ram, tmp_path / "vm1", *low, *high)
     content = ram.read_bytes()
     memory = vmsnap.open(tmp_path / "vm1").memory()
     assert memory.regions == [range(MIB), range(1 << 32, (1 << 32) + 3 * MIB)]
-    run("restore-memory", tmp_path / "vm1", tmp_path / "out")
+    run("restore", tmp_path / "vm1", tmp_path / "out")
     with open(tmp_path / "out", "rb") as file:
         assert file.read(MIB) == content[:MIB]
         file.seek(1 << 32)
         assert file.read() == content[MIB:]
-    run("restore-memory", tmp_path / "vm1", tmp_path / "high", "--region", 1)
+    run("restore", tmp_path / "vm1", tmp_path / "high", "--region", 1)
     assert (tmp_path / "high").read_bytes() == content[MIB:]
-    assert b"no region 2" in run("restore-memory", tmp_path / "vm1", tmp_path / "x", "--region", 2, status=1).stderr
+    assert (
+        b"there is no region 2; the 2 regions are numbered from 0"
+        in run("restore", tmp_path / "vm1", tmp_path / "x", "--region", 2, status=1).stderr
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -88,19 +91,19 @@ print(sys.stdin.readline(), flush=True)
         assert child.stdout is not None
         address = int(child.stdout.readline())
         span = f"{address:x}-{address + (4 << 20):x}"
-        told = json.loads(run("dump-memory", child.pid, tmp_path / "part", "--range", f"{span}@0", "--json").stdout)
+        told = json.loads(run("dump", child.pid, tmp_path / "part", "--range", f"{span}@0", "--json").stdout)
         assert (told["logical_bytes"], told["data_bytes"]) == (4 * MIB, PAGE)
-        run("dump-memory", child.pid, tmp_path / "all", "--compress", "lz4")
+        run("dump", child.pid, tmp_path / "all", "--compress", "lz4")
         assert child.communicate("goes on\n")[0] == "goes on\n\n"
     assert b"|vmsnap!!........|" in run("peek", tmp_path / "part", "0x2000", 16).stdout
     assert b"|vmsnap!!........|" in run("peek", tmp_path / "all", hex(address + 0x2000), 16).stdout
-    refused = run("restore-memory", tmp_path / "all", tmp_path / "out", status=1).stderr
+    refused = run("restore", tmp_path / "all", tmp_path / "out", status=1).stderr
     assert b"--region N" in refused
     assert not (tmp_path / "out").exists()
 
 
 def test_peek_shows_what_hexdump_does(tmp_path: Path, ram: Path) -> None:
-    run("dump-memory", ram, tmp_path / "vm1", "--compress", "lz4")
+    run("dump", ram, tmp_path / "vm1", "--compress", "lz4")
     content = ram.read_bytes()
     shown = run("peek", tmp_path / "vm1", "0x40000", "8K").stdout.decode().splitlines()
     assert shown[0] == "00040000  61 20 6c 69 6e 65 20 6f  66 20 74 65 78 74 20 69  |a line of text i|"
@@ -109,16 +112,16 @@ def test_peek_shows_what_hexdump_does(tmp_path: Path, ram: Path) -> None:
     told = json.loads(run("peek", tmp_path / "vm1", 4095, 17, "--json").stdout)
     assert told == {"address": 4095, "size": 17, "hex": content[4095:4112].hex()}
     assert b"go beyond their region" in run("peek", tmp_path / "vm1", "0x3ff000", "2M", status=1).stderr
-    assert b"is no number" in run("peek", tmp_path / "vm1", "4x", 1, status=2).stderr
+    assert b"is not a number" in run("peek", tmp_path / "vm1", "4x", 1, status=2).stderr
 
 
 def test_a_namespace_has_memory_of_its_own(tmp_path: Path) -> None:
     writer = vmsnap.SnapshotWriter(tmp_path / "fleet")
     writer.add_namespace("vm7").write_memory([GuestRegion(0, b"seven" * 1000)])
     assert b"|sevenseven" in run("peek", tmp_path / "fleet", 0, 16, "--namespace", "vm7").stdout
-    run("restore-memory", tmp_path / "fleet", tmp_path / "out", "--namespace", "vm7")
+    run("restore", tmp_path / "fleet", tmp_path / "out", "--namespace", "vm7")
     assert (tmp_path / "out").read_bytes() == b"seven" * 1000
-    assert error_of(run("peek", tmp_path / "fleet", 0, 16, status=1)).count("mem_metadata") == 1
+    assert "contains no guest memory" in error_of(run("peek", tmp_path / "fleet", 0, 16, status=1))
 
 
 def test_the_map_shows_each_page_in_its_color(tmp_path: Path, ram: Path) -> None:
@@ -155,10 +158,10 @@ def test_the_map_of_large_memory_has_the_mean_of_colors(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path, ram: Path) -> None:
-    assert b"no such process" in run("dump-memory", "999999999", tmp_path / "vm1", status=1).stderr
-    assert b"No such file" in run("dump-memory", tmp_path / "absent", tmp_path / "vm1", status=1).stderr
-    assert b"not START-END" in run("dump-memory", ram, tmp_path / "vm1", "--range", "12", status=2).stderr
-    assert b"before it begins" in run("dump-memory", ram, tmp_path / "vm1", "--range", "12-12", status=2).stderr
-    assert b"has 4194304 bytes" in run("dump-memory", ram, tmp_path / "vm1", "--range", "0-400001", status=1).stderr
+    assert b"no such process" in run("dump", "999999999", tmp_path / "vm1", status=1).stderr
+    assert b"No such file" in run("dump", tmp_path / "absent", tmp_path / "vm1", status=1).stderr
+    assert b"not START-END" in run("dump", ram, tmp_path / "vm1", "--range", "12", status=2).stderr
+    assert b"before it begins" in run("dump", ram, tmp_path / "vm1", "--range", "12-12", status=2).stderr
+    assert b"has 4194304 bytes" in run("dump", ram, tmp_path / "vm1", "--range", "0-400001", status=1).stderr
     assert not (tmp_path / "vm1").exists()
     assert [each.name for each in tmp_path.iterdir()] == ["ram.bin"]

@@ -37,7 +37,7 @@ BLOCKS = {
     ("README.md", "sh"): 3,  # test_readme; of the one with `make` it tells only that there are such targets
     ("README.md", "python"): 3,  # test_readme
     ("README.md", "rust"): 1,  # cargo test: src/lib.rs includes the README
-    ("docs/cli.md", "sh"): 4,  # below
+    ("docs/cli.md", "sh"): 6,  # below
     ("docs/design.md", "text"): 3,  # diagrams
     ("docs/format.md", ""): 9,  # the worked example in test_independent_reader, and below; the others are formulas
     ("docs/guide.md", "python"): 4,  # test_readme
@@ -89,8 +89,20 @@ def ram(tmp_path: Path) -> bytes:
     return content
 
 
+def test_the_first_commands_of_the_page_on_them_do_what_it_says(tmp_path: Path, ram: bytes) -> None:
+    first, *_, verify, _ = blocks("docs/cli.md", "sh")
+    printed = shell(first, tmp_path).stdout
+    assert "\nok: 2 fragments checked, " in printed
+    assert f"\n00001000  {ram[4096:4104].hex(' ')}" in printed
+    assert (tmp_path / "back.img").read_bytes() == ram
+    printed = shell(verify, tmp_path).stdout
+    assert re.search(r"^ok: 2 fragments checked, .*, sealed\nseal digest: [0-9a-f]{64}$", printed, re.MULTILINE)
+    (tmp_path / "vm1/vmsnap_manifest").unlink()
+    assert "\nFAILED: 1 problem, everything checked\n" in shell(verify, tmp_path, status=1).stdout
+
+
 def test_the_commands_with_keys_do_what_their_page_says(tmp_path: Path, ram: bytes) -> None:
-    keygen, told, dump, rekey, encrypt, decrypt = commands(blocks("docs/cli.md", "sh")[0])
+    keygen, told, dump, rekey, encrypt, decrypt = commands(blocks("docs/cli.md", "sh", "Keys")[0])
     shell(keygen, tmp_path)
     assert (tmp_path / "id.txt").stat().st_mode & 0o777 == 0o600
     (recipient,) = shell(told, tmp_path).stdout.splitlines()
@@ -102,8 +114,8 @@ def test_the_commands_with_keys_do_what_their_page_says(tmp_path: Path, ram: byt
     at_a_terminal(rekey, tmp_path, ["hunter2", "hunter2"])
     at_a_terminal(encrypt, tmp_path, ["hunter2"])
     shell(decrypt, tmp_path)
-    assert vmsnap.open(tmp_path / "vm1", passphrase="hunter2").list_fragments() == ["ram"]
-    assert (tmp_path / "vm3/ram").read_bytes() == ram
+    assert vmsnap.open(tmp_path / "vm1", passphrase="hunter2").memory()[0 : len(ram)] == ram
+    assert vmsnap.open(tmp_path / "vm3").memory()[0 : len(ram)] == ram
 
 
 GUEST = """
@@ -117,7 +129,7 @@ sys.stdin.read()
 
 
 def test_the_commands_with_guest_memory_do_what_their_page_says(tmp_path: Path, ram: bytes) -> None:
-    whole, ranges, process = commands(blocks("docs/cli.md", "sh")[1])
+    whole, ranges, process = commands(blocks("docs/cli.md", "sh", "Guest memory")[0])
     image, root = tmp_path / "ram.img", tmp_path / "vm1"
     shell(whole, tmp_path)
     assert vmsnap.open(root).memory()[0 : len(ram)] == ram
@@ -153,7 +165,7 @@ def test_the_copies_do_what_their_page_says(tmp_path: Path) -> None:
     key = write_private(tmp_path / "vm.key", bytes(range(32))).read_bytes()
     with vmsnap.SnapshotWriter(tmp_path / "vm1").add_namespace("disks").raw_fragment("sda") as fragment:
         fragment.write(content)
-    shell(blocks("docs/cli.md", "sh")[2], tmp_path)
+    shell(blocks("docs/cli.md", "sh", "Fragments and files")[0], tmp_path)
     assert (tmp_path / "sda.img").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "vm1/disks/sdb").read_bytes() == content
     with vmsnap.open(tmp_path / "vm2", key=key).namespace("disks").raw_fragment("sda") as copy:
@@ -161,7 +173,7 @@ def test_the_copies_do_what_their_page_says(tmp_path: Path) -> None:
 
 
 def test_the_lines_for_completion_set_it_up(tmp_path: Path) -> None:
-    bash, fish = commands(blocks("docs/cli.md", "sh")[3])
+    bash, fish = commands(blocks("docs/cli.md", "sh", "Completion")[0])
     if not shutil.which("bash"):
         pytest.skip("there is no bash")
     script = tmp_path / "bashrc"
@@ -178,15 +190,26 @@ def test_the_lines_for_completion_set_it_up(tmp_path: Path) -> None:
 
 
 def test_the_page_on_the_command_line_has_every_command() -> None:
-    known = re.findall(r"^  ([a-z-]+)  ", run("--help").stdout.decode().partition("\nCommands:\n")[2], re.MULTILINE)
-    assert len(known) > 15
-    table = text_of("docs/cli.md").partition("\n| command | does |\n")[2].partition("\n\n")[0]
-    first_cells = [line.split(" | ")[0] for line in table.splitlines()[1:]]
-    assert sorted(known) == sorted({name for cell in first_cells for name in re.findall(r"`vmsnap ([a-z-]+)", cell)})
-    machine_readable = text_of("docs/cli.md", "Into a pipe, and `--json`")
-    for name in known:
-        if name != "qemu" and "--json" in run(name, "--help").stdout.decode():
+    section = text_of("docs/cli.md", "Commands")
+    told = {title: re.findall(r"^\| `vmsnap ((?:qemu )?[a-z-]+)", rows, re.MULTILINE) for title, rows in parts(section)}
+    lines = run("--help").stdout.decode()
+    known = {
+        title: re.findall(
+            r"^  ((?:qemu )?[a-z-]+) ", lines.partition(f"\n{title}:\n")[2].partition("\n\n")[0], re.MULTILINE
+        )
+        for title in told
+    }
+    assert told == known
+    assert len(told) == 5
+    machine_readable = text_of("docs/cli.md", "Output for programs")
+    for name in (name for names in known.values() for name in names):
+        if not name.startswith("qemu ") and "--json" in run(name, "--help").stdout.decode():
             assert f"\n| `{name}`" in machine_readable, name
+
+
+def parts(section: str) -> list[tuple[str, str]]:
+    """The parts of a section, each with its heading."""
+    return re.findall(r"^### ([^\n]*)\n(.*?)(?=^### |\Z)", section, re.MULTILINE | re.DOTALL)
 
 
 def test_the_versions_on_the_page_on_compatibility_are_those_of_the_tests(shared_dir: Path) -> None:

@@ -123,11 +123,11 @@ def test_a_sync_that_fails_is_an_error_of_what_was_synced(folder: Path, ram: Pat
         assert "complete and in place, but whether it outlives a power failure is not certain" in line
         return
     assert line.startswith(f"vmsnap: error: cannot commit the snapshot {folder}/vm1: ")
-    assert any(what in line for what in ('cannot sync "ram"', "cannot sync the root", "vmsnap_manifest of "))
+    assert any(what in line for what in ('cannot sync "mem', "cannot sync the root", "vmsnap_manifest of "))
     assert os.listdir(folder) == []
 
 
-@pytest.mark.parametrize("command", ["dump", "dump-memory", "encrypt", "decrypt", "seal"])
+@pytest.mark.parametrize("command", ["dump", "encrypt", "decrypt", "seal"])
 def test_the_command_line_leaves_the_syncs_out_where_told(
     folder: Path, ram: Path, tmp_path: Path, command: str
 ) -> None:
@@ -180,7 +180,7 @@ def test_a_rename_across_file_systems_is_refused_and_leaves_nothing(folder: Path
 
 @pytest.mark.parametrize("error", ["EXDEV", "EPERM", "EIO"])
 def test_the_command_line_leaves_nothing_where_it_cannot_rename(folder: Path, ram: Path, error: str) -> None:
-    done = command_line(f"renameat2:error={error}:{INTO_PLACE}", "dump-memory", ram, folder / "vm1")
+    done = command_line(f"renameat2:error={error}:{INTO_PLACE}", "dump", ram, folder / "vm1")
     assert done.returncode == 1
     assert "cannot commit the snapshot" in error_of(done)
     assert "cannot be made" not in error_of(done)
@@ -210,7 +210,7 @@ print(os.listdir(sys.argv[1]))
 
 @pytest.mark.parametrize("error", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
 def test_without_a_rename_that_replaces_nothing_a_plain_one_does(folder: Path, ram: Path, error: str) -> None:
-    done = command_line(f"renameat2:error={error}", "dump-memory", ram, folder / "vm1")
+    done = command_line(f"renameat2:error={error}", "dump", ram, folder / "vm1")
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == ["vm1"]
     assert vmsnap.verify(folder / "vm1").ok

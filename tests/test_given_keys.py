@@ -67,11 +67,9 @@ def shell(tmp_path: Path, command: str, status: int = 0, **environment: str) -> 
 # The new snapshot is vm2, where there is one; vm1 is there, encrypted with vm.key, and plain is.
 WRITING = {
     "dump": "dump ram.img vm2 {}",
-    "dump of a process": "dump $$ vm2 {}",
+    "dump-process": "dump-process $$ vm2 {}",
     "dump --encrypt": "dump ram.img vm2 --encrypt {}",
-    "dump-memory": "dump-memory ram.img vm2 {}",
-    "dump-memory --encrypt": "dump-memory ram.img vm2 --encrypt {}",
-    "cp --create": "cp ram.img vm2:ram --create {}",
+    "put --create": "put ram.img vm2 ram --create {}",
     "qemu save": "qemu save --qmp none.qmp vm2 {}",
     "qemu save --encrypt": "qemu save --qmp none.qmp vm2 --encrypt {}",
     "encrypt": "encrypt plain vm2 {}",
@@ -112,11 +110,11 @@ def test_each_file_of_recipients_has_to_name_somebody(tmp_path: Path, ram: Path,
         ("-R good.txt -R comments.txt", "comments.txt"),
         (f"-r {recipient} -R comments.txt", "comments.txt"),
     ):
-        line = error_of(shell(tmp_path, f"vmsnap dump-memory ram.img vm2 {given}", status=1))
+        line = error_of(shell(tmp_path, f"vmsnap dump ram.img vm2 {given}", status=1))
         assert f"{named}" in line
         assert ": the file contains no recipients; " in line
         assert tree(tmp_path) == before
-    shell(tmp_path, "vmsnap dump-memory ram.img vm2 -R good.txt -R <(cat good.txt)")
+    shell(tmp_path, "vmsnap dump ram.img vm2 -R good.txt -R <(cat good.txt)")
     assert key_wrapping(str(tmp_path / "vm2")) == ("age", ["X25519", "X25519"])
 
 
@@ -127,9 +125,9 @@ def test_an_option_for_keys_that_is_empty_is_refused_by_every_command(
     some_snapshots(tmp_path)
     prefix = "--new-" if command.startswith(("encrypt", "rekey")) else "--"
     cases = [("-R ''", 2, "the path is empty")]
-    if command != "cp --create":
+    if command != "put --create":
         cases.append((f"{prefix}key-file ''", 2, "the path is empty"))
-        cases.append((f"{prefix}key-file /dev/null", 1, "a key file holds 32 bytes"))
+        cases.append((f"{prefix}key-file /dev/null", 1, "is not a key file: expected 32 bytes"))
     if not command.startswith("qemu"):  # which looks for QEMU first, and finds none
         cases.append(('-r "$NOBODY"', 1, '"" is not an age recipient'))
     before = tree(tmp_path)
@@ -143,11 +141,11 @@ def test_files_of_keys_that_are_empty_are_refused(tmp_path: Path, ram: Path, hom
     write_private(tmp_path / "empty", b"")
     before = tree(tmp_path)
     for option, said in (
-        ("--key-file", "a key file holds 32 bytes"),
-        ("--passphrase-file", "a passphrase is 1 to 4096 bytes"),
+        ("--key-file", "is not a key file: expected 32 bytes"),
+        ("--passphrase-file", "a passphrase is 1 to 4096 bytes long"),
     ):
         for file in ("empty", "/dev/null", "<(false)"):
-            done = shell(tmp_path, f"vmsnap dump-memory ram.img vm2 {option} {file}", status=1)
+            done = shell(tmp_path, f"vmsnap dump ram.img vm2 {option} {file}", status=1)
             assert said in error_of(done)
             assert tree(tmp_path) == before
 
@@ -251,7 +249,7 @@ def test_variables_that_others_define_may_be_empty(
 )
 def test_recipients_are_read_as_editors_write_them(tmp_path: Path, ram: Path, recipient: str, form: str) -> None:
     (tmp_path / "team.txt").write_text(form.format(recipient), newline="")
-    done = run("dump-memory", ram, tmp_path / "vm1", "-R", tmp_path / "team.txt")
+    done = run("dump", ram, tmp_path / "vm1", "-R", tmp_path / "team.txt")
     assert b"ignored" not in done.stderr
     kinds = [kind.split()[0] for kind in key_wrapping(str(tmp_path / "vm1"))[1]]  # type: ignore[index]
     assert kinds == ["X25519", "ssh-ed25519"][: 1 + ("ssh-" in form)]
@@ -262,14 +260,14 @@ def test_ssh_keys_that_age_cannot_encrypt_to_are_ignored_with_a_warning(
 ) -> None:
     team = tmp_path / "team.txt"
     team.write_text(f"# the team\n{ECDSA}\n{recipient}\n{SECURITY_KEY}\n")
-    told = run("dump-memory", ram, tmp_path / "vm1", "-R", team).stderr.decode()
+    told = run("dump", ram, tmp_path / "vm1", "-R", team).stderr.decode()
     assert f"vmsnap: {team}: line 2 is ignored: age encrypts to SSH keys of the types" in told
     assert f"{team}: line 4 is ignored: " in told
     assert "and not sk-ssh-ed25519@openssh.com\n" in told
     assert key_wrapping(str(tmp_path / "vm1")) == ("age", ["X25519"])
     team.write_text(f"{ECDSA}\n")
     before = tree(tmp_path)
-    line = error_of(run("dump-memory", ram, tmp_path / "vm2", "-R", team, status=1))
+    line = error_of(run("dump", ram, tmp_path / "vm2", "-R", team, status=1))
     assert f"{team}: the file contains no recipients that age can encrypt to; line 1 is ignored: " in line
     # Given as such it is an error.
     assert "cannot be used as a recipient" in error_of(run("dump", ram, tmp_path / "vm2", "-r", ECDSA, status=1))
@@ -291,15 +289,15 @@ def test_a_line_that_is_not_a_recipient_is_named_with_its_file_and_not_quoted(
     team = tmp_path / "team.txt"
     team.write_text(f"# the team\r\n{recipient}\r\n\r\n{line}\r\n", newline="")
     before = tree(tmp_path)
-    told = error_of(run("dump-memory", ram, tmp_path / "vm1", "-R", team, status=1))
+    told = error_of(run("dump", ram, tmp_path / "vm1", "-R", team, status=1))
     assert f"{team}: line 4 {said}" in told
     assert "hunter2" not in told.lower()
     assert tree(tmp_path) == before
     team.write_bytes(recipient.encode("utf-16"))
     assert f"{team}: the file is in UTF-16: save it in UTF-8" in error_of(
-        run("dump-memory", ram, tmp_path / "vm1", "-R", team, status=1)
+        run("dump", ram, tmp_path / "vm1", "-R", team, status=1)
     )
-    assert "cannot be read" in error_of(run("dump-memory", ram, tmp_path / "vm1", "-R", tmp_path, status=1))
+    assert "cannot be read" in error_of(run("dump", ram, tmp_path / "vm1", "-R", tmp_path, status=1))
 
 
 @row("unparsable-identity")
@@ -466,6 +464,6 @@ def test_the_command_line_tells_of_a_new_identity_whatever_python_is_told_of_war
     for number, setting in enumerate(("error", "ignore", "")):
         shutil.rmtree(home.parent, ignore_errors=True)
         root = tmp_path / f"vm{number}"
-        done = run("dump-memory", ram, root, "--encrypt", env={"PYTHONWARNINGS": setting})
+        done = run("dump", ram, root, "--encrypt", env={"PYTHONWARNINGS": setting})
         assert done.stderr.decode().count(f"vmsnap: a new identity was made in {home}: keep a copy of it") == 1
         assert vmsnap.verify(root).ok

@@ -30,7 +30,7 @@ def test_a_file_that_is_said_to_be_one_hole_is_read(tmp_path: Path, fault: str, 
         pytest.skip("there is no strace")
     noise = pattern(MIB)
     (tmp_path / "noise").write_bytes(noise)
-    command = [sys.executable, "-m", "vmsnap", "dump-memory", str(tmp_path / "noise"), str(tmp_path / "vm1"), *option]
+    command = [sys.executable, "-m", "vmsnap", "dump", str(tmp_path / "noise"), str(tmp_path / "vm1"), *option]
     strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=lseek", "-e", f"inject={fault}"]
     subprocess.run([*strace, *command], check=True)
     assert vmsnap.open(tmp_path / "vm1").memory().read(0, MIB) == noise

@@ -13,6 +13,7 @@ from commands import error_of, run
 from support import MIB, pattern, tree
 
 BAD = b"\xff"
+CREATE = "--create"
 
 # As where no locale is set, and Python is not to make UTF-8 of that.
 C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -45,16 +46,11 @@ NAMES: dict[str, Arguments] = {
     "show": lambda base, bad: ["show", base, bad],
     "peek": lambda base, bad: ["peek", base, "0", "1", "--namespace", bad],
     "map": lambda base, bad: ["map", base, "-o", base.parent / "map.png", "--namespace", bad],
-    "restore-memory": lambda base, bad: ["restore-memory", base, base.parent / "out", "--namespace", bad],
-    "cp, out": lambda base, bad: ["cp", bytes(base) + b":" + bad, base.parent / "out"],
-    "cp, in": lambda base, bad: ["cp", base.parent / "ram.img", bytes(base) + b":" + bad],
-    "cp, into a new one": lambda base, bad: ["cp", base.parent / "ram.img", bytes(base) + b"2:ns/" + bad, "--create"],
-    "cp, by the name of a file": lambda base, bad: [
-        "cp",
-        bytes(base.parent) + b"/" + bad,
-        bytes(base) + b"2:",
-        "--create",
-    ],
+    "restore": lambda base, bad: ["restore", base, base.parent / "out", "--namespace", bad],
+    "get": lambda base, bad: ["get", base, bad, base.parent / "out"],
+    "put": lambda base, bad: ["put", base.parent / "ram.img", base, bad],
+    "put, into a new one": lambda base, bad: ["put", base.parent / "ram.img", bytes(base) + b"2", b"ns/" + bad, CREATE],
+    "put, by the name of a file": lambda base, bad: ["put", base.parent / os.fsdecode(bad), bytes(base) + b"2", CREATE],
     "dump -r": lambda base, bad: ["dump", base.parent / "ram.img", base.parent / "out", "-r", bad],
     "encrypt -r": lambda base, bad: ["encrypt", base, base.parent / "out", "-r", bad],
     "rekey -r": lambda base, bad: ["rekey", base, "-r", bad],
@@ -68,7 +64,7 @@ def test_a_name_that_is_not_utf_8_is_one_line(base: Path, command: str, locale: 
     before = tree(base.parent)
     done = called(*NAMES[command](base, b"caf\xe9"), **locale)
     assert done.returncode == 1, done.stderr
-    assert re.search(r"caf\\xe9(/x)?: is not UTF-8, which names and recipients have to be$", error_of(done))
+    assert re.search(r"caf\\xe9(/x)?: is not UTF-8, and names and recipients must be$", error_of(done))
     assert tree(base.parent) == before
 
 
@@ -77,13 +73,13 @@ def test_a_path_is_any_bytes(base: Path) -> None:
     folder = os.path.join(bytes(base.parent), BAD)
     [recipient] = vmsnap.recipients_of(vmsnap.generate_identity())
     for arguments in (
-        ["dump-memory", base.parent / "ram.img", folder],
+        ["dump", base.parent / "ram.img", folder],
         ["verify", folder],
         ["ls", folder],
         ["info", folder],
         ["tree", folder],
-        ["cp", folder + b":mem", folder + b"2"],
-        ["restore-memory", folder, folder + b"3"],
+        ["get", folder, "mem", folder + b"2"],
+        ["restore", folder, folder + b"3"],
         ["encrypt", folder, folder + b"4", "-r", recipient],
         ["clean", base.parent],
     ):
@@ -112,11 +108,10 @@ def test_what_is_listed_can_be_read_in_the_c_locale(base: Path) -> None:
 def test_a_name_goes_out_and_in_again_in_the_c_locale(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert called("cp", bytes(base) + ":è/é".encode(), out, **C_LOCALE).returncode == 0
+    assert called("get", base, "è/é".encode(), out, **C_LOCALE).returncode == 0
     assert os.listdir(bytes(out)) == ["é".encode()]
     # By the file's own name, into a new namespace.
-    copy = bytes(tmp_path / "copy") + ":ü/".encode()
-    done = called("cp", os.path.join(bytes(out), "é".encode()), copy, "--create", **C_LOCALE)
+    done = called("put", out / "é", tmp_path / "copy", "ü/".encode(), CREATE, **C_LOCALE)
     assert done.returncode == 0, done.stderr
     assert vmsnap.open(tmp_path / "copy").namespace("ü").read_fragment("é") == {"now": 12}
 

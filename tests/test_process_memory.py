@@ -86,9 +86,9 @@ def test_what_was_never_touched_costs_nothing_however_long_it_is(tmp_path: Path)
 def test_a_dump_of_all_mappings_touches_nothing_either(tmp_path: Path, setup: str) -> None:
     with child(tmp_path, setup) as process:
         # Once before: what is the kernel's own, like the vdso, is made there when it is first read.
-        run("dump", process.pid, tmp_path / "vm0")
+        run("dump-process", process.pid, tmp_path / "vm0")
         before = process.resident(), page_tables(process.pid)
-        run("dump", process.pid, tmp_path / "vm1")
+        run("dump-process", process.pid, tmp_path / "vm1")
         assert (process.resident(), page_tables(process.pid)) == before
         assert before[0] < 2 * MIB
         memory = vmsnap.open(tmp_path / "vm1").namespace("mem")
@@ -106,7 +106,7 @@ def covers(name: str, address: int) -> bool:
 def test_of_a_very_long_hole_there_is_no_fragment(tmp_path: Path) -> None:
     with child(tmp_path, VAST) as process:
         tables = page_tables(process.pid)
-        told = run("dump", process.pid, tmp_path / "vm1").stderr.decode()
+        told = run("dump-process", process.pid, tmp_path / "vm1").stderr.decode()
         middle = process.address + (1 << 39)
         assert f"left out: {process.address:016x}-{middle:016x} anonymous (nothing but zeros)" in told
         assert page_tables(process.pid) < tables + MIB
@@ -125,7 +125,7 @@ def test_guard_pages_hold_nothing(tmp_path: Path) -> None:
         memory, report = stored(tmp_path, process)
         assert memory == expected()
         assert report.unreadable == []
-        done = run("dump", process.pid, tmp_path / "all")
+        done = run("dump-process", process.pid, tmp_path / "all")
         assert f"{process.address + 3 * PAGE:016x}-" not in done.stderr.decode()
         fragments = vmsnap.open(tmp_path / "all").namespace("mem")
         [name] = [each for each in fragments.list_fragments() if covers(each, process.address)]

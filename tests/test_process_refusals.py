@@ -35,13 +35,13 @@ def memory_of(root: Path, process: Child) -> bytes:
 @pytest.mark.parametrize("setup", [ANONYMOUS, PRIVATE_FILE], ids=["anonymous", "file"])
 def test_memory_is_read_in_another_way_where_one_is_refused(tmp_path: Path, number: int, setup: str) -> None:
     with child(tmp_path, setup) as process:
-        done = run(refusing(number, "process_vm_readv"), "dump-memory", process.pid, tmp_path / "vm1", "--json")
+        done = run(refusing(number, "process_vm_readv"), "dump", process.pid, tmp_path / "vm1", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["unreadable"] == []
         assert memory_of(tmp_path / "vm1", process) == expected()
 
 
-@pytest.mark.parametrize("command", ["dump", "dump-memory"])
+@pytest.mark.parametrize("command", ["dump", "dump-process"])
 def test_where_all_ways_are_refused_nothing_is_stored(tmp_path: Path, command: str) -> None:
     with child(tmp_path, ANONYMOUS) as process:
         before = refusing(errno.EPERM, "process_vm_readv", "pread64")
@@ -69,7 +69,7 @@ writer.write_memory([region], on_error="zero")
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace")
-@pytest.mark.parametrize("command", ["dump", "dump-memory"])
+@pytest.mark.parametrize("command", ["dump", "dump-process"])
 @pytest.mark.parametrize(
     "calls",
     [
@@ -88,7 +88,7 @@ def test_without_a_page_map_the_memory_is_read(tmp_path: Path, calls: list[str],
         arguments = [sys.executable, "-m", "vmsnap", command, str(process.pid), str(tmp_path / "vm1")]
         done = subprocess.run([*trace, *arguments], capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
-        if command == "dump-memory":
+        if command == "dump":
             assert memory_of(tmp_path / "vm1", process) == expected()
         else:
             assert fragments_of(tmp_path / "vm1", process) == expected()
@@ -107,7 +107,7 @@ def fragments_of(root: Path, process: Child) -> bytes:
 
 def test_who_may_not_trace_is_told_what_to_do(tmp_path: Path) -> None:
     with child(tmp_path, ANONYMOUS) as process:
-        done = run(refusing(errno.EPERM, "ptrace"), "dump-memory", process.pid, tmp_path / "vm1")
+        done = run(refusing(errno.EPERM, "ptrace"), "dump", process.pid, tmp_path / "vm1")
         assert done.returncode == 1
         [line] = done.stderr.splitlines()
         assert f"process {process.pid}: it may not be traced" in line

@@ -106,7 +106,7 @@ def test_the_image_is_what_the_guest_left(ram: Ram) -> None:
 
 
 def test_it_comes_back_to_a_file(stored: Stored, ram: Ram, place: Path) -> None:
-    run("restore-memory", stored.root, place / "out", *stored.key_file)
+    run("restore", stored.root, place / "out", *stored.key_file)
     assert ram.is_same(np.memmap(place / "out", mode="r"))
     assert (place / "out").stat().st_blocks * 512 < ram.path.stat().st_blocks * 512
 

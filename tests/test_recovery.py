@@ -264,7 +264,7 @@ def test_of_a_damaged_fragment_all_but_one_segment_is_saved(damaged: Path) -> No
     assert DEFAULT_CHUNK_SIZE_BYTES == 4096
     (damaged / "ram.img").write_bytes(RAM)
     run("dump", damaged / "ram.img", damaged / "vm5", "--key-file", damaged / "vm.key")
-    with vmsnap.open(damaged / "vm5", key=KEY).raw_fragment("ram") as fragment:
+    with vmsnap.open(damaged / "vm5", key=KEY).raw_fragment("mem") as fragment:
         assert fragment.chunk_size_bytes == 65536
 
 
@@ -272,7 +272,7 @@ def test_commands_end_at_a_damaged_segment_and_copy_a_part_that_is_whole(folder:
     opened = ["--key-file", folder / "vm.key"]
     flip(folder / "vm1/disks/sda", segment_offset(16, DEFAULT_CHUNK_SIZE_BYTES) + 20)
     run("cat", folder / "vm1", "disks/sda", *opened, status=3)
-    run("cp", f"{folder / 'vm1'}:disks/sda", folder / "out.img", *opened, status=3)
+    run("get", folder / "vm1", "disks/sda", folder / "out.img", *opened, status=3)
     assert not (folder / "out.img").exists()
     [command] = blocks(PAGE, "sh", "A damaged fragment")
     shell(command, folder)
@@ -435,7 +435,7 @@ def writing(folder: Path, how: str) -> Iterator[None]:
 def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_holds_is_not(folder: Path) -> None:
     clean, clean_snapshot = commands(blocks(PAGE, "sh", "Never committed")[0])
     with writing(folder, f"vmsnap.create('vm3', key={KEY!r})"):
-        assert "left, in use" in shell(clean, folder).stderr
+        assert "kept, in use" in shell(clean, folder).stderr
         [staged] = folder.glob(".vmsnap-*")
     assert re.fullmatch(r"\.vmsnap-[0-9a-f]{16}", staged.name)
     assert not (folder / "vm3").exists()

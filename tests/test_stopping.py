@@ -22,7 +22,7 @@ from vmsnap._vmsnap import StoppedProcess
 
 PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 8 << 20
-BOTH = pytest.mark.parametrize("command", ["dump", "dump-memory"])
+BOTH = pytest.mark.parametrize("command", ["dump", "dump-process"])
 
 # Page faults are served by another process, which asks this one each time: so it is this one that is waited for, and
 # nothing about it tells. A line on standard output says that the other process asks; one on its standard input has it
@@ -102,7 +102,7 @@ def start(*arguments: object, before: str = "", **options: Any) -> subprocess.Po
 def waiting(process: Child, folder: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A dump that waits for the process that it has stopped."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start("dump-memory", process.pid, folder / "vm1", "--threads", 1, **(pipes | options)) as dump:
+    with start("dump", process.pid, folder / "vm1", "--threads", 1, **(pipes | options)) as dump:
         try:
             assert process.process.stdout is not None
             assert process.process.stdout.readline() == "asks\n"
@@ -180,7 +180,7 @@ def test_who_traces_it_already_is_named(tmp_path: Path) -> None:
     with child(tmp_path, ANONYMOUS) as process:
         held = StoppedProcess(process.pid, 60)
         # Stopped by a debugger, it is left as it was found.
-        run("dump-memory", process.pid, tmp_path / "vm1")
+        run("dump", process.pid, tmp_path / "vm1")
         assert state(process.pid) == "t"
         with pytest.raises(PermissionError, match=rf"process {os.getpid()} \(.*\) traces it; stop it there"):
             StoppedProcess(process.pid, 60)
@@ -207,7 +207,7 @@ def test_where_nothing_moves_the_process_goes_on_and_it_is_an_error(tmp_path: Pa
             _, told = dump.communicate(timeout=60)
             assert dump.returncode == 1
             [line] = told.decode().splitlines()
-            assert f"process {process.pid}: nothing could be read or stored for 1 s while it was stopped" in line
+            assert f"process {process.pid}: no progress for 1 s while it was stopped" in line
             assert "try --no-stop" in line
         assert state(process.pid) not in "Tt"
         assert os.listdir(tmp_path) == []
@@ -276,12 +276,12 @@ def test_no_bar_is_shown_by_the_process_that_is_stopped(tmp_path: Path, orphan: 
 def test_pages_that_it_would_bring_itself_are_not_waited_for(tmp_path: Path, command: str) -> None:
     with child(tmp_path, USERFAULT) as process:
         done = run(command, process.pid, tmp_path / "vm1")
-        said = "left out" if command == "dump" else "cannot be read, stored as zeros"
-        width = "016x" if command == "dump" else "#x"
+        said = "left out" if command == "dump-process" else "unreadable, stored as zeros"
+        width = "016x" if command == "dump-process" else "#x"
         hole = f"{process.address + PAGE:{width}}-{process.address + 16 * PAGE:{width}}"
         assert f"vmsnap: {said}: {hole}" in done.stderr.decode()
         assert state(process.pid) not in "Tt"
-        if command == "dump-memory":
+        if command == "dump":
             assert vmsnap.open(tmp_path / "vm1").memory().read(process.address, SIZE) == expected()
             span = f"{process.address:x}-{process.address + SIZE:x}"
             part = run(command, process.pid, tmp_path / "vm2", "--range", span, status=1)
@@ -340,15 +340,15 @@ libc.memcpy(ctypes.create_string_buffer(1), ctypes.c_void_p(ctypes.addressof(cty
 def test_files_that_it_serves_itself_are_not_waited_for(tmp_path: Path) -> None:
     whole = b"".join(bytes([page % 251 + 1]) * PAGE for page in range(2048))
     with child(tmp_path, FUSE) as process:
-        done = run("dump-memory", process.pid, tmp_path / "vm1")
+        done = run("dump", process.pid, tmp_path / "vm1")
         memory = vmsnap.open(tmp_path / "vm1").memory().read(process.address, SIZE)
         # What it has read before is there; how much that is, the kernel decides.
         assert memory[:PAGE] == whole[:PAGE]
         assert memory[-PAGE:] == bytes(PAGE)
         assert f"-{process.address + SIZE:#x}\n" in done.stderr.decode()
         assert state(process.pid) not in "Tt"
-        run("dump", process.pid, tmp_path / "vm2")
+        run("dump-process", process.pid, tmp_path / "vm2")
         span = f"{process.address:x}-{process.address + SIZE:x}"
-        assert "--no-stop" in error_of(run("dump-memory", process.pid, tmp_path / "vm3", "--range", span, status=1))
-        run("dump-memory", process.pid, tmp_path / "vm3", "--range", span, "--no-stop")
+        assert "--no-stop" in error_of(run("dump", process.pid, tmp_path / "vm3", "--range", span, status=1))
+        run("dump", process.pid, tmp_path / "vm3", "--range", span, "--no-stop")
         assert vmsnap.open(tmp_path / "vm3").memory().read(process.address, SIZE) == whole

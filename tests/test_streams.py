@@ -47,11 +47,10 @@ Arguments = Callable[[Made, Path], list[object]]
 # What makes something, and has nothing to print on standard output.
 MAKING: dict[str, Arguments] = {
     "dump": lambda made, out: ["dump", made.ram, out],
-    "dump-memory": lambda made, out: ["dump-memory", made.ram, out],
-    "dump-memory, for a new identity": lambda made, out: ["dump-memory", made.ram, out, "--encrypt"],
-    "restore-memory": lambda made, out: ["restore-memory", made.base, out],
-    "cp, out": lambda made, out: ["cp", f"{made.base}:mem", out],
-    "cp, in": lambda made, out: ["cp", made.ram, f"{out}:disks/sda", "--create"],
+    "dump, for a new identity": lambda made, out: ["dump", made.ram, out, "--encrypt"],
+    "restore": lambda made, out: ["restore", made.base, out],
+    "get": lambda made, out: ["get", made.base, "mem", out],
+    "put": lambda made, out: ["put", made.ram, out, "disks/sda", "--create"],
     "encrypt": lambda made, out: ["encrypt", made.base, out, "--new-key-file", made.key],
     "decrypt": lambda made, out: ["decrypt", made.secret, out, "--key-file", made.key],
     "keygen": lambda made, out: ["keygen", "-o", out],
@@ -64,10 +63,10 @@ PRINTING: dict[str, Arguments] = {
     "tree": lambda made, out: ["tree", made.base],
     "show": lambda made, out: ["show", made.base, "clock"],
     "cat": lambda made, out: ["cat", made.base, "mem"],
-    "cp, out": lambda made, out: ["cp", f"{made.base}:mem", "-"],
+    "get": lambda made, out: ["get", made.base, "mem", "-"],
     "peek": lambda made, out: ["peek", made.base, 0, 64],
     "verify": lambda made, out: ["verify", made.base],
-    "dump-memory --json": lambda made, out: ["dump-memory", made.ram, out, "--json", "--encrypt"],
+    "dump --json": lambda made, out: ["dump", made.ram, out, "--json", "--encrypt"],
     "keygen": lambda made, out: ["keygen"],
     "demo": lambda made, out: ["demo", "--size-mib", 1],
     "help": lambda made, out: ["--help"],
@@ -91,9 +90,9 @@ def test_what_is_made_is_made_whole(made: Made, tmp_path: Path, command: str, re
     out = tmp_path / "out"
     done = redirected(redirections, *MAKING[command](made, out), home=tmp_path)
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
-    if command in ("restore-memory", "cp, out"):
+    if command in ("restore", "get"):
         assert out.read_bytes() == pattern(MIB)
-    elif command == "cp, in":
+    elif command == "put":
         assert (out / "disks/sda").read_bytes() == pattern(MIB)
     elif command == "keygen":
         assert len(vmsnap.recipients_of(out)) == 1
@@ -109,7 +108,7 @@ def test_what_is_made_is_made_whole(made: Made, tmp_path: Path, command: str, re
 def test_what_is_printed_is_that_and_nothing_more(made: Made, tmp_path: Path, command: str, redirections: str) -> None:
     done = redirected(redirections, *PRINTING[command](made, tmp_path / "out"), home=tmp_path)
     assert done.returncode == 0, done.stderr
-    if command == "dump-memory --json":
+    if command == "dump --json":
         # Not the advice on the new identity, which has its place on standard error.
         assert json.loads(done.stdout)["logical_bytes"] == MIB
     elif command in ("keygen", "demo"):
@@ -148,7 +147,7 @@ def test_an_error_that_cannot_be_printed_has_its_status(
 
 def test_data_from_a_closed_standard_input_is_an_error(made: Made, tmp_path: Path) -> None:
     for path in ("sda", "ns/sda"):
-        done = redirected("<&-", "cp", "-", f"{tmp_path}/out:{path}", "--create", home=tmp_path)
+        done = redirected("<&-", "put", "-", tmp_path / "out", path, "--create", home=tmp_path)
         assert done.returncode == 1
         assert error_of(done) == "vmsnap: error: standard input is closed"
         assert list(tmp_path.iterdir()) == []
@@ -157,7 +156,7 @@ def test_data_from_a_closed_standard_input_is_an_error(made: Made, tmp_path: Pat
 def test_a_reader_of_messages_that_goes_away_is_no_error(made: Made, tmp_path: Path) -> None:
     theirs, ours = os.pipe()
     os.close(theirs)
-    command = [sys.executable, "-m", "vmsnap", "dump-memory", str(made.ram), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "vmsnap", "dump", str(made.ram), str(tmp_path / "out")]
     try:
         assert subprocess.run(command, stderr=ours, timeout=PATIENCE).returncode == 0
     finally:
@@ -177,7 +176,7 @@ def test_a_progress_bar_that_cannot_be_drawn_is_no_error(made: Made, tmp_path: P
             [
                 *(strace, "-f", "-qq", "-o", log, "-P", os.ttyname(theirs), "-e", "trace=write"),
                 *("-e", "inject=write:error=EIO", sys.executable, "-m", "vmsnap"),
-                *("dump-memory", made.ram, tmp_path / "out"),
+                *("dump", made.ram, tmp_path / "out"),
             ],
             stderr=theirs,
             stdout=subprocess.PIPE,

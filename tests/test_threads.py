@@ -124,7 +124,7 @@ def test_without_threads_the_caller_does_everything(tmp_path: Path, allowed: int
 @ALLOWED
 def test_a_dump_without_a_thread_for_its_progress_bar_is_complete(tmp_path: Path, allowed: int) -> None:
     (tmp_path / "ram.img").write_bytes(pattern(1 << 20))
-    arguments = ("-m", "vmsnap", "dump-memory", tmp_path / "ram.img", tmp_path / "vm1")
+    arguments = ("-m", "vmsnap", "dump", tmp_path / "ram.img", tmp_path / "vm1")
     terminal, other_end = pty.openpty()
     status = subprocess.run(
         with_threads(allowed, sys.executable, *arguments), stderr=other_end, env=os.environ | {"TERM": "xterm"}

@@ -119,11 +119,16 @@ def error_with(injection: str, *arguments: object, of: Path | None = None) -> st
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, ram: Path) -> None:
-    for arguments in (["dump", ram, tmp_path / "out"], ["cp", ram, f"{tmp_path}/out:sda", "--create"]):
-        text = error_with("read:error=EIO", *arguments, of=ram)
-        assert text in (f"{ram}: Input/output error", f"{ram}: cannot be read: Input/output error")
-        assert not (tmp_path / "out").exists()
-    text = error_with("read:error=EIO", "cp", "-", f"{tmp_path}/out:sda", "--create", of=Path(os.devnull))
+    # First its beginning is read, which tells its format; then its memory.
+    for number, said in ((1, f"{ram}: cannot be read"), (2, "guest-physical address 0x0 cannot be read")):
+        text = error_with(f"pread64:error=EIO:when={number}", "dump", ram, tmp_path / "out", of=ram)
+        assert text.endswith(f"{said}: Input/output error")
+        assert os.listdir(tmp_path) == ["ram.img"]
+    assert error_with("read:error=EIO", "put", ram, tmp_path / "out", "sda", "--create", of=ram) == (
+        f"{ram}: Input/output error"
+    )
+    assert not (tmp_path / "out").exists()
+    text = error_with("read:error=EIO", "put", "-", tmp_path / "out", "sda", "--create", of=Path(os.devnull))
     assert text == "standard input: Input/output error"
     key = write_private(tmp_path / "key", KEY)
     assert error_with("read:error=EIO", "dump", ram, tmp_path / "out", "--key-file", key, of=key).startswith(f"{key}: ")
@@ -135,20 +140,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, ram: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named_and_removed(tmp_path: Path, ram: Path) -> None:
-    run("dump", ram, tmp_path / "base")
+    run("put", ram, tmp_path / "base", "ram", "--create")
     out = tmp_path / "out"
-    for arguments in (["cp", f"{tmp_path}/base:ram", out], ["keygen", "-o", out]):
+    for arguments in (["get", tmp_path / "base", "ram", out], ["keygen", "-o", out]):
         assert error_with("write:error=EIO", *arguments, of=out) == f"{out}: Input/output error"
         assert not out.exists()
     assert error_with("fsync:error=EIO", "keygen", "-o", out, of=out) == f"{out}: Input/output error"
     assert not out.exists()
     out.write_bytes(b"before")
-    text = error_with("rename:error=EIO", "cp", f"{tmp_path}/base:ram", out, "--force")
+    text = error_with("rename:error=EIO", "get", tmp_path / "base", "ram", out, "--force")
     assert text == f"{out}: cannot be replaced: Input/output error"
     assert out.read_bytes() == b"before"
 
 
-@pytest.mark.parametrize("command", ["dump", "dump-memory"])
+@pytest.mark.parametrize("command", ["dump", "dump-process"])
 def test_a_process_is_named_of_which_the_kernel_refuses_something(tmp_path: Path, command: str) -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
         try:

@@ -1,7 +1,5 @@
 //! An encrypted fragment being written: one FLOE message, `docs/format.md` has its bytes.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::batches::batch_bytes;
@@ -14,6 +12,7 @@ use crate::error::Result;
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
+use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
 /// From here on a write is encrypted straight from the caller's buffer, and returns when all of it is written; what is less
@@ -21,7 +20,7 @@ use crate::threads::Interrupt;
 const MIN_DIRECT_WRITE_BYTES: usize = 4 << 20;
 
 pub(super) struct EncryptedSink {
-    file: Arc<File>,
+    file: Arc<StoredFile>,
     encryptors: Arc<Encryptors>,
     chunk_size_bytes: usize,
     /// Plaintext not handed on yet, from the start of chunk `next_index`. Whether a chunk is the last shows only when more
@@ -34,7 +33,7 @@ pub(super) struct EncryptedSink {
 
 impl EncryptedSink {
     pub(super) fn new(
-        file: Arc<File>,
+        file: Arc<StoredFile>,
         key: &SecretKey,
         path: &SnapshotPath,
         chunk_size_bytes: usize,

@@ -3,8 +3,6 @@
 //! Segments have a fixed size, so a thread knows where the segment of a chunk lies: it reads it, decrypts it into its place
 //! and never meets the others.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use super::batches::{Batches, batch_bytes};
@@ -16,6 +14,7 @@ use crate::cipher::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
+use crate::stored_file::StoredFile;
 use crate::threads::{Interrupt, for_each, lock};
 
 /// Of an open fragment that nobody reads, at most this many workers are kept, and none with larger segments.
@@ -23,7 +22,7 @@ const MAX_IDLE_WORKERS: usize = 8;
 const MAX_IDLE_SEGMENT_BYTES: usize = 2 << 20;
 
 pub(super) struct EncryptedSource {
-    file: File,
+    file: StoredFile,
     decryption: Decryption,
     header_tag: [u8; HEADER_TAG_BYTES],
     chunk_size_bytes: usize,
@@ -42,7 +41,7 @@ impl EncryptedSource {
     ///
     /// `expected` is the header's tag where the manifest says so.
     pub(super) fn open(
-        file: File,
+        file: StoredFile,
         stored_size: u64,
         key: &SecretKey,
         path: &SnapshotPath,
@@ -73,6 +72,10 @@ impl EncryptedSource {
 
     pub(super) fn size(&self) -> u64 {
         self.decryption.size()
+    }
+
+    pub(super) fn file(&self) -> &StoredFile {
+        &self.file
     }
 
     pub(super) fn header_tag(&self) -> [u8; HEADER_TAG_BYTES] {

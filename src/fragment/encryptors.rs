@@ -6,8 +6,6 @@
 //! memory, while the caller waits.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -18,6 +16,7 @@ use crate::buffer;
 use crate::cipher::{Encryption, Encryptor, SEGMENT_OVERHEAD_BYTES, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
+use crate::stored_file::StoredFile;
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt, for_each, lock};
 
 pub(super) struct Encryptors {
@@ -54,7 +53,7 @@ impl Queue {
 /// Whole chunks, none of them the last.
 struct Batch {
     /// Here and not in `Encryptors`, so that a helper on its way out does not keep a finished fragment's file open.
-    file: Arc<File>,
+    file: Arc<StoredFile>,
     first_index: u64,
     plaintext: Vec<u8>,
 }
@@ -67,7 +66,7 @@ pub(super) struct EncryptionWorker {
 /// Segments that are gathered, to be written together.
 struct EncryptedBatch<'a> {
     worker: &'a mut EncryptionWorker,
-    file: &'a File,
+    file: &'a StoredFile,
     first_index: u64,
     chunk_size_bytes: usize,
     chunks: usize,
@@ -111,7 +110,7 @@ impl Encryptors {
     /// Encrypts chunks of the caller's, by all threads; none of them the last.
     pub(super) fn encrypt(
         &self,
-        file: &File,
+        file: &StoredFile,
         first_index: u64,
         plaintext: &[u8],
         interrupt: &mut Interrupt<'_>,
@@ -128,7 +127,7 @@ impl Encryptors {
     }
 
     /// Encrypts and writes the last chunk.
-    pub(super) fn encrypt_last(&self, file: &File, index: u64, chunk: &[u8]) -> Result<()> {
+    pub(super) fn encrypt_last(&self, file: &StoredFile, index: u64, chunk: &[u8]) -> Result<()> {
         let EncryptionWorker { mut encryptor, mut segments } = self.worker();
         buffer::fit(&mut segments, chunk.len() + SEGMENT_OVERHEAD_BYTES)?;
         encryptor.encrypt_last(index, chunk, &mut segments)?;
@@ -136,7 +135,7 @@ impl Encryptors {
     }
 
     /// Hands a batch to the other threads. Later calls tell how it went, [`Encryptors::drain`] at the latest.
-    pub(super) fn submit(self: &Arc<Self>, file: &Arc<File>, first_index: u64, plaintext: Vec<u8>) {
+    pub(super) fn submit(self: &Arc<Self>, file: &Arc<StoredFile>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
         queue.batches.push_back(Batch { file: Arc::clone(file), first_index, plaintext });
         let wanted = queue.helpers + 1 < self.threads;
@@ -227,7 +226,13 @@ impl Encryptors {
     }
 
     /// Encrypts whole chunks, none of them the last, and writes them.
-    fn encrypt_batch(&self, worker: &mut EncryptionWorker, file: &File, first_index: u64, batch: &[u8]) -> Result<()> {
+    fn encrypt_batch(
+        &self,
+        worker: &mut EncryptionWorker,
+        file: &StoredFile,
+        first_index: u64,
+        batch: &[u8],
+    ) -> Result<()> {
         let mut batch_writer = self.batch(worker, file, first_index)?;
         batch.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| batch_writer.push(chunk))?;
         batch_writer.write()
@@ -237,7 +242,7 @@ impl Encryptors {
     pub(super) fn encrypt_rope(
         &self,
         worker: &mut EncryptionWorker,
-        file: &File,
+        file: &StoredFile,
         first_index: u64,
         rope: &Rope<'_>,
         room: &mut Vec<u8>,
@@ -250,7 +255,7 @@ impl Encryptors {
     fn batch<'a>(
         &self,
         worker: &'a mut EncryptionWorker,
-        file: &'a File,
+        file: &'a StoredFile,
         first_index: u64,
     ) -> Result<EncryptedBatch<'a>> {
         let chunk_size_bytes = self.chunk_size_bytes;

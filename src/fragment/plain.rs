@@ -1,7 +1,5 @@
 //! A plain fragment: the bytes themselves.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batches::{BATCH_BYTES, Batches};
@@ -10,6 +8,7 @@ use super::place::not_written;
 use super::positioned::{PositionedKind, PositionedWriter};
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
+use crate::stored_file::StoredFile;
 use crate::threads::{Interrupt, for_each};
 
 /// Smaller writes are gathered: a system call for every few bytes would be most of the time.
@@ -19,7 +18,7 @@ const MAX_GATHERED_BYTES: usize = 64 << 10;
 const SYSCALL_BYTES: usize = 1 << 20;
 
 pub(super) struct PlainSink {
-    file: Arc<File>,
+    file: Arc<StoredFile>,
     offset: u64,
     gathered: Vec<u8>,
     /// Of what is written, where the manifest is to tell.
@@ -28,7 +27,7 @@ pub(super) struct PlainSink {
 }
 
 impl PlainSink {
-    pub(super) fn new(file: Arc<File>, digested: bool, threads: usize) -> Self {
+    pub(super) fn new(file: Arc<StoredFile>, digested: bool, threads: usize) -> Self {
         Self { file, offset: 0, gathered: Vec::new(), digest: digested.then(Box::default), threads }
     }
 
@@ -103,17 +102,21 @@ impl PlainSink {
 }
 
 pub(super) struct PlainSource {
-    file: File,
+    file: StoredFile,
     size: u64,
 }
 
 impl PlainSource {
-    pub(super) fn new(file: File, size: u64) -> Self {
+    pub(super) fn new(file: StoredFile, size: u64) -> Self {
         Self { file, size }
     }
 
     pub(super) fn size(&self) -> u64 {
         self.size
+    }
+
+    pub(super) fn file(&self) -> &StoredFile {
+        &self.file
     }
 
     /// Fills `buf` from `offset`; both lie within the size.

@@ -1,23 +1,20 @@
 //! A fragment whose beginning several threads write in batches, each at its own offset.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex};
-
-use rustix::io::{Errno, pwritev};
 
 use super::digest::{Digest, SUBTREE_BYTES, Subtree, subtree};
 use super::encryptors::{EncryptionWorker, Encryptors};
 use super::place::not_written;
 use super::rope::Rope;
 use crate::error::Result;
+use crate::stored_file::StoredFile;
 use crate::threads::lock;
 
 /// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and an
 /// ordinary write must follow the last batch.
 pub(crate) struct PositionedWriter {
-    pub(super) file: Arc<File>,
+    pub(super) file: Arc<StoredFile>,
     pub(super) kind: PositionedKind,
 }
 
@@ -67,7 +64,7 @@ impl PositionedWriter {
                 encryptors.encrypt_rope(worker, &self.file, offset / *chunk_size_bytes as u64, batch, room)
             }
             (PositionedKind::Plain(digest), _) => {
-                write_runs(&self.file, batch.runs(), offset).map_err(not_written)?;
+                self.file.write_runs(batch.runs(), offset).map_err(not_written)?;
                 if let Some(collected) = digest
                     && batch.len() > 0
                 {
@@ -85,29 +82,6 @@ impl PositionedWriter {
         }
     }
 }
-
-/// Writes runs one after the other.
-fn write_runs(file: &File, runs: &[&[u8]], mut offset: u64) -> io::Result<()> {
-    for runs in runs.chunks(IOV_MAX) {
-        let mut slices: Vec<_> = runs.iter().map(|run| IoSlice::new(run)).collect();
-        let mut left = &mut slices[..];
-        while !left.is_empty() {
-            match pwritev(file, left, offset) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => {
-                    offset += count as u64;
-                    IoSlice::advance_slices(&mut left, count);
-                }
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-    Ok(())
-}
-
-/// `IOV_MAX` of linux/uio.h: what one call takes.
-const IOV_MAX: usize = 1024;
 
 impl Collected {
     fn add(&mut self, first: u64, subtrees: Vec<Subtree>) {

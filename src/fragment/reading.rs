@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
+use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
 /// What is read of a whole fragment at a time.
@@ -95,10 +96,10 @@ impl FragmentReader {
             _ => None,
         };
         let source = match key {
-            None => FragmentSource::Plain(PlainSource::new(file, stored_size)),
+            None => FragmentSource::Plain(PlainSource::new(StoredFile::new(file), stored_size)),
             Some(key) => {
-                let source =
-                    EncryptedSource::open(file, stored_size, key, path, tag).map_err(|error| error.context(&place))?;
+                let source = EncryptedSource::open(StoredFile::new(file), stored_size, key, path, tag)
+                    .map_err(|error| error.context(&place))?;
                 FragmentSource::Encrypted(Box::new(source))
             }
         };
@@ -128,6 +129,15 @@ impl FragmentReader {
             FragmentSource::Plain(_) => None,
             FragmentSource::Encrypted(source) => Some(source.chunk_size_bytes()),
         }
+    }
+
+    /// Whether reads leave no page of the file in the page cache.
+    pub(crate) fn set_uncached(&self, uncached: bool) {
+        let file = match &self.file.source {
+            FragmentSource::Plain(source) => source.file(),
+            FragmentSource::Encrypted(source) => source.file(),
+        };
+        file.set_uncached(uncached);
     }
 
     /// What the manifest says of an encrypted fragment; a plain one would have to be read for it.

@@ -1,7 +1,6 @@
 //! A fragment being written.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -20,6 +19,7 @@ use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
+use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
 /// A fragment being written, front to back, by [`Write`].
@@ -34,7 +34,7 @@ use crate::threads::Interrupt;
 /// In a process forked from the one that opened it, every call fails and dropping does nothing.
 pub struct Fragment {
     state: State,
-    file: Arc<File>,
+    file: Arc<StoredFile>,
     folder: OwnedFd,
     staging: Staging,
     /// Held as long as something can be written.
@@ -84,7 +84,7 @@ impl Fragment {
         // Failed until it has begun: should that fail, dropping the fragment removes the file.
         let mut fragment = Self {
             state: State::Failed,
-            file: Arc::new(file),
+            file: Arc::new(StoredFile::new(file)),
             folder,
             staging: writing.staging.clone(),
             lock: Some(lock),
@@ -152,6 +152,11 @@ impl Fragment {
         })
     }
 
+    /// Whether writes leave no page of the file in the page cache.
+    pub(crate) fn set_uncached(&self, uncached: bool) {
+        self.file.set_uncached(uncached);
+    }
+
     /// Bytes of its file.
     pub(crate) fn stored_size(&self) -> Result<u64> {
         let metadata =
@@ -202,6 +207,7 @@ impl Fragment {
             }
             Ok(())
         })?;
+        self.file.drop_rest();
         if self.staging.is_staged() {
             // Failed until it is marked: what is not, no commit accepts.
             self.state = State::Failed;

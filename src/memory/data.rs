@@ -70,6 +70,11 @@ impl Data {
         }
     }
 
+    /// Whether reads leave no page of `mem` in the page cache.
+    pub(super) fn set_uncached(&self, uncached: bool) {
+        self.fragment.set_uncached(uncached);
+    }
+
     /// Data is read in blocks that begin where this divides the offset: LZ4's blocks, or else the chunks of the encryption.
     /// Some of a block costs as much as all of it.
     fn block_bytes(&self) -> u64 {
@@ -166,9 +171,9 @@ impl Data {
         }
         let mut at = start;
         while !buf.is_empty() {
-            let block = self.cached(at / block_bytes)?;
-            let from = usize::try_from(at % block_bytes).unwrap_or(usize::MAX);
-            let length = (block.len() - from).min(buf.len());
+            let from = to_usize(at % block_bytes);
+            let length = buf.len().min(to_usize(block_bytes) - from);
+            let block = self.cached(at / block_bytes, from + length)?;
             let (now, later) = std::mem::take(&mut buf).split_at_mut(length);
             now.copy_from_slice(&block[from..from + length]);
             buf = later;
@@ -177,24 +182,38 @@ impl Data {
         Ok(())
     }
 
-    fn cached(&self, index: u64) -> Result<Arc<Vec<u8>>> {
+    /// The first `wanted` bytes of a block at least.
+    fn cached(&self, index: u64, wanted: usize) -> Result<Arc<Vec<u8>>> {
         self.fragment.check_owner()?;
+        let mut is_known = false;
         {
             let mut cache = lock(&self.cache);
             if let Some(at) = cache.iter().position(|(held, _)| *held == index) {
                 let found = cache.remove(at);
-                let block = Arc::clone(&found.1);
-                cache.push(found);
-                return Ok(block);
+                is_known = found.1.len() < wanted;
+                if !is_known {
+                    let block = Arc::clone(&found.1);
+                    cache.push(found);
+                    return Ok(block);
+                }
             }
         }
         // Without the lock: others go on, and at worst two read the same. Buffers are used again: new ones would be faulted in.
         let mut buffers = lock(&self.idle).pop().unwrap_or_default();
         let first = index * self.block_bytes();
-        let last = (first + self.block_bytes()).min(self.size);
-        self.read_blocks(&mut buffers, first, last)?;
+        let mut length = to_usize(self.block_bytes().min(self.size - first));
+        match &self.frame {
+            // Half of a block on average. Who comes again gets all of it.
+            Some(frame) if lz4::DECOMPRESSES_BEGINNINGS && !is_known => {
+                length = wanted;
+                buffer::at_least(&mut buffers.data, length)?;
+                let ReadBuffers { stored, data, .. } = &mut buffers;
+                frame.read_beginning(&self.fragment, self.size, first, stored, &mut data[..length])?;
+            }
+            _ => drop(self.read_blocks(&mut buffers, first, first + length as u64)?),
+        }
         let mut data = std::mem::take(&mut buffers.data);
-        data.truncate(to_usize(last - first));
+        data.truncate(length);
         buffers.holds = 0..0;
         let block = Arc::new(data);
         let mut cache = lock(&self.cache);
@@ -305,13 +324,38 @@ impl Frame {
         stored: &mut Vec<u8>,
         data: &mut [u8],
     ) -> Result<()> {
+        let blocks = data.chunks_mut(to_usize(self.block_size));
+        self.read_stored(fragment, size, first, stored, blocks, lz4::unpack)
+    }
+
+    /// Fills `data`, which ends within a block, from the beginning of that block, which is at `first`.
+    fn read_beginning(
+        &self,
+        fragment: &FragmentReader,
+        size: u64,
+        first: u64,
+        stored: &mut Vec<u8>,
+        data: &mut [u8],
+    ) -> Result<()> {
+        self.read_stored(fragment, size, first, stored, std::iter::once(data), lz4::unpack_beginning)
+    }
+
+    /// Has `unpack` write a stored block into each of `outs`, the first of them the block at `first`.
+    fn read_stored<'a>(
+        &self,
+        fragment: &FragmentReader,
+        size: u64,
+        first: u64,
+        stored: &mut Vec<u8>,
+        outs: impl ExactSizeIterator<Item = &'a mut [u8]>,
+        unpack: impl Fn(&[u8], bool, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
         let offsets = self.offsets(fragment, size)?;
-        let block_size = usize::try_from(self.block_size).unwrap_or(usize::MAX);
-        let number = usize::try_from(first / self.block_size).unwrap_or(usize::MAX);
-        let blocks = data.len().div_ceil(block_size);
+        let number = to_usize(first / self.block_size);
+        let blocks = outs.len();
         let offsets = &offsets[number..=number + blocks];
-        let length = usize::try_from(offsets[blocks] - offsets[0]).unwrap_or(usize::MAX);
-        if length > blocks * lz4::most_stored(block_size) {
+        let length = to_usize(offsets[blocks] - offsets[0]);
+        if length > blocks * lz4::most_stored(to_usize(self.block_size)) {
             return Err(Error::corrupt("a block is longer than any can be"));
         }
         buffer::at_least(stored, length)?;
@@ -320,11 +364,11 @@ impl Frame {
             return Err(Error::corrupt("a block goes beyond the end"));
         }
         let mut rest = &*stored;
-        for (out, at) in data.chunks_mut(block_size).zip(offsets.windows(2)) {
-            let (block, others) = rest.split_at(usize::try_from(at[1] - at[0]).unwrap_or(usize::MAX));
+        for (out, at) in outs.zip(offsets.windows(2)) {
+            let (block, others) = rest.split_at(to_usize(at[1] - at[0]));
             let (word, block) = block.split_at(lz4::SIZE_WORD_BYTES);
             match lz4::stored_length(word.try_into().unwrap_or_default()) {
-                Some((length, raw)) if length == block.len() => lz4::unpack(block, raw, out)?,
+                Some((length, raw)) if length == block.len() => unpack(block, raw, out)?,
                 _ => return Err(Error::corrupt("a block is not as long as the index says")),
             }
             rest = others;

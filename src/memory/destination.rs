@@ -9,18 +9,20 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
-use rustix::io::{Errno, pwrite};
+use rustix::io::Errno;
 
 use super::metadata::Region;
 use super::own_mappings::{Backing, Mapping, OwnMappings};
 use super::pages::{make_zero, want_huge_pages};
 use crate::error::{Error, Result};
+use crate::stored_file::CacheUse;
 
 /// Where a guest region is restored to.
 pub struct GuestDestination<'a> {
     guest_base: Option<u64>,
     size: Option<u64>,
     huge_pages: bool,
+    uncached: bool,
     kind: DestinationKind<'a>,
 }
 
@@ -33,7 +35,7 @@ enum DestinationKind<'a> {
 impl<'a> GuestDestination<'a> {
     /// A buffer of the region's size. Where it is anonymous or shared memory, holes are given back to the system.
     pub fn buffer(buffer: &'a mut [u8]) -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, kind: DestinationKind::Buffer(buffer) }
+        Self { guest_base: None, size: None, huge_pages: false, uncached: false, kind: DestinationKind::Buffer(buffer) }
     }
 
     /// A file or memfd of the region's size, or an empty one, which gets it; or, from `offset` on, a part of one, which is
@@ -45,6 +47,7 @@ impl<'a> GuestDestination<'a> {
             guest_base: None,
             size: None,
             huge_pages: false,
+            uncached: false,
             kind: DestinationKind::File { file: file.as_fd(), offset },
         }
     }
@@ -52,7 +55,7 @@ impl<'a> GuestDestination<'a> {
     /// Nowhere: the region is left out.
     #[must_use]
     pub fn nowhere() -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, kind: DestinationKind::Nowhere }
+        Self { guest_base: None, size: None, huge_pages: false, uncached: false, kind: DestinationKind::Nowhere }
     }
 
     /// The guest-physical address that the region is to have.
@@ -75,6 +78,18 @@ impl<'a> GuestDestination<'a> {
     pub fn huge_pages(mut self, huge_pages: bool) -> Self {
         self.huge_pages = huge_pages;
         self
+    }
+
+    /// Whether the region goes past the page cache, as it is read from the snapshot and, to a file, as it is written: a
+    /// restore of tens of GiB then pushes nothing else out of it. Off by default.
+    #[must_use]
+    pub fn uncached(mut self, uncached: bool) -> Self {
+        self.uncached = uncached;
+        self
+    }
+
+    pub(super) fn is_uncached(&self) -> bool {
+        self.uncached
     }
 
     pub(super) fn is_nowhere(&self) -> bool {
@@ -100,7 +115,7 @@ impl fmt::Debug for GuestDestination<'_> {
 pub(super) enum Prepared<'a> {
     Nowhere,
     Buffer(&'a mut [u8], Backing),
-    File(OpenFile<'a>, u64),
+    File(OpenFile<'a>, u64, CacheUse),
     /// A file that can only be written through a mapping.
     Mapped(Mapping),
 }
@@ -122,19 +137,8 @@ impl AsFd for OpenFile<'_> {
 }
 
 impl OpenFile<'_> {
-    pub(super) fn write_all_at(&self, mut data: &[u8], mut offset: u64) -> Result<()> {
-        while !data.is_empty() {
-            match pwrite(self, data, offset) {
-                Ok(0) => return Err(not_written(io::ErrorKind::WriteZero.into())),
-                Ok(count) => {
-                    data = &data[count..];
-                    offset += count as u64;
-                }
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(not_written(errno.into())),
-            }
-        }
-        Ok(())
+    pub(super) fn write_all_at(&self, cache: &CacheUse, data: &[u8], offset: u64) -> Result<()> {
+        cache.write_runs(self, &[data], offset).map_err(not_written)
     }
 }
 
@@ -232,13 +236,15 @@ pub(super) fn prepare<'a>(
                     let mapping = Mapping::of_file(&file, start, region.size, huge_page);
                     mapping.map_err(|error| Error::io("the destination, on hugetlbfs, cannot be mapped", error))?;
                 }
-                Prepared::File(file, start)
+                let cache = CacheUse::default();
+                cache.set_uncached(destination.uncached);
+                Prepared::File(file, start, cache)
             }
         });
     }
     check_apart(taken)?;
     for number in files {
-        if let Prepared::File(file, offset) = &prepared[number]
+        if let Prepared::File(file, offset, _) = &prepared[number]
             && let Some(mapping) = make_zero_and_long_enough(file, *offset, regions[number].size)?
         {
             prepared[number] = Prepared::Mapped(mapping);
@@ -368,7 +374,7 @@ fn write_zeros(file: &OpenFile<'_>, mut start: u64, end: u64) -> Result<()> {
     let zeros = vec![0; 64 << 10];
     while start < end {
         let length = usize::try_from(end - start).map_or(zeros.len(), |rest| rest.min(zeros.len()));
-        file.write_all_at(&zeros[..length], start)?;
+        file.write_all_at(&CacheUse::default(), &zeros[..length], start)?;
         start += length as u64;
     }
     Ok(())

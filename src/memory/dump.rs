@@ -13,7 +13,6 @@ use std::time::Instant;
 use super::lz4::{self, Packer};
 use super::metadata::{self, BlockIndex, MEMORY, METADATA, Metadata, RegionMetadata};
 use super::options::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
-use super::pages::readable;
 use super::ranges::{append, append_near, bytes_in, drop_zeros, find_data, page_end};
 use super::reorder::{AnnotatedBatch, BatchBuffer, ReorderBuffer, Rest, Sequencer};
 use super::source::{GuestMemorySource, is_of_page};
@@ -77,6 +76,7 @@ impl SnapshotWriter {
             return Err(Error::invalid_argument(text));
         }
         let mut memory = self.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?;
+        memory.set_uncached(options.uncached);
         let mut metadata = self.raw_fragment(METADATA).inspect_err(|_| {
             // The cause says more than what goes wrong here.
             let _ = memory.remove();
@@ -337,8 +337,7 @@ impl<'a> Dump<'a> {
         for data in &worker.found {
             let range = data.start.max(at)..data.end.min(batch.end);
             let Some(run) = bytes_in(bytes, &range) else { continue };
-            // A mapping may have pages that must not be touched.
-            if !readable(run).is_ok_and(|readable| readable == run.len()) {
+            if !source.can_touch(range.clone()) {
                 worker.ranges.clear();
                 return false;
             }

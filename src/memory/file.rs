@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -14,6 +13,7 @@ use rustix::io::Errno;
 use super::source::GuestMemorySource;
 use crate::error::{Error, Result};
 use crate::pool::thread_number;
+use crate::stored_file::CacheUse;
 use crate::threads::lock;
 
 /// A part of a file, memfd or block device as guest memory. Holes are not read.
@@ -39,6 +39,7 @@ pub struct FileMemory {
 #[derive(Debug)]
 pub(super) struct OpenFile {
     file: File,
+    cache: CacheUse,
     length: u64,
     /// Whether the file tells where its holes are.
     tells_holes: bool,
@@ -96,6 +97,14 @@ impl FileMemory {
             }
         };
         Ok(Self::within(Arc::clone(&self.file), self.offset + offset, size))
+    }
+
+    /// Whether reading leaves no page of the file in the page cache, this memory and all its parts: for files of tens of GiB
+    /// that are read once. Off by default.
+    #[must_use]
+    pub fn uncached(self, uncached: bool) -> Self {
+        self.file.cache.set_uncached(uncached);
+        self
     }
 
     pub(super) fn within(file: Arc<OpenFile>, offset: u64, size: u64) -> Self {
@@ -175,7 +184,7 @@ impl OpenFile {
                 Err(Errno::NXIO) => stat.st_blocks == 0,
                 Err(_) => false,
             };
-        Ok(Some(Self { file, length, tells_holes, lookers: Default::default() }))
+        Ok(Some(Self { file, cache: CacheUse::default(), length, tells_holes, lookers: Default::default() }))
     }
 
     pub(super) fn length(&self) -> u64 {
@@ -268,14 +277,15 @@ impl GuestMemorySource for FileMemory {
         let length = usize::try_from(self.size.saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let mut done = 0;
         while done < length {
-            match self.file.file.read_at(&mut buf[done..length], self.offset + offset + done as u64) {
+            let at = self.offset + offset + done as u64;
+            match self.file.cache.read(&self.file.file, &mut buf[done..length], at) {
                 Ok(0) if done == 0 => {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
                 }
                 Ok(0) => break,
                 Ok(count) => done += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if done == 0 => return Err(error),
+                Err(Errno::INTR) => {}
+                Err(errno) if done == 0 => return Err(errno.into()),
                 Err(_) => break,
             }
         }
@@ -287,6 +297,7 @@ impl GuestMemorySource for FileMemory {
 mod tests {
     use super::*;
     use std::io::{Seek, SeekFrom as Position};
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn holes_of_a_file_are_told_and_its_position_stays() {

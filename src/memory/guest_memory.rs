@@ -51,7 +51,7 @@ impl SnapshotReader {
     /// [`Error::is_io`] where there is none, [`Error::is_corrupt`] where its regions and ranges contradict each other or do not
     /// fit the data; [`Error::is_authentication`] where it is not what was written.
     pub fn memory(&self) -> Result<GuestMemory> {
-        let metadata = Metadata::read(self)?;
+        let metadata = Metadata::read(self).map_err(|error| self.without_memory(error))?;
         let layout = metadata.check();
         let layout = layout.map_err(|error| error.context(self.place(METADATA).unwrap_or_default()))?;
         let place = self.place(MEMORY)?;
@@ -59,6 +59,21 @@ impl SnapshotReader {
         let data = Data::open(self.raw_fragment(MEMORY)?, &layout, compressed, lz4);
         let data = data.map_err(|error| error.context(&place))?;
         Ok(GuestMemory { layout, data, compressed, threads: self.threads(), place })
+    }
+
+    /// Returns an error that says that there is no guest memory, if `error` comes from that.
+    fn without_memory(&self, error: Error) -> Error {
+        // A fragment that is listed and cannot be found is a damage, and not what was never there.
+        let is_listed = || self.list_fragments().is_ok_and(|names| names.iter().any(|name| name == METADATA));
+        if !error.is_not_found() || is_listed() {
+            return error;
+        }
+        let place = match self.namespace_path() {
+            "" => self.root().display().to_string(),
+            namespace => format!("the namespace {namespace:?} of {}", self.root().display()),
+        };
+        let text = format!("{place} contains no guest memory, because it has no fragment {METADATA:?}");
+        Error::io(text, rustix::io::Errno::NOENT)
     }
 }
 

@@ -102,6 +102,59 @@ pub(super) fn unpack(block: &[u8], raw: bool, out: &mut [u8]) -> Result<()> {
     }
 }
 
+/// Writes the beginning of what a stored block holds into `out`, which is no longer than that. What follows it is not looked at.
+pub(super) fn unpack_beginning(block: &[u8], raw: bool, out: &mut [u8]) -> Result<()> {
+    let done = if raw {
+        block.get(..out.len()).map(|beginning| {
+            out.copy_from_slice(beginning);
+            out.len()
+        })
+    } else {
+        decompress_beginning(block, out)
+    };
+    match done {
+        Some(length) if length == out.len() => Ok(()),
+        _ => Err(Error::corrupt("a block does not decompress")),
+    }
+}
+
+/// Whether the beginning of a block takes less time than all of it.
+pub(super) const DECOMPRESSES_BEGINNINGS: bool = cfg!(feature = "c-lz4");
+
+/// Decompresses as much of a block as `out` has room for, and returns how much that is; None where it is not one.
+#[cfg(not(feature = "c-lz4"))]
+fn decompress_beginning(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    let mut whole = vec![0; BLOCK_SIZES[BLOCK_SIZES.len() - 1]];
+    let length = decompress(block, &mut whole)?.min(out.len());
+    out[..length].copy_from_slice(&whole[..length]);
+    Some(length)
+}
+
+/// Decompresses as much of a block as `out` has room for, and returns how much that is; None where it is not one.
+#[cfg(feature = "c-lz4")]
+#[allow(unsafe_code, reason = "a C library")]
+fn decompress_beginning(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    use std::ffi::{c_char, c_int};
+    // lz4.h has it, in the library that `lz4_sys` links, which does not declare it.
+    unsafe extern "C" {
+        fn LZ4_decompress_safe_partial(
+            from: *const c_char,
+            to: *mut c_char,
+            stored_bytes: c_int,
+            wanted_bytes: c_int,
+            room_bytes: c_int,
+        ) -> c_int;
+    }
+    if has_zero_offset(block, out.len()) {
+        return None;
+    }
+    let (from, to) = (i32::try_from(block.len()).ok()?, i32::try_from(out.len()).ok()?);
+    // SAFETY: it reads no more than `from` bytes of `block` and writes no more than `to` of `out`, whatever the block says, as
+    // LZ4_decompress_safe does.
+    let length = unsafe { LZ4_decompress_safe_partial(block.as_ptr().cast(), out.as_mut_ptr().cast(), from, to, to) };
+    usize::try_from(length).ok()
+}
+
 /// Decompresses a block, and returns how long it is; None where it is not one, or longer than `out`.
 #[cfg(not(feature = "c-lz4"))]
 fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
@@ -112,7 +165,7 @@ fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
 #[cfg(feature = "c-lz4")]
 #[allow(unsafe_code, reason = "a C library")]
 fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
-    if has_zero_offset(block) {
+    if has_zero_offset(block, out.len()) {
         return None;
     }
     let (from, to) = (i32::try_from(block.len()).ok()?, i32::try_from(out.len()).ok()?);
@@ -122,10 +175,14 @@ fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
     usize::try_from(length).ok()
 }
 
-/// Whether a block has a match at a distance of 0, which the C library takes for a copy of what `out` held before: somebody
+/// `lz4_Block_format.md`, "Match length".
+#[cfg(any(feature = "c-lz4", test))]
+const MIN_MATCH_BYTES: usize = 4;
+
+/// Whether the first `wanted` bytes of a block have a match at a distance of 0, which the C library takes for a copy of what `out` held before: somebody
 /// else's memory. The format forbids it (`lz4_Block_format.md`, "Offset"). Other damage is the decoder's to find.
 #[cfg(any(feature = "c-lz4", test))]
-fn has_zero_offset(block: &[u8]) -> bool {
+fn has_zero_offset(block: &[u8], wanted: usize) -> bool {
     // A length of 15 goes on in bytes of 255, and one that is less.
     let more = |at: &mut usize, length: usize| {
         let mut length = length;
@@ -139,22 +196,23 @@ fn has_zero_offset(block: &[u8]) -> bool {
         }
         Some(length)
     };
-    let mut at = 0;
+    let (mut at, mut length) = (0, 0);
     let mut sequence = || {
         let token = *block.get(at)?;
         at += 1;
-        at += more(&mut at, usize::from(token >> 4))?;
+        let literals = more(&mut at, usize::from(token >> 4))?;
+        at += literals;
         let offset = block.get(at..at + 2)?;
         at += 2;
-        more(&mut at, usize::from(token & 15))?;
-        Some(offset == [0, 0])
+        length += literals + more(&mut at, usize::from(token & 15))? + MIN_MATCH_BYTES;
+        Some((offset == [0, 0], length < wanted))
     };
     loop {
         match sequence() {
-            Some(true) => return true,
-            Some(false) => {}
-            // The last sequence has no match.
-            None => return false,
+            Some((true, _)) => return true,
+            Some((false, true)) => {}
+            // Enough is seen; or it was the last sequence, which has no match.
+            Some((false, false)) | None => return false,
         }
     }
 }
@@ -171,16 +229,16 @@ mod tests {
         let mut out = vec![0; most_stored(text.len())];
         let length = Packer::new().pack(&text, &mut out).unwrap();
         let block = &out[SIZE_WORD_BYTES..SIZE_WORD_BYTES + length];
-        assert!(!has_zero_offset(block));
+        assert!(!has_zero_offset(block, text.len()));
         // A literal, a match of 4 bytes at the distance given, and 20 literals.
         let of = |offset: u8| [&[0x10, b'a', offset, 0, 0xf0, 5][..], &[7; 20]].concat();
-        assert!(!has_zero_offset(&of(1)));
-        assert!(has_zero_offset(&of(0)));
+        assert!(!has_zero_offset(&of(1), 25));
+        assert!(has_zero_offset(&of(0), 25));
         let mut room = [1; 25];
         unpack(&of(1), false, &mut room).unwrap();
         assert_eq!(room, [&[b'a'; 5][..], &[7; 20]].concat()[..]);
         assert!(unpack(&of(0), false, &mut room).unwrap_err().is_corrupt());
-        assert!((0..block.len()).all(|cut| !has_zero_offset(&block[..cut])));
+        assert!((0..block.len()).all(|cut| !has_zero_offset(&block[..cut], text.len())));
     }
 
     #[test]
@@ -195,7 +253,13 @@ mod tests {
             let mut back = vec![0; block.len()];
             unpack(&out[4..4 + length], raw, &mut back).unwrap();
             assert_eq!(back, block);
+            for wanted in [0, 1, block.len() / 2, block.len()] {
+                let mut beginning = vec![9; wanted];
+                unpack_beginning(&out[4..4 + length], raw, &mut beginning).unwrap();
+                assert_eq!(beginning, block[..wanted]);
+            }
             let mut other = vec![0; block.len() + 1];
+            assert!(unpack_beginning(&out[4..4 + length], raw, &mut other).unwrap_err().is_corrupt());
             assert!(unpack(&out[4..4 + length], raw, &mut other).unwrap_err().is_corrupt());
         }
     }

@@ -54,7 +54,7 @@ pub use options::{GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 pub(crate) use pages::{populate, readable};
 pub use process::ProcessMemory;
 pub use process_range::ProcessRange;
-#[cfg(feature = "python")]
-pub(crate) use source::ChangingBytes;
 pub use source::GuestMemorySource;
+#[cfg(feature = "python")]
+pub(crate) use source::{ChangingBytes, StableBytes};
 pub use stop::StoppedProcess;

@@ -6,8 +6,11 @@ use std::time::Duration;
 use super::source::GuestMemorySource;
 use super::zeros::PAGE_BYTES;
 
-/// Bytes that are decrypted together, and decompressed together: larger is no faster, and a random read has to do all of it.
-pub(super) const CHUNK_SIZE_BYTES: usize = 64 << 10;
+/// Bytes that are decrypted together: a random read has to decrypt all of them, and larger ones are hardly faster.
+const CHUNK_SIZE_BYTES: usize = 16 << 10;
+
+/// Bytes that are compressed together: the least that a frame of LZ4 has.
+const BLOCK_SIZE_BYTES: usize = 64 << 10;
 
 /// A guest region to be stored.
 pub struct GuestRegion<'a> {
@@ -42,24 +45,26 @@ pub struct MemoryOptions {
     pub(super) min_gap_bytes: u64,
     pub(super) zero_unreadable: bool,
     pub(super) sparse: bool,
+    pub(super) uncached: bool,
 }
 
 impl Default for MemoryOptions {
     fn default() -> Self {
         Self {
             compress: false,
-            block_size_bytes: CHUNK_SIZE_BYTES,
+            block_size_bytes: BLOCK_SIZE_BYTES,
             chunk_size_bytes: CHUNK_SIZE_BYTES,
             detect_zeros: true,
             min_gap_bytes: PAGE_BYTES as u64,
             zero_unreadable: false,
             sparse: true,
+            uncached: false,
         }
     }
 }
 
 impl MemoryOptions {
-    /// Not compressed, in chunks of 64 KiB, without what is zero.
+    /// Not compressed, in chunks of 16 KiB, without what is zero.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -79,7 +84,8 @@ impl MemoryOptions {
         self
     }
 
-    /// Bytes that are encrypted together, as for [`raw_fragment_with_chunk_size`](crate::SnapshotWriter::raw_fragment_with_chunk_size); 64 KiB by default.
+    /// Bytes that are encrypted together, as for [`raw_fragment_with_chunk_size`](crate::SnapshotWriter::raw_fragment_with_chunk_size);
+    /// 16 KiB by default.
     #[must_use]
     pub fn chunk_size_bytes(mut self, chunk_size_bytes: usize) -> Self {
         self.chunk_size_bytes = chunk_size_bytes;
@@ -105,6 +111,15 @@ impl MemoryOptions {
     #[must_use]
     pub fn sparse(mut self, sparse: bool) -> Self {
         self.sparse = sparse;
+        self
+    }
+
+    /// Whether the stored bytes go past the page cache: a dump of tens of GiB then pushes nothing else out of it, and runs at
+    /// the speed of the disk. Off by default. It needs no alignment, and does nothing where the page cache is the storage, as on
+    /// tmpfs. The file that memory is read from has [`FileMemory::uncached`](crate::FileMemory::uncached).
+    #[must_use]
+    pub fn uncached(mut self, uncached: bool) -> Self {
+        self.uncached = uncached;
         self
     }
 

@@ -12,6 +12,7 @@ use super::options::MemoryProgress;
 use super::own_mappings::{Backing, is_on_full_file_system};
 use super::pages::{first_missing, make_zero, populate};
 use crate::error::{Error, Result};
+use crate::stored_file::CacheUse;
 use crate::threads::{Interrupt, for_each};
 
 /// What one thread restores at a time: little of it is decrypted or decompressed twice, by the neighbour too.
@@ -44,6 +45,7 @@ impl GuestMemory {
         let chosen =
             self.layout.regions.iter().zip(&*destinations).filter(|(_, destination)| !destination.is_nowhere());
         let total_bytes = chosen.map(|(region, _)| region.size).sum();
+        self.data.set_uncached(destinations.iter().any(GuestDestination::is_uncached));
         let mut prepared = prepare(&self.layout.regions, destinations)?;
         let mut batches = Vec::new();
         for (region, destination) in self.layout.regions.iter().zip(&mut prepared) {
@@ -51,8 +53,9 @@ impl GuestMemory {
                 Prepared::Nowhere => {}
                 Prepared::Buffer(buffer, backing) => push_batches(&mut batches, region, buffer, *backing),
                 Prepared::Mapped(mapping) => push_batches(&mut batches, region, mapping.as_mut_slice(), Backing::Zeros),
-                Prepared::File(file, offset) => {
-                    batches.extend(batches_with_data(region).map(|start| (region, start, Target::File(file, *offset))));
+                Prepared::File(file, offset, cache) => {
+                    let to = |start| (region, start, Target::File(file, *offset, cache));
+                    batches.extend(batches_with_data(region).map(to));
                 }
             }
         }
@@ -70,6 +73,11 @@ impl GuestMemory {
                 Ok(())
             },
         )?;
+        for each in &prepared {
+            if let Prepared::File(file, _, cache) = each {
+                cache.drop_rest(file);
+            }
+        }
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })
     }
 
@@ -111,7 +119,7 @@ impl GuestMemory {
                     populate(place).map_err(|error| failed(start + (place.as_ptr().addr() - base) as u64, place, error))
                 })
             }
-            Target::File(file, offset) => {
+            Target::File(file, offset, cache) => {
                 let Some(last) = ranges.last() else { return Ok(()) };
                 let to = last.data + (last.end.min(end) - last.start);
                 let mut within = within;
@@ -123,7 +131,7 @@ impl GuestMemory {
                         }
                         let left = usize::try_from(current.end - current.start).unwrap_or(usize::MAX);
                         let (now, later) = data.split_at(left.min(data.len()));
-                        file.write_all_at(now, offset + current.start)?;
+                        file.write_all_at(cache, now, offset + current.start)?;
                         current.start += now.len() as u64;
                         data = later;
                     }
@@ -168,7 +176,7 @@ fn cut(
 enum Target<'a> {
     Buffer(&'a mut [u8], Backing),
     /// The file, which is zero where nothing was written, and where in it the region begins.
-    File(&'a OpenFile<'a>, u64),
+    File(&'a OpenFile<'a>, u64, &'a CacheUse),
 }
 
 /// Why the memory at an offset of a region, of which `place` is the destination, cannot be written.

@@ -4,6 +4,8 @@ use std::io;
 use std::ops::Range;
 
 use super::pages::readable;
+#[cfg(feature = "python")]
+use super::ranges::bytes_in;
 use crate::error::Error;
 
 /// The memory of a guest region, read by several threads at once.
@@ -20,6 +22,13 @@ pub trait GuestMemorySource: Sync {
     /// runs, is not borrowed but read, by [`GuestMemorySource::read_at`], into a buffer. None by default.
     fn bytes(&self) -> Option<&[u8]> {
         None
+    }
+
+    /// Whether all of a range of [`GuestMemorySource::bytes`] can be touched; where not, it is read by
+    /// [`GuestMemorySource::read_at`], which tells what cannot. By default true, as of every reference in Rust. Memory that is a
+    /// mapping may have guard pages, or lie beyond the end of a file that was cut: who lends it to strangers looks first.
+    fn can_touch(&self, _range: Range<u64>) -> bool {
+        true
     }
 
     /// Adds to `found` the ranges `within` that may hold anything but zeros, in ascending order. By default all of it.
@@ -78,6 +87,29 @@ impl<T: AsRef<[u8]> + Sync> GuestMemorySource for T {
         let length = readable(&rest[..length])?;
         buf[..length].copy_from_slice(&rest[..length]);
         Ok(length)
+    }
+}
+
+/// Bytes in this process that do not change while they are read, though not all of them need be there.
+#[cfg(feature = "python")]
+pub(crate) struct StableBytes<'a>(pub(crate) &'a [u8]);
+
+#[cfg(feature = "python")]
+impl GuestMemorySource for StableBytes<'_> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        Some(self.0)
+    }
+
+    fn can_touch(&self, range: Range<u64>) -> bool {
+        bytes_in(self.0, &range).is_some_and(|part| readable(part).is_ok_and(|length| length == part.len()))
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read_at(offset, buf)
     }
 }
 

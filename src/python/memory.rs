@@ -17,7 +17,7 @@ use super::call::{check_signals, interruptible, number};
 use super::process::ProcessMemory;
 use super::writer::SnapshotWriter;
 use crate::error::{Error, Result};
-use crate::memory::ChangingBytes;
+use crate::memory::{ChangingBytes, StableBytes};
 use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 
 /// A user looks at progress so often at most.
@@ -147,8 +147,11 @@ pub(super) fn write_memory(
             let bytes = buffer.as_slice();
             let bytes = &bytes[range_of(bytes.len(), *offset, *size)?];
             // Where the caller promises that nobody changes them, or nobody can.
-            let stable = stable || buffer.is_immutable();
-            Ok(if stable { GuestRegion::new(*base, bytes) } else { GuestRegion::new(*base, ChangingBytes(bytes)) })
+            Ok(if stable || buffer.is_immutable() {
+                GuestRegion::new(*base, StableBytes(bytes))
+            } else {
+                GuestRegion::new(*base, ChangingBytes(bytes))
+            })
         }
     });
     let regions = regions.collect::<Result<Vec<_>>>()?;

@@ -1,11 +1,16 @@
-"""The command ``vmsnap``: dump memory into a snapshot, look into one, copy in and out.
+"""The command ``vmsnap``.
 
-``group`` puts the commands together and reports errors. ``dump``, ``look`` (ls, cat), ``tree``, ``show``, ``info``,
-``memory`` (dump-memory, restore-memory, peek), ``map``, ``qemu``, ``copy``, ``convert``, ``rewrap``, ``completion`` and
-``demo`` are the commands; ``values`` and ``hexdump`` make text of what is stored. ``places`` knows how DIR and PATH
-lead into a snapshot, ``keys`` the options for what opens one, ``keyfile`` reads a key and ``process`` a live process;
-``holder`` is the child that ``demo`` dumps; ``terminal`` knows what depends on where the output goes, ``streams`` the
-standard streams; ``files`` is a file whose errors name it, and ``names`` what a name is on the command line.
+Each module is one noun, and imports only modules further down in this list.
+
+- ``group`` puts the commands together, and reports errors.
+- The commands: ``info``, ``tree``, ``ls``, ``show``, ``cat``, ``get``, ``put``; ``dump``, ``restore``, ``peek``,
+  ``map``, ``dump_process``; ``qemu``; ``keygen``, ``rekey``, ``convert`` (encrypt, decrypt); ``verify``, ``seal``,
+  ``clean``, ``demo`` (with the process ``demo_child``), ``completion``.
+- What commands share: ``entry`` (a fragment in a list), ``targets`` (SNAPSHOT and PATH), ``keys`` (options for keys),
+  ``options`` (other options), ``command`` (their help); ``image`` and ``foreign`` (raw files), ``process`` and ``hold``
+  (live processes), ``values`` and ``hexdump`` (text for what is stored).
+- Input and output: ``io`` (new files, fragments in batches), ``keyfile``, ``names`` and ``paths`` (types of arguments),
+  ``failure`` (errors), ``terminal``, ``streams`` (the standard streams), ``files`` (files whose errors name them).
 """
 
 import sys
@@ -21,7 +26,7 @@ def main() -> None:
     try:
         from vmsnap.cli.group import run
     except ModuleNotFoundError as missing:
-        # The two packages of the extra; any other missing module is a broken installation and must be seen as such.
+        # The two packages of the extra. Any other missing module is a broken installation, and its error must be seen.
         if missing.name not in {"click", "rich"}:
             raise
         print("vmsnap: error: the command line needs click and rich: pip install 'vmsnap[cli]'", file=sys.stderr)

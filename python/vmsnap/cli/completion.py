@@ -1,24 +1,29 @@
-"""``vmsnap completion``: the script by which a shell completes commands, options, folders and fragments."""
+"""``vmsnap completion``: a script that lets a shell complete commands, options, directories and fragments."""
 
 import click
 from click.shell_completion import get_completion_class
 
+from vmsnap.cli.command import Command, argument
 
-@click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+
+@click.command(
+    cls=Command,
+    examples=[
+        'eval "$(vmsnap completion bash)"      # in ~/.bashrc',
+        'eval "$(vmsnap completion zsh)"       # in ~/.zshrc, after compinit',
+        "vmsnap completion fish | source       # in ~/.config/fish/config.fish",
+    ],
+)
+@argument("shell", metavar="bash|zsh|fish", description="The shell.", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print the completion script for a shell.
 
-    \b
-    bash    eval "$(vmsnap completion bash)"      in ~/.bashrc
-    zsh     eval "$(vmsnap completion zsh)"       in ~/.zshrc, after compinit
-    fish    vmsnap completion fish | source       in ~/.config/fish/config.fish
-
-    Fragments complete without a key: their names show.
-    """  # noqa: D301  the \\b is for click: it leaves the lines after it as they are
+    The script completes commands, options, snapshots, fragments and namespaces. Names of fragments are visible without
+    the key, so no key is asked for.
+    """
     script = get_completion_class(shell)
-    # One of those that click has, by the choice above.
+    # click has one for each of these shells.
     assert script is not None
     root = context.find_root()
     click.echo(script(root.command, {}, "vmsnap", "_VMSNAP_COMPLETE").source())

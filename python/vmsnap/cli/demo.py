@@ -1,4 +1,4 @@
-"""``vmsnap demo``: the main job with nothing but this machine, every byte compared and every figure measured."""
+"""``vmsnap demo``: dump, restore and random reads on this machine, every byte compared and every figure measured."""
 
 import hashlib
 import json
@@ -21,9 +21,11 @@ import click
 
 import vmsnap
 from vmsnap import GuestMemory, GuestRegion, MemoryReport, ProcessMemory
-from vmsnap.cli.dump import PIECE_BYTES
+from vmsnap.cli.command import Command
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keys import WritingKeys, threads_option
+from vmsnap.cli.io import COPY_BATCH_BYTES
+from vmsnap.cli.keys import WritingKeys
+from vmsnap.cli.options import threads_option
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.process import Process
 from vmsnap.cli.terminal import human_size, print_table, printable, progress_so_far, to_terminal
@@ -34,9 +36,9 @@ _PAIRS = 5
 
 
 def check(passed: bool, text: str) -> None:
-    """Print what was found, or fail with it."""
+    """Print a check that passed, or fail."""
     if not passed:
-        raise CommandError(f"not so: {text}")
+        raise CommandError(f"check failed: {text}")
     click.echo(f"ok  {text}")
 
 
@@ -46,15 +48,15 @@ def speed(name: str, size: int, seconds: float, note: str) -> tuple[str, str, st
 
 
 @contextmanager
-def memory_holder(size: int) -> Iterator[tuple[int, int, str]]:
+def child_with_memory(size: int) -> Iterator[tuple[int, int, str]]:
     """Run a child that holds `size` bytes of memory, and end it afterwards.
 
     Yields
     ------
     tuple
-        Its process number, the address of the memory, and the SHA-256 of it that the child computed.
+        The process ID, the address of the memory, and its SHA-256 as the child computed it.
     """
-    command = [sys.executable, "-I", str(Path(__file__).with_name("holder.py")), str(size)]
+    command = [sys.executable, "-I", str(Path(__file__).with_name("demo_child.py")), str(size)]
     # A session of its own: Ctrl-C is for this process, which then ends the child.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as child:
         try:
@@ -68,7 +70,7 @@ def memory_holder(size: int) -> Iterator[tuple[int, int, str]]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return how much memory a process has in fact."""
+    """Return how much memory of a process is resident."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
@@ -115,21 +117,21 @@ def flip_a_bit(root: Path, copy: Path, key: bytes) -> None:
 
 
 def race_plain_write(
-    folder: Path, data: memoryview, pid: int, address: int, size: int, threads: int | None
+    directory: Path, data: memoryview, pid: int, address: int, size: int, threads: int | None
 ) -> list[tuple[str, str, str]]:
-    """Measure an encrypted dump against write(2) of as many bytes, pair by pair, and return the rows of the table."""
+    """Measure an encrypted dump against write(2) of as many bytes, in pairs, and return the rows of the table."""
 
     def plain() -> float:
         began = perf_counter()
-        with open(folder / "plain", "xb", buffering=0) as file:
-            for offset in range(0, len(data), PIECE_BYTES):
-                file.write(data[offset : offset + PIECE_BYTES])
+        with open(directory / "plain", "xb", buffering=0) as file:
+            for offset in range(0, len(data), COPY_BATCH_BYTES):
+                file.write(data[offset : offset + COPY_BATCH_BYTES])
         seconds = perf_counter() - began
-        (folder / "plain").unlink()
+        (directory / "plain").unlink()
         return seconds
 
-    def sealed() -> float:
-        writer = vmsnap.SnapshotWriter(folder / "sealed", key=vmsnap.generate_key(), threads=threads)
+    def encrypted() -> float:
+        writer = vmsnap.SnapshotWriter(directory / "encrypted", key=vmsnap.generate_key(), threads=threads)
         began = perf_counter()
         dump(writer, pid, address, size, None)
         seconds = perf_counter() - began
@@ -137,23 +139,36 @@ def race_plain_write(
         return seconds
 
     # The first pair warms up: pages that a file system takes for the first time cost several times what used ones do.
-    pairs = [(plain(), sealed()) for _ in range(1 + _PAIRS)][1:]
-    ratio = statistics.median(plain / sealed for plain, sealed in pairs)
+    pairs = [(plain(), encrypted()) for _ in range(1 + _PAIRS)][1:]
+    ratio = statistics.median(plain / encrypted for plain, encrypted in pairs)
     return [
         speed("plain write", len(data), statistics.median(plain for plain, _ in pairs), "write(2), from a buffer"),
-        speed("sealed dump", len(data), statistics.median(sealed for _, sealed in pairs), "encrypted, as many bytes"),
-        ("ratio", f"{ratio:.2f}", f"sealed to plain, median of {_PAIRS} pairs"),
+        speed(
+            "encrypted dump",
+            len(data),
+            statistics.median(encrypted for _, encrypted in pairs),
+            "the same number of bytes",
+        ),
+        ("ratio", f"{ratio:.2f}", f"encrypted to plain, median of {_PAIRS} pairs"),
     ]
 
 
-@click.command()
-@click.option("--size-mib", type=click.IntRange(1, 1 << 20), default=256, show_default=True, help="The child's memory.")
-@click.option("--keep", type=PATH, metavar="DIR", help="Keep the snapshot, and its key in DIR.key.")
+@click.command(cls=Command, examples=["vmsnap demo", "vmsnap demo --size-mib 1024 --keep vm1"])
+@click.option(
+    "--size-mib",
+    type=click.IntRange(1, 1 << 20),
+    metavar="N",
+    default=256,
+    show_default=True,
+    help="Memory of the child.",
+)
+@click.option("--keep", type=PATH, metavar="SNAPSHOT", help="Keep the snapshot, and its key in SNAPSHOT.key.")
 @threads_option
 def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
-    """Dump a child's memory as a guest's, restore it, compare and measure.
+    """Dump and restore the memory of a child, and measure.
 
-    Needs nothing but this machine, and three times the memory's size in $TMPDIR for a while.
+    The child process stands for a guest. Everything is compared byte by byte, and nothing is left behind without
+    --keep. Needs up to three times the size of the memory in $TMPDIR.
     """
     click.echo(
         f"vmsnap {vmsnap.__version__} (aead: {vmsnap.aead_provider()}): a child with {size_mib} MiB, half zero\n"
@@ -161,20 +176,20 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
     key = vmsnap.generate_key()
     size = size_mib << 20
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmsnap-demo-")))
-        pid, address, sha256 = stack.enter_context(memory_holder(size))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmsnap-demo-")))
+        pid, address, sha256 = stack.enter_context(child_with_memory(size))
         process = stack.enter_context(Process(pid))
-        # Stopped to the end, so that there is one truth to compare with.
+        # Stopped to the end, so that its memory stays as it was dumped.
         stack.enter_context(process.stopped())
 
         resident = resident_bytes(pid)
-        root = keep or folder / "snapshot"
+        root = keep or directory / "snapshot"
         with WritingKeys(key=key).stage(root, threads=threads) as writer:
             report = dump(writer, pid, address, size, "lz4")
             if keep is not None:
                 with open(f"{keep}.key", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(key.hex() + "\n")
-        check(resident_bytes(pid) == resident, "what the child never touched was neither read nor made resident")
+        check(resident_bytes(pid) == resident, "memory that the child never touched was neither read nor made resident")
 
         memory = vmsnap.open(root, True, require_sealed=True, key=key, threads=threads).memory()
         with mmap.mmap(-1, size) as back:
@@ -183,10 +198,11 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
                 memory.restore([back], progress=show)
             restore_seconds = perf_counter() - began
             check(
-                hashlib.sha256(back).hexdigest() == sha256, f"all {size:,} bytes are back: SHA-256 as the child has it"
+                hashlib.sha256(back).hexdigest() == sha256,
+                f"all {size:,} bytes are restored: same SHA-256 as in the child",
             )
         page_seconds = read_at_random(memory, size, address, process)
-        flip_a_bit(root, folder / "copy", key)
+        flip_a_bit(root, directory / "copy", key)
         data = memoryview(os.urandom(report.data_bytes))
         rows = [
             ("guest memory", human_size(size), f"{human_size(report.data_bytes)} of data in {report.ranges:,} ranges"),
@@ -194,13 +210,13 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
             speed("dump", report.data_bytes, report.seconds, "from the stopped child, LZ4, encrypted, not yet synced"),
             speed("restore", report.data_bytes, restore_seconds, "into fresh memory"),
             ("random read", f"{page_seconds * 1e6:.1f} us", "4 KiB, decrypted and decompressed, mean"),
-            *race_plain_write(folder, data, pid, address, size, threads),
+            *race_plain_write(directory, data, pid, address, size, threads),
         ]
     click.echo()
     if to_terminal():
         print_table(rows, right=frozenset({1}))
     else:
-        click.echo("".join(f"{label:<14}{value:>12}  {note}\n" for label, value, note in rows), nl=False)
+        click.echo("".join(f"{label:<16}{value:>12}  {note}\n" for label, value, note in rows), nl=False)
     if keep is not None:
         kept, key_file = shlex.quote(str(keep)), shlex.quote(f"{keep}.key")
-        click.echo(f"kept: vmsnap peek {printable(kept)} 0x0 256 --key-file {printable(key_file)}")
+        click.echo(f"kept; to look into it: vmsnap peek {printable(kept)} 0x0 256 --key-file {printable(key_file)}")

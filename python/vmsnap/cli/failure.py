@@ -1,11 +1,11 @@
-"""What a command reports when it cannot do its work."""
+"""Errors of commands: their text and their exit codes."""
 
 import vmsnap
 from vmsnap.cli.terminal import printable
 
 
 class CommandError(Exception):
-    """A failure found by the command line itself; its text is for the user."""
+    """An error that the command line itself found. Its text is for the user."""
 
 
 def describe(error: Exception) -> str:
@@ -19,15 +19,15 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError):
-        text = str(error) or "there is not enough memory"  # Python's own has no text
+        text = str(error) or "out of memory"  # Python's own has no text
     else:
         text = str(error) or type(error).__name__
-    # What could not be cleared away because of it, say.
+    # Notes say, for example, what could not be removed.
     return printable(" ".join("; ".join([text, *getattr(error, "__notes__", ())]).split()))
 
 
 def status_of(error: Exception) -> int:
-    """Return the exit status that tells a script what kind of error it was; ``vmsnap --help`` has them all."""
+    """Return the exit code for an error. ``vmsnap --help`` lists them all."""
     match error:
         case vmsnap.KeyUnavailableError() | vmsnap.AuthenticationError() | vmsnap.NotEncryptedError():
             return 3

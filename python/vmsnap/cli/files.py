@@ -1,4 +1,4 @@
-"""A file without a buffer that does whole what it is asked, and whose errors say which file it is."""
+"""Unbuffered files that wait for data instead of giving up, and whose errors name the file."""
 
 import io
 import os
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def named(what: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of an error of the operating system what it is an error of, where the error itself does not."""
+    """Add the name of a file to an error of the operating system that does not have one."""
     try:
         yield
     except OSError as error:
@@ -25,15 +25,15 @@ def named(what: str | os.PathLike[str]) -> Iterator[None]:
 class NamedFile(io.FileIO):
     """A file, given by its path or its descriptor.
 
-    Where a descriptor is set not to block, as those that are shared with a program of another kind may be, a read
-    waits nevertheless: what takes nothing for the end would take a part of the data for the whole.
+    A descriptor may be in non-blocking mode, for example if it is shared with a program that set it so. Reads and
+    writes wait nevertheless: a caller that takes "nothing yet" for the end would take a part of the data for the whole.
 
     Parameters
     ----------
     file, mode, closefd
         As for `io.FileIO`.
     what
-        What errors call it: its path, or what it is to the user.
+        The name that errors use: the path, or a description.
     """
 
     def __init__(self, file: str | os.PathLike[str] | int, mode: str, what: str, *, closefd: bool = True) -> None:
@@ -42,21 +42,21 @@ class NamedFile(io.FileIO):
             super().__init__(file if isinstance(file, int) else os.fspath(file), mode, closefd=closefd)
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        """Read what is there into `buffer`, and return how many bytes that was: 0 at the end."""
+        """Read available bytes into `buffer`, and return their number: 0 at the end."""
         with named(self._what):
             while (count := super().readinto(buffer)) is None:
                 select.select([self], [], [])
         return count
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read what is there, up to `size` bytes; none at the end."""
+        """Read available bytes, up to `size`; none at the end."""
         with named(self._what):
             while (content := super().read(size)) is None:
                 select.select([self], [], [])
         return content
 
     def write(self, data: "ReadableBuffer") -> int:
-        """Write some of `data`, and return how many bytes that was."""
+        """Write some of `data`, and return the number of bytes written."""
         with named(self._what):
             while (count := super().write(data)) is None:
                 select.select([], [self], [])

@@ -94,7 +94,7 @@ FORMATS = (
     _format(
         rb"[\x04\x02]\x22\x4d\x18|\x02\x21\x4c\x18",
         "compressed by lz4",
-        "lz4 -d FILE; of the fragment mem of a snapshot, vmsnap restore-memory",
+        "lz4 -d FILE; of the fragment mem of a snapshot, vmsnap restore",
     ),
     _format(rb"\x89LZO\0\r\n\x1a\n", "compressed by lzop", "lzop -d FILE"),
     _format(rb"\xff\x06\0\0sNaPpY", "compressed by snappy", "snzip -d FILE"),

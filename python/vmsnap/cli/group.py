@@ -9,35 +9,50 @@ import click
 
 import vmsnap
 from vmsnap import _vmsnap
+from vmsnap.cli.cat import cat
+from vmsnap.cli.clean import clean
 from vmsnap.cli.completion import completion
 from vmsnap.cli.convert import decrypt, encrypt
-from vmsnap.cli.copy import cp
 from vmsnap.cli.demo import demo
 from vmsnap.cli.dump import dump
+from vmsnap.cli.dump_process import dump_process
 from vmsnap.cli.failure import CommandError, describe, status_of
+from vmsnap.cli.get import get
 from vmsnap.cli.info import info
+from vmsnap.cli.keygen import keygen
 from vmsnap.cli.keys import show_warning
-from vmsnap.cli.look import cat, ls
+from vmsnap.cli.ls import ls
 from vmsnap.cli.map import map_memory
-from vmsnap.cli.memory import dump_memory, peek, restore_memory
+from vmsnap.cli.peek import peek
+from vmsnap.cli.put import put
 from vmsnap.cli.qemu import qemu
-from vmsnap.cli.rewrap import keygen, rekey
-from vmsnap.cli.seals import clean, seal, verify
+from vmsnap.cli.rekey import rekey
+from vmsnap.cli.restore import restore
+from vmsnap.cli.seal import seal
 from vmsnap.cli.show import show
 from vmsnap.cli.streams import ReaderGoneError
 from vmsnap.cli.terminal import printable
 from vmsnap.cli.tree import tree
+from vmsnap.cli.verify import verify
 
 _EXIT_CODES = """\b
 Exit codes:
-  0    all went well
-  1    an error that is none of those below
-  2    wrong use
-  3    the key is missing or wrong, or what is stored is not authentic
-  4    the snapshot is damaged, or of a format not supported
-  130  interrupted by Ctrl-C (128 and the signal's number, as after others)
-  141  whoever read the output went away
+  0    success
+  1    other error
+  2    usage error
+  3    the key is missing or wrong, or the data is not authentic
+  4    the snapshot is damaged, or of an unsupported format
+  130  interrupted by Ctrl-C (128 + the number of the signal, for any signal)
+  141  output pipe closed
 """
+
+_SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Snapshot": (info, tree, ls, show, cat, get, put),
+    "Guest memory": (dump, restore, peek, map_memory, dump_process),
+    "QEMU": (qemu,),
+    "Keys": (keygen, rekey, encrypt, decrypt),
+    "Maintenance": (verify, seal, clean, demo, completion),
+}
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -48,46 +63,46 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 
 
 class _Commands(click.Group):
-    """Commands in the order in which they were added."""
+    """Commands in sections, in the order in which they were added."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(self.commands)
 
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by section. The commands of a group within have lines of their own."""
+        sections = {
+            title: [line for command in commands for line in _named(command)] for title, commands in _SECTIONS.items()
+        }
+        width = max(len(name) for lines in sections.values() for name, _ in lines)
+        for title, lines in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (f"{name:<{width}}", command.get_short_help_str(formatter.width - width - 6))
+                        for name, command in lines
+                    ]
+                )
+
+
+def _named(command: click.Command) -> list[tuple[str, click.Command]]:
+    if isinstance(command, click.Group):
+        return [(f"{command.name} {name}", each) for name, each in command.commands.items()]
+    return [(str(command.name), command)]
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
-@click.option("--version", is_flag=True, expose_value=False, callback=_print_version, help="Show the version.")
+@click.option("--version", is_flag=True, expose_value=False, callback=_print_version, help="Show the version and exit.")
 def group() -> None:
-    """Store virtual machines' memory in encrypted snapshots that read at random.
+    """Store the memory and state of virtual machines in encrypted snapshots.
 
-    What is encrypted opens with your own identity (~/.config/vmsnap/identity.txt, made when it is first needed), unless
-    a command is told otherwise.
+    A snapshot is a directory. An encrypted one opens with your own identity (~/.config/vmsnap/identity.txt, created
+    when it is first needed) unless a key option says otherwise. "vmsnap COMMAND --help" describes a command.
     """
 
 
-for command in (
-    info,
-    tree,
-    ls,
-    show,
-    cat,
-    cp,
-    dump,
-    dump_memory,
-    restore_memory,
-    peek,
-    map_memory,
-    qemu,
-    encrypt,
-    decrypt,
-    verify,
-    seal,
-    clean,
-    keygen,
-    rekey,
-    demo,
-    completion,
-):
-    group.add_command(command)
+for _commands in _SECTIONS.values():
+    for _command in _commands:
+        group.add_command(_command)
 
 
 def _exit_by_signal(number: int, _frame: FrameType | None) -> None:
@@ -100,18 +115,18 @@ def run() -> int:
     Returns
     -------
     int
-        As the help of the command says.
+        The exit code, as ``vmsnap --help`` lists them.
     """
-    # A stopped process must go on, and a half-written folder go, when the terminal is closed, too. A signal that is
-    # ignored, as by nohup, stays so.
+    # A stopped process must continue, and an incomplete snapshot be removed, also when the terminal is closed. A signal
+    # that is ignored, as nohup does, stays ignored.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
     warnings.showwarning = show_warning
-    # That an identity must be kept is for whoever runs the command, whatever Python is told about warnings.
+    # The user must see that a new identity needs a backup, whatever Python's settings for warnings are.
     warnings.filterwarnings("always", category=vmsnap.NewIdentityWarning)
     try:
-        # None from a command, a status from click's own exits.
+        # Commands return None, click's own exits return a status.
         status = group.main(prog_name="vmsnap", standalone_mode=False) or 0
         sys.stdout.flush()
         return status
@@ -126,9 +141,9 @@ def run() -> int:
         click.echo(f"vmsnap: error: {describe(error)}", err=True)
         return status_of(error)
     except UnicodeEncodeError as error:
-        # Names are looked at as arguments; this is whatever else was given to the library as text.
+        # Arguments that are names were checked before: this is other text for the library.
         click.echo(f"vmsnap: error: {printable(str(error.object))}: is not UTF-8", err=True)
         return 1
     except RecursionError:
-        click.echo("vmsnap: error: it is nested too deeply to be shown", err=True)
+        click.echo("vmsnap: error: the value is nested too deeply to be shown", err=True)
         return 1

@@ -3,31 +3,31 @@
 from collections.abc import Iterable, Iterator
 
 _LINE_BYTES = 16
-# What hexdump shows as it is: ASCII without the control characters.
+# hexdump shows ASCII without the control characters, and a dot for all other bytes.
 _SHOWN = bytes(byte if 0x20 <= byte < 0x7F else ord(".") for byte in range(256))
 
 
 def hexdump(
-    pieces: Iterable[bytes | memoryview], offset: int = 0, *, end: bool = True, digits: int = 8
+    batches: Iterable[bytes | memoryview], offset: int = 0, *, end: bool = True, digits: int = 8
 ) -> Iterator[str]:
-    """Give the lines of a dump.
+    """Give the lines of a hex dump.
 
     Parameters
     ----------
-    pieces
-        The bytes, each piece but the last a multiple of 16 of them.
+    batches
+        The bytes. The length of each batch but the last is a multiple of 16.
     offset
-        Where the first byte lies.
+        The offset of the first byte.
     end
-        Give a last line with the offset of the end, as hexdump does; it comes after a star in any case.
+        Give a last line with the offset of the end, as hexdump does. After a star that line always comes.
     digits
-        Of an offset, at least.
+        The minimal number of digits of an offset.
     """
     before, squeezing, start = b"", False, offset
-    for piece in pieces:
-        for at in range(0, len(piece), _LINE_BYTES):
-            data = bytes(piece[at : at + _LINE_BYTES])
-            # A line like the one before it is shown as one star, however many there are.
+    for batch in batches:
+        for at in range(0, len(batch), _LINE_BYTES):
+            data = bytes(batch[at : at + _LINE_BYTES])
+            # Any number of lines equal to the one before is shown as one star.
             if data == before:
                 if not squeezing:
                     yield "*"

@@ -1,4 +1,4 @@
-"""Work that is done while a process stands still, and that never waits for that very process."""
+"""Work that is done while a process is stopped, and that never waits for that very process."""
 
 import threading
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Generic, TypeAlias, TypeVar
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.process import Process
 
-# A disk may be slow; what takes longer than this waits for the process itself.
+# A disk may be slow. Work that makes no progress for longer than this waits for the process itself.
 _PATIENCE_SECONDS = 30.0
 _TICK_SECONDS = 0.1
 
@@ -16,11 +16,11 @@ Result = TypeVar("Result")
 
 
 class _CancelledError(Exception):
-    """The work is not wanted any more."""
+    """The work was cancelled."""
 
 
 class _Work(Generic[Result]):
-    """Work in a thread of its own: its caller stays free to look at the time, and at signals."""
+    """Work in a thread of its own: its caller stays free to watch the time and handle signals."""
 
     def __init__(self, work: Callable[[Moved], Result]) -> None:
         self._work = work
@@ -31,7 +31,7 @@ class _Work(Generic[Result]):
         try:
             threading.Thread(target=self._run, name="vmsnap-work", daemon=True).start()
         except RuntimeError as error:
-            raise CommandError(f"no thread can be had to read a stopped process ({error}): try --no-stop") from error
+            raise CommandError(f"cannot start a thread to read the stopped process ({error}): try --no-stop") from error
 
     def _run(self) -> None:
         try:
@@ -47,7 +47,7 @@ class _Work(Generic[Result]):
         self._place = place
 
     def await_end(self) -> bool:
-        """Wait until it is done, or nothing has moved for long; return whether it is done."""
+        """Wait until the work is done, or made no progress for long; return whether it is done."""
         seen, idle = self._place, 0.0
         # Ticks are counted, not the time: this process may have been stopped itself, or the machine suspended.
         while not self._done.wait(_TICK_SECONDS):
@@ -58,7 +58,7 @@ class _Work(Generic[Result]):
         return True
 
     def cancel(self) -> None:
-        """Have it end, within reason."""
+        """Make the work end, and wait for that, but not forever."""
         self._cancelled = True
         self._done.wait(_PATIENCE_SECONDS)
 
@@ -73,15 +73,15 @@ class _Work(Generic[Result]):
 
 
 def while_stopped(process: Process, work: Callable[[Moved], Result]) -> Result:
-    """Return what `work` returns, done while the process stands still.
+    """Stop a process, run `work`, let the process continue, and return the result of `work`.
 
-    `work` is given a function, to be told again and again how far it is. Where it does not get any further for long, it
-    may be the process itself that is waited for: it goes on, and that is an error.
+    `work` gets a function, and calls it again and again with its position. If the position does not change for long,
+    the work may be waiting for the process itself: then the process continues, and that is an error.
 
     Raises
     ------
     CommandError
-        If nothing moved, or the process was not stopped all the time.
+        If the work made no progress, or the process did not stay stopped.
     """
     with process.stopped() as let_go:
         doing = _Work(work)
@@ -90,12 +90,12 @@ def while_stopped(process: Process, work: Callable[[Moved], Result]) -> Result:
             if done and doing.succeeded():
                 process.check_still_stopped()
         finally:
-            # First of all, so that nothing that comes now waits for it.
+            # First, so that nothing below waits for the process.
             let_go()
             doing.cancel()
     if not done:
         raise CommandError(
-            f"process {process.pid}: nothing could be read or stored for {_PATIENCE_SECONDS:g} s while it was stopped. "
-            "What is read or written may depend on the process itself (userfaultfd, FUSE, a terminal): try --no-stop"
+            f"process {process.pid}: no progress for {_PATIENCE_SECONDS:g} s while it was stopped. Its memory or the "
+            "snapshot may depend on the process itself (userfaultfd, FUSE, a terminal): try --no-stop"
         )
     return doing.result()

@@ -1,4 +1,4 @@
-"""``vmsnap info``: what a snapshot is, as much of it as can be said."""
+"""``vmsnap info``: a summary of a snapshot, as far as it can be told without the key."""
 
 import json
 import os
@@ -10,14 +10,16 @@ import click
 import vmsnap
 from vmsnap import CorruptSnapshotError, FragmentReader, SnapshotReader
 from vmsnap._vmsnap import check_serialized, key_wrapping, outline
+from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.places import directory_argument, json_option, walk
+from vmsnap.cli.options import json_option
+from vmsnap.cli.targets import expecting_snapshot, snapshot_argument, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
 
-# Of one fragment and of all: enough to tell the format by, in no time.
+# Limits for one fragment and for all: enough to recognize the format quickly.
 _LOOKED_AT_BYTES = 64 << 10
 _LOOKED_AT_BYTES_IN_ALL = 16 << 20
-# In CBOR whatever begins below is a number; a JSON digit is one too, so that they tell nothing.
+# A CBOR value that begins below is a number, and so is a JSON digit: these do not tell the format.
 _CBOR_NUMBERS_BELOW = 0x40
 
 _MANIFEST = "vmsnap_manifest"
@@ -38,9 +40,9 @@ _VALUES = {
 
 @dataclass(frozen=True)
 class Info:
-    """What ``--json`` prints; None is what needs the key, or does not apply."""
+    """The summary that ``--json`` prints. A field is None if it needs the key, or does not apply."""
 
-    root: str
+    location: str
     encrypted: bool
     key_wrapping: str | None
     key_recipients: list[str]
@@ -54,7 +56,7 @@ class Info:
     modified: str | None
 
     def rows(self, *, exact: bool) -> list[tuple[str, str]]:
-        """Return the lines for a program or for a person."""
+        """Return the lines: with exact numbers for a program, or readable ones for a person."""
 
         def size_of(size: int | None) -> str:
             if size is None:
@@ -71,7 +73,7 @@ class Info:
             whom = f" ({', '.join(map(printable, self.key_recipients))})" if self.key_recipients else ""
             wrapped = [("key wrapped by", _WRAPPINGS[self.key_wrapping] + whom)]
         return [
-            ("snapshot", printable(self.root)),
+            ("snapshot", printable(self.location)),
             ("encrypted", "yes" if self.encrypted else "no"),
             *wrapped,
             ("sealed", "yes" if self.sealed else "no"),
@@ -86,7 +88,7 @@ class Info:
 
 
 def _format_of(fragment: FragmentReader) -> str | None:
-    """Return the format of the value that a fragment is, None where it is none."""
+    """Return the format of the value in a fragment, None if the fragment is not a value."""
     data = fragment.read()
     try:
         found = check_serialized(data, None, "the fragment")
@@ -96,7 +98,7 @@ def _format_of(fragment: FragmentReader) -> str | None:
 
 
 def _look(snapshot: SnapshotReader) -> tuple[str, int]:
-    """Return which format the values have, and the size of all fragments."""
+    """Return the format of the values, and the size of all fragments."""
     size, looked_at, formats = 0, 0, set()
     for _, fragment in walk(snapshot):
         size += fragment.size
@@ -107,25 +109,25 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
     return (formats.pop() or "none" if len(formats) == 1 else "mixed" if formats else "none"), size
 
 
-def inspect(root: Path, keys: OpeningKeys) -> Info:
-    """Find out what a snapshot is; without its key, what shows of it."""
-    wrapping, recipients = key_wrapping(str(root)) or (None, [])
+def summarize(location: Path, keys: OpeningKeys) -> Info:
+    """Return the summary of a snapshot. Without its key, only of what is visible."""
+    wrapping, recipients = key_wrapping(str(location)) or (None, [])
     values, size = None, None
     if wrapping in (None, "age") or keys.given:
         try:
-            values, size = _look(keys.open(root))
+            values, size = _look(keys.open(location))
         except (vmsnap.KeyUnavailableError, vmsnap.AuthenticationError):
-            # The user's own identity need not be the one.
+            # The user's own identity need not open this snapshot.
             if keys.given:
                 raise
-    namespaces, fragments = outline(str(root))
+    namespaces, fragments = outline(str(location))
     stored_size = sum(stored for _, stored, _ in fragments)
     return Info(
-        root=str(root),
+        location=str(location),
         encrypted=wrapping is not None,
         key_wrapping=wrapping,
         key_recipients=recipients,
-        sealed=os.path.lexists(root / _MANIFEST),
+        sealed=os.path.lexists(location / _MANIFEST),
         values=values,
         namespaces=len(namespaces),
         fragments=len(fragments),
@@ -136,20 +138,21 @@ def inspect(root: Path, keys: OpeningKeys) -> Info:
     )
 
 
-@click.command()
-@directory_argument
+@click.command(cls=Command, examples=["vmsnap info vm1", "vmsnap info vm1 --json --key-file vm.key"])
+@snapshot_argument
 @opening_options
 @json_option
-def info(directory: Path, keys: OpeningKeys, as_json: bool) -> None:
-    """Tell what a snapshot is: encrypted or not, how large, how many fragments, which format its values have.
+def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
+    """Show what a snapshot is: encrypted, sealed, how large.
 
-    Without the key of an encrypted snapshot it tells what shows all the same, and what needs the key; none of that is
-    authenticated. Sealed means that it has a manifest, which `vmsnap verify` reads. The sizes are those of the
-    fragments. With --json, what needs the key is null.
+    Without the key of an encrypted snapshot, "needs the key" (null in --json) stands for what is not visible. Nothing
+    here is authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes are those of the
+    fragments.
 
-    The format is found by looking at fragments of up to 64 KiB, at most 16 MiB of them.
+    The format of values is found by reading fragments of up to 64 KiB, at most 16 MiB in all.
     """
-    found = inspect(directory, keys)
+    with expecting_snapshot(snapshot):
+        found = summarize(snapshot, keys)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     elif to_terminal():

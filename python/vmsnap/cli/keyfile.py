@@ -1,4 +1,4 @@
-"""Files with secrets on the command line, and the key in one."""
+"""Files with secrets, and the key in a key file."""
 
 import re
 from os import PathLike, fspath
@@ -33,7 +33,7 @@ def read_key_file(path: Path) -> bytes:
     Raises
     ------
     CommandError
-        If others than the owner may read or change the file, or it holds no key.
+        If others than the owner may read or change the file, or it does not contain a key.
     OSError
         If the file cannot be read.
     """
@@ -45,4 +45,4 @@ def read_key_file(path: Path) -> bytes:
         return bytes.fromhex(content.decode())
     if len(content) == KEY_BYTES:
         return content
-    raise CommandError(f"{path}: a key file holds {KEY_BYTES} bytes, or {2 * KEY_BYTES} hex digits")
+    raise CommandError(f"{path}: is not a key file: expected {KEY_BYTES} bytes or {2 * KEY_BYTES} hex digits")

@@ -1,4 +1,4 @@
-"""The options that say what a snapshot is written for and what opens it, and what they come to."""
+"""The options for keys: what opens a snapshot, and who can open a new one."""
 
 import getpass
 import os
@@ -22,18 +22,18 @@ from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.terminal import printable
 from vmsnap.keys import Passphrase
 
-# Of a passphrase and its newline: the rest of a longer file is no passphrase.
+# The limit for a passphrase with its newline.
 _MAX_PASSPHRASE_BYTES = 4096
 
 
 def _any_given(*options: object) -> bool:
-    """Return whether any option is given, which an empty one is too."""
+    """Return whether any option is given. An empty one is given, too."""
     return any(option is not None for option in options)
 
 
 @dataclass(frozen=True)
 class OpeningKeys:
-    """What opens a snapshot: at most one is given."""
+    """The key, identities or passphrase that opens a snapshot: at most one of them."""
 
     key: bytes | None = None
     identities: tuple[Path, ...] | None = None
@@ -41,7 +41,7 @@ class OpeningKeys:
 
     @property
     def given(self) -> bool:
-        """Whether any is."""
+        """Whether any of them is given."""
         return _any_given(self.key, self.identities, self.passphrase)
 
     def arguments(self, root: str | Path) -> dict[str, Any]:
@@ -56,13 +56,19 @@ class OpeningKeys:
         return {} if passphrase is None else {"passphrase": passphrase}
 
     def for_new(self, recipients: tuple[str, ...] | None) -> "WritingKeys":
-        """Return the same, or recipients, as what a new snapshot is written for."""
+        """Return the keys for a new snapshot: recipients, or this key or passphrase."""
         if self.identities is not None or (recipients is not None and self.given):
-            raise click.UsageError("a new snapshot is for recipients, with a key or with a passphrase: one of them")
-        return WritingKeys(False, self.key, recipients, self.passphrase)
+            raise click.UsageError(
+                "a new snapshot is encrypted with recipients, a key or a passphrase: give only one of them"
+            )
+        # A mistyped passphrase only fails to open a snapshot, but nobody would open a new one with it.
+        asked = callable(self.passphrase)
+        return WritingKeys(
+            False, self.key, recipients, _asker("New passphrase: ", twice=True) if asked else self.passphrase
+        )
 
     def open(self, root: str | Path, *, threads: int | None = None) -> SnapshotReader:
-        """Open a snapshot to be read."""
+        """Open a snapshot for reading."""
         return SnapshotReader(root, **self.arguments(root), threads=threads)
 
     def append(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
@@ -72,10 +78,10 @@ class OpeningKeys:
 
 @dataclass(frozen=True)
 class WritingKeys:
-    """What a snapshot is written for: at most one is given; the default identity where none is, and `encrypt`.
+    """The key, recipients or passphrase that a new snapshot is encrypted with: at most one of them.
 
-    None is what is not given. What is given and empty is left for the library to refuse: taken for not given, it would
-    make a plain snapshot.
+    If none is given and `encrypt` is true, it is the user's own identity. None means "not given". An empty value is
+    passed on for the library to refuse: taken for "not given", it would make a plain snapshot.
     """
 
     encrypt: bool = False
@@ -85,12 +91,12 @@ class WritingKeys:
 
     @property
     def given(self) -> bool:
-        """Whether any is."""
+        """Whether any of them is given."""
         return _any_given(self.key, self.recipients, self.passphrase)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments for whatever makes a snapshot."""
+        """The keyword arguments for functions that create a snapshot."""
         return {
             "encrypt": self.encrypt,
             "key": self.key,
@@ -99,16 +105,16 @@ class WritingKeys:
         }
 
     def stage(self, path: str | Path, *, threads: int | None = None, durable: bool = True) -> StagedSnapshot:
-        """Begin a snapshot that is sealed when it is complete, and not there before."""
+        """Begin a snapshot that appears when it is complete, sealed."""
         return vmsnap.create(path, **self.arguments, threads=threads, durable=durable)
 
     def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
-        """Make a snapshot in place, to which more can be added."""
+        """Create a snapshot in place, to which more can be added."""
         return SnapshotWriter(root, **self.arguments, threads=threads)
 
 
 def identity_of(path: Path) -> IdentityFile:
-    """Return the identities in a file; its passphrase is asked for if it turns out to be encrypted."""
+    """Return the identities in a file. If it is encrypted, its passphrase is asked for when it is needed."""
     return IdentityFile(path, _asker(f"Passphrase of {path}: "))
 
 
@@ -116,12 +122,12 @@ def _is_passphrase(root: str | Path) -> bool:
     try:
         wrapping = key_wrapping(str(root))
     except (vmsnap.VmsnapError, OSError):
-        return False  # said with more to it when it is opened
+        return False  # opening the snapshot raises a better error
     return wrapping is not None and wrapping[0] == "passphrase"
 
 
 def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
-    """Return what asks for a passphrase on the terminal, without echo."""
+    """Return a function that asks for a passphrase on the terminal, without echo."""
 
     def ask() -> str:
         # Otherwise getpass reads standard input, with echo.
@@ -129,10 +135,10 @@ def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
             os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
         except OSError:
             raise CommandError(
-                "a passphrase is needed, and there is no terminal to ask on: give --passphrase-file or --passphrase-fd"
+                "a passphrase is needed, and there is no terminal to ask on: use --passphrase-file or --passphrase-fd"
             ) from None
         passphrase = getpass.getpass(prompt)
-        if twice and getpass.getpass("The same again: ") != passphrase:
+        if twice and getpass.getpass("Repeat the passphrase: ") != passphrase:
             raise CommandError("the two passphrases differ")
         return passphrase
 
@@ -140,25 +146,25 @@ def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
 
 
 def _read_passphrase(source: str | int) -> bytearray:
-    """Return the first line of a file that only its owner may use, or of what a descriptor is open for."""
+    """Return the first line of a file that only its owner may use, or of an open descriptor."""
     content = _read_descriptor(source) if isinstance(source, int) else read_private(source)
     line = content.split(b"\n", 1)[0].removesuffix(b"\r")
     if not line or len(line) > _MAX_PASSPHRASE_BYTES:
         named = f"file descriptor {source}" if isinstance(source, int) else source
-        raise CommandError(f"{named}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes, in the first line")
+        raise CommandError(f"{named}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes long, on the first line")
     return line
 
 
 def _read_descriptor(number: int) -> bytearray:
     with NamedFile(number, "rb", f"file descriptor {number}", closefd=False) as file:
         content = bytearray()
-        while len(content) <= _MAX_PASSPHRASE_BYTES and (piece := file.read(_MAX_PASSPHRASE_BYTES + 1)):
-            content += piece
+        while len(content) <= _MAX_PASSPHRASE_BYTES and (data := file.read(_MAX_PASSPHRASE_BYTES + 1)):
+            content += data
     return content
 
 
 def _read_recipients(path: Path) -> list[str]:
-    """Return the recipients in a file, and tell on standard error which lines are ignored."""
+    """Return the recipients in a file, and report ignored lines on standard error."""
     recipients, ignored = _vmsnap.read_recipients(os.fspath(path))
     for text in ignored:
         click.echo(f"vmsnap: {printable(f'{path}: {text}')}", err=True)
@@ -169,7 +175,9 @@ def _passphrase(options: dict[str, Any], prefix: str, prompt: str, *, twice: boo
     asked = options.pop(f"{prefix}passphrase")
     file, descriptor = options.pop(f"{prefix}passphrase_file"), options.pop(f"{prefix}passphrase_fd")
     if asked + (file is not None) + (descriptor is not None) > 1:
-        raise click.UsageError("a passphrase is asked for, or comes from a file or a descriptor: one of them")
+        raise click.UsageError(
+            f"give only one of --{prefix}passphrase, --{prefix}passphrase-file and --{prefix}passphrase-fd"
+        )
     if asked:
         return _asker(prompt, twice=twice)
     source = file if file is not None else descriptor
@@ -185,33 +193,52 @@ _Command = Callable[..., Any]
 
 def _passphrase_options(prefix: str, what: str) -> list[Callable[[_Command], _Command]]:
     return [
-        click.option(f"--{prefix}passphrase", is_flag=True, help=f"Ask for {what}, without echo."),
+        click.option(f"--{prefix}passphrase", is_flag=True, help=f"Ask for {what} on the terminal."),
         click.option(
             f"--{prefix}passphrase-file",
             type=TEXT_PATH,
             metavar="FILE",
-            help="Take it from the first line of a file that only you may read.",
+            help="Read the passphrase from the first line of a file that only you may read.",
         ),
         click.option(
             f"--{prefix}passphrase-fd",
             type=click.IntRange(min=0),
             metavar="N",
-            help="Take it from an open file descriptor.",
+            help="Read the passphrase from an open file descriptor.",
         ),
     ]
 
 
 def _key_file_option(prefix: str) -> Callable[[_Command], _Command]:
-    text = "The key: 32 bytes or 64 hex digits, in a file that only you may read."
+    text = "The key: a file with 32 bytes or 64 hex digits that only you may read."
     return click.option(f"--{prefix}key-file", type=PATH, metavar="FILE", help=text)
 
 
 _IDENTITY_OPTION = click.option(
-    "-i", "--identity", type=PATH, multiple=True, metavar="FILE", help="A file of age identities, or an SSH key."
+    "-i",
+    "--identity",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Age identities or an SSH private key, in a file. May be repeated.",
 )
 _RECIPIENT_OPTIONS = [
-    click.option("-r", "--recipient", type=NAME, multiple=True, help="An age recipient (age1...) or SSH public key."),
-    click.option("-R", "--recipients-file", type=PATH, multiple=True, metavar="FILE", help="Recipients, a line each."),
+    click.option(
+        "-r",
+        "--recipient",
+        type=NAME,
+        multiple=True,
+        metavar="TEXT",
+        help="An age recipient (age1...) or an SSH public key that can open the snapshot. May be repeated.",
+    ),
+    click.option(
+        "-R",
+        "--recipients-file",
+        type=PATH,
+        multiple=True,
+        metavar="FILE",
+        help="A file of recipients, one per line. May be repeated.",
+    ),
 ]
 
 
@@ -222,7 +249,7 @@ def _with(options: Sequence[Callable[[_Command], _Command]], command: _Command) 
 
 
 def opening_options(command: _Command) -> _Command:
-    """Give a command options for what opens a snapshot: it gets `keys`."""
+    """Give a command the options for opening a snapshot. It gets `keys`."""
 
     @wraps(command)
     def wrapped(**options: Any) -> Any:
@@ -232,16 +259,16 @@ def opening_options(command: _Command) -> _Command:
 
 
 def _opening(options: dict[str, Any]) -> OpeningKeys:
-    # An option that may be repeated is an empty tuple where it is not given.
+    # An option that may be repeated is an empty tuple if it is not given.
     key_file, identities = options.pop("key_file"), options.pop("identity") or None
     passphrase = _passphrase(options, "", "Passphrase: ", twice=False)
     if (key_file is not None) + (identities is not None) + (passphrase is not None) > 1:
-        raise click.UsageError("--key-file, --identity and a passphrase exclude each other: a snapshot has one kind")
+        raise click.UsageError("give only one of --key-file, --identity and a passphrase")
     return OpeningKeys(_key(key_file), identities, passphrase)
 
 
 def recipient_options(command: _Command) -> _Command:
-    """Give a command options for recipients: it gets `recipients`."""
+    """Give a command the options for recipients. It gets `recipients`."""
 
     @wraps(command)
     def wrapped(**options: Any) -> Any:
@@ -251,7 +278,7 @@ def recipient_options(command: _Command) -> _Command:
 
 
 def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return the recipients, None where no option gives any. Each file gives at least one, or it is an error."""
+    """Return the recipients, None without these options. A file without recipients is an error."""
     texts, files = options.pop("recipient"), options.pop("recipients_file")
     if not texts and not files:
         return None
@@ -259,7 +286,7 @@ def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def writing_options(prefix: str = "") -> Callable[[_Command], _Command]:
-    """Give a command options for what a snapshot is written for: it gets `new_keys`."""
+    """Give a command the options for who can open a new snapshot. It gets `new_keys`."""
 
     def decorate(command: _Command) -> _Command:
         @wraps(command)
@@ -278,16 +305,10 @@ def _writing(options: dict[str, Any], prefix: str) -> WritingKeys:
     recipients = _recipients(options)
     passphrase = _passphrase(options, name, "New passphrase: ", twice=True)
     if (key_file is not None) + (recipients is not None) + (passphrase is not None) > 1:
-        raise click.UsageError("a key file, recipients and a passphrase exclude each other: a snapshot has one kind")
+        raise click.UsageError("give only one of a key file, recipients and a passphrase")
     return WritingKeys(options.pop("encrypt", False), _key(key_file), recipients, passphrase)
 
 
-no_durable_option = click.option(
-    "--no-durable", is_flag=True, help="Do not wait until it is on the disk: it may be lost in a power failure."
-)
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all processors]")
-
-
 def show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
-    """Report a warning as the command line does, and not with a line of code."""
+    """Print a warning as the command line prints messages, without a line of code."""
     print(f"vmsnap: {message}", file=sys.stderr)

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 import click
 
 from vmsnap import GuestMemory
-from vmsnap.cli.copy import new_file, refuse_inside
+from vmsnap.cli.command import Command
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keys import OpeningKeys, opening_options, threads_option
-from vmsnap.cli.memory import open_memory
+from vmsnap.cli.io import new_file, refuse_inside
+from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.options import force_option, json_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
-from vmsnap.cli.places import directory_argument, json_option, namespace_option
+from vmsnap.cli.targets import namespace_option, open_memory, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PAGE_BYTES = 4096
-_PIECE_BYTES = 4 << 20
+_READ_BATCH_BYTES = 4 << 20
 
 # Printable ASCII, tab, line feed and carriage return.
 _TEXT = bytes((*range(0x20, 0x7F), 0x09, 0x0A, 0x0D))
@@ -31,7 +32,7 @@ _KINDS = ("hole", "zero", "text-like", "dense")
 _HOLE, _ZERO, _TEXT_LIKE, _DENSE = range(len(_KINDS))
 _COLORS = ((226, 229, 233), (143, 163, 190), (46, 160, 108), (201, 84, 56))
 _PAPER, _INK, _FAINT = (255, 255, 255), (38, 42, 50), (118, 124, 134)
-# What fills up the last row.
+# Fills up the last row.
 _BEYOND = len(_KINDS)
 
 _WIDTH = 1024
@@ -44,17 +45,17 @@ _LINE = 22
 class _Region:
     addresses: range
     pages: bytearray
-    """What each looks like."""
+    """The kind of each page."""
 
     def counts(self) -> dict[str, int]:
         return {name: self.pages.count(kind) for kind, name in enumerate(_KINDS)}
 
 
 def look_of(page: bytes | memoryview) -> int:
-    """Return what a page looks like: zero, text-like or dense.
+    """Return the kind of a page: zero, text-like or dense.
 
-    Text-like is a page of which a sixteenth is text, and nine tenths of what is not zero: strings in memory are padded
-    with zeros.
+    A page is text-like if a sixteenth of it is text, and nine tenths of its nonzero bytes are: strings in memory are
+    padded with zeros.
     """
     content = bytes(page).replace(b"\0", b"")
     text = len(content) - len(content.translate(None, _TEXT))
@@ -70,26 +71,26 @@ def _scan(memory: GuestMemory) -> list[_Region]:
             pages = bytearray(-(-(addresses.stop - addresses.start) // _PAGE_BYTES))
             for data in memory.data_ranges(number):
                 first = data.start - data.start % _PAGE_BYTES
-                for start in range(first, data.stop, _PIECE_BYTES):
-                    end = min(start + _PIECE_BYTES, data.stop)
-                    piece = memoryview(memory.read(addresses.start + start, end - start))
-                    for at in range(0, len(piece), _PAGE_BYTES):
-                        pages[(start + at) // _PAGE_BYTES] = look_of(piece[at : at + _PAGE_BYTES])
-                    advance(len(piece))
+                for start in range(first, data.stop, _READ_BATCH_BYTES):
+                    end = min(start + _READ_BATCH_BYTES, data.stop)
+                    batch = memoryview(memory.read(addresses.start + start, end - start))
+                    for at in range(0, len(batch), _PAGE_BYTES):
+                        pages[(start + at) // _PAGE_BYTES] = look_of(batch[at : at + _PAGE_BYTES])
+                    advance(len(batch))
             regions.append(_Region(addresses, pages))
     return regions
 
 
-def _strips(pages: bytearray, columns: int) -> Iterator["Image"]:
-    """Give a region's picture in strips from above, at a width of `_WIDTH`."""
+def _bands(pages: bytearray, columns: int) -> Iterator["Image"]:
+    """Give a region's picture in bands from top to bottom, at a width of `_WIDTH`."""
     from PIL import Image
 
-    # Where a dot is several pages, it has the mean of their colors.
-    strip = columns * max(1, columns // _WIDTH) * 64
-    for start in range(0, len(pages), strip):
-        part = pages[start : start + strip]
-        rows = -(-len(part) // columns)
-        image = Image.frombytes("P", (columns, rows), bytes(part.ljust(rows * columns, bytes([_BEYOND]))))
+    # A dot that stands for several pages has the mean of their colors.
+    band = columns * max(1, columns // _WIDTH) * 64
+    for start in range(0, len(pages), band):
+        shown = pages[start : start + band]
+        rows = -(-len(shown) // columns)
+        image = Image.frombytes("P", (columns, rows), bytes(shown.ljust(rows * columns, bytes([_BEYOND]))))
         image.putpalette([value for color in (*_COLORS, _PAPER) for value in color])
         height = max(1, rows * _WIDTH // columns)
         yield image.convert("RGB").resize((_WIDTH, height), Image.Resampling.BOX)
@@ -105,8 +106,8 @@ def draw(title: str, regions: list[_Region]) -> "Image":
     total = sum(len(region.pages) for region in regions)
     # A power of two of pages a row, so that addresses at its ends are round; about a square; at most 16 dots a page.
     columns = 1 << max(6, math.ceil(math.log2(max(total, 1)) / 2))
-    strips = [list(_strips(region.pages, columns)) for region in regions]
-    height = _TOP + sum(_LINE + sum(strip.height for strip in each) for each in strips) + _LINE + _BOTTOM
+    pictures = [list(_bands(region.pages, columns)) for region in regions]
+    height = _TOP + sum(_LINE + sum(band.height for band in each) for each in pictures) + _LINE + _BOTTOM
     picture = Image.new("RGB", (_LEFT + _WIDTH + _RIGHT, height), _PAPER)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
     pen.text((_LEFT, 14), title, _INK, font)
@@ -118,18 +119,18 @@ def draw(title: str, regions: list[_Region]) -> "Image":
         pen.text((x + 20, 38), text, _INK, font)
         x += 56 + int(pen.textlength(text, font))
     y = _TOP
-    for number, (region, parts) in enumerate(zip(regions, strips, strict=True)):
+    for number, (region, bands) in enumerate(zip(regions, pictures, strict=True)):
         size = region.addresses.stop - region.addresses.start
         pen.text((_LEFT, y), f"region {number}: {human_size(size)} from {region.addresses.start:#x}", _INK, font)
         y += _LINE
-        for at in range(0, max(1, sum(part.height for part in parts) - _FONT_SIZE), 64):
+        for at in range(0, max(1, sum(band.height for band in bands) - _FONT_SIZE), 64):
             address = region.addresses.start + at * columns // _WIDTH * columns * _PAGE_BYTES
             text = f"{address:#x}"
             pen.text((_LEFT - 14 - pen.textlength(text, font), y + at - 9), text, _FAINT, font)
             pen.line((_LEFT - 9, y + at, _LEFT - 3, y + at), _FAINT)
-        for part in parts:
-            picture.paste(part, (_LEFT, y))
-            y += part.height
+        for band in bands:
+            picture.paste(band, (_LEFT, y))
+            y += band.height
     for quarter in range(5):
         at = _LEFT + quarter * _WIDTH // 4
         pen.line((at, y + 4, at, y + 9), _FAINT)
@@ -138,25 +139,30 @@ def draw(title: str, regions: list[_Region]) -> "Image":
     return picture
 
 
-@click.command("map")
-@directory_argument
-@click.option("-o", "--output", required=True, type=TEXT_PATH, metavar="FILE", help="The picture, a PNG file.")
+@click.command(
+    "map", cls=Command, examples=["vmsnap map vm1 -o map.png", "vmsnap map vm1 -o map.png --json --key-file vm.key"]
+)
+@snapshot_argument
+@click.option("-o", "--output", required=True, type=TEXT_PATH, metavar="FILE", help="The PNG file to write.")
 @namespace_option
 @opening_options
-@click.option("--force", is_flag=True, help="Replace an existing plain file outside of the snapshot.")
+@force_option
 @json_option
 @threads_option
 def map_memory(
-    directory: Path, output: str, namespace: str, keys: OpeningKeys, force: bool, as_json: bool, threads: int | None
+    snapshot: Path, output: str, namespace: str, keys: OpeningKeys, force: bool, as_json: bool, threads: int | None
 ) -> None:
-    """Draw guest memory: what is a hole, zero, text-like or dense, page by page.
+    """Draw guest memory as a picture, page by page.
 
-    Addresses grow from left to right and from above to below. Of large memory a dot is several pages, and has the mean
-    of their colors. All data is read. Needs Pillow: pip install 'vmsnap[map]'.
+    The colors tell holes, zero, text-like and dense pages. Addresses grow from left to right and from top to bottom. In
+    the picture of a large memory a dot stands for several pages and has the mean of their colors. --json also prints
+    the number of pages of each kind.
+
+    All data is read and decrypted. Needs Pillow: pip install 'vmsnap[map]'.
     """
-    refuse_inside(output, str(directory))
-    regions = _scan(open_memory(directory, namespace, keys, threads))
-    picture = draw(printable(str(directory)), regions)
+    refuse_inside(output, str(snapshot))
+    regions = _scan(open_memory(snapshot, namespace, keys, threads))
+    picture = draw(printable(str(snapshot)), regions)
     with new_file(output, force=force) as file:
         picture.save(file, "PNG")
     if as_json:

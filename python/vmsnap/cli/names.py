@@ -1,7 +1,7 @@
-"""What a name in a snapshot, or other text for the library, is on the command line.
+"""Names in a snapshot, and other text for the library, as arguments of the command line.
 
-An argument is bytes, and a name is UTF-8: these bytes, whatever the locale takes them for. So a name that was listed
-can be given back in the C locale, too.
+An argument is bytes, and a name is UTF-8. So the bytes of the argument are decoded as UTF-8 in every locale, and a name
+that was listed can be given back in the C locale, too.
 """
 
 import os
@@ -12,23 +12,22 @@ from vmsnap.cli.failure import CommandError
 
 
 def as_name(argument: str) -> str:
-    """Return the text that the bytes of an argument are.
+    """Return the text of an argument, decoded from UTF-8.
 
     Raises
     ------
     CommandError
-        They are not UTF-8.
+        If the argument is not UTF-8.
     """
     stored = os.fsencode(argument)
     try:
         return stored.decode()
     except UnicodeDecodeError:
         shown = stored.decode("utf-8", "backslashreplace")
-        raise CommandError(f"{shown}: is not UTF-8, which names and recipients have to be") from None
+        raise CommandError(f"{shown}: is not UTF-8, and names and recipients must be") from None
 
 
-# click has a type parameter for these since 8.4 only.
-class _Name(click.ParamType):  # type: ignore[type-arg]
+class _Name(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
     """Text that is UTF-8 in every locale."""
 
     name = "text"

@@ -1,4 +1,4 @@
-"""Paths on the command line. An empty one is refused: pathlib would take it for the current directory."""
+"""Paths as arguments. An empty one is refused, because pathlib takes it for the current directory."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import click
 
 
 class _NonEmptyPath(click.Path):
-    """A path, such as ``"$VARIABLE"`` in a script is not where the variable is not set."""
+    """A path that is not empty, as ``"$VARIABLE"`` in a script is if the variable is not set."""
 
     def convert(
         self, value: "str | os.PathLike[str]", parameter: click.Parameter | None, context: click.Context | None

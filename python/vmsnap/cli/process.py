@@ -1,4 +1,4 @@
-"""A live process: its mappings, its memory, and holding it still while they are read."""
+"""A live process: its mappings, its memory, and stopping it while they are read."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def parse_maps(maps: bytes) -> list[Mapping]:
 
 
 class Process:
-    """An open process. Its descriptors belong to this very process, even when its number is taken by another.
+    """An open process. Its descriptors belong to this very process, even if another process gets its ID.
 
     Raises
     ------
@@ -64,7 +64,7 @@ class Process:
             self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, self._memory)
             if not self.maps():
-                raise CommandError(f"process {pid} has no memory to read: it has ended, or is one of the kernel's")
+                raise self.without_memory()
             self._open_files = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -72,6 +72,10 @@ class Process:
 
     def __exit__(self, *_exception: object) -> None:
         self._open_files.close()
+
+    def without_memory(self) -> CommandError:
+        """Return the error for a process of which there is nothing to store."""
+        return CommandError(f"process {self.pid} has no memory to read: it has ended, or is a kernel thread")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -81,10 +85,10 @@ class Process:
         except PermissionError as error:
             raise CommandError(
                 f"process {self.pid}: no permission to stop it and read its memory: run vmsnap as root, or as its "
-                "owner and with 'sysctl kernel.yama.ptrace_scope=0'"
+                "owner after 'sysctl kernel.yama.ptrace_scope=0'"
             ) from error
         except (FileNotFoundError, ProcessLookupError) as error:
-            raise CommandError(f"process {self.pid}: no such process, or one without memory") from error
+            raise CommandError(f"process {self.pid}: no such process, or a process without memory") from error
 
     def maps(self) -> bytes:
         """Return the text of ``/proc/PID/maps``."""
@@ -92,12 +96,12 @@ class Process:
             return file.read()
 
     def readable_bytes(self) -> int:
-        """Return how much memory it may read itself, touched or not."""
+        """Return the size of the mappings that the process itself may read, touched or not."""
         return sum(each.end - each.start for each in parse_maps(self.maps()) if each.readable)
 
     @cached_property
     def memory(self) -> ProcessMemory:
-        """Its memory, as it is mapped when this is first asked for: when it stands still, if it is to."""
+        """Its memory, as mapped when this is first used: after it was stopped, if it is to be stopped."""
         return ProcessMemory(self.pid)
 
     def range(self, start: int, end: int) -> ProcessRange:
@@ -105,18 +109,18 @@ class Process:
         return ProcessRange(self.memory, start, end - start)
 
     def check_still_stopped(self) -> None:
-        """Refuse what was read since it was stopped, if it is not stopped any more."""
+        """Raise an error if the process is no longer stopped."""
         with self._explained():
             if not StoppedProcess.is_stopped(self.pid):
                 raise CommandError(
-                    f"process {self.pid} went on, or ended, during the dump: that is not one moment's memory"
+                    f"process {self.pid} continued or ended during the dump, so its memory is not of one moment: retry"
                 )
 
     @contextmanager
     def stopped(self) -> Iterator[Callable[[], None]]:
-        """Hold the process still, and give what lets it go on earlier. One that was stopped already is left as it is.
+        """Stop the process during the block, and give the function that lets it continue earlier.
 
-        However vmsnap ends, the process goes on.
+        A process that was stopped before is left as it is. However vmsnap ends, the process continues.
         """
         with self._explained():
             stopped = StoppedProcess.is_stopped(self.pid)
@@ -131,30 +135,30 @@ class Process:
             held.let_go()
 
     def _check_same(self) -> None:
-        """Refuse another process that has the number by now."""
+        """Refuse another process that got the ID in the meantime."""
         with suppress(OSError):  # there is nothing to be read, but a process to be asked
             if not os.pread(self._memory, 1, _NOWHERE):
                 raise CommandError(f"process {self.pid} has ended, or started another program")
 
     def shows_progress(self) -> bool:
-        """Return whether it may be the process that shows our standard error, so that writing may wait for it.
+        """Return whether it may be the process that shows our standard error, so that writing could block.
 
-        It is where it has the other end of the terminal open (as a terminal emulator, tmux or sshd has), and may be
-        where it is one of those that started this one.
+        It shows it if it has the other end of the terminal open (as a terminal emulator, tmux or sshd has), and may
+        show it if it is an ancestor of this process.
         """
         if not os.isatty(_STDERR):
             return False
         if self.pid in _ancestors():
             return True
         number = f"tty-index:\t{os.minor(os.fstat(_STDERR).st_rdev)}\n"
-        folder = f"/proc/{self.pid}"
+        directory = f"/proc/{self.pid}"
         with suppress(OSError):
-            for name in os.listdir(f"{folder}/fd"):
+            for name in os.listdir(f"{directory}/fd"):
                 # One may be closed while the others are looked at.
                 with suppress(OSError):
-                    if not os.readlink(f"{folder}/fd/{name}").endswith("/ptmx"):
+                    if not os.readlink(f"{directory}/fd/{name}").endswith("/ptmx"):
                         continue
-                    with open(f"{folder}/fdinfo/{name}") as file:
+                    with open(f"{directory}/fdinfo/{name}") as file:
                         if number in file.readlines():
                             return True
             return False
@@ -162,7 +166,7 @@ class Process:
 
 
 def _ancestors() -> set[int]:
-    """Return the numbers of this process' parent, of that one's, and so on."""
+    """Return the IDs of the parent of this process, of the parent's parent, and so on."""
     found: set[int] = set()
     pid = os.getppid()
     with suppress(OSError):

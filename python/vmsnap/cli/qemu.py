@@ -1,4 +1,4 @@
-"""``vmsnap qemu save`` and ``vmsnap qemu load``: a running QEMU guest into a snapshot, and out of one."""
+"""``vmsnap qemu save`` and ``vmsnap qemu load``: a running QEMU guest, saved into a snapshot and resumed from one."""
 
 import json
 import sys
@@ -9,18 +9,12 @@ from typing import Any, Literal
 
 import click
 
+from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keys import (
-    OpeningKeys,
-    WritingKeys,
-    no_durable_option,
-    opening_options,
-    threads_option,
-    writing_options,
-)
-from vmsnap.cli.memory import compress_option
+from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
+from vmsnap.cli.options import compress_option, encrypt_option, json_option, no_durable_option, threads_option
 from vmsnap.cli.paths import PATH
-from vmsnap.cli.places import directory_argument, json_option
+from vmsnap.cli.targets import new_snapshot_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, progress_so_far
 
 
@@ -42,9 +36,9 @@ def _asked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @click.group()
 def qemu() -> None:
-    """Save a running QEMU guest, and bring it back.
+    """Save a running QEMU guest, and resume it.
 
-    Its memory has to lie in a shared file or memfd, and QEMU to have a monitor:
+    The memory of the guest must be in a shared file or memfd, and QEMU must have a monitor:
 
     \b
     qemu-system-x86_64 -m 4G \\
@@ -54,21 +48,34 @@ def qemu() -> None:
     """  # noqa: D301  the \\b is for click: it leaves the lines after it as they are
 
 
-@qemu.command()
+@qemu.command(
+    cls=Command,
+    examples=[
+        "vmsnap qemu save --qmp /run/vm1.qmp vm1 --encrypt",
+        "vmsnap qemu save --qmp /run/vm1.qmp vm1 --compress lz4 --quit",
+    ],
+)
 @click.option("--qmp", required=True, metavar="SOCKET", type=PATH, help="The Unix socket of QEMU's monitor.")
-@click.argument("directory", metavar="DIR", type=PATH)
-@click.option("--encrypt", is_flag=True, help="Encrypt it; for your own identity, where nothing else is said.")
+@new_snapshot_argument
+@encrypt_option
 @writing_options()
 @compress_option
-@click.option("--continue", "then", flag_value="continue", help="Let the guest go on, even if it was paused.")
-@click.option("--quit", "then", flag_value="quit", help="End QEMU, once the snapshot is complete.")
-@click.option("--pid", type=click.IntRange(min=1), help="QEMU's process. [default: who listens at SOCKET]")
+@click.option(
+    "--continue", "then", flag_value="continue", help="Let the guest run afterwards, even if it was paused before."
+)
+@click.option("--quit", "then", flag_value="quit", help="End QEMU when the snapshot is complete.")
+@click.option(
+    "--pid",
+    type=click.IntRange(min=1),
+    metavar="PID",
+    help="The process of QEMU.  [default: the one that listens at SOCKET]",
+)
 @threads_option
 @no_durable_option
 @json_option
 def save(
     qmp: Path,
-    directory: Path,
+    new_snapshot: Path,
     new_keys: WritingKeys,
     compress: str,
     then: Literal["continue", "quit"] | None,
@@ -77,17 +84,20 @@ def save(
     no_durable: bool,
     as_json: bool,
 ) -> None:
-    """Save a running guest in a new folder DIR: its memory, the state of its devices, and what it ran on.
+    """Save a running QEMU guest in a new snapshot.
 
-    The guest stands still meanwhile, and goes on if it ran before. DIR appears when the snapshot is complete, and is
-    sealed. A save that fails leaves nothing behind, and the guest as it was.
+    The snapshot contains the memory, the devices, and a description of the machine. The guest is paused meanwhile, and
+    continues afterwards if it was running before. NEW-SNAPSHOT appears when it is
+    complete, and is sealed. A save that fails leaves nothing behind, and the guest as it was.
+
+    Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
     library = _library()
     arguments = _asked(new_keys.arguments)
     with progress_so_far("save") as show:
         report = library.save(
             qmp,
-            directory,
+            new_snapshot,
             **arguments,
             compress="lz4" if compress == "lz4" else None,
             then=then or "as-before",
@@ -114,23 +124,39 @@ def save(
         return
     click.echo(
         f"vmsnap: saved {report.machine.machine_type} of QEMU {report.machine.qemu_version} in {report.seconds:.2f} s; "
-        f"it stood still for {report.paused_seconds:.2f} s: {human_size(memory.data_bytes)} of "
+        f"the guest was paused for {report.paused_seconds:.2f} s: {human_size(memory.data_bytes)} of "
         f"{human_size(memory.logical_bytes)} of memory, {human_size(memory.stored_bytes)} on disk, and "
         f"{human_size(report.device_state_bytes)} of devices",
         err=True,
     )
 
 
-@qemu.command()
-@directory_argument
-@click.argument("command", metavar="-- QEMU [ARGUMENT]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@qemu.command(
+    cls=Command,
+    examples=[
+        "vmsnap qemu load vm1 -- qemu-system-x86_64 -m 4G -machine q35 ...",
+        "vmsnap qemu load vm1 -i id.txt --paused -- qemu-system-x86_64 -m 4G -machine q35 ...",
+    ],
+)
+@snapshot_argument
+@argument(
+    "command",
+    metavar="-- QEMU [ARGUMENT]...",
+    description="The command that starts QEMU, as the guest was started before: the same machine type, devices and "
+    "memory backend. vmsnap adds -incoming.",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+)
 @opening_options
-@click.option("--no-verify", is_flag=True, help="Load even what is not sealed, or is not what was saved.")
-@click.option("--paused", is_flag=True, help="Do not let the guest go on: it waits for cont.")
-@click.option("--force", is_flag=True, help="Fill a file for the memory even if it holds something.")
+@click.option(
+    "--no-verify", is_flag=True, help="Load a snapshot that is not sealed, or that changed since it was sealed."
+)
+@click.option("--paused", is_flag=True, help="Leave the guest paused. The monitor command cont resumes it.")
+@click.option("--force", is_flag=True, help="Overwrite the file of the memory backend even if it is not empty.")
 @threads_option
 def load(
-    directory: Path,
+    snapshot: Path,
     command: tuple[str, ...],
     keys: OpeningKeys,
     no_verify: bool,
@@ -138,19 +164,18 @@ def load(
     force: bool,
     threads: int | None,
 ) -> None:
-    """Start QEMU with the memory and the devices of a saved guest, and let the guest go on.
+    """Start QEMU with a saved guest, and resume the guest.
 
-    QEMU and its arguments are given as the guest was started, with the same machine type, devices, and memory backend.
-    They follow after "--"; -incoming is added.
+    A plain snapshot is verified first, an encrypted one while it is read. QEMU keeps the terminal, and its exit status
+    becomes that of vmsnap. A load that fails ends QEMU, and reports what QEMU printed.
 
-    A plain snapshot is verified before, an encrypted one as it is read. QEMU keeps the terminal; the exit status is its
-    own. A load that fails ends it, and says what it said.
+    Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
     library = _library()
-    arguments = _asked(keys.arguments(directory))
+    arguments = _asked(keys.arguments(snapshot))
     with progress_so_far("load") as show:
         report = library.load(
-            directory,
+            snapshot,
             list(command),
             **arguments,
             verify=not no_verify,
@@ -160,14 +185,14 @@ def load(
             progress=show,
         )
     told = (
-        f"vmsnap: {'loaded' if paused else 'the guest goes on'} after {report.seconds:.2f} s, with "
+        f"vmsnap: {'loaded' if paused else 'the guest continues'} after {report.seconds:.2f} s, with "
         f"{human_size(report.restored_bytes)} of memory; QEMU is process {report.process.pid}"
     )
     sys.exit(_status_of(report.process, told))
 
 
 def _status_of(process: "Popen[bytes]", told: str) -> int:
-    """Wait for QEMU, and end it where this is to end."""
+    """Wait for QEMU, and end it if this process is to end."""
     try:
         click.echo(told, err=True)
         status = process.wait()

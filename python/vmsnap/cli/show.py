@@ -1,4 +1,4 @@
-"""``vmsnap show``: a fragment as a value that a person can read, or as a hex dump."""
+"""``vmsnap show``: a fragment as a readable value, or as a hex dump."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Literal
 import click
 
 from vmsnap import CorruptSnapshotError, FragmentReader
+from vmsnap.cli.command import Command
 from vmsnap.cli.hexdump import hexdump
+from vmsnap.cli.io import batches
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.places import directory_argument, fragment_argument, json_option, locate, pieces
+from vmsnap.cli.options import json_option
+from vmsnap.cli.targets import fragment_argument, locate, snapshot_argument
 from vmsnap.cli.terminal import print_lines
 from vmsnap.cli.values import json_value, value_lines
 
-# A fragment that is longer is taken for raw bytes, so that guest memory is not read whole to find out.
+# A longer fragment is taken for raw bytes, so that guest memory is not read whole to find out.
 _VALUE_BYTES = 16 << 20
 _SHOWN_BYTES = 4096
 
@@ -32,29 +35,32 @@ def _show_bytes(
     offset = min(offset, fragment.size)
     end = min(fragment.size, offset + size)
     if as_json:
-        part = b"".join(pieces(path, fragment, offset, end))
-        shown = {"offset": offset, "size": len(part), "fragment_size": fragment.size, "hex": part.hex()}
-        click.echo(json.dumps(shown, indent=2))
+        shown = b"".join(batches(path, fragment, offset, end))
+        found = {"offset": offset, "size": len(shown), "fragment_size": fragment.size, "hex": shown.hex()}
+        click.echo(json.dumps(found, indent=2))
     else:
-        print_lines(hexdump(pieces(path, fragment, offset, end), offset))
+        print_lines(hexdump(batches(path, fragment, offset, end), offset))
     if left := fragment.size - end:
-        click.echo(f"vmsnap: {left} more bytes follow: --offset {end} shows the next, --size N more at once", err=True)
+        click.echo(f"vmsnap: {left} more bytes: --offset {end} shows the next ones, --size N more at once", err=True)
     elif not fragment.size:
         click.echo("vmsnap: the fragment is empty", err=True)
 
 
-@click.command()
-@directory_argument
+@click.command(
+    cls=Command,
+    examples=["vmsnap show vm1 mem_metadata", "vmsnap show vm1 disks/sda --offset 512 --size 64"],
+)
+@snapshot_argument
 @fragment_argument
 @opening_options
 @json_option
-@click.option("--hex", "as_hex", is_flag=True, help="Show the bytes, even of a value.")
-@click.option("--format", "format_", type=click.Choice(["cbor", "json"]), help="Read a value in this format.")
-@click.option("--full", is_flag=True, help="Cut nothing off.")
-@click.option("--offset", type=click.IntRange(min=0), help="Show the bytes from this one.")
-@click.option("--size", type=click.IntRange(min=0), help="Show so many bytes. [default: 4096]")
+@click.option("--hex", "as_hex", is_flag=True, help="Show the bytes, even if they are a value.")
+@click.option("--format", "format_", type=click.Choice(["cbor", "json"]), help="Decode a value of this format.")
+@click.option("--full", is_flag=True, help="Do not shorten anything.")
+@click.option("--offset", type=click.IntRange(min=0), metavar="N", help="Show bytes, beginning with this one.")
+@click.option("--size", type=click.IntRange(min=0), metavar="N", help="Show this many bytes.  [default: 4096]")
 def show(
-    directory: Path,
+    snapshot: Path,
     path: str,
     keys: OpeningKeys,
     as_json: bool,
@@ -64,23 +70,21 @@ def show(
     offset: int | None,
     size: int | None,
 ) -> None:
-    """Show a fragment: the value in it, or its bytes.
+    """Show a fragment as a decoded value, or as a hex dump.
 
-    PATH is the fragment's, with the namespaces it is in: a/b/name.
+    A fragment of up to 16 MiB that is one CBOR or JSON value is shown as that value. Integers from 65536 are also shown
+    in hexadecimal, short byte strings as h'00ff', long ones as hex dumps and shortened unless --full is given. Any
+    other fragment is shown as hexdump -C does, the first 4 KiB of it. --format decodes a value of any size, and fails
+    if the fragment is not one.
 
-    A fragment of up to 16 MiB that is one value in CBOR or JSON is shown as that value: whole numbers from 65536 in
-    hexadecimal too, byte strings as h'...' or as a hex dump, long ones cut off unless --full is given. Any other
-    fragment is shown as `hexdump -C` would, 4 KiB of it. --format takes a value of any size, and it is an error where
-    there is none.
-
-    --json prints a value as one JSON document: byte strings as {"hex": "..."}; floats that JSON has not as "NaN",
-    "inf" and "-inf"; maps with a key that is no text as a list of [key, value]; sets as lists; arrays as nested lists;
-    UUIDs and times as text. Bytes are {"offset", "size", "fragment_size", "hex"}.
+    --json prints a value as one JSON document: byte strings as {"hex": "..."}, floats that JSON lacks as "NaN", "inf"
+    and "-inf", maps with other keys than text as lists of [key, value], sets as lists, arrays as nested lists, UUIDs
+    and times as text. Bytes are printed as {"offset", "size", "fragment_size", "hex"}.
     """
     raw = as_hex or offset is not None or size is not None
     if raw and format_:
-        raise click.UsageError("--format is for a value: it goes with none of --hex, --offset and --size")
-    namespace, name = locate(keys.open(directory), path)
+        raise click.UsageError("--format decodes a value: it cannot be combined with --hex, --offset or --size")
+    namespace, name = locate(keys.open(snapshot), path)
     with namespace.raw_fragment(name) as fragment:
         if not raw and (format_ or fragment.size <= _VALUE_BYTES):
             try:
@@ -92,5 +96,5 @@ def show(
                 _show_value(value, as_json=as_json, full=full)
                 return
         elif not raw:
-            click.echo("vmsnap: longer than 16 MiB: if it is a value, --format cbor or json shows it", err=True)
+            click.echo("vmsnap: longer than 16 MiB, shown as bytes; --format cbor or json decodes a value", err=True)
         _show_bytes(path, fragment, offset or 0, size, as_json=as_json, full=full)

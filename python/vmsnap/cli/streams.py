@@ -1,9 +1,9 @@
 """The standard streams as the command line needs them.
 
-A number from 0 to 2 that is closed would be the next file's that is opened, and what was meant for a terminal would go
-into it: `take_standard_streams` is called before anything else opens a file. What is said on standard error accompanies
-the work and is not part of it, so that it never fails. What goes to standard output is the work: its first failure is
-an error.
+If a descriptor from 0 to 2 is closed, the next file that is opened gets its number, and text meant for a terminal goes
+into that file. So `take_standard_streams` is called before anything else opens a file. Messages on standard error
+accompany the work and are not part of it, so writing them never fails. Standard output is the work: its first failure
+is an error.
 """
 
 import codecs
@@ -23,11 +23,11 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 class ReaderGoneError(Exception):
-    """Whoever read the output went away, as ``head`` does."""
+    """The pipe that standard output goes to was closed by its reader, as ``head`` does."""
 
 
 class _Output(NamedFile):
-    """Standard output. Once it has failed, the error was raised, and the rest that buffers still hold is dropped."""
+    """Standard output. After its first error, which is raised, the rest of the buffers is dropped."""
 
     def __init__(self, *, missing: bool) -> None:
         super().__init__(STDOUT, "wb", "standard output", closefd=False)
@@ -50,7 +50,7 @@ class _Output(NamedFile):
 
 
 class _Messages(io.FileIO):
-    """Standard error. What cannot be written there is lost, and no command fails for that."""
+    """Standard error. Messages that cannot be written are lost, and no command fails because of them."""
 
     def __init__(self, *, missing: bool) -> None:
         super().__init__(STDERR, "wb", closefd=False)
@@ -64,16 +64,16 @@ class _Messages(io.FileIO):
 
 
 def take_standard_streams() -> None:
-    """Put ``/dev/null`` where a standard stream is closed, and make `sys.stdout` and `sys.stderr` as described above.
+    """Open ``/dev/null`` for closed standard streams, and replace `sys.stdout` and `sys.stderr` as described above.
 
-    A program that put other objects in their places keeps those.
+    If a program replaced these objects before, they are kept.
     """
     streams = {STDIN: sys.stdin, STDOUT: sys.stdout, STDERR: sys.stderr}
-    # Where Python found none at its start, what has the number now is somebody else's.
+    # If Python found no stream at its start, another file may have the number now.
     missing = {number for number, stream in streams.items() if stream is None or not _is_open(number)}
     for number in streams:
         if not _is_open(number):
-            # The lowest free number, and so this one.
+            # open returns the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdout is None or isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = _text(_Output(missing=STDOUT in missing), sys.stdout)
@@ -82,12 +82,12 @@ def take_standard_streams() -> None:
 
 
 def standard_input() -> NamedFile:
-    """Return standard input, to be read.
+    """Return standard input for reading.
 
     Raises
     ------
     OSError
-        It was closed: nothing is not what somebody wanted to store.
+        If it is closed: storing nothing would not be what the user wanted.
     """
     if sys.stdin is None:
         raise OSError(errno.EBADF, "standard input is closed")
@@ -105,11 +105,11 @@ def _is_open(number: int) -> bool:
 def _text(raw: io.FileIO, before: TextIO | None) -> io.TextIOWrapper:
     """Return `raw` for text, encoded as before."""
     encoding = "utf-8" if before is None else before.encoding
-    # The C locale says nothing of what a terminal can show; names are UTF-8, and as arguments they are these bytes.
+    # The C locale does not tell what a terminal can show. Names are UTF-8, in arguments as well.
     if codecs.lookup(encoding).name == "ascii":
         encoding = "utf-8"
     by_line = raw.fileno() == STDERR or raw.isatty()
-    # A character that the encoding has not is shown escaped.
+    # A character that the encoding lacks is escaped.
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", newline="\n", line_buffering=by_line
     )

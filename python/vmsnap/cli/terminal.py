@@ -1,4 +1,4 @@
-"""What depends on where the output goes: plain text into a pipe, a table and a progress bar on a terminal."""
+"""Output for a pipe or for a terminal: plain text, or tables and progress bars."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,24 +12,24 @@ from rich.text import Text
 
 
 def printable(text: str) -> str:
-    """Return `text` with all that could move a cursor or end a line escaped.
+    """Return `text` with all characters escaped that could move a cursor or end a line.
 
-    Names come from snapshots and processes that nobody vouches for. A backslash cannot be part of a fragment's name,
-    so that the escapes of those are not ambiguous.
+    Names come from snapshots and processes that are not trusted. A fragment's name cannot contain a backslash, so an
+    escaped one is unambiguous.
     """
-    # A path that is not UTF-8, or is none in this locale, is shown by its bytes.
+    # The bytes of a path that is not UTF-8 are shown escaped.
     with suppress(UnicodeEncodeError):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def to_terminal() -> bool:
-    """Whether standard output is a terminal: a person reads it, not a program."""
+    """Return whether standard output is a terminal, so that a person reads it and not a program."""
     return sys.stdout.isatty()
 
 
 def human_size(size: float) -> str:
-    """Return a number of bytes with the binary unit that suits it."""
+    """Return a number of bytes with a fitting binary unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.1f} {unit}" if unit != "bytes" else "1 byte" if size == 1 else f"{size:.0f} bytes"
@@ -38,12 +38,12 @@ def human_size(size: float) -> str:
 
 
 def iso_time(time: datetime | None) -> str | None:
-    """Return a time as ISO 8601 has it, in UTC and to the second."""
+    """Return a time in ISO 8601, in UTC and to the second."""
     return None if time is None else time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines as they come, in pieces of a size that the system likes."""
+    """Print lines as they come, buffered."""
     sys.stdout.writelines(f"{line}\n" for line in lines)
     sys.stdout.flush()
 
@@ -51,13 +51,13 @@ def print_lines(lines: Iterable[str]) -> None:
 def print_table(
     rows: Iterable[Sequence[str]], *, header: Sequence[str] = (), right: frozenset[int] = frozenset()
 ) -> None:
-    """Print rows on the terminal, the columns whose numbers are in `right` aligned there.
+    """Print rows on the terminal. The columns in `right` are aligned to the right.
 
-    The last column is the terminal's to wrap, so that a long path in it is copied as it is.
+    The terminal wraps the last column, so that a long path can be copied as it is.
     """
     rows = [header, *rows] if header else list(rows)
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    # Text, not str: a name with brackets in it is no markup.
+    # Text, not str: brackets in a name are not markup.
     lines = Text(no_wrap=True)
     for number, row in enumerate(rows):
         for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
@@ -70,16 +70,16 @@ def print_table(
 
 @contextmanager
 def progress(label: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on standard error, where that is a terminal, and give the function that advances it.
+    """Show a progress bar on standard error if that is a terminal, and give the function that advances it.
 
     Parameters
     ----------
     label
-        What is going on.
+        A word for the work.
     total
-        The number of bytes to come, or None where nobody knows.
+        The number of bytes, or None if it is unknown.
     shown
-        Whether the terminal can be written to at all.
+        Whether the bar may be shown at all.
     """
     if not (shown and sys.stderr.isatty()):
         yield lambda _count: None
@@ -91,7 +91,7 @@ def progress(label: str, total: int | None, *, shown: bool = True) -> Iterator[C
 
 @contextmanager
 def progress_so_far(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Show the same, for what tells how many bytes are done, and of how many."""
+    """Show a progress bar like `progress`, and give a function that sets the bytes done and the bytes in all."""
     if not (shown and sys.stderr.isatty()):
         yield lambda _done, _total: None
         return
@@ -105,7 +105,7 @@ def _bar() -> Progress:
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     try:
         bar.start()
-    except RuntimeError:  # the system allows no thread to draw it
+    except RuntimeError:  # the system does not allow a thread to draw it
         bar.stop()
         bar.disable = True
     return bar

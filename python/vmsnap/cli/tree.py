@@ -1,4 +1,4 @@
-"""``vmsnap tree``: namespaces and fragments as they nest."""
+"""``vmsnap tree``: the namespaces and fragments of a snapshot as a tree."""
 
 import json
 import sys
@@ -12,12 +12,14 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vmsnap import SnapshotReader
+from vmsnap.cli.command import Command
+from vmsnap.cli.entry import Entry, entries
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.look import Entry, entries
-from vmsnap.cli.places import directory_argument, enter, json_option, namespace_argument
+from vmsnap.cli.options import json_option
+from vmsnap.cli.targets import enter, expecting_snapshot, namespace_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, to_terminal
 
-# Columns that rich gives a level, and those that should be left for a name.
+# Columns that rich indents by level, and columns to leave for a name.
 _INDENT = 4
 _NAME_COLUMNS = 24
 # Longer than any line: nothing is wrapped or cut off.
@@ -25,7 +27,7 @@ _ENDLESS_COLUMNS = 1 << 20
 
 
 class Namespace:
-    """A namespace with what is in it, and in those within."""
+    """A namespace with its fragments and the namespaces in it."""
 
     def __init__(self, reader: SnapshotReader, name: str) -> None:
         self.name = name
@@ -37,13 +39,13 @@ class Namespace:
 
 
 def read_tree(snapshot: SnapshotReader) -> tuple[Namespace, int]:
-    """Return what a snapshot, or a namespace of it, holds, and how many levels deep it is."""
+    """Return the contents of a snapshot, or of a namespace in it, and the number of levels."""
     by_namespace: dict[str, list[Entry]] = {}
     for entry in entries(snapshot):
         by_namespace.setdefault(entry.path.rpartition("/")[0], []).append(entry)
     root = Namespace(snapshot, snapshot.namespace_path.rpartition("/")[2])
     seen = [(root, snapshot, 1)]
-    # Each after the one it is in, so that sums go from the end to the start.
+    # Each namespace comes after its parent, so sums are made from the end to the start.
     for parent, reader, level in seen:
         parent.fragments = by_namespace.get(parent.path, [])
         for name in reader.list_namespaces():
@@ -94,25 +96,27 @@ def as_tree(root: Namespace, label: str, *, exact: bool) -> Tree:
     return drawn
 
 
-@click.command()
-@directory_argument
+@click.command(cls=Command, examples=["vmsnap tree vm1", "vmsnap tree vm1 pci --key-file vm.key"])
+@snapshot_argument
 @namespace_argument
 @opening_options
 @json_option
-def tree(directory: Path, path: str, keys: OpeningKeys, as_json: bool) -> None:
-    """Draw the namespaces and fragments of a snapshot, or of the namespace PATH in it, as a tree with sizes.
+def tree(snapshot: Path, path: str, keys: OpeningKeys, as_json: bool) -> None:
+    """Draw the namespaces and fragments of a snapshot as a tree.
 
-    Where the output is no terminal, sizes are in bytes. --json nests objects: name, path, fragments, namespaces.
+    If the output is not a terminal, sizes are in bytes and nothing is wrapped. --json prints nested objects with name,
+    path, fragments and namespaces.
     """
-    root, levels = read_tree(enter(keys.open(directory), path))
+    with expecting_snapshot(snapshot):
+        root, levels = read_tree(enter(keys.open(snapshot), path))
     if as_json:
         click.echo(json.dumps(as_object(root), indent=2))
         return
-    label = printable(f"{directory}/{path}" if path else str(directory))
+    label = printable(f"{snapshot}/{path}" if path else str(snapshot))
     if to_terminal():
         console = Console(highlight=False)
-        # A name that is too long goes on below itself. Where the tree is deeper than the screen is wide, that would be
-        # a column of letters: then the terminal wraps the lines.
+        # A name that is too long continues below itself. If the tree is deeper than the screen is wide, that would be a
+        # column of letters: then the terminal wraps the lines.
         if levels * _INDENT + _NAME_COLUMNS > console.width:
             console.width = _ENDLESS_COLUMNS
         console.print(as_tree(root, label, exact=False), soft_wrap=console.width == _ENDLESS_COLUMNS)

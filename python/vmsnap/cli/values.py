@@ -1,4 +1,4 @@
-"""Decoded values as a person reads them, and as JSON."""
+"""Decoded values as readable text, and as JSON."""
 
 import math
 import re
@@ -11,25 +11,25 @@ from uuid import UUID
 from vmsnap.cli.hexdump import hexdump
 from vmsnap.cli.terminal import printable
 
-# Up to here the decimal digits say it all; above are addresses, masks and flags.
+# Larger integers tend to be addresses, masks and flags, which are easier to read in hexadecimal.
 _HEX_FROM = 1 << 16
-# Python refuses to make decimal digits of much longer ones: it would take too long.
+# Python refuses to convert much longer integers to decimal digits, because it would take too long.
 _DECIMAL_BITS = 4096
-# What fits beside its key.
+# The longest byte string that is shown beside its key.
 _SHORT_BYTES = 16
 _LINE_COLUMNS = 76
 _INDENT = "  "
-# Long ones are cut off unless all is wanted: a screenful of bytes, and as many numbers.
+# Longer values are cut off unless --full is given.
 _SHOWN_BYTES = 512
 _SHOWN_NUMBERS = 512
 
 
 def json_value(value: Any) -> Any:
-    """Return a value as JSON has it.
+    """Return a value as JSON can express it.
 
-    Byte strings become ``{"hex": "..."}``; floats that JSON has not ``"NaN"``, ``"inf"`` and ``"-inf"``; maps with a
-    key that is no text lists of ``[key, value]``; sets lists; arrays nested lists; UUIDs and times texts; whole
-    numbers of over 4096 bits hexadecimal ones in texts.
+    Byte strings become ``{"hex": "..."}``, floats that JSON lacks ``"NaN"``, ``"inf"`` and ``"-inf"``, maps with a key
+    that is not text lists of ``[key, value]``, sets lists, arrays nested lists, UUIDs and times text, and integers of
+    more than 4096 bits hexadecimal text.
     """
     match value:
         case int() if value.bit_length() > _DECIMAL_BITS:
@@ -64,9 +64,9 @@ def value_lines(value: Any, *, full: bool = False) -> Iterator[str]:
     Parameters
     ----------
     value
-        What was decoded.
+        The decoded value.
     full
-        Cut nothing off.
+        Whether nothing is cut off.
     """
     short = _short(value)
     if short is not None:
@@ -78,7 +78,7 @@ def value_lines(value: Any, *, full: bool = False) -> Iterator[str]:
 
 
 def _is_array(value: object) -> bool:
-    # numpy need not be installed: then nothing is one.
+    # numpy may not be installed: then no value is an array.
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
@@ -145,7 +145,7 @@ def _scalar(value: Any) -> str:
 
 
 def _short(value: Any) -> str | None:
-    """Return a value that fits beside its key; None for one that needs lines of its own."""
+    """Return a value that fits beside its key, None for one that needs lines of its own."""
     match value:
         case bytes():
             return _flow(value) if len(value) <= _SHORT_BYTES else None
@@ -192,7 +192,7 @@ def _member(head: str, value: Any, full: bool) -> Iterator[str]:
         return
     lines = _long(value, full)
     if head == "-" and isinstance(value, list | tuple | Mapping | AbstractSet) and not _is_numbers(value):
-        # As YAML has it: the first line beside the dash, the others below it.
+        # As in YAML: the first line beside the dash, the others below it.
         yield f"- {next(lines)}"
     else:
         yield f"{head} {_title(value)}".rstrip()
@@ -204,7 +204,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _title(value: Any) -> str:
-    """Return what is said of a value beside its key, where the value itself follows below."""
+    """Return the text beside the key of a value whose lines follow below."""
     match value:
         case bytes():
             return f"{len(value)} bytes"
@@ -256,5 +256,5 @@ def _rest(count: int, unit: str) -> Iterator[str]:
 
 
 def _sorted(values: AbstractSet[Any]) -> list[Any]:
-    """Return the members of a set in an order that is the same in every run."""
+    """Return the members of a set in the same order in every run."""
     return sorted(values, key=lambda value: (type(value).__name__, _flow(value)))

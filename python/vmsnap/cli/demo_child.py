@@ -15,7 +15,7 @@ _WORDS = b"the page table of a guest holds what its kernel last wrote there: log
 
 
 def fill(memory: mmap.mmap) -> None:
-    """Fill memory as a guest's is: in runs of pages, a quarter each never touched, zero, text and random bytes."""
+    """Fill memory like a guest's, in runs of pages: a quarter each untouched, zero, text and random."""
     dice = random.Random(0)
     text = b" ".join(dice.choices(_WORDS, k=_LONGEST_RUN_PAGES * mmap.PAGESIZE))
     position = 0
@@ -35,8 +35,8 @@ def fill(memory: mmap.mmap) -> None:
 
 
 def hold(size: int) -> None:
-    """Map and fill `size` bytes, tell where they are and their digest, and wait."""
-    # Goes with its parent, even stopped and even if that is killed.
+    """Map and fill `size` bytes, print their address and digest, and wait."""
+    # The kernel ends it with its parent, even if it is stopped and the parent was killed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         fill(memory)
@@ -48,7 +48,7 @@ def hold(size: int) -> None:
 
 
 def main() -> None:
-    """Hold as many bytes as the command line says."""
+    """Hold the number of bytes that the argument says."""
     try:
         hold(int(sys.argv[1]))
     except (OSError, MemoryError) as error:

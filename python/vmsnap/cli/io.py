@@ -1,0 +1,73 @@
+"""Reading and writing files: new files that appear complete or not at all, and fragments batch by batch."""
+
+import contextlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vmsnap import FragmentReader
+from vmsnap.cli.failure import CommandError
+from vmsnap.cli.files import NamedFile
+
+# Fits a second-level cache, and holds enough chunks for every thread.
+COPY_BATCH_BYTES = 1 << 20
+
+
+def batches(path: str, fragment: FragmentReader, offset: int, end: int) -> Iterator[memoryview]:
+    """Give the bytes of a fragment from `offset` to `end`. Each batch overwrites the one before it."""
+    buffer = memoryview(bytearray(COPY_BATCH_BYTES))
+    while offset < end:
+        count = fragment.readinto_at(offset, buffer[: end - offset])
+        if not count:
+            raise CommandError(f"{path}: the fragment became shorter while it was read")
+        yield buffer[:count]
+        offset += count
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Write all of `data`. An unbuffered file, such as standard output under PYTHONUNBUFFERED, may accept less."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def refuse_inside(target: str, location: str) -> None:
+    """Refuse a file in a snapshot: in the one at `location`, or in one that its files show to be one."""
+    directory, snapshot = Path(target).absolute().parent.resolve(), Path(location).resolve()
+    for parent in (directory, *directory.parents):
+        if parent == snapshot or any((parent / name).exists() for name in ("enc_metadata", "vmsnap_manifest")):
+            raise CommandError(f"{target}: is in the snapshot {parent}; add fragments with vmsnap put")
+
+
+@contextmanager
+def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
+    """Open a new file with mode 0600, and remove it if the block fails.
+
+    With `force` an existing regular file is replaced once the block has succeeded.
+    """
+    if force and os.path.lexists(target):
+        if not stat.S_ISREG(os.lstat(target).st_mode):
+            raise CommandError(f"{target}: is not a regular file, and --force overwrites only regular files")
+        descriptor, path = tempfile.mkstemp(prefix=".vmsnap-", dir=os.path.dirname(target) or ".")
+    else:
+        path = target
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with NamedFile(descriptor, "wb", target) as file:
+            yield file
+        if path != target:
+            _replace(path, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def _replace(path: str, target: str) -> None:
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be replaced: {error.strerror}", target) from None

@@ -1,0 +1,42 @@
+"""Options that several commands have. Those for keys are in ``keys``."""
+
+import click
+
+# As fast as larger chunks, and a random read decrypts no more than this.
+CHUNK_BYTES = 1 << 16
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.  [default: one per processor]"
+)
+no_durable_option = click.option(
+    "--no-durable",
+    is_flag=True,
+    help="Do not wait until the data is on the disk. A power failure can then lose the snapshot.",
+)
+no_stop_option = click.option(
+    "--no-stop",
+    is_flag=True,
+    help="Do not stop the process. Memory that changes during the dump is stored inconsistently.",
+)
+force_option = click.option(
+    "--force", is_flag=True, help="Overwrite FILE if it is a regular file outside any snapshot."
+)
+chunk_size_option = click.option(
+    "--chunk-size",
+    type=click.IntRange(32, 64 << 20),
+    metavar="BYTES",
+    default=CHUNK_BYTES,
+    show_default=True,
+    help="Bytes that are encrypted as one chunk, from 32 to 64 MiB. A read decrypts whole chunks.",
+)
+compress_option = click.option(
+    "--compress",
+    type=click.Choice(["none", "lz4"]),
+    default="none",
+    show_default=True,
+    help="Compression of guest memory.",
+)
+encrypt_option = click.option(
+    "--encrypt", is_flag=True, help="Encrypt the snapshot, to your own identity unless a key option says otherwise."
+)

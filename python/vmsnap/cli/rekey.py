@@ -1,0 +1,38 @@
+"""``vmsnap rekey``: what the data key of a snapshot is wrapped with."""
+
+from pathlib import Path
+
+import click
+
+import vmsnap
+from vmsnap.cli.command import Command
+from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
+from vmsnap.cli.targets import snapshot_argument
+
+
+@click.command(
+    cls=Command,
+    examples=["vmsnap rekey vm1 -R team.txt", "vmsnap rekey vm1 --key-file old.key --new-key-file new.key"],
+)
+@snapshot_argument
+@opening_options
+@writing_options("new-")
+def rekey(snapshot: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
+    """Change the key or the recipients of a snapshot.
+
+    The new ones are given by -r, -R, --new-key-file or a --new-passphrase option. They replace the old ones.
+
+    Only the file enc_metadata is replaced, so this takes milliseconds whatever the size.
+
+    It does not revoke access: somebody who could open the snapshot before may have kept its data key. "vmsnap encrypt"
+    copies it into a new snapshot with a new data key.
+    """
+    if not new_keys.given:
+        raise click.UsageError("say what is to open the snapshot: -r, -R, --new-key-file or --new-passphrase")
+    vmsnap.rekey(
+        snapshot,
+        **keys.arguments(snapshot),
+        recipients=new_keys.recipients,
+        new_key=new_keys.key,
+        new_passphrase=new_keys.passphrase,
+    )

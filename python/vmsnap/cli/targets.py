@@ -1,0 +1,161 @@
+"""SNAPSHOT and PATH as commands take them: how they lead into a snapshot, and what a shell completes them to."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+import vmsnap
+from vmsnap import CorruptSnapshotError, FragmentReader, GuestMemory, SnapshotReader
+from vmsnap._vmsnap import outline
+from vmsnap.cli.command import argument
+from vmsnap.cli.failure import CommandError
+from vmsnap.cli.keys import OpeningKeys
+from vmsnap.cli.names import NAME
+from vmsnap.cli.paths import PATH
+
+_MARKERS = ("enc_metadata", "vmsnap_manifest")
+_MEMORY_METADATA = "mem_metadata"
+
+
+def is_marked(location: str | Path) -> bool:
+    """Return whether a directory has a file that only snapshots have. A plain snapshot that is not sealed has none."""
+    return any(os.path.lexists(os.path.join(location, name)) for name in _MARKERS)
+
+
+@contextmanager
+def expecting_snapshot(location: str | Path) -> Iterator[None]:
+    """Refuse, as not a snapshot, a directory without markers in which the block finds something that does not fit."""
+    try:
+        yield
+    except CorruptSnapshotError as error:
+        if is_marked(location):
+            raise
+        raise CorruptSnapshotError(
+            f"{location} is not a vmsnap snapshot: it contains neither {' nor '.join(_MARKERS)}, and something else: "
+            f"{error}"
+        ) from error
+
+
+def enter(snapshot: SnapshotReader, path: str) -> SnapshotReader:
+    """Return the reader of the namespace at a path. The empty path is the snapshot itself."""
+    return _follow(snapshot, path.split("/") if path else [])
+
+
+def locate(snapshot: SnapshotReader, path: str) -> tuple[SnapshotReader, str]:
+    """Return the namespace that contains the fragment at a path, and the fragment's name in it."""
+    *namespaces, name = path.split("/")
+    return _follow(snapshot, namespaces), name
+
+
+def _follow(snapshot: SnapshotReader, names: list[str]) -> SnapshotReader:
+    for name in names:
+        snapshot = snapshot.namespace(name)
+    return snapshot
+
+
+def open_memory(location: Path, namespace: str, keys: OpeningKeys, threads: int | None) -> GuestMemory:
+    """Open the guest memory of a snapshot, or of a namespace in it."""
+    with expecting_snapshot(location):
+        reader = enter(keys.open(location, threads=threads), namespace)
+        if _MEMORY_METADATA not in reader.list_fragments():
+            where = f"namespace {namespace} of {location}" if namespace else str(location)
+            raise CommandError(
+                f"{where} contains no guest memory: it has no fragment {_MEMORY_METADATA}"
+                + (
+                    ""
+                    if is_marked(location)
+                    else f", and it may not be a snapshot: it has no {' and no '.join(_MARKERS)}"
+                )
+            )
+        return reader.memory()
+
+
+def walk(snapshot: SnapshotReader) -> Iterator[tuple[str, FragmentReader]]:
+    """Give every fragment of a snapshot with its path, those of a namespace before those of the namespaces in it."""
+    pending = [snapshot]
+    while pending:
+        reader = pending.pop()
+        prefix = f"{reader.namespace_path}/" if reader.namespace_path else ""
+        for name in reader.list_fragments():
+            with reader.raw_fragment(name) as fragment:
+                yield prefix + name, fragment
+        pending += [reader.namespace(name) for name in reversed(reader.list_namespaces())]
+
+
+def times(location: Path) -> dict[str, datetime | None]:
+    """Return when each fragment was last written."""
+    _, fragments = outline(str(location))
+    return {path: time for path, _, time in fragments}
+
+
+def complete_directory(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Complete to directories."""
+    return [CompletionItem(begun, type="dir")]
+
+
+def complete_file(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Complete to files."""
+    return [CompletionItem(begun, type="file")]
+
+
+def _complete(context: click.Context, begun: str, *, namespaces: bool) -> list[CompletionItem]:
+    """Return the paths in SNAPSHOT that begin so. Names are visible without the key, so no key is asked for."""
+    try:
+        spaces, fragments = outline(str(context.params["snapshot"]))
+    except (vmsnap.VmsnapError, OSError, KeyError):
+        return []
+    paths = spaces if namespaces else [path for path, _, _ in fragments]
+    # The shell's protocol has one candidate a line, so a name with a newline cannot be offered.
+    return [CompletionItem(path) for path in paths if path.startswith(begun) and path.isprintable()]
+
+
+def _complete_fragment(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return _complete(context, begun, namespaces=False)
+
+
+def _complete_namespace(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return _complete(context, begun, namespaces=True)
+
+
+snapshot_argument = argument(
+    "snapshot",
+    metavar="SNAPSHOT",
+    description="The snapshot: its directory.",
+    type=PATH,
+    shell_complete=complete_directory,
+)
+new_snapshot_argument = argument(
+    "new_snapshot",
+    metavar="NEW-SNAPSHOT",
+    description="The snapshot to create. The path must not exist, its parent directory must.",
+    type=PATH,
+    shell_complete=complete_directory,
+)
+fragment_argument = argument(
+    "path",
+    metavar="PATH",
+    description="The fragment: its name, preceded by its namespaces, as in pci/00:1f.2/state.",
+    type=NAME,
+    shell_complete=_complete_fragment,
+)
+namespace_argument = argument(
+    "path",
+    metavar="[PATH]",
+    description="The namespace. Without it, the whole snapshot.",
+    type=NAME,
+    default="",
+    shell_complete=_complete_namespace,
+)
+namespace_option = click.option(
+    "--namespace",
+    metavar="PATH",
+    type=NAME,
+    default="",
+    shell_complete=_complete_namespace,
+    help="The namespace that contains the guest memory.  [default: the snapshot itself]",
+)

@@ -1,0 +1,91 @@
+"""``vmsnap verify``: everything in a snapshot, compared with its manifest."""
+
+import json
+from pathlib import Path
+
+import click
+
+import vmsnap
+from vmsnap import Verification
+from vmsnap._vmsnap import outline
+from vmsnap.cli.command import Command
+from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.names import NAME
+from vmsnap.cli.options import json_option
+from vmsnap.cli.targets import expecting_snapshot, is_marked, snapshot_argument
+from vmsnap.cli.terminal import human_size, printable
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _as_json(report: Verification) -> str:
+    return json.dumps(
+        {
+            "ok": report.ok,
+            "problems": [vars(problem) for problem in report.problems],
+            "not_checked": report.not_checked,
+            "fragments": report.fragments,
+            "verified_bytes": report.verified_bytes,
+            "snapshot_id": report.snapshot_id.hex() if report.snapshot_id else None,
+            "seal_digest": report.seal_digest.hex() if report.seal_digest else None,
+        },
+        indent=2,
+    )
+
+
+def _print(report: Verification, *, marked: bool) -> None:
+    # Without a manifest and without tags there is nothing to compare a fragment with.
+    states = {path: "read" if state == "ok" and not marked else state for path, state in report.fragments.items()}
+    width = max(map(len, states.values()), default=0)
+    for path, state in states.items():
+        click.echo(f"{state:<{width}}  {printable(path)}")
+    for problem in report.problems:
+        click.echo(f"{problem.kind}: {printable(problem.path) or '.'}: {printable(problem.text)}", err=True)
+    for text in report.not_checked:
+        click.echo(f"not checked: {printable(text)}", err=True)
+    if not report.ok:
+        skipped = len(report.not_checked)
+        rest = f"{_counted(skipped, 'check')} skipped" if skipped else "everything checked"
+        click.echo(f"FAILED: {_counted(len(report.problems), 'problem')}, {rest}")
+        return
+    fragments = _counted(len(report.fragments), "fragment")
+    click.echo(f"ok: {fragments} checked, {human_size(report.verified_bytes)}, sealed")
+    if report.seal_digest is not None:
+        click.echo(f"seal digest: {report.seal_digest.hex()}")
+
+
+@click.command(
+    cls=Command, examples=["vmsnap verify vm1", "vmsnap verify vm1 --key-file vm.key --expect-seal-digest 1f2e..."]
+)
+@snapshot_argument
+@opening_options
+@click.option(
+    "--expect-seal-digest",
+    metavar="HEX",
+    type=NAME,
+    help="Accept only the snapshot with this seal digest, which you have kept elsewhere.",
+)
+@json_option
+@click.pass_context
+def verify(
+    context: click.Context, snapshot: Path, keys: OpeningKeys, expect_seal_digest: str | None, as_json: bool
+) -> None:
+    """Check everything in a snapshot against its seal.
+
+    Exits 0 if everything was checked and nothing is wrong, otherwise 1. Without the key of an encrypted snapshot only
+    a part can be checked: the rest is reported as not checked, and the exit code is 1. A snapshot that is not sealed
+    has no manifest, so nothing shows whether it is complete: the exit code is 1. A directory that is not a snapshot is
+    refused with exit code 4.
+    """
+    marked = is_marked(snapshot)
+    if not marked:
+        with expecting_snapshot(snapshot):
+            outline(str(snapshot))
+    report = vmsnap.verify(snapshot, expect_seal_digest=expect_seal_digest, **keys.arguments(snapshot))
+    if as_json:
+        click.echo(_as_json(report))
+    else:
+        _print(report, marked=marked)
+    context.exit(0 if report.ok else 1)

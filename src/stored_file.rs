@@ -1,0 +1,260 @@
+//! A file whose bytes are read and written at offsets, through the page cache or past it.
+//!
+//! Tens of GiB that pass through the page cache push everything else out of it. Linux 6.14 has `RWF_DONTCACHE` against that
+//! (`preadv2(2)`): pages are written back at once and dropped, and no buffer needs an alignment, as it does for `O_DIRECT`.
+//! Where the kernel or the file system does not have it, the same is asked for by `sync_file_range(2)` and
+//! `posix_fadvise(2)`.
+
+#![allow(unsafe_code, reason = "sync_file_range is in no safe crate we have")]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
+use std::ops::{Deref, Range};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use rustix::fs::{Advice, fadvise};
+use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev, pwritev2};
+
+use crate::threads::lock;
+
+/// `RWF_DONTCACHE` of linux/fs.h, which rustix does not have.
+const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+
+/// Bytes that may wait to be written back before a writer waits for the oldest of them: what a disk does in milliseconds.
+const MAX_UNWRITTEN_BYTES: u64 = 32 << 20;
+
+/// `IOV_MAX` of linux/uio.h: what one call takes.
+const IOV_MAX: usize = 1024;
+
+/// A file, and how it uses the page cache.
+#[derive(Debug)]
+pub(crate) struct StoredFile {
+    file: File,
+    cache: CacheUse,
+}
+
+/// How one file uses the page cache.
+#[derive(Debug, Default)]
+pub(crate) struct CacheUse {
+    state: AtomicU8,
+    /// Ranges whose writing back has begun, without `RWF_DONTCACHE`.
+    unwritten: Mutex<VecDeque<Range<u64>>>,
+}
+
+/// As usual.
+const CACHED: u8 = 0;
+/// Past the cache, by `RWF_DONTCACHE`.
+const UNCACHED: u8 = 1;
+/// Past the cache, by advice: the other was refused.
+const ADVISED: u8 = 2;
+
+impl CacheUse {
+    /// Leaves no page in the cache from now on, or uses it as usual.
+    pub(crate) fn set_uncached(&self, uncached: bool) {
+        self.state.store(if uncached { UNCACHED } else { CACHED }, Ordering::Relaxed);
+    }
+
+    /// Writes the beginning of `runs` to `offset`, and returns how much that is.
+    fn write(&self, file: impl AsFd, runs: &[IoSlice<'_>], offset: u64) -> Result<usize, Errno> {
+        if self.state.load(Ordering::Relaxed) == UNCACHED {
+            match pwritev2(&file, runs, offset, DONT_CACHE) {
+                Err(errno) if is_refusal(errno) => self.state.store(ADVISED, Ordering::Relaxed),
+                written => return written,
+            }
+        }
+        let written = pwritev(&file, runs, offset)?;
+        if self.state.load(Ordering::Relaxed) == ADVISED {
+            self.write_back(file, offset..offset + written as u64);
+        }
+        Ok(written)
+    }
+
+    /// Has a range written back, waits for the oldest ones, and drops their pages. It is advice: nothing depends on it.
+    fn write_back(&self, file: impl AsFd, range: Range<u64>) {
+        start_writing(&file, &range);
+        let mut unwritten = lock(&self.unwritten);
+        unwritten.push_back(range);
+        let mut oldest = Vec::new();
+        let mut bytes: u64 = unwritten.iter().map(|range| range.end - range.start).sum();
+        while bytes > MAX_UNWRITTEN_BYTES
+            && let Some(range) = unwritten.pop_front()
+        {
+            bytes -= range.end - range.start;
+            oldest.push(range);
+        }
+        drop(unwritten);
+        for range in oldest {
+            finish_writing(&file, &range);
+        }
+    }
+
+    /// Drops the pages that are still in the cache, once they are written.
+    pub(crate) fn drop_rest(&self, file: impl AsFd) {
+        for range in lock(&self.unwritten).drain(..) {
+            finish_writing(&file, &range);
+        }
+    }
+
+    /// Fills the beginning of `buf` from `offset`, and returns how much that is.
+    pub(crate) fn read(&self, file: impl AsFd, buf: &mut [u8], offset: u64) -> Result<usize, Errno> {
+        if self.state.load(Ordering::Relaxed) == UNCACHED {
+            match preadv2(&file, &mut [IoSliceMut::new(buf)], offset, DONT_CACHE) {
+                Err(errno) if is_refusal(errno) => self.state.store(ADVISED, Ordering::Relaxed),
+                read => return read,
+            }
+        }
+        let read = preadv(&file, &mut [IoSliceMut::new(buf)], offset)?;
+        if self.state.load(Ordering::Relaxed) == ADVISED {
+            let _ = fadvise(file, offset, NonZeroU64::new(read as u64), Advice::DontNeed);
+        }
+        Ok(read)
+    }
+
+    /// Writes all of `runs`, one after the other, from `offset` on.
+    pub(crate) fn write_runs(&self, file: impl AsFd, runs: &[&[u8]], mut offset: u64) -> io::Result<()> {
+        for runs in runs.chunks(IOV_MAX) {
+            let mut slices: Vec<_> = runs.iter().map(|run| IoSlice::new(run)).collect();
+            let mut left = &mut slices[..];
+            while !left.is_empty() {
+                match self.write(&file, left, offset) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(count) => {
+                        offset += count as u64;
+                        IoSlice::advance_slices(&mut left, count);
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the flag was refused, by the kernel, the file system or a filter of system calls, and not the transfer.
+fn is_refusal(errno: Errno) -> bool {
+    matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::INVAL)
+}
+
+/// Begins to write a range back.
+fn start_writing(file: impl AsFd, range: &Range<u64>) {
+    sync_range(file, range, libc::SYNC_FILE_RANGE_WRITE);
+}
+
+/// Waits until a range is written back, and drops its pages.
+fn finish_writing(file: impl AsFd, range: &Range<u64>) {
+    let all = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    sync_range(&file, range, all);
+    let _ = fadvise(file, range.start, NonZeroU64::new(range.end - range.start), Advice::DontNeed);
+}
+
+fn sync_range(file: impl AsFd, range: &Range<u64>, flags: libc::c_uint) {
+    let bytes = |number: u64| libc::off64_t::try_from(number).unwrap_or(libc::off64_t::MAX);
+    let descriptor = file.as_fd().as_raw_fd();
+    // SAFETY: an open file, and no memory. Its result is not looked at: what cannot be written, `fsync` tells.
+    let _ = unsafe { libc::sync_file_range(descriptor, bytes(range.start), bytes(range.end - range.start), flags) };
+}
+
+impl StoredFile {
+    pub(crate) fn new(file: File) -> Self {
+        Self { file, cache: CacheUse::default() }
+    }
+
+    pub(crate) fn set_uncached(&self, uncached: bool) {
+        self.cache.set_uncached(uncached);
+    }
+
+    /// Writes all of `data` to `offset`.
+    pub(crate) fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        if data.is_empty() { Ok(()) } else { self.write_runs(&[data], offset) }
+    }
+
+    /// Writes all of `runs`, one after the other, from `offset` on.
+    pub(crate) fn write_runs(&self, runs: &[&[u8]], offset: u64) -> io::Result<()> {
+        self.cache.write_runs(&self.file, runs, offset)
+    }
+
+    /// Fills `buf` from `offset`.
+    pub(crate) fn read_exact_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.cache.read(&self.file, buf, offset) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    buf = &mut buf[count..];
+                    offset += count as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the pages that are still in the cache, where none shall be.
+    pub(crate) fn drop_rest(&self) {
+        self.cache.drop_rest(&self.file);
+    }
+}
+
+impl Deref for StoredFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    fn write_and_read(file: &StoredFile) {
+        let bytes: Vec<u8> = (0..200_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+        file.write_runs(&[&bytes[..3], &bytes[3..70_000]], 5).unwrap();
+        file.write_all_at(&bytes[70_000..], 70_005).unwrap();
+        file.write_all_at(&[], 1 << 40).unwrap();
+        file.drop_rest();
+        assert_eq!(file.metadata().unwrap().len(), 200_005);
+        let mut back = vec![0; 200_000];
+        file.read_exact_at(&mut back, 5).unwrap();
+        assert_eq!(back, bytes);
+        assert_eq!(file.read_exact_at(&mut back, 6).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn past_the_cache_the_bytes_are_the_same() {
+        for state in [CACHED, UNCACHED, ADVISED] {
+            let file = StoredFile::new(tempfile::tempfile().unwrap());
+            file.cache.state.store(state, Ordering::Relaxed);
+            write_and_read(&file);
+        }
+    }
+
+    #[test]
+    fn a_file_system_that_refuses_the_flag_is_given_advice() {
+        // tmpfs has nothing but the page cache.
+        let file = StoredFile::new(memfd_create("stored", MemfdFlags::CLOEXEC).unwrap().into());
+        file.set_uncached(true);
+        write_and_read(&file);
+        assert_eq!(file.cache.state.load(Ordering::Relaxed), ADVISED);
+    }
+
+    #[test]
+    fn no_more_waits_to_be_written_than_is_allowed() {
+        let file = StoredFile::new(tempfile::tempfile().unwrap());
+        file.cache.state.store(ADVISED, Ordering::Relaxed);
+        let mib = vec![7; 1 << 20];
+        for number in 0..40 {
+            file.write_all_at(&mib, number << 20).unwrap();
+        }
+        let waiting: u64 = lock(&file.cache.unwritten).iter().map(|range| range.end - range.start).sum();
+        assert_eq!(waiting, MAX_UNWRITTEN_BYTES);
+        file.drop_rest();
+        assert!(lock(&file.cache.unwritten).is_empty());
+    }
+}
