@@ -120,9 +120,18 @@ class Transit(BaseHTTPRequestHandler):
         pass
 
 
+def test_the_first_commands_of_the_readme_run(folder: Path) -> None:
+    [commands] = [block for block in blocks("sh") if "vmsnap dump" in block and "vmsnap ls" not in block]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    output = subprocess.check_output(["sh", "-euc", commands], cwd=folder, env={**os.environ, "PATH": path})
+    ram = (folder / "ram.img").read_bytes()
+    assert f"00001000  {ram[4096:4104].hex(' ')}".encode() in output
+    assert (folder / "back.img").read_bytes() == ram
+    assert vmsnap.open(folder / "vm1").encrypted
+
+
 def test_the_commands_of_the_readme_run(folder: Path) -> None:
     [commands] = [block for block in blocks("sh") if "vmsnap ls" in block]
-    commands = commands.replace("vmsnap demo", "vmsnap demo --size-mib 8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     output = subprocess.check_output(["sh", "-euc", commands], cwd=folder, env={**os.environ, "PATH": path})
     ram = (folder / "ram.img").read_bytes()
