@@ -197,7 +197,7 @@ impl StoredFile {
         Ok(())
     }
 
-    /// Drops the pages that are still in the cache, where none shall be.
+    /// Drops the pages that are still in the cache, if the file bypasses it.
     pub(crate) fn drop_rest(&self) {
         self.cache.drop_rest(&self.file);
     }
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_file_system_that_refuses_the_flag_is_given_advice() {
-        // tmpfs has nothing but the page cache.
+        // The page cache is the only storage of tmpfs.
         let file = StoredFile::new(memfd_create("stored", MemfdFlags::CLOEXEC).unwrap().into());
         file.set_uncached(true);
         write_and_read(&file);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::into_anyhow;
 
-/// Reads a snapshot: [`crate::SnapshotReader`] with crosvm's signatures. It also reads plain snapshots that crosvm wrote.
+/// Reads a snapshot: [`crate::SnapshotReader`] with crosvm's signatures. Plain snapshots of crosvm can be read too.
 ///
 /// The handle can be cloned, and serialized to travel to another process. **Serialized, it holds the data key in the
 /// clear.** `Debug` never shows the key.

@@ -273,7 +273,8 @@ impl Frame {
         let offsets = OnceLock::new();
         if let Some(index) = index {
             if index.block_size != block_size {
-                let text = format!("the LZ4 frame has blocks of {block_size} bytes, but its index says {}", index.block_size);
+                let text =
+                    format!("the LZ4 frame has blocks of {block_size} bytes, but its index says {}", index.block_size);
                 return Err(Error::corrupt(text));
             }
             let mut offset = lz4::HEADER_BYTES as u64;

@@ -128,14 +128,14 @@ pub(super) enum Prepared<'a> {
 #[derive(Clone)]
 pub(super) enum OpenFile<'a> {
     Given(BorrowedFd<'a>),
-    Anew(Arc<File>),
+    Reopened(Arc<File>),
 }
 
 impl AsFd for OpenFile<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Given(file) => *file,
-            Self::Anew(file) => file.as_fd(),
+            Self::Reopened(file) => file.as_fd(),
         }
     }
 }
@@ -203,7 +203,7 @@ pub(super) fn prepare<'a>(
     let mappings =
         destinations.iter().any(|each| matches!(each.kind, DestinationKind::Buffer(_))).then(OwnMappings::read);
     let mappings = mappings.unwrap_or_default();
-    let (mut taken, mut anew, mut prepared) = (Vec::new(), HashMap::new(), Vec::with_capacity(regions.len()));
+    let (mut taken, mut reopened, mut prepared) = (Vec::new(), HashMap::new(), Vec::with_capacity(regions.len()));
     let mut files = Vec::new();
     for (number, (region, destination)) in regions.iter().zip(destinations).enumerate() {
         let refuse = |text: String| Error::invalid_argument(format!("the destination of region {number} {text}"));
@@ -233,7 +233,7 @@ pub(super) fn prepare<'a>(
                 })?;
                 let start = offset.unwrap_or(0);
                 taken.push((examined.identity, start, start + region.size, number));
-                let file = usable(*file, &mut anew).map_err(refuse)?;
+                let file = usable(*file, &mut reopened).map_err(refuse)?;
                 files.push(number);
                 if let Some(huge_page) = examined.huge_page {
                     // Mapped once before any file is changed: a file on hugetlbfs that cannot be mapped is refused
@@ -306,13 +306,16 @@ fn check_file(file: BorrowedFd<'_>, offset: Option<u64>, size: u64) -> std::resu
 
 /// Returns the file without the flags that change how a positioned write works: with `O_APPEND` Linux appends
 /// (pwrite(2), BUGS), and with `O_DIRECT` it refuses data that is not aligned.
-fn usable<'a>(file: BorrowedFd<'a>, anew: &mut HashMap<i32, Arc<File>>) -> std::result::Result<OpenFile<'a>, String> {
+fn usable<'a>(
+    file: BorrowedFd<'a>,
+    reopened: &mut HashMap<i32, Arc<File>>,
+) -> std::result::Result<OpenFile<'a>, String> {
     let flags = fs::fcntl_getfl(file).unwrap_or(OFlags::empty());
     if !flags.intersects(OFlags::APPEND | OFlags::DIRECT) {
         return Ok(OpenFile::Given(file));
     }
-    if let Some(file) = anew.get(&file.as_raw_fd()) {
-        return Ok(OpenFile::Anew(Arc::clone(file)));
+    if let Some(file) = reopened.get(&file.as_raw_fd()) {
+        return Ok(OpenFile::Reopened(Arc::clone(file)));
     }
     let mode = if flags.contains(OFlags::RDWR) { OFlags::RDWR } else { OFlags::WRONLY };
     let opened = fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), mode | OFlags::CLOEXEC, fs::Mode::empty());
@@ -321,8 +324,8 @@ fn usable<'a>(file: BorrowedFd<'a>, anew: &mut HashMap<i32, Arc<File>>) -> std::
         format!("is open with {flag}, and cannot be reopened ({errno}): open it without {flag}")
     })?;
     let opened = Arc::new(File::from(opened));
-    anew.insert(file.as_raw_fd(), Arc::clone(&opened));
-    Ok(OpenFile::Anew(opened))
+    reopened.insert(file.as_raw_fd(), Arc::clone(&opened));
+    Ok(OpenFile::Reopened(opened))
 }
 
 fn check_apart(mut taken: Vec<Taken>) -> Result<()> {

@@ -39,8 +39,8 @@ impl SnapshotWriter {
     /// Writes guest memory to the fragments `mem` and `mem_metadata`, in the format that crosvm reads.
     ///
     /// ```
-    /// # let folder = tempfile::tempdir()?;
-    /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+    /// # let directory = tempfile::tempdir()?;
+    /// # let writer = vmsnap::SnapshotWriter::new(directory.path().join("vm1"), false)?;
     /// use vmsnap::{GuestRegion, MemoryOptions};
     ///
     /// let low = vec![7; 65536];
@@ -146,19 +146,21 @@ struct Batch {
 
 #[derive(Default)]
 struct Found {
-    /// Of each region.
+    /// The data ranges of each region, as offsets in it.
     ranges: Vec<Vec<Range<u64>>>,
     unreadable: Vec<Range<u64>>,
 }
 
 struct DumpWorker {
     data: BatchBuffer,
-    /// What the source says of the batch, and what is kept of it.
+    /// The data ranges that the source reports for the batch.
     found: Vec<Range<u64>>,
+    /// The data ranges that are stored.
     ranges: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
     /// The data that the previous batch left over.
     head: Vec<u8>,
+    /// A block whose bytes are not contiguous.
     room: Vec<u8>,
     /// The compressor, with the buffer for compressed blocks and their lengths. [`ReorderBuffer::put`] takes the buffer
     /// and returns another one.
@@ -241,7 +243,7 @@ impl<'a> Dump<'a> {
         })
     }
 
-    /// Iterates over the batches with data. A hole takes no time, whatever its length.
+    /// Iterates over the batches with data. A hole of any length takes no time.
     fn batches(&self) -> impl Iterator<Item = Result<Batch>> + Send {
         let (mut region, mut at, mut number) = (0, 0, 0);
         std::iter::from_fn(move || {

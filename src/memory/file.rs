@@ -19,8 +19,8 @@ use crate::threads::lock;
 /// Guest memory in a file, memfd or block device, or in a part of one. Holes are not read.
 ///
 /// ```
-/// # let folder = tempfile::tempdir()?;
-/// # let path = folder.path().join("ram");
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("ram");
 /// std::fs::write(&path, [7; 8192])?;
 /// let memory = vmsnap::FileMemory::new(std::fs::File::open(&path)?, 4096, None)?;
 /// assert_eq!(vmsnap::GuestMemorySource::size(&memory), 4096);
@@ -58,8 +58,8 @@ impl FileMemory {
     /// # Errors
     ///
     /// [`Error::is_invalid_argument`] if the file ends before the range does, if `offset` is at the end and no size is
-    /// given, or if the size of the file is unknown. The size of a directory, FIFO, socket or character device is
-    /// unknown, and so is that of an empty file or a file of `/proc`, which has a size of 0 and contents.
+    /// given, or if the size of the file is unknown. The size is unknown for a directory,
+    /// FIFO, socket or character device, and for a file of size 0, because files of `/proc` have contents nevertheless.
     /// [`Error::is_io`] if the file cannot be examined.
     pub fn new(file: impl AsFd, offset: u64, size: Option<u64>) -> Result<Self> {
         let open = OpenFile::new(&file)?;
@@ -76,8 +76,8 @@ impl FileMemory {
     /// the open file, so one descriptor is enough for any number of regions in a file.
     ///
     /// ```
-    /// # let folder = tempfile::tempdir()?;
-    /// # let path = folder.path().join("ram");
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("ram");
     /// std::fs::write(&path, [7; 8192])?;
     /// let whole = vmsnap::FileMemory::open(&path, 0, None)?;
     /// let high = whole.part(4096, None)?;
@@ -347,14 +347,14 @@ mod tests {
 
     #[test]
     fn what_does_not_tell_its_size_is_refused_by_name_and_not_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let fifo = folder.path().join("fifo");
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
         fs::mknodat(fs::CWD, &fifo, fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        let empty = folder.path().join("empty");
+        let empty = directory.path().join("empty");
         File::create(&empty).unwrap();
         for (path, why) in [
             (fifo.as_path(), "a FIFO"),
-            (folder.path(), "a directory"),
+            (directory.path(), "a directory"),
             (Path::new("/dev/zero"), "a character device"),
             (Path::new("/proc/self/maps"), "size of 0"),
             (empty.as_path(), "size of 0"),

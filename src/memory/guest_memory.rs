@@ -16,8 +16,8 @@ const MAX_CACHED_READ_BYTES: usize = 256 << 10;
 /// Many threads may read it at once.
 ///
 /// ```
-/// # let folder = tempfile::tempdir()?;
-/// # let path = folder.path().join("vm1");
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("vm1");
 /// use vmsnap::{GuestDestination, GuestRegion, MemoryOptions, SnapshotOptions};
 ///
 /// let options = SnapshotOptions::new();
@@ -150,7 +150,8 @@ impl GuestMemory {
         match region {
             Some(region) if region.end() - guest_address >= size => Ok((region, guest_address - region.guest_base)),
             Some(region) => Err(Error::invalid_argument(format!(
-                "{size} bytes from guest-physical address {guest_address:#x} extend past the end of their region at {:#x}",
+                "{size} bytes from guest-physical address {guest_address:#x} extend past the end of their region \
+                 at {:#x}",
                 region.end()
             ))),
             None => {
@@ -161,8 +162,10 @@ impl GuestMemory {
                     .take(8)
                     .map(|r| format!("{:#x} to {:#x}", r.guest_base, r.end()))
                     .collect();
-                let text =
-                    format!("no memory at guest-physical address {guest_address:#x}: the regions are {}", all.join(", "));
+                let text = format!(
+                    "no memory at guest-physical address {guest_address:#x}: the regions are {}",
+                    all.join(", ")
+                );
                 Err(Error::invalid_argument(text))
             }
         }

@@ -24,8 +24,8 @@ pub(super) struct Mapping {
 }
 
 /// Returns the mappings of a process in ascending order. `directory` is the directory of the process in `/proc`.
-pub(super) fn mappings(folder: &Path) -> io::Result<Vec<Mapping>> {
-    parse(BufReader::new(fs::File::open(folder.join("smaps"))?))
+pub(super) fn mappings(directory: &Path) -> io::Result<Vec<Mapping>> {
+    parse(BufReader::new(fs::File::open(directory.join("smaps"))?))
 }
 
 /// Parses `/proc/PID/smaps`; see `proc_pid_smaps(5)`.
@@ -94,17 +94,18 @@ pub(super) struct Serving {
 }
 
 impl Serving {
-    /// Finds out what the process may serve, from `directory` in `/proc` and without a request to the process itself.
-    pub(super) fn of(folder: &Path) -> Self {
-        let Ok(entries) = fs::read_dir(folder.join("fd")) else {
+    /// Returns the page faults and files that the process may serve, without a request to it. `directory` is its
+    /// directory in `/proc`.
+    pub(super) fn of(directory: &Path) -> Self {
+        let Ok(entries) = fs::read_dir(directory.join("fd")) else {
             // Unknown, so everything is assumed.
-            return Self { faults: true, files: Some(fuse_mounts(folder)) };
+            return Self { faults: true, files: Some(fuse_mounts(directory)) };
         };
         let mut serving = Self::default();
         for name in entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()) {
             serving.faults |= name.as_os_str() == "anon_inode:[userfaultfd]";
             if serving.files.is_none() && name.file_name().is_some_and(|name| name == "fuse") {
-                serving.files = Some(fuse_mounts(folder));
+                serving.files = Some(fuse_mounts(directory));
             }
         }
         serving
@@ -118,11 +119,11 @@ impl Serving {
 
     /// Returns the paths of the files that a process has open, by device and inode. Files that it may serve are left
     /// out without a request for their identity.
-    pub(super) fn descriptors(&self, folder: &Path) -> HashMap<(u64, u64), PathBuf> {
-        let entries = fs::read_dir(folder.join("fd")).into_iter().flatten().flatten();
+    pub(super) fn descriptors(&self, directory: &Path) -> HashMap<(u64, u64), PathBuf> {
+        let entries = fs::read_dir(directory.join("fd")).into_iter().flatten().flatten();
         let files = entries.filter_map(|entry| {
             if let Some((mounts, _)) = &self.files {
-                let information = fs::read_to_string(folder.join("fdinfo").join(entry.file_name())).ok()?;
+                let information = fs::read_to_string(directory.join("fdinfo").join(entry.file_name())).ok()?;
                 let mount = information.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
                 if mounts.contains(&mount.trim().parse().ok()?) {
                     return None;
@@ -137,8 +138,8 @@ impl Serving {
 
 /// Returns the FUSE mounts that a process sees, and their devices; see `proc_pid_mountinfo(5)`. A request to the file
 /// itself (statfs) would wait for the process that serves it.
-fn fuse_mounts(folder: &Path) -> (HashSet<u64>, HashSet<u64>) {
-    let text = fs::read(folder.join("mountinfo")).unwrap_or_default();
+fn fuse_mounts(directory: &Path) -> (HashSet<u64>, HashSet<u64>) {
+    let text = fs::read(directory.join("mountinfo")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let mounts = text.lines().filter_map(|line| {
         let (place, kind) = line.split_once(" - ")?;
@@ -175,10 +176,10 @@ mod tests {
 
     #[test]
     fn fuse_mounts_are_found_by_their_kind() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let text = "36 35 98:0 / /mnt rw shared:1 - ext4 /dev/root rw\n40 35 0:47 / /mnt/f rw - fuse.sshfs x rw\n";
-        fs::write(folder.path().join("mountinfo"), text).unwrap();
-        let (mounts, devices) = fuse_mounts(folder.path());
+        fs::write(directory.path().join("mountinfo"), text).unwrap();
+        let (mounts, devices) = fuse_mounts(directory.path());
         assert_eq!((mounts, devices), (HashSet::from([40]), HashSet::from([rustix::fs::makedev(0, 47)])));
     }
 }

@@ -14,7 +14,7 @@ use crate::reader::SnapshotReader;
 #[cfg(any(test, fuzzing))]
 use crate::serialization;
 
-/// Fragment names and field names are those of crosvm.
+/// The names of the fragments and their fields come from crosvm.
 pub(super) const MEMORY: &str = "mem";
 pub(super) const METADATA: &str = "mem_metadata";
 
@@ -110,7 +110,9 @@ impl Region {
 pub(super) fn check_apart(regions: impl Iterator<Item = (u64, u64)>) -> std::result::Result<(), String> {
     let mut ends = Vec::new();
     for (base, size) in regions {
-        let end = base.checked_add(size).ok_or_else(|| format!("the region at {base:#x} extends past the last 64-bit address"))?;
+        let end = base
+            .checked_add(size)
+            .ok_or_else(|| format!("the region at {base:#x} extends past the last 64-bit address"))?;
         ends.push((base, end));
     }
     ends.sort_unstable();

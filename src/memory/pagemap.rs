@@ -65,9 +65,9 @@ pub(super) struct PageMap {
 }
 
 impl PageMap {
-    /// Opens the map of the process of that folder in `/proc`.
-    pub(super) fn open(folder: &Path) -> Self {
-        let file = File::open(folder.join("pagemap")).ok();
+    /// Opens the page map of a process. `directory` is the directory of the process in `/proc`.
+    pub(super) fn open(directory: &Path) -> Self {
+        let file = File::open(directory.join("pagemap")).ok();
         // Some sandboxes allow the map to be opened but not to be read.
         let file = file.filter(|file| retry(|| file.read_at(&mut [0; ENTRY_BYTES], 0)).is_ok());
         Self { file, scans: AtomicBool::new(true) }

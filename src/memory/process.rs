@@ -73,13 +73,13 @@ impl ProcessMemory {
             };
             Error::io(format!("process {pid}: {why}"), error)
         };
-        let folder = PathBuf::from(format!("/proc/{pid}"));
+        let directory = PathBuf::from(format!("/proc/{pid}"));
         // Opened first, because it requires the permission to read the memory. The other files require less.
-        let memory = File::open(folder.join("mem")).map_err(failed)?;
-        let mappings = mappings(&folder).map_err(failed)?;
+        let memory = File::open(directory.join("mem")).map_err(failed)?;
+        let mappings = mappings(&directory).map_err(failed)?;
         let serving =
-            if StoppedProcess::is_stopped(pid).map_err(failed)? { Serving::of(&folder) } else { Serving::default() };
-        let pages = PageMap::open(&folder);
+            if StoppedProcess::is_stopped(pid).map_err(failed)? { Serving::of(&directory) } else { Serving::default() };
+        let pages = PageMap::open(&directory);
         let pid = i32::try_from(pid).map_err(|_| failed(io::ErrorKind::NotFound.into()))?;
         Ok(Self { process: Arc::new(Process { pid, memory, pages, mappings, serving, files: Mutex::default() }) })
     }
@@ -94,8 +94,8 @@ impl ProcessMemory {
     /// read.
     ///
     /// ```
-    /// # let folder = tempfile::tempdir()?;
-    /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+    /// # let directory = tempfile::tempdir()?;
+    /// # let writer = vmsnap::SnapshotWriter::new(directory.path().join("vm1"), false)?;
     /// # #[repr(align(65536))]
     /// # struct Ram([u8; 65536]);
     /// # let ram = Box::new(Ram([7; 65536]));
@@ -180,8 +180,8 @@ impl Process {
         let Range { start, end } = mapping.addresses;
         let direct = PathBuf::from(format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid));
         let descriptors = files.descriptors.get_or_insert_with(|| {
-            let folder = PathBuf::from(format!("/proc/{}", self.pid));
-            self.serving.descriptors(&folder)
+            let directory = PathBuf::from(format!("/proc/{}", self.pid));
+            self.serving.descriptors(&directory)
         });
         let file = [Some(&direct), descriptors.get(&identity)].into_iter().flatten().find_map(|path| {
             // Only a regular file is opened: opening a pipe waits, and opening a device may have side effects.

@@ -84,8 +84,8 @@ impl StoppedProcess {
             }
             threads.detach();
         });
-        let tracer =
-            tracer.map_err(|error| Error::io(format!("process {pid}: the thread that stops it cannot be started"), error))?;
+        let tracer = tracer
+            .map_err(|error| Error::io(format!("process {pid}: the thread that stops it cannot be started"), error))?;
         // Dropped after an error, so that threads that were stopped go on.
         let stopped = Self { hold: Some(hold), tracer: Some(tracer), owner: OwnerProcess::current() };
         loop {

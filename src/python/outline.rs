@@ -1,4 +1,4 @@
-//! `_vmsnap.key_wrapping` and `_vmsnap.outline`: what shows without a key.
+//! `_vmsnap.key_wrapping` and `_vmsnap.outline`: information that does not require a key.
 
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -17,13 +17,13 @@ pub(super) fn key_wrapping(root: PathBuf) -> PyResult<Option<Wrapping>> {
     }))
 }
 
-/// The kind, and whom it is for.
+/// The kind of wrapping, and its recipients or the name of its key provider.
 type Wrapping = (&'static str, Vec<String>);
 
-/// Path, stored size, and time of modification where Python has such a date.
+/// Path, stored size, and time of modification, if Python can express it.
 type Row = (String, u64, Option<Py<PyAny>>);
 
-/// Paths of the namespaces, and the fragments.
+/// Returns the paths of the namespaces, and the fragments.
 #[pyfunction]
 pub(super) fn outline(py: Python<'_>, root: PathBuf) -> PyResult<(Vec<String>, Vec<Row>)> {
     let Outline { namespaces, fragments } = py.detach(|| Outline::read(root))?;
