@@ -92,7 +92,7 @@ impl Guest {
         guest
     }
 
-    /// Returns the memory in a raw image: its holes stay holes, and its zero pages are written.
+    /// Returns the memory in a raw image: its holes stay holes, and all other pages are written.
     pub(crate) fn of(image: &Path) -> Self {
         let source = File::open(image).unwrap();
         let bytes = usize::try_from(source.metadata().unwrap().len()).unwrap();

@@ -72,13 +72,13 @@ impl Data {
         }
     }
 
-    /// Whether reads leave the pages of `mem` out of the page cache.
+    /// Sets whether reads leave the pages of `mem` out of the page cache.
     pub(super) fn set_uncached(&self, uncached: bool) {
         self.fragment.set_uncached(uncached);
     }
 
-    /// The unit in which data is read: an LZ4 block, or else a chunk. Offsets are multiples of it, because a part of a
-    /// unit costs as much time as all of it.
+    /// Returns the length of the LZ4 blocks, or else of the chunks. Data is read in whole ones, because a part takes as
+    /// much time as all of it.
     fn block_bytes(&self) -> u64 {
         match &self.frame {
             Some(frame) => frame.block_size,

@@ -75,16 +75,16 @@ impl<'a> GuestDestination<'a> {
         self
     }
 
-    /// Whether anonymous memory gets transparent huge pages wherever 2 MiB of it are all data. They are faster to fill
-    /// and to use, but memory is then allocated in pages of 2 MiB. Off by default.
+    /// Sets whether anonymous memory gets transparent huge pages wherever 2 MiB of it are all data. They are faster to
+    /// fill and to use, but memory is then allocated in pages of 2 MiB. Off by default.
     #[must_use]
     pub fn huge_pages(mut self, huge_pages: bool) -> Self {
         self.huge_pages = huge_pages;
         self
     }
 
-    /// Whether the region bypasses the page cache, when it is read from the snapshot and when it is written to a file.
-    /// A restore of tens of GiB then does not displace other pages. Off by default.
+    /// Sets whether the region bypasses the page cache, when it is read from the snapshot and when it is written to a
+    /// file. A restore of tens of GiB then does not displace other pages. Off by default.
     #[must_use]
     pub fn uncached(mut self, uncached: bool) -> Self {
         self.uncached = uncached;

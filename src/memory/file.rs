@@ -44,8 +44,8 @@ pub(super) struct OpenFile {
     length: u64,
     /// Whether the file system reports the holes of the file.
     tells_holes: bool,
-    /// The same file opened again, with positions of their own: threads that search for holes with one open file wait
-    /// for each other.
+    /// The same file opened again for several threads, each time with its own position: threads that search for holes
+    /// with one open file wait for each other.
     lookers: [OnceLock<File>; 8],
 }
 
@@ -58,8 +58,8 @@ impl FileMemory {
     /// # Errors
     ///
     /// [`Error::is_invalid_argument`] if the file ends before the range does, if `offset` is at the end and no size is
-    /// given, or if the size of the file is unknown. The size is unknown for a directory,
-    /// FIFO, socket or character device, and for a file of size 0, because files of `/proc` have contents nevertheless.
+    /// given, or if the size of the file is unknown. That is so for a directory, FIFO, socket or character device, and
+    /// for a file of size 0, because files of `/proc` report that size and yet have contents.
     /// [`Error::is_io`] if the file cannot be examined.
     pub fn new(file: impl AsFd, offset: u64, size: Option<u64>) -> Result<Self> {
         let open = OpenFile::new(&file)?;
@@ -103,7 +103,7 @@ impl FileMemory {
         Ok(Self::within(Arc::clone(&self.file), self.offset + offset, size))
     }
 
-    /// Whether reads of this memory and all its parts leave the pages of the file out of the page cache. Useful for
+    /// Sets whether reads of this memory and all its parts leave the file out of the page cache. Useful for
     /// files of tens of GiB that are read once. Off by default.
     #[must_use]
     pub fn uncached(self, uncached: bool) -> Self {

@@ -183,8 +183,8 @@ fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
 const MIN_MATCH_BYTES: usize = 4;
 
 /// Whether the first `wanted` bytes of a block have a match at a distance of 0. The format forbids it
-/// (`lz4_Block_format.md`, "Offset"), but the C library would copy the previous contents of `out`, which may be memory
-/// of another user. The decoder finds any other damage.
+/// (`lz4_Block_format.md`, "Offset"), but the C library would copy the previous contents of `out`, which may be data
+/// of another caller. The decoder finds any other damage.
 #[cfg(any(feature = "c-lz4", test))]
 fn has_zero_offset(block: &[u8], wanted: usize) -> bool {
     // A length of 15 continues in bytes of 255, and ends with a smaller byte.

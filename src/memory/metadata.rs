@@ -153,7 +153,8 @@ impl Metadata {
             for &Range { start, end } in &region.data_ranges {
                 if start < last || start >= end || end > region.size {
                     return Err(Error::corrupt(format!(
-                        "data range {start:#x} to {end:#x} of the region at {:#x} does not ascend within its {:#x} bytes",
+                        "data range {start:#x} to {end:#x} of the region at {:#x} is empty, out of order, or not within \
+                         the {:#x} bytes of the region",
                         region.guest_base, region.size
                     )));
                 }

@@ -70,21 +70,21 @@ impl MemoryOptions {
         Self::default()
     }
 
-    /// Whether the memory is compressed with LZ4. Off by default.
+    /// Sets whether the memory is compressed with LZ4. Off by default.
     #[must_use]
     pub fn compress(mut self, compress: bool) -> Self {
         self.compress = compress;
         self
     }
 
-    /// Plaintext bytes in an LZ4 block: 64 KiB (the default), 256 KiB, 1 MiB or 4 MiB.
+    /// Sets the number of plaintext bytes in an LZ4 block: 64 KiB (the default), 256 KiB, 1 MiB or 4 MiB.
     #[must_use]
     pub fn block_size_bytes(mut self, block_size_bytes: usize) -> Self {
         self.block_size_bytes = block_size_bytes;
         self
     }
 
-    /// Plaintext bytes in a chunk, with the limits of
+    /// Sets the number of plaintext bytes in a chunk, with the limits of
     /// [`raw_fragment_with_chunk_size`](crate::SnapshotWriter::raw_fragment_with_chunk_size). 16 KiB by default.
     #[must_use]
     pub fn chunk_size_bytes(mut self, chunk_size_bytes: usize) -> Self {
@@ -92,31 +92,31 @@ impl MemoryOptions {
         self
     }
 
-    /// Whether pages that were written but contain only zeros are left out, like holes. On by default.
+    /// Sets whether pages that were written but contain only zeros are left out, like holes. On by default.
     #[must_use]
     pub fn detect_zeros(mut self, detect_zeros: bool) -> Self {
         self.detect_zeros = detect_zeros;
         self
     }
 
-    /// Gaps between data that are shorter than this are stored as zeros. 4096 bytes by default.
+    /// Sets the shortest gap between data that is left out. Shorter gaps are stored as zeros. 4096 bytes by default.
     #[must_use]
     pub fn min_gap_bytes(mut self, min_gap_bytes: u64) -> Self {
         self.min_gap_bytes = min_gap_bytes;
         self
     }
 
-    /// Whether the holes that the source reports are skipped. On by default. If it is off, everything is read, for file
-    /// systems whose reports are not reliable.
+    /// Sets whether the holes that the source reports are skipped. On by default. If it is off, everything is read, for
+    /// file systems whose reports are not reliable.
     #[must_use]
     pub fn sparse(mut self, sparse: bool) -> Self {
         self.sparse = sparse;
         self
     }
 
-    /// Whether the stored bytes bypass the page cache. A dump of tens of GiB then does not displace other pages, and
-    /// runs at the speed of the disk. Off by default. It does not require alignment, and has no effect where the page
-    /// cache is the storage, as on tmpfs. For the file that memory is read from, see
+    /// Sets whether the stored bytes bypass the page cache. A dump of tens of GiB then does not displace other pages,
+    /// and runs at the speed of the disk. Off by default. It does not require alignment, and has no effect where the
+    /// page cache is the storage, as on tmpfs. For the file that memory is read from, see
     /// [`FileMemory::uncached`](crate::FileMemory::uncached).
     #[must_use]
     pub fn uncached(mut self, uncached: bool) -> Self {
@@ -124,8 +124,8 @@ impl MemoryOptions {
         self
     }
 
-    /// Whether a page that cannot be read is stored as zeros and listed in the report. Off by default: such a page is
-    /// an error.
+    /// Sets whether a page that cannot be read is stored as zeros and listed in the report. Off by default: such a page
+    /// is an error.
     #[must_use]
     pub fn zero_unreadable(mut self, zero_unreadable: bool) -> Self {
         self.zero_unreadable = zero_unreadable;

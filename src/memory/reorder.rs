@@ -85,7 +85,7 @@ impl BatchBuffer {
 /// A batch and its note: bytes about it that are collected in the order of the batches.
 pub(super) type AnnotatedBatch = (BatchBuffer, Vec<u8>);
 
-/// The end of a stream, which is shorter than the alignment or equal to it.
+/// The bytes that are left when all batches were added, and their offset in the stream.
 pub(super) struct Rest {
     pub(super) offset: u64,
     pub(super) carry: Vec<u8>,

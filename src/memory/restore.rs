@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::stored_file::CacheUse;
 use crate::threads::{Interrupt, for_each};
 
-/// The range that one thread restores at a time. A block at its border is decrypted and decompressed twice, which is
-/// little of so much data.
+/// The range that one thread restores at a time. Blocks at its borders are decrypted and decompressed twice, which
+/// is little of so much data.
 const RESTORE_BATCH_BYTES: usize = 4 << 20;
 
 /// In a batch with more holes than this, all pages are released at once.

@@ -190,7 +190,7 @@ impl Threads {
             let status = fs::read_to_string(path).ok()?;
             status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
         };
-        // The kernel reports a thread of the tracer, as a thread of this process would be.
+        // The kernel reports a thread; its process is more useful to the user.
         let tracer = field(&format!("/proc/{}/task/{thread}/status", self.pid), "TracerPid:");
         let tracer = tracer.and_then(|tracer| field(&format!("/proc/{tracer}/status"), "Tgid:"));
         let why = match tracer {
@@ -239,7 +239,7 @@ fn look(thread: i32) -> State {
     let mut report: libc::siginfo_t = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes only to the report.
     if unsafe { libc::waitid(libc::P_PID, id, &raw mut report, options) } != 0 {
-        // There is no such thread, or it is no longer traced because it took part in an exec of another thread.
+        // There is no such thread, or an exec of another thread has ended it.
         return State::Ended;
     }
     // SAFETY: the fields that waitid fills in, or zeros.
