@@ -1,15 +1,15 @@
-//! Tells the extension module which commit it is built from, for `vmsnap --version`.
+//! Passes the commit to the extension module, for `vmsnap --version`.
 
 use std::env;
 use std::path::Path;
 use std::process::Command;
 
-/// What it is built from, of all that git has.
+/// The files in git from which the module is built.
 const SOURCES: [&str; 5] = ["src", "python", "Cargo.toml", "Cargo.lock", "build.rs"];
 
 fn main() {
     println!("cargo::rerun-if-env-changed=VMSNAP_COMMIT");
-    // Nothing else asks, and for a Rust user each commit would mean to compile anew.
+    // Only the extension module uses it, and a Rust user would have to recompile after each commit.
     if env::var_os("CARGO_FEATURE_PYTHON").is_none() {
         return;
     }
@@ -21,13 +21,14 @@ fn main() {
     }
 }
 
-/// The commit that is checked out, with `-dirty` where sources differ from it. None outside of a repository of our own.
+/// Returns the commit that is checked out, with `-dirty` if sources differ from it, or `None` outside of a git
+/// repository.
 fn commit(root: &Path) -> Option<String> {
-    // Unpacked from an archive, this may lie in somebody else's.
+    // The directory of an unpacked archive may be inside another repository.
     if !root.join(".git").exists() {
         return None;
     }
-    // It has a line for each time that another commit was checked out or made.
+    // The log gets a line for each commit that is made or checked out.
     let log = git(root, &["rev-parse", "--git-path", "logs/HEAD"])?;
     for watched in SOURCES.into_iter().chain([log.as_str()]) {
         println!("cargo::rerun-if-changed={watched}");
@@ -37,7 +38,7 @@ fn commit(root: &Path) -> Option<String> {
     Some(if changes.is_empty() { commit } else { commit + "-dirty" })
 }
 
-/// What git prints. It leaves its index alone, which somebody may be working with.
+/// Returns the output of git. The index is not refreshed, because another process may use it.
 fn git(root: &Path, arguments: &[&str]) -> Option<String> {
     let told = Command::new("git").arg("--no-optional-locks").args(arguments).current_dir(root).output().ok()?;
     let printed = String::from_utf8(told.stdout).ok().filter(|_| told.status.success())?;

@@ -1,7 +1,7 @@
-"""Fragments against plain `write(2)` and `read(2)`, from Rust and from Python, and other ways to encrypt a file.
+"""Compare fragments with `write(2)` and `read(2)`, from Rust and from Python, and with other ways to encrypt a file.
 
-Every figure is a ratio from one run: a warm-up is thrown away, reference and candidate are interleaved, and the median
-of the pairs' ratios counts. Run by `make bench`; `make bench BENCH_ARGS="--mib 256 --pairs 3"` for a quick look.
+Every figure is a ratio from one run. Reference and candidate alternate in pairs, the first pair is not counted, and the
+median of the ratios counts. `make bench` runs this; `make bench BENCH_ARGS="--mib 256 --pairs 3"` is a quick look.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import vmsnap
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
-PIECE = MIB
+CALL_BYTES = MIB
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -31,54 +31,54 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-class Folder:
-    """Measures in one folder."""
+class Directory:
+    """Measures in one directory."""
 
-    def __init__(self, folder: Path, data: memoryview, pairs: int) -> None:
-        self.folder, self.data, self.pairs = folder, data, pairs
+    def __init__(self, directory: Path, data: memoryview, pairs: int) -> None:
+        self.directory, self.data, self.pairs = directory, data, pairs
         self.key = vmsnap.generate_key()
 
-    def pieces(self, size: int) -> list[memoryview]:
+    def calls(self, size: int) -> list[memoryview]:
         return [self.data[at : at + size] for at in range(0, len(self.data), size)]
 
     def reference_write(self) -> float:
-        path = self.folder / "reference"
+        path = self.directory / "reference"
         path.unlink(missing_ok=True)
-        pieces = self.pieces(PIECE)
+        calls = self.calls(CALL_BYTES)
 
         def work() -> None:
             with path.open("wb", buffering=0) as file:
-                for piece in pieces:
-                    file.write(piece)
+                for call in calls:
+                    file.write(call)
 
         spent = seconds(work)
         path.unlink()
         return spent
 
     def snapshot(self, **options: object) -> tuple[Path, vmsnap.SnapshotWriter]:
-        root = self.folder / "snapshot"
+        root = self.directory / "snapshot"
         shutil.rmtree(root, ignore_errors=True)
         return root, vmsnap.SnapshotWriter(root, **options)  # type: ignore[arg-type]
 
-    def write(self, chunk: int, piece: int | None, *, encrypted: bool = True) -> float:
+    def write(self, chunk: int, call: int | None, *, encrypted: bool = True) -> float:
         _, writer = self.snapshot(**({"key": self.key, "threads": 2} if encrypted else {}))
-        pieces = [self.data] if piece is None else self.pieces(piece)
+        calls = [self.data] if call is None else self.calls(call)
 
         def work() -> None:
             with writer.raw_fragment("mem", chunk_size_bytes=chunk) as fragment:
-                for part in pieces:
-                    fragment.write(part)
+                for data in calls:
+                    fragment.write(data)
 
         return seconds(work)
 
-    def write_and_remove(self, chunk: int, piece: int | None, *, encrypted: bool = True) -> float:
-        spent = self.write(chunk, piece, encrypted=encrypted)
-        # As the reference's file: the next of either kind gets the same pages, which are no longer fresh.
-        shutil.rmtree(self.folder / "snapshot")
+    def write_and_remove(self, chunk: int, call: int | None, *, encrypted: bool = True) -> float:
+        spent = self.write(chunk, call, encrypted=encrypted)
+        # Removed like the file of the reference, so that both get the same pages, which are no longer fresh.
+        shutil.rmtree(self.directory / "snapshot")
         return spent
 
     def other(self, write: "Callable[[Path, memoryview], object]") -> float:
-        path = self.folder / "other"
+        path = self.directory / "other"
         path.unlink(missing_ok=True)
         spent = seconds(lambda: write(path, self.data))
         path.unlink()
@@ -96,32 +96,33 @@ class Folder:
 
     def reads(self, chunk: int) -> dict[str, object]:
         self.write(chunk, None)
-        plain = self.folder / "reference"
+        plain = self.directory / "reference"
         plain.write_bytes(self.data)
         back = memoryview(bytearray(b"\1") * len(self.data))
 
         def reference() -> float:
             def work() -> None:
                 with plain.open("rb", buffering=0) as file:
-                    for at in range(0, len(back), PIECE):
-                        file.readinto(back[at : at + PIECE])
+                    for at in range(0, len(back), CALL_BYTES):
+                        file.readinto(back[at : at + CALL_BYTES])
 
             return seconds(work)
 
-        with vmsnap.SnapshotReader(self.folder / "snapshot", key=self.key, threads=2).raw_fragment("mem") as fragment:
+        reader = vmsnap.SnapshotReader(self.directory / "snapshot", key=self.key, threads=2)
+        with reader.raw_fragment("mem") as fragment:
             row = self.row(
                 f"Python: read encrypted, {size(chunk)} chunks",
                 lambda: seconds(lambda: fragment.readinto_at(0, back)),
                 reference,
             )
         if back != self.data:
-            sys.exit("read back other bytes")
+            sys.exit("the bytes that were read differ from those written")
         return row
 
     def random_reads(self) -> dict[str, object]:
         self.write(4096, None)
         offsets = [random.randrange(len(self.data) // 4096) * 4096 for _ in range(20_000)]
-        with vmsnap.SnapshotReader(self.folder / "snapshot", key=self.key).raw_fragment("mem") as fragment:
+        with vmsnap.SnapshotReader(self.directory / "snapshot", key=self.key).raw_fragment("mem") as fragment:
             read_at = fragment.read_at
 
             def work() -> None:
@@ -166,27 +167,27 @@ def age_by_pyrage(path: Path, data: memoryview) -> None:
     path.write_bytes(pyrage.encrypt(bytes(data), [identity.to_public()]))
 
 
-def peak_memory(folder: Path) -> list[dict[str, object]]:
-    """Peak memory of writing and of reading 4 GiB, each in a process of its own, above what the interpreter had."""
+def peak_memory(directory: Path) -> list[dict[str, object]]:
+    """Measure the peak memory of a write and a read of 4 GiB, each in its own process, without the interpreter's."""
     script = """
 import sys, vmsnap
 root, task = sys.argv[1:]
 key = bytes(32)
-piece = bytearray(b"\\1") * (1 << 20)
-def peak():  # not ru_maxrss, which begins with the peak of the process that started this one
+buffer = bytearray(b"\\1") * (1 << 20)
+def peak():  # not ru_maxrss, which starts with the peak of the parent process
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 before = peak()
 if task == "writing":
     with vmsnap.SnapshotWriter(root, key=key).raw_fragment("mem", chunk_size_bytes=1 << 20) as fragment:
         for _ in range(4096):
-            fragment.write(piece)
+            fragment.write(buffer)
 else:
     with vmsnap.SnapshotReader(root, key=key).raw_fragment("mem") as fragment:
-        while fragment.readinto(piece):
+        while fragment.readinto(buffer):
             pass
 print(peak() - before)
 """
-    root = folder / "peak"
+    root = directory / "peak"
     rows: list[dict[str, object]] = []
     for task in ["writing", "reading"]:
         output = subprocess.check_output([sys.executable, "-c", script, str(root), task], text=True)
@@ -195,16 +196,27 @@ print(peak() - before)
     return rows
 
 
-def rust(arguments: argparse.Namespace, folder: Path, provider: str, only: str = "") -> list[dict[str, object]]:
-    command = ["cargo", "bench", "--quiet", "--locked", "--bench", "fragments", "--", "--json", "--folder", str(folder)]
-    command += ["--mib", str(arguments.mib), "--pairs", str(arguments.pairs), "--threads", "2", "--only", only]
+def rust(arguments: argparse.Namespace, directory: Path, provider: str, only: str = "") -> list[dict[str, object]]:
+    command = ["cargo", "bench", "--quiet", "--locked", "--bench", "fragments", "--", "--json"]
+    command += [
+        "--directory",
+        str(directory),
+        "--mib",
+        str(arguments.mib),
+        "--pairs",
+        str(arguments.pairs),
+        "--threads",
+        "2",
+        "--only",
+        only,
+    ]
     output = subprocess.check_output(command, text=True, cwd=REPOSITORY, env={**os.environ, "VMSNAP_AEAD": provider})
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return [{**row, "name": f"Rust, {provider}: {row['name']}"} for row in rows]
 
 
 def show(title: str, rows: list[dict[str, object]]) -> None:
-    print(f"\n### {title}\n\n| what | of the reference | GiB/s | reference GiB/s |\n|---|---|---|---|")
+    print(f"\n### {title}\n\n| case | of the reference | GiB/s | reference GiB/s |\n|---|---|---|---|")
     for row in rows:
         if "ratio" in row:
             print(f"| {row['name']} | {row['ratio']:.2f} | {row['gib_s']:.2f} | {row['reference_gib_s']:.2f} |")
@@ -228,18 +240,18 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="size of the fragment")
-    parser.add_argument("--pairs", type=int, default=5, help="pairs that count")
-    parser.add_argument("--disk", type=Path, default=REPOSITORY / "target", help="a folder on a disk")
-    parser.add_argument("--no-others", action="store_true", help="leave out the side-by-side comparison")
+    parser.add_argument("--pairs", type=int, default=5, help="number of counted pairs")
+    parser.add_argument("--disk", type=Path, default=REPOSITORY / "target", help="a directory on a disk")
+    parser.add_argument("--no-others", action="store_true", help="leave out the comparison with other programs")
     arguments = parser.parse_args()
 
     print(f"{processor()}; Linux {platform.release()}; Python {platform.python_version()}; {arguments.mib} MiB")
     data = memoryview(b"".join(os.urandom(MIB) for _ in range(arguments.mib)))
     for title, parent in [("/dev/shm", Path("/dev/shm")), ("disk", arguments.disk)]:
         with tempfile.TemporaryDirectory(dir=parent, prefix="vmsnap-bench-") as name:
-            folder = Path(name)
-            rows = rust(arguments, folder, "aws-lc") + rust(arguments, folder, "aes-gcm", "encrypted, ")
-            python = Folder(folder, data, arguments.pairs)
+            directory = Path(name)
+            rows = rust(arguments, directory, "aws-lc") + rust(arguments, directory, "aes-gcm", "encrypted, ")
+            python = Directory(directory, data, arguments.pairs)
             measures: list[tuple[str, Callable[[], float]]] = [
                 (
                     "Python: write plain, 1 MiB a call",
@@ -247,14 +259,14 @@ def main() -> None:
                 )
             ]
             for chunk in [4096, 65536, MIB]:
-                for piece, words in [(None, "one call"), (MIB, "1 MiB a call"), (65536, "64 KiB a call")]:
+                for call, words in [(None, "one call"), (MIB, "1 MiB a call"), (65536, "64 KiB a call")]:
                     name = f"Python: write encrypted, {size(chunk)} chunks, {words}"
                     measures.append(
-                        (name, lambda python=python, chunk=chunk, piece=piece: python.write_and_remove(chunk, piece))
+                        (name, lambda python=python, chunk=chunk, call=call: python.write_and_remove(chunk, call))
                     )
             if not arguments.no_others:
                 for name, other in [
-                    ("cryptography, AESGCM by hand, 1 MiB pieces", aesgcm_by_hand),
+                    ("cryptography, AESGCM by hand, 1 MiB records", aesgcm_by_hand),
                     ("Tink, streaming AEAD, 1 MiB segments", tink_streaming),
                     ("pyrage, age", age_by_pyrage),
                 ]:
@@ -263,7 +275,7 @@ def main() -> None:
             rows += [python.reads(chunk) for chunk in [4096, 65536, MIB]]
             rows.append(python.random_reads())
             if title == "/dev/shm":
-                rows += peak_memory(folder)
+                rows += peak_memory(directory)
             show(title, rows)
 
 

@@ -1,11 +1,11 @@
-//! Writing and reading fragments, as ratios to plain `write(2)` and `read(2)` of the same bytes in the same run.
+//! Measures writes and reads of fragments, as ratios to `write(2)` and `read(2)` of the same bytes in the same run.
 //!
-//! Every figure is the median of the ratios of interleaved pairs after a warm-up that is thrown away; `benches/compare.py`
-//! runs this with the Python side and prints one table.
+//! Reference and vmsnap alternate in pairs. The first pair is a warm-up and is not counted; a figure is the median of
+//! the ratios of the other pairs. `benches/compare.py` runs this together with the Python side and prints one table.
 //!
-//! Arguments: `[--folder DIR] [--mib N] [--pairs N] [--threads N] [--only TEXT] [--json]`
+//! Arguments: `[--directory DIR] [--mib N] [--pairs N] [--threads N] [--only TEXT] [--json]`
 
-#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops where something fails")]
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops at the first failure")]
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ use vmsnap::{SecretKey, SnapshotOptions};
 const REFERENCE_CALL_BYTES: usize = 1 << 20;
 
 struct Arguments {
-    folder: PathBuf,
+    directory: PathBuf,
     bytes: usize,
     pairs: usize,
     threads: usize,
@@ -26,8 +26,14 @@ struct Arguments {
 }
 
 fn arguments() -> Arguments {
-    let mut parsed =
-        Arguments { folder: "/dev/shm".into(), bytes: 1 << 30, pairs: 5, threads: 2, only: String::new(), json: false };
+    let mut parsed = Arguments {
+        directory: "/dev/shm".into(),
+        bytes: 1 << 30,
+        pairs: 5,
+        threads: 2,
+        only: String::new(),
+        json: false,
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || words.next().and_then(|text| text.parse::<usize>().ok()).expect("a number");
@@ -35,10 +41,10 @@ fn arguments() -> Arguments {
             "--mib" => parsed.bytes = number() << 20,
             "--pairs" => parsed.pairs = number(),
             "--threads" => parsed.threads = number(),
-            "--only" => parsed.only = words.next().expect("a part of a row's name"),
+            "--only" => parsed.only = words.next().expect("a part of the name of a row"),
             "--json" => parsed.json = true,
-            "--folder" => parsed.folder = words.next().expect("a folder").into(),
-            _ => {} // cargo bench adds words of its own
+            "--directory" => parsed.directory = words.next().expect("a directory").into(),
+            _ => {} // cargo bench adds its own arguments
         }
     }
     parsed
@@ -46,7 +52,7 @@ fn arguments() -> Arguments {
 
 struct Bench {
     arguments: Arguments,
-    folder: PathBuf,
+    directory: PathBuf,
     options: SnapshotOptions,
     data: Vec<u8>,
     back: Vec<u8>,
@@ -65,7 +71,7 @@ fn seconds(work: impl FnOnce()) -> f64 {
 
 impl Bench {
     fn file(&self) -> PathBuf {
-        self.folder.join("reference")
+        self.directory.join("reference")
     }
 
     fn reference_write(&self) -> f64 {
@@ -92,7 +98,7 @@ impl Bench {
     }
 
     fn snapshot(&self) -> PathBuf {
-        self.folder.join("snapshot")
+        self.directory.join("snapshot")
     }
 
     fn options(&self, encrypted: bool) -> SnapshotOptions {
@@ -137,7 +143,7 @@ impl Bench {
         let mut pairs = Vec::new();
         for _ in 0..=self.arguments.pairs {
             pairs.push((self.reference_write(), self.write(encrypted, chunk, call)));
-            // As the reference's file: the next of either kind gets the same pages, which are no longer fresh.
+            // Removed like the file of the reference, so that both get the same pages, which are no longer fresh.
             std::fs::remove_dir_all(self.snapshot()).unwrap();
         }
         pairs.remove(0);
@@ -164,7 +170,7 @@ impl Bench {
         std::fs::remove_file(plain).unwrap();
     }
 
-    /// Microseconds of a 4 KiB read at a random page.
+    /// Prints the time of a 4 KiB read at a random page, in microseconds.
     fn random(&mut self, name: &str, bytes: usize, encrypted: bool) {
         if !name.contains(&self.arguments.only) {
             return;
@@ -200,8 +206,8 @@ impl Bench {
 
 fn main() {
     let arguments = arguments();
-    let folder = arguments.folder.join(format!("vmsnap-bench-{}", std::process::id()));
-    std::fs::create_dir(&folder).unwrap();
+    let directory = arguments.directory.join(format!("vmsnap-bench-{}", std::process::id()));
+    std::fs::create_dir(&directory).unwrap();
     let mut data = vec![0; arguments.bytes];
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for word in data.chunks_exact_mut(8) {
@@ -212,7 +218,7 @@ fn main() {
     }
     let options = SnapshotOptions::new().key(SecretKey::generate().unwrap()).threads(arguments.threads);
     let back = vec![1; data.len()];
-    let mut bench = Bench { arguments, folder, options, data, back };
+    let mut bench = Bench { arguments, directory, options, data, back };
 
     let whole = bench.data.len();
     let chunks = [(4 << 10, "4 KiB"), (64 << 10, "64 KiB"), (1 << 20, "1 MiB")];
@@ -231,5 +237,5 @@ fn main() {
     bench.random("random 4 KiB in 1 MiB, plain", 1 << 20, false);
     bench.random("random 4 KiB in 1 MiB, encrypted", 1 << 20, true);
     bench.random(&format!("random 4 KiB in {} MiB, encrypted", whole >> 20), whole, true);
-    std::fs::remove_dir_all(&bench.folder).unwrap();
+    std::fs::remove_dir_all(&bench.directory).unwrap();
 }

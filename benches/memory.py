@@ -1,6 +1,6 @@
-"""What Python adds to a read of guest memory at a random address: to be set against the same row of benches/memory/.
+"""Measure random reads of guest memory from Python. The same row of benches/memory/ shows how much Python adds.
 
-Of the memory of a real guest, which `make guest` makes, and of one of random and text-like pages.
+The guests are a real one, which `make guest` makes, and one of random and text-like pages.
 """
 
 import argparse
@@ -21,15 +21,15 @@ IMAGE = Path(os.environ.get("VMSNAP_BENCH_RAM") or Path(__file__).resolve().pare
 
 
 def compare(title: str, descriptor: int, data: Sequence[int]) -> None:
-    """Print a line for each of the four forms: the median and the mean of a read of 4 KiB of data.
+    """Print a line for each of the four forms: the median and the mean time of a read of 4 KiB of data.
 
-    `data` has addresses of pages.
+    `data` has the addresses of pages.
     """
     numbers = random.Random(1)
     for compress in (None, "lz4"):
         for key in (None, vmsnap.generate_key()):
-            with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="vmsnap-bench-") as folder:
-                root = Path(folder) / "vm1"
+            with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="vmsnap-bench-") as directory:
+                root = Path(directory) / "vm1"
                 with vmsnap.create(root, key=key) as writer:
                     writer.write_memory([vmsnap.GuestRegion(0, descriptor)], compress=compress)
                 stored = vmsnap.open(root, key=key).memory()
@@ -40,7 +40,7 @@ def compare(title: str, descriptor: int, data: Sequence[int]) -> None:
                     page = stored.read(address, PAGE)
                     times.append((perf_counter() - began) * 1e6)
                     if page != os.pread(descriptor, PAGE, address):
-                        raise SystemExit("what was read is not what was dumped")
+                        raise SystemExit("the page that was read differs from the one that was dumped")
             form = " ".join(word for word, said in (("lz4", compress), ("encrypted", key)) if said) or "plain"
             name = f"{title}, Python: random read {form}"
             print(f"{name:<64} median {statistics.median(times):.1f} us, mean {statistics.mean(times):.1f} us")
@@ -48,7 +48,7 @@ def compare(title: str, descriptor: int, data: Sequence[int]) -> None:
 
 def real() -> None:
     if not IMAGE.exists():
-        print(f"real: skipped: there is no {IMAGE}, which `make guest` makes")
+        print(f"real: skipped: {IMAGE} does not exist; `make guest` makes it")
         return
     with open(IMAGE, "rb") as file:
         data, end = [], 0
@@ -82,7 +82,7 @@ def synthetic(size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=["real", "synthetic"], metavar="real|synthetic")
-    parser.add_argument("--mib", type=int, default=1024, help="of the synthetic guest")
+    parser.add_argument("--mib", type=int, default=1024, help="size of the synthetic guest")
     arguments = parser.parse_args()
     if "real" in arguments.parts:
         real()

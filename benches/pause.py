@@ -1,8 +1,8 @@
-"""How long a QEMU guest stands still to be saved: vmsnap's way against QEMU's own, and against `lz4 | age`.
+"""Measure how long a QEMU guest is paused while it is saved: with vmsnap, with QEMU alone, and with `lz4 | age`.
 
-The guest has 256 MiB, of which 64 MiB are random; it is the one of the tests. QEMU migrates all of it to a file, with
-`max-bandwidth` raised, from `stop` to `cont`; and into a pipe of `lz4` and `age`. Pairs are interleaved, the first one
-is thrown away, and ratios are of times.
+The guest of the tests has 256 MiB, of which 64 MiB are random. QEMU migrates all of it to a file with `max-bandwidth`
+raised, between `stop` and `cont`, or to a pipe of `lz4` and `age`. Pairs alternate, the first one is not counted, and
+ratios compare times.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RANDOM_MIB = 64
 
 
 async def _migrate(qmp: Path, uri: str, descriptor: int | None) -> float:
-    """Let QEMU save everything; return how long its guest stood still."""
+    """Let QEMU save everything, and return how long its guest was paused."""
     async with connected(connection_to(qmp), "QEMU") as monitor:
         await monitor.run("migrate-set-parameters", max_bandwidth=1 << 40)
         started = perf_counter()
@@ -75,25 +75,25 @@ def compare(
     title: str,
     theirs: Callable[[Path], float],
     ours: Callable[[Path], vmsnap.qemu.SaveReport],
-    folder: Path,
+    directory: Path,
     pairs: int,
 ) -> None:
-    """Print how often as long the guest stands still their way, and how often as long all of it takes."""
+    """Print the ratio of the pauses, and the ratio of QEMU's pause to the whole time of vmsnap."""
     rows = []
     for _ in range(pairs + 1):
-        stood = theirs(folder / "theirs")
-        report = ours(folder / "ours")
+        stood = theirs(directory / "theirs")
+        report = ours(directory / "ours")
         rows.append((stood, report.paused_seconds, report.seconds))
-        sizes = size_of(folder / "theirs") / 1e6, size_of(folder / "ours") / 1e6
-        remove(folder / "theirs")
-        remove(folder / "ours")
+        sizes = size_of(directory / "theirs") / 1e6, size_of(directory / "ours") / 1e6
+        remove(directory / "theirs")
+        remove(directory / "ours")
     rows = rows[1:]
     theirs_s, pause_s, total_s = (statistics.median(column) for column in zip(*rows, strict=True))
     pause = statistics.median(ours / theirs for theirs, ours, _ in rows)
     faster = statistics.median(theirs / total for theirs, _, total in rows)
     print(
         f"{title:44} theirs {theirs_s:.3f} s {sizes[0]:5.0f} MB | ours: pause {pause_s:.3f} s, all {total_s:.3f} s, "
-        f"{sizes[1]:4.0f} MB | pause {pause:.2f} of theirs, all {faster:.1f} times as fast "
+        f"{sizes[1]:4.0f} MB | pause ratio {pause:.2f}, all {faster:.1f} times as fast "
         f"{[f'{theirs / total:.1f}' for theirs, _, total in rows]}",
         flush=True,
     )
@@ -102,15 +102,15 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="vmsnap-bench-") as name:
-        folder = Path(name)
-        qmp, console = folder / "qmp", Console(folder, "console")
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="vmsnap-bench-") as name:
+        directory = Path(name)
+        qmp, console = directory / "qmp", Console(directory, "console")
         with running(qemu_command(qmp, *console.boot(RANDOM_MIB)), qmp):
             console.count()
             key = vmsnap.generate_key()
-            print(f"{arguments.folder}, {os.cpu_count()} processors, aead {vmsnap.aead_provider()}")
+            print(f"{arguments.directory}, {os.cpu_count()} processors, aead {vmsnap.aead_provider()}")
             for title, options in (
                 ("plain", {}),
                 ("encrypted", {"key": key}),
@@ -119,17 +119,17 @@ def main() -> None:
                 ours = functools.partial(lambda options, path: vmsnap.qemu.save(qmp, path, **options), options)
                 for way, theirs in (("exec:cat", by_cat), ("fd:", to_file)):
                     name = f"{title}, to QEMU's plain {way}"
-                    compare(name, functools.partial(theirs, qmp), ours, folder, arguments.pairs)
+                    compare(name, functools.partial(theirs, qmp), ours, directory, arguments.pairs)
             if not shutil.which("age") or not shutil.which("lz4"):
-                print("no lz4 and age here to compare with")
+                print("no comparison with lz4 and age: they are not installed")
                 return
-            identity = folder / "identity.txt"
+            identity = directory / "identity.txt"
             subprocess.run(["age-keygen", "-o", identity], check=True, capture_output=True)
             compare(
                 "lz4, encrypted, to QEMU | lz4 | age",
                 functools.partial(to_pipe, identity, qmp),
                 ours,
-                folder,
+                directory,
                 arguments.pairs,
             )
 

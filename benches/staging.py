@@ -1,6 +1,6 @@
-"""What complete-or-absent costs: the same dump staged and in place, in interleaved pairs, medians of their ratios.
+"""Measure the cost of staging: the same dump staged and in place, in alternating pairs, and the median of the ratios.
 
-python benches/staging.py [FOLDER] [MiB]
+python benches/staging.py [DIRECTORY] [MiB]
 """
 
 import shutil
@@ -26,12 +26,12 @@ def dump(writer: vmsnap.SnapshotWriter, data: memoryview) -> None:
 
 
 def in_place(path: Path, key: bytes | None, data: memoryview) -> None:
-    """Write as crosvm does."""
+    """Write in place, as crosvm does."""
     dump(vmsnap.SnapshotWriter(path, key=key, threads=2), data)
 
 
 def staged(durable: bool) -> Callable[[Path, bytes | None, memoryview], None]:
-    """Write a snapshot that is complete or absent."""
+    """Return a function that writes a snapshot which is complete or absent."""
 
     def run(path: Path, key: bytes | None, data: memoryview) -> None:
         with vmsnap.create(path, key=key, threads=2, durable=durable) as snap:
@@ -41,10 +41,10 @@ def staged(durable: bool) -> Callable[[Path, bytes | None, memoryview], None]:
 
 
 def seconds(
-    run: Callable[[Path, bytes | None, memoryview], None], folder: Path, key: bytes | None, data: memoryview
+    run: Callable[[Path, bytes | None, memoryview], None], directory: Path, key: bytes | None, data: memoryview
 ) -> float:
-    """Time one dump into a new place."""
-    path = folder / "vm1"
+    """Time one dump to a new path."""
+    path = directory / "vm1"
     start = time.perf_counter()
     run(path, key, data)
     taken = time.perf_counter() - start
@@ -53,10 +53,10 @@ def seconds(
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure all cases, and print a table."""
     parent = sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"
     data = memoryview(bytearray(range(256)) * (4096 * int(sys.argv[2] if len(sys.argv) > 2 else 512)))
-    print(f"{len(data) >> 20} MiB in {parent}, two threads, {PAIRS} pairs; ratio of time to the same in place")
+    print(f"{len(data) >> 20} MiB in {parent}, two threads, {PAIRS} pairs; ratio to the time in place")
     with tempfile.TemporaryDirectory(dir=parent) as name:
         for key in (None, KEY):
             for durable in (False, True):
@@ -64,7 +64,7 @@ def main() -> None:
                 seconds(in_place, Path(name), key, data)
                 ratios = []
                 for number in range(PAIRS):
-                    # Each goes first in turn: what ran before leaves its traces in caches and in free memory.
+                    # The order alternates, because each run leaves traces in caches and in free memory.
                     order = (in_place, run) if number % 2 else (run, in_place)
                     taken = {each: seconds(each, Path(name), key, data) for each in order}
                     ratios.append(taken[run] / taken[in_place])

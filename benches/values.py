@@ -1,7 +1,7 @@
-"""Values into fragments and back, against serializing with cbor2 and `write(2)` or `read(2)` of the bytes alone.
+"""Compare values in fragments with cbor2 and `write(2)` or `read(2)` of the bytes alone.
 
-Each figure is a ratio from one run, as in `compare.py`: a warm-up is thrown away, reference and candidate interleaved,
-and the median counts. Run by `make bench-values`; `BENCH_ARGS="--count 200 --pairs 3"` for a quick look.
+Each figure is a ratio from one run, as in `compare.py`: reference and candidate alternate, a warm-up is not counted,
+and the median counts. `make bench-values` runs this; `BENCH_ARGS="--count 200 --pairs 3"` is a quick look.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Device:
 
 
 def states() -> dict[str, tuple[object, object]]:
-    """Device states of some 100 kB with what to read them as: what they are made of decides what serializing costs."""
+    """Return device states of about 100 kB, each with its type. The kinds of values in a state decide its cost."""
     queues = [{"size": 256, "ready": True, "desc": 2**32 + i * 4096, "next": None} for i in range(16)]
     registers = {f"r{i}": i * 2**33 for i in range(64)}
     many = [{"size": 256, "ready": True, "desc": 2**32 + i * 4096, "next": None} for i in range(2700)]
@@ -59,10 +59,10 @@ def seconds(work: Callable[[int], object], count: int) -> float:
 
 
 class Bench:
-    """Measures one state in one folder."""
+    """Measures one state in one directory."""
 
-    def __init__(self, folder: Path, state: object, type: object, count: int) -> None:
-        self.root, self.state, self.type, self.count = folder / "snapshot", state, type, count
+    def __init__(self, directory: Path, state: object, type: object, count: int) -> None:
+        self.root, self.state, self.type, self.count = directory / "snapshot", state, type, count
         self.plain = vmsnap.serialization.encode(state)
         self.decoded = vmsnap.serialization.decode(self.plain)
 
@@ -70,7 +70,7 @@ class Bench:
         self.root.mkdir()
 
         def work(number: int) -> None:
-            # Not the state itself: cbor2 knows no dataclasses.
+            # The decoded state, because cbor2 does not support dataclasses.
             data = cbor2.dumps(self.simple)
             file = os.open(self.root / f"{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             os.write(file, data)
@@ -112,15 +112,15 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--count", type=int, default=1000, help="values written and read each time")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="all figures")
     options = parser.parse_args()
     figures = []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         for name, (state, type) in states().items():
-            bench = Bench(Path(folder), state, type, options.count)
+            bench = Bench(Path(directory), state, type, options.count)
             for label, key in (("plain", None), ("encrypted", vmsnap.generate_key())):
                 pairs = [bench.pair(key) for _ in range(options.pairs + 1)][1:]
                 for direction in ("write", "read"):
@@ -139,7 +139,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(figures, indent=2))
         return
-    print("| state | bytes | what | of the reference | values a second | reference |\n|---|---|---|---|---|---|")
+    print("| state | bytes | operation | of the reference | values a second | reference |\n|---|---|---|---|---|---|")
     for f in figures:
         print(
             f"| {f['state']} | {f['bytes']:,} | {f['what']} | {f['ratio']:.2f} | {f['a_second']:,.0f} "

@@ -1,9 +1,9 @@
-"""Bytes of a stranger's against `vmsnap.serialization.decode`: run by ``make fuzz``, with atheris.
+"""Fuzz `vmsnap.serialization.decode` with atheris: ``make fuzz`` runs this.
 
-An input is a recipe. `Recipe` makes of it bytes as they are, or CBOR that is nearly right, or a good value with some
-bytes changed; and the type to build of them. Whatever comes out, `decode` may return a value that can be written again,
-or raise `CorruptSnapshotError` with a short text that a terminal can show; everything else is a finding.
-``tests/test_hostile_values.py`` calls `try_recipe` as well, with a few hundred inputs.
+An input is a recipe. `Recipe` makes a type from it, and bytes: arbitrary ones, nearly valid CBOR, or a valid value with
+some bytes changed. `decode` may return a value that can be encoded again, or raise `CorruptSnapshotError` with a short
+text that a terminal can show. Everything else is a finding. ``tests/test_hostile_values.py`` also calls `try_recipe`,
+with a few hundred inputs.
 """
 
 import json
@@ -33,14 +33,14 @@ _MAX_DEPTH = 8
 
 @dataclass
 class Linked:
-    """Its only field is of its own type."""
+    """A record with a single field of its own type."""
 
     next: "Linked | None"
 
 
 @dataclass
 class Device:
-    """A record as a snapshot may hold it."""
+    """A record like those in snapshots."""
 
     name: str
     registers: dict[int, bytes]
@@ -73,7 +73,7 @@ _TYPES: list[Any] = [
     datetime | date | None | bytearray | Path,
 ]
 
-#: What the first inputs are made of.
+# Values from which the first inputs are made.
 VALUES: list[Any] = [
     None,
     [True, False, 0, -1, 2**64, -(2**80), 1.5, float("inf"), "text", b"bytes"],
@@ -88,7 +88,7 @@ _TAGS = [0, 1, 2, 3, 37, 40, 258, 1004, 1040, *range(64, 88), 4, 28, 29, 35, 557
 
 
 def _head(major: int, argument: int, size: int = 0) -> bytes:
-    """Return the first bytes of an item; `size` is how many the argument has at least."""
+    """Return the head of a data item, with at least `size` bytes for its argument."""
     if argument < 24 and not size:
         return bytes([major << 5 | argument])
     for info, width in ((24, 1), (25, 2), (26, 4), (27, 8)):
@@ -98,14 +98,14 @@ def _head(major: int, argument: int, size: int = 0) -> bytes:
 
 
 class Recipe:
-    """Decisions, each read from the next bytes; after their end it is always the first choice."""
+    """Decisions that are read from the bytes of an input. After their end, each decision is the first choice."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
 
     def take(self, count: int) -> bytes:
-        """Return that many bytes, or what is left."""
+        """Return that many bytes, or as many as are left."""
         self._at += count
         return self._data[self._at - count : self._at]
 
@@ -114,7 +114,7 @@ class Recipe:
         return int.from_bytes(self.take(1 if limit <= 256 else 8), "big") % limit
 
     def rest(self) -> bytes:
-        """Return all that is left."""
+        """Return all bytes that are left."""
         return self.take(len(self._data))
 
     def input(self) -> tuple[bytes, Any, Literal["cbor", "json"] | None]:
@@ -140,7 +140,7 @@ class Recipe:
                 return self.item(), type, "cbor"
 
     def _changed(self, data: bytes) -> bytes:
-        """Change a few bytes, take out or double a piece, or cut it off."""
+        """Change a few bytes, remove or repeat a part, or truncate."""
         for _ in range(1 + self.below(3)):
             at, to = sorted((self.below(len(data) + 1), self.below(len(data) + 1)))
             match self.below(5):
@@ -157,7 +157,7 @@ class Recipe:
         return data
 
     def item(self, depth: int = 1) -> bytes:
-        """Return an item that is mostly as it has to be."""
+        """Return a data item that is mostly valid."""
         match self.below(12 if depth < _MAX_DEPTH else 6):
             case 0:
                 return _head(self.below(2), self.below(1 << 64))
@@ -191,10 +191,10 @@ class Recipe:
 
     def _string(self) -> bytes:
         major = 2 + self.below(2)
-        pieces = [self.take(self.below(20)) for _ in range(1 + self.below(3))]
+        chunks = [self.take(self.below(20)) for _ in range(1 + self.below(3))]
         if major == 3 and self.below(8):
-            pieces = [piece.decode(errors="ignore").encode() for piece in pieces]
-        encoded = [_head(major, len(piece)) + piece for piece in pieces]
+            chunks = [chunk.decode(errors="ignore").encode() for chunk in chunks]
+        encoded = [_head(major, len(chunk)) + chunk for chunk in chunks]
         return encoded[0] if len(encoded) == 1 else bytes([major << 5 | 31]) + b"".join(encoded) + b"\xff"
 
     def _container(self, major: int, item: Any) -> bytes:
@@ -208,7 +208,7 @@ class Recipe:
                 return _head(major, len(items)) + b"".join(items)
 
     def _tagged(self) -> bytes:
-        """Return what a tag is to be on: a date, a big number, a typed array."""
+        """Return a tagged item: a date, a big number, or a typed array."""
         match self.below(5):
             case 0:
                 text = f"{self.below(10_000):04}-{self.below(14):02}-{self.below(33):02}"
@@ -233,7 +233,7 @@ class Recipe:
 
 
 def try_recipe(recipe: bytes) -> None:
-    """Raise AssertionError, or whatever it was, where `decode` does what it should not."""
+    """Raise AssertionError if `decode` accepts or reports something wrong. Other exceptions pass through."""
     data, type, format = Recipe(recipe).input()
     for kind in (None, type):
         try:
@@ -246,20 +246,20 @@ def try_recipe(recipe: bytes) -> None:
         try:
             again = encode(value)
         except vmsnap.SerializationError:
-            # A list may have NaN deep within, and be made a key; a moment may be out of UTC's years.
+            # A list that becomes a key may contain NaN, and a time may be outside the years of UTC.
             assert kind is not None or b"\xc0" in data
             continue
-        # In the same form, as equal is not what NaN and arrays are.
+        # The encodings are compared, because NaN and arrays are not equal to themselves.
         assert encode(decode(again, format="cbor")) == again
 
 
 def main() -> None:
-    """Run atheris; its options follow the name of the folder where inputs are kept."""
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    """Run atheris. Its options follow the name of the directory in which inputs are kept."""
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
     for index, value in enumerate(VALUES):
-        (folder / f"cbor-{index}").write_bytes(b"\x01\x00" + encode(value))
-        (folder / f"json-{index}").write_bytes(b"\x02\x00" + json.dumps(value, default=repr, skipkeys=True).encode())
+        (directory / f"cbor-{index}").write_bytes(b"\x01\x00" + encode(value))
+        (directory / f"json-{index}").write_bytes(b"\x02\x00" + json.dumps(value, default=repr, skipkeys=True).encode())
     atheris.Setup(sys.argv, try_recipe)
     atheris.Fuzz()
 

@@ -1,5 +1,5 @@
-//! What was written, read without vmsnap: encrypted fragments by `fast-floe` alone, plain ones by `ciborium` alone, as
-//! `docs/format.md` tells.
+//! Snapshots of vmsnap can be read without vmsnap, as `docs/format.md` describes: encrypted fragments with `fast-floe`
+//! alone, plain ones with `ciborium` alone.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -24,7 +24,7 @@ fn vcpu() -> Vcpu {
     Vcpu { rip: 0xfff0, gdt: vec![1, 2, 3], running: true }
 }
 
-/// The pure-Rust provider, whichever it was written by.
+/// Uses the pure-Rust provider, even if another one wrote the snapshot.
 fn key(bytes: [u8; 32]) -> Key {
     Key::from_bytes_with_provider(bytes, Provider::RUSTCRYPTO)
 }
@@ -40,7 +40,7 @@ fn map(bytes: &[u8]) -> BTreeMap<String, Value> {
 
 #[test]
 fn encrypted_fragments_read_with_fast_floe_alone() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let mut staged = SnapshotOptions::new().key(SecretKey::from(WRAPPING_KEY)).create(&root).unwrap();
     let disks = staged.writer().add_namespace("disks").unwrap();
     let data = pattern(3 * 4096 + 5);
@@ -63,7 +63,7 @@ fn encrypted_fragments_read_with_fast_floe_alone() {
     for name in ["small", "page", "whole"] {
         let path = format!("disks/{name}");
         assert_eq!(open(&fragment_aad(&path), &path).unwrap(), data);
-        assert!(open(&fragment_aad(name), &path).is_err(), "it is bound to its path");
+        assert!(open(&fragment_aad(name), &path).is_err(), "the fragment must be bound to its path");
     }
     assert_eq!(open(&fragment_aad("disks/empty"), "disks/empty").unwrap(), b"");
     let value: Vcpu = ciborium::from_reader(open(&fragment_aad("vcpu0"), "vcpu0").unwrap().as_slice()).unwrap();
@@ -77,7 +77,7 @@ fn encrypted_fragments_read_with_fast_floe_alone() {
 
 #[test]
 fn plain_fragments_read_with_ciborium_alone() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let mut staged = SnapshotOptions::new().create(&root).unwrap();
     staged.writer().write_fragment("vcpu0", &vcpu()).unwrap();
     staged.commit().unwrap();

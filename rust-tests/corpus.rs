@@ -1,4 +1,4 @@
-//! The crate makes of each snapshot in `tests/corpus` what its index says.
+//! The crate reads each snapshot in `tests/corpus` with the result in the index.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,7 +13,7 @@ use vmsnap::{
     SnapshotOptions, SnapshotReader,
 };
 
-/// A key service that protects nothing, as in `tests/make_golden.py`.
+/// The key service of `tests/make_golden.py`, which protects nothing.
 struct Mask;
 
 impl KeyProvider for Mask {
@@ -63,7 +63,7 @@ fn kind(error: &Error) -> &'static str {
         _ if error.is_key_unavailable() => "key",
         _ if error.is_not_encrypted() => "not-encrypted",
         _ if error.raw_os_error() == Some(2) => "missing",
-        _ => panic!("of no kind in the index: {error}"),
+        _ => panic!("the index does not have this kind of error: {error}"),
     }
 }
 
@@ -76,7 +76,7 @@ fn holds(data: &[u8]) -> Value {
     json!({ "size": data.len(), "sha256": sha256 })
 }
 
-/// All fragments in and below a namespace, by their paths.
+/// Adds all fragments in and below a namespace, by their paths.
 fn fragments(reader: &SnapshotReader, into: &mut BTreeMap<String, Value>) -> Result<()> {
     let path = |name: &str| match reader.namespace_path() {
         "" => name.to_owned(),
@@ -97,13 +97,14 @@ fn read(fragment: &mut vmsnap::FragmentReader) -> Result<Value> {
     Ok(holds(&data))
 }
 
-fn memory(root: &SnapshotReader, namespace: &str, folder: &Path) -> Result<Value> {
+fn memory(root: &SnapshotReader, namespace: &str, directory: &Path) -> Result<Value> {
     let mut reader = root.clone();
     for name in namespace.split('/').filter(|name| !name.is_empty()) {
         reader = reader.namespace(name)?;
     }
     let memory = reader.memory()?;
-    let files: Vec<_> = memory.regions().iter().map(|region| folder.join(format!("{:016x}", region.start))).collect();
+    let files: Vec<_> =
+        memory.regions().iter().map(|region| directory.join(format!("{:016x}", region.start))).collect();
     let create = |file| File::options().read(true).write(true).create_new(true).open(file).unwrap();
     let created: Vec<_> = files.iter().map(create).collect();
     let mut destinations: Vec<_> = created.iter().map(|file| GuestDestination::file(file, None)).collect();
@@ -115,7 +116,7 @@ fn memory(root: &SnapshotReader, namespace: &str, folder: &Path) -> Result<Value
     Ok(json!({ "regions": regions.collect::<Map<_, _>>() }))
 }
 
-/// What the crate makes of a case, in the terms of the index.
+/// Reads a case, and returns the result in the terms of the index.
 fn result(root: &Path, case: &Value) -> Value {
     let reader = match options(case).open(root) {
         Ok(reader) => reader,
@@ -128,22 +129,22 @@ fn result(root: &Path, case: &Value) -> Value {
     let mut result = json!({ "result": { "fragments": found } });
     if let Some(namespaces) = case.get("memory") {
         let memories = namespaces.as_object().unwrap().keys().map(|namespace| {
-            let folder = tempfile::tempdir().unwrap();
-            (namespace.clone(), or_kind(memory(&reader, namespace, folder.path())))
+            let directory = tempfile::tempdir().unwrap();
+            (namespace.clone(), or_kind(memory(&reader, namespace, directory.path())))
         });
         result["memory"] = Value::Object(memories.collect());
     }
     result
 }
 
-/// Whether all of it was looked at, and is right, but for its not being sealed.
+/// Whether everything was checked and nothing is wrong, except that the snapshot may not be sealed.
 fn verifies(root: &Path, case: &Value) -> bool {
     options(case).verify(root).is_ok_and(|found| {
         found.not_checked.is_empty() && found.problems.iter().all(|problem| problem.kind == ProblemKind::NotSealed)
     })
 }
 
-/// Looked at before it is read: one of them is a pipe.
+/// The kind of file is checked before the read, because in one case it is a pipe.
 fn is_wrapped_by_age(root: &Path) -> bool {
     let file = root.join("enc_metadata");
     fs::symlink_metadata(&file).is_ok_and(|found| found.is_file())
@@ -154,15 +155,15 @@ fn is_wrapped_by_age(root: &Path) -> bool {
 fn every_case_of_the_corpus_gives_what_its_index_says() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
     let index: Value = serde_json::from_slice(&fs::read(corpus.join("index.json")).unwrap()).unwrap();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let archive = corpus.join("snapshots.tar.gz");
-    let unpacked = Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
+    let unpacked = Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(directory.path()).status().unwrap();
     assert!(unpacked.success());
 
     let cases = index["cases"].as_object().unwrap();
     assert!(cases.len() > 100);
     for (name, case) in cases {
-        let root = folder.path().join("snapshots").join(name);
+        let root = directory.path().join("snapshots").join(name);
         if !cfg!(feature = "age") && is_wrapped_by_age(&root) {
             let error = options(case).open(&root).unwrap_err();
             assert!(error.is_unsupported_format() || error.is_key_unavailable(), "{name}: {error}");

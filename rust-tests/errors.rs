@@ -1,4 +1,4 @@
-//! Errors by their predicates; the whole table is tested by way of Python.
+//! Predicates of errors. The Python tests cover the whole table of errors.
 
 use std::io::{Read, Write};
 
@@ -8,7 +8,7 @@ use crate::{encrypted, pattern, place};
 
 #[test]
 fn what_exists_is_refused_and_kept() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = SnapshotWriter::new(root.clone(), false).unwrap();
     writer.write_fragment("clock", &1).unwrap();
     let before = std::fs::read(root.join("clock")).unwrap();
@@ -26,7 +26,7 @@ fn what_exists_is_refused_and_kept() {
 #[test]
 fn an_error_survives_the_way_through_io_error() {
     let options = encrypted();
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("mem").unwrap();
     fragment.write_all(&pattern(10_000)).unwrap();
     fragment.finish().unwrap();
@@ -42,18 +42,18 @@ fn an_error_survives_the_way_through_io_error() {
     let error = Error::from(error);
     assert!(error.is_authentication() && error.to_string().contains("fragment \"mem\""), "{error}");
     assert!(reader.read_at(0, &mut buf).unwrap_err().is_authentication());
-    assert!(buf.iter().all(|byte| *byte == 0), "plaintext of a read that failed");
-    // The segments that were not touched still read.
+    assert!(buf.iter().all(|byte| *byte == 0), "the buffer has plaintext after a failed read");
+    // Undamaged segments can still be read.
     assert_eq!(reader.read_at(4096, &mut buf[..4096]).unwrap(), 4096);
 }
 
 #[test]
 fn a_wrong_key_and_a_plain_snapshot_are_told_apart() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     encrypted().create_in_place(&root).unwrap();
     assert!(encrypted().open(&root).unwrap_err().is_authentication());
     assert!(SnapshotReader::new(&root, false).unwrap_err().is_key_unavailable());
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     SnapshotOptions::new().create_in_place(&root).unwrap();
     assert!(encrypted().open(&root).unwrap_err().is_not_encrypted());
     assert!(SnapshotReader::new(&root, true).unwrap_err().is_not_encrypted());
@@ -61,7 +61,7 @@ fn a_wrong_key_and_a_plain_snapshot_are_told_apart() {
 
 #[test]
 fn sizes_out_of_range_are_invalid_arguments() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = encrypted().create_in_place(&root).unwrap();
     for chunk in [0, 31, vmsnap::MAX_CHUNK_SIZE_BYTES + 1, usize::MAX] {
         assert!(writer.raw_fragment_with_chunk_size("f", chunk).unwrap_err().is_invalid_argument());

@@ -1,4 +1,4 @@
-//! Round trips: lengths around every boundary, writes split in every way, reads at any place.
+//! Round trips: lengths around every boundary, writes divided in every way, reads at any offset.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 
@@ -10,10 +10,11 @@ use crate::{encrypted, pattern, place};
 #[test]
 fn every_length_around_a_boundary_comes_back() {
     for options in [SnapshotOptions::new(), encrypted()] {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let writer = options.create_in_place(&root).unwrap();
         for chunk in [32_usize, 4096, 65_536, 1 << 20] {
-            // Around the chunk, the strip (256 KiB), and what is sealed straight from the caller's buffer (4 MiB).
+            // Around the chunk, the batch (256 KiB), and the size of writes that are encrypted directly from the
+            // caller's buffer (4 MiB).
             for base in [0, chunk, 2 * chunk, 256 << 10, 4 << 20, (4 << 20) + chunk] {
                 for length in [base.saturating_sub(1), base, base + 1] {
                     let name = format!("{chunk}-{base}-{length}");
@@ -53,7 +54,7 @@ proptest! {
         encrypt in any::<bool>(),
     ) {
         let options = if encrypt { encrypted() } else { SnapshotOptions::new() };
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let data = pattern(writes.iter().sum());
         let mut fragment = options.create_in_place(&root).unwrap().raw_fragment_with_chunk_size("f", chunk).unwrap();
         let mut rest = &data[..];
@@ -77,7 +78,7 @@ proptest! {
         encrypt in any::<bool>(),
     ) {
         let options = if encrypt { encrypted() } else { SnapshotOptions::new() };
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let data = pattern(length);
         let mut fragment = options.create_in_place(&root).unwrap().raw_fragment_with_chunk_size("f", chunk).unwrap();
         fragment.write_all(&data).unwrap();
@@ -103,7 +104,7 @@ proptest! {
 #[test]
 fn many_threads_read_one_fragment_at_once() {
     let options = encrypted();
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let data = pattern(3 << 20);
     let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("mem").unwrap();
     fragment.write_all(&data).unwrap();
@@ -126,7 +127,7 @@ fn many_threads_read_one_fragment_at_once() {
 
 #[test]
 fn a_clone_of_a_reader_has_a_position_of_its_own() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let mut fragment = SnapshotOptions::new().create_in_place(&root).unwrap().raw_fragment("f").unwrap();
     fragment.write_all(b"abcdef").unwrap();
     fragment.finish().unwrap();
@@ -144,7 +145,7 @@ fn a_clone_of_a_reader_has_a_position_of_its_own() {
 #[test]
 fn dropping_finalizes_and_discarding_removes() {
     for options in [SnapshotOptions::new(), encrypted()] {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let writer = options.create_in_place(&root).unwrap();
         writer.raw_fragment("dropped").unwrap().write_all(b"kept").unwrap();
         let mut given_up = writer.raw_fragment("discarded").unwrap();
@@ -160,12 +161,12 @@ fn dropping_finalizes_and_discarding_removes() {
 
 #[test]
 fn a_panic_removes_what_was_half_written() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = encrypted().create_in_place(&root).unwrap();
     let unwound = std::panic::catch_unwind(|| {
         let mut fragment = writer.raw_fragment("half").unwrap();
         fragment.write_all(&pattern(5 << 20)).unwrap();
-        panic!("the monitor fails in the middle of its dump");
+        panic!("the monitor fails during its dump");
     });
     assert!(unwound.is_err());
     assert!(!root.join("half").exists());
@@ -174,7 +175,7 @@ fn a_panic_removes_what_was_half_written() {
 #[test]
 fn a_panic_in_the_callback_poisons_the_fragment() {
     for options in [SnapshotOptions::new(), encrypted()] {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("half").unwrap();
         let long = vec![0; 4 << 30];
         let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -190,7 +191,7 @@ fn a_panic_in_the_callback_poisons_the_fragment() {
 #[test]
 fn a_read_that_fails_leaves_the_position_where_it_was() {
     let options = encrypted();
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("f").unwrap();
     fragment.write_all(&pattern(3 * 4096)).unwrap();
     fragment.finish().unwrap();
@@ -207,7 +208,7 @@ fn a_read_that_fails_leaves_the_position_where_it_was() {
 
 #[test]
 fn a_discarded_fragment_leaves_a_file_that_took_its_place() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let fragment = SnapshotOptions::new().create_in_place(&root).unwrap().raw_fragment("f").unwrap();
     std::fs::remove_file(root.join("f")).unwrap();
     std::fs::write(root.join("f"), b"somebody else's").unwrap();
@@ -218,9 +219,10 @@ fn a_discarded_fragment_leaves_a_file_that_took_its_place() {
 #[test]
 fn an_interrupted_write_poisons_the_fragment_and_leaves_no_file() {
     for options in [SnapshotOptions::new(), encrypted(), encrypted().threads(1)] {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("f").unwrap();
-        // Untouched pages, so it costs no memory; and no machine writes 4 GiB in the 50 ms before the callback is asked.
+        // The pages are never written, so they take no memory. No machine writes 4 GiB in the 50 ms before the first
+        // callback.
         let long = vec![0; 4 << 30];
         let error = fragment.write_all_interruptible(&long, &mut || Err(Error::interrupted())).unwrap_err();
         assert!(error.is_interrupted());
@@ -233,13 +235,13 @@ fn an_interrupted_write_poisons_the_fragment_and_leaves_no_file() {
 #[test]
 fn an_interrupted_read_leaves_only_zeros() {
     let options = encrypted().threads(1);
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let mut fragment = options.create_in_place(&root).unwrap().raw_fragment_with_chunk_size("f", 32).unwrap();
     fragment.write_all(&pattern(64 << 20)).unwrap();
     fragment.finish().unwrap();
     let reader = options.open(&root).unwrap().raw_fragment("f").unwrap();
     let mut buf = vec![0xff; 64 << 20];
-    // Two million segments take longer than the 50 ms after which the callback is asked.
+    // Two million segments take longer than the 50 ms before the first callback.
     let error = reader.read_at_interruptible(0, &mut buf, &mut || Err(Error::interrupted())).unwrap_err();
     assert!(error.is_interrupted());
     assert!(buf.iter().all(|byte| *byte == 0));

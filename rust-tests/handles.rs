@@ -1,4 +1,4 @@
-//! Writers and readers: crosvm's calls, values, and handles that travel.
+//! Writers and readers: the calls of crosvm, values, and serialized handles.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -30,7 +30,7 @@ fn vcpu() -> Vcpu {
     }
 }
 
-/// Written as code for crosvm's crate is: its types of arguments, its order, `?` into a boxed error.
+/// Written like code for crosvm's crate: the same argument types, the same order, and `?` into a boxed error.
 fn as_code_for_crosvm(root: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let writer = SnapshotWriter::new(root.to_path_buf(), false)?;
     writer.write_fragment("vcpu0", &vcpu())?;
@@ -57,9 +57,9 @@ fn as_code_for_crosvm(root: &Path) -> Result<(), Box<dyn std::error::Error>> {
 
 #[test]
 fn code_for_crosvm_works_with_the_import_changed() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     as_code_for_crosvm(&root).unwrap();
-    // What crosvm itself would find there.
+    // The files that crosvm itself would read.
     let stored: Vcpu = ciborium::from_reader(std::fs::File::open(root.join("vcpu0")).unwrap()).unwrap();
     assert_eq!(stored, vcpu());
     assert_eq!(std::fs::read(root.join("devices/big")).unwrap(), b"big");
@@ -69,7 +69,7 @@ fn code_for_crosvm_works_with_the_import_changed() {
 fn values_come_back_in_either_format_plain_and_encrypted() {
     for format in [Format::Cbor, Format::Json] {
         for options in [SnapshotOptions::new().format(format), encrypted().format(format)] {
-            let (_folder, root) = place();
+            let (_directory, root) = place();
             options.create_in_place(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
             assert_eq!(options.open(&root).unwrap().read_fragment::<Vcpu>("vcpu0").unwrap(), vcpu());
         }
@@ -79,10 +79,10 @@ fn values_come_back_in_either_format_plain_and_encrypted() {
 #[test]
 fn a_reader_finds_out_the_format() {
     for written in [SnapshotOptions::new(), encrypted()] {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         written.clone().format(Format::Json).create_in_place(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
         assert_eq!(written.open(&root).unwrap().read_fragment::<Vcpu>("vcpu0").unwrap(), vcpu());
-        // Asked for, it is kept to.
+        // A format that was requested is not replaced by another.
         let reader = written.format(Format::Cbor).open(&root).unwrap();
         assert!(reader.read_fragment::<Vcpu>("vcpu0").unwrap_err().is_corrupt());
     }
@@ -90,7 +90,7 @@ fn a_reader_finds_out_the_format() {
 
 #[test]
 fn a_number_in_json_has_to_be_asked_for() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let json = SnapshotOptions::new().format(Format::Json);
     json.create_in_place(&root).unwrap().write_fragment("count", &70_000).unwrap();
     assert!(SnapshotReader::new(&root, false).unwrap().read_fragment::<u32>("count").unwrap_err().is_corrupt());
@@ -99,7 +99,7 @@ fn a_number_in_json_has_to_be_asked_for() {
 
 #[test]
 fn a_value_that_cannot_be_serialized_leaves_no_file() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = SnapshotOptions::new().format(Format::Json).create_in_place(&root).unwrap();
     let keyed_by_bytes = std::collections::BTreeMap::from([(vec![1_u8], 1)]);
     assert!(writer.write_fragment("odd", &keyed_by_bytes).unwrap_err().is_serialization());
@@ -108,7 +108,7 @@ fn a_value_that_cannot_be_serialized_leaves_no_file() {
 
 #[test]
 fn a_fragment_that_holds_something_else_is_corrupt() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = SnapshotOptions::new().create_in_place(&root).unwrap();
     writer.write_fragment("text", "text").unwrap();
     std::fs::write(root.join("more"), [1, 2]).unwrap();
@@ -128,7 +128,7 @@ fn a_fragment_that_holds_something_else_is_corrupt() {
 fn handles_travel_serialized_and_never_show_their_key() {
     let key = SecretKey::from([0xab; 32]);
     let options = SnapshotOptions::new().key(key);
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = options.create_in_place(&root).unwrap().add_namespace("disks").unwrap();
     let mut travelling = Vec::new();
     ciborium::into_writer(&writer, &mut travelling).unwrap();
@@ -147,7 +147,7 @@ fn handles_travel_serialized_and_never_show_their_key() {
 
 #[test]
 fn a_handle_from_outside_cannot_escape_its_root() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let reader = serde_json::to_string(&SnapshotOptions::new().create_in_place(&root).unwrap()).unwrap();
     let escaping = reader.replace("\"namespace\":\"\"", "\"namespace\":\"../..\"");
     assert_ne!(reader, escaping);
@@ -156,7 +156,7 @@ fn a_handle_from_outside_cannot_escape_its_root() {
 
 #[test]
 fn a_snapshot_is_its_owners_alone() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = encrypted().create_in_place(&root).unwrap();
     writer.add_namespace("disks").unwrap().write_fragment("sda", &1).unwrap();
     let mode = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -168,7 +168,7 @@ fn a_snapshot_is_its_owners_alone() {
 #[test]
 fn an_existing_snapshot_is_added_to_and_never_written_over() {
     for options in [SnapshotOptions::new(), encrypted()] {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         options.create_in_place(&root).unwrap().add_namespace("cpu").unwrap().write_fragment("clock", &1).unwrap();
 
         let writer = options.append(&root).unwrap();
@@ -191,7 +191,7 @@ fn an_existing_snapshot_is_added_to_and_never_written_over() {
 
 #[test]
 fn adding_needs_a_snapshot_its_key_and_that_it_is_not_sealed() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     assert_eq!(SnapshotWriter::open(&root).unwrap_err().raw_os_error(), Some(2));
 
     let options = encrypted();
@@ -203,7 +203,7 @@ fn adding_needs_a_snapshot_its_key_and_that_it_is_not_sealed() {
     assert!(sealed.is_sealed());
     assert!(sealed.to_string().contains("sealed"), "{sealed}");
 
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     SnapshotWriter::new(&root, false).unwrap();
     assert!(encrypted().append(&root).unwrap_err().is_not_encrypted());
     SnapshotWriter::open(&root).unwrap();
@@ -211,8 +211,9 @@ fn adding_needs_a_snapshot_its_key_and_that_it_is_not_sealed() {
 
 #[test]
 fn what_shows_without_a_key_is_wrapping_names_and_stored_sizes() {
-    let (_folder, root) = place();
-    assert!(inspect(&root).unwrap_err().is_io());
+    let (_directory, root) = place();
+    assert!(key_wrapping(&root).unwrap_err().is_io());
+    assert!(Outline::read(&root).unwrap_err().is_io());
 
     let writer = encrypted().create_in_place(&root).unwrap();
     writer.raw_fragment("b").unwrap().finish().unwrap();
@@ -245,10 +246,10 @@ fn any_snapshot_says_when_the_type_is_another() {
 #[test]
 fn a_float_comes_back_from_json_to_the_last_bit() {
     let options = SnapshotOptions::new().format(Format::Json);
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let floats = [f64::from(f32::MAX), 1.0 / 3.0, 5e-324, 1e300, 1e16];
     options.create_in_place(&root).unwrap().write_fragment("floats", &floats).unwrap();
-    // As crosvm's version of serde_json printed them: no sign in front of an exponent but a minus.
+    // In the form of crosvm's version of serde_json: an exponent has a sign only if it is negative.
     let text = std::fs::read_to_string(root.join("floats")).unwrap();
     assert_eq!(text, "[3.4028234663852886e38,0.3333333333333333,5e-324,1e300,1e16]");
     let seen: [f64; 5] = options.open(&root).unwrap().read_fragment("floats").unwrap();
@@ -259,7 +260,7 @@ fn a_float_comes_back_from_json_to_the_last_bit() {
 fn what_is_in_an_any_snapshot_comes_back_from_json() {
     fn through_json<T: Serialize + serde::de::DeserializeOwned>(value: T) -> vmsnap::Result<T> {
         let options = SnapshotOptions::new().format(Format::Json);
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         options.create_in_place(&root)?.write_fragment("any", &AnySnapshot::to_any(value)?)?;
         AnySnapshot::from_any(options.open(&root)?.read_fragment("any")?)
     }
@@ -267,7 +268,7 @@ fn what_is_in_an_any_snapshot_comes_back_from_json() {
     let keyed = std::collections::BTreeMap::from([(-5_i64, "a"), (7, "b")].map(|(key, text)| (key, text.to_owned())));
     assert_eq!(through_json(keyed.clone()).unwrap(), keyed);
     assert_eq!(through_json(address).unwrap(), address);
-    // As a float of 32 bits it would be written 0.1.
+    // A float of 32 bits would be written as 0.1.
     assert_eq!(through_json(f64::from(0.1_f32)).unwrap().to_bits(), f64::from(0.1_f32).to_bits());
     assert_eq!(through_json(serde_bytes::ByteBuf::from([1, 2, 255])).unwrap(), [1, 2, 255]);
     assert_eq!(through_json((u64::MAX, i64::MIN)).unwrap(), (u64::MAX, i64::MIN));

@@ -1,4 +1,4 @@
-//! Keys: what the Python tests cannot see of them. The rest is in `tests/test_keys.py`.
+//! Properties of keys that the Python tests cannot check. The other tests are in `tests/test_keys.py`.
 
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -10,7 +10,7 @@ use vmsnap::{Identity, KeyProvider, Passphrase, ProviderError, SecretKey, Snapsh
 
 use crate::place;
 
-/// Masks what it is given, which protects nothing.
+/// A key service that masks its argument, which protects nothing.
 struct Mask {
     name: &'static str,
     delay: Duration,
@@ -41,7 +41,7 @@ fn mask(name: &'static str, delay: Duration) -> SnapshotOptions {
 
 #[test]
 fn a_key_service_of_the_caller_s_opens_what_it_wrapped() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     mask("mask", Duration::ZERO).create_in_place(&root).unwrap().write_fragment("a", &1).unwrap();
     assert_eq!(mask("mask", Duration::ZERO).open(&root).unwrap().read_fragment::<u8>("a").unwrap(), 1);
     let error = mask("other", Duration::ZERO).open(&root).unwrap_err();
@@ -61,7 +61,7 @@ fn nothing_of_a_secret_shows_in_options() {
     let error = options.open("/nowhere").unwrap_err();
     assert!(error.is_invalid_argument() && error.to_string().contains("together"), "{error}");
     let asked = Passphrase::ask(|| Err(std::io::Error::other("nobody there")));
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let error = SnapshotOptions::new().passphrase(asked).create_in_place(&root).unwrap_err();
     assert!(!root.exists() && (error.is_key_unavailable() || error.is_unsupported_format()), "{error}");
 }
@@ -69,10 +69,10 @@ fn nothing_of_a_secret_shows_in_options() {
 #[cfg(feature = "age")]
 #[test]
 fn recipients_are_opened_by_identities() {
-    let (folder, root) = place();
+    let (directory, root) = place();
     let (identity, recipient) = vmsnap::generate_identity().unwrap();
     SnapshotOptions::new().recipients([&recipient]).create_in_place(&root).unwrap().write_fragment("a", &1).unwrap();
-    let file = folder.path().join("id.txt");
+    let file = directory.path().join("id.txt");
     std::fs::write(&file, vmsnap::identity_file(&identity, &recipient).as_bytes()).unwrap();
     let open = |identity| SnapshotOptions::new().identities([identity]).open(&root);
     let error = open(Identity::file(&file)).unwrap_err();
@@ -135,7 +135,7 @@ fn a_callback_hears_of_a_new_identity_and_can_prevent_it() {
 #[cfg(not(feature = "age"))]
 #[test]
 fn a_build_without_age_says_so() {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let age = [
         SnapshotOptions::new().recipients(["age1"]),
         SnapshotOptions::new().passphrase("hunter2".into()),
@@ -143,7 +143,7 @@ fn a_build_without_age_says_so() {
     ];
     for options in age {
         if std::env::var_os("VMSNAP_IDENTITY").is_none() {
-            // Nor does it look for an identity, or make one.
+            // It does not search for an identity or make one either.
             let error = options.create_in_place(&root).unwrap_err();
             assert!(error.is_unsupported_format() && error.to_string().contains("feature `age`"), "{error}");
             assert!(!root.exists());
@@ -157,10 +157,10 @@ fn a_build_without_age_says_so() {
     assert!(vmsnap::generate_identity().unwrap_err().is_unsupported_format());
 }
 
-/// Set in the child, which has a memory of its own.
+/// Set in the child process, whose memory is searched.
 const IN_CHILD: &str = "VMSNAP_TEST_MEMORY";
 
-/// Writes and reads an encrypted snapshot, drops everything, and looks for the data key in all memory of the process.
+/// Writes and reads an encrypted snapshot, drops everything, and searches the memory of the process for the data key.
 #[test]
 fn no_key_is_left_in_memory() {
     if std::env::var_os(IN_CHILD).is_none() {
@@ -171,7 +171,7 @@ fn no_key_is_left_in_memory() {
             .output()
             .unwrap();
         let text = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
-        assert!(done.status.success() && text.contains("looked through"), "{text}");
+        assert!(done.status.success() && text.contains("memory searched"), "{text}");
         return;
     }
     let kept = Box::new(std::array::from_fn(|index| u8::try_from(index * 7 + 3).unwrap()));
@@ -188,15 +188,15 @@ fn no_key_is_left_in_memory() {
         let masked = use_a_snapshot(&writing, &reading);
         assert_eq!(places_of_masked(&masked), 0, "with age");
     }
-    println!("looked through");
+    println!("memory searched");
 }
 
 const MASK: u8 = 0x5a;
 
-/// The data key, masked, of a snapshot that was written, read and wrapped anew.
+/// Returns the masked data key of a snapshot that was written, read and wrapped again.
 #[inline(never)]
 fn use_a_snapshot(writing: &SnapshotOptions, reading: &SnapshotOptions) -> [u8; 32] {
-    let (_folder, root) = place();
+    let (_directory, root) = place();
     let writer = writing.create_in_place(&root).unwrap();
     let masked = data_key_of(&writer);
     for (name, bytes) in [("small", 100), ("large", 5 << 20)] {
@@ -212,12 +212,12 @@ fn use_a_snapshot(writing: &SnapshotOptions, reading: &SnapshotOptions) -> [u8; 
     masked
 }
 
-/// Masked, and nothing else of it kept.
+/// Masks the key and keeps nothing else of it.
 fn data_key_of(writer: &SnapshotWriter) -> [u8; 32] {
     let mut state = Vec::with_capacity(4096);
     ciborium::into_writer(writer, &mut state).unwrap();
     let name = state.windows(8).position(|part| part == b"data_key").unwrap();
-    // A byte string of 32 bytes follows: 0x58 0x20.
+    // The head of a byte string with 32 bytes is 0x58 0x20.
     let start = name + 8 + 2;
     assert_eq!(state[name + 8..start], [0x58, 0x20]);
     let masked = std::array::from_fn(|index| state[start + index] ^ MASK);
@@ -230,13 +230,13 @@ fn places_of(key: &[u8; 32]) -> usize {
     places_of_masked(&key.map(|byte| byte ^ MASK))
 }
 
-/// In how many places of the process's memory there is a half of the key that `masked` stands for.
+/// Returns in how many places of the process's memory one half of the key behind `masked` is.
 fn places_of_masked(masked: &[u8; 32]) -> usize {
     const HALF: u64 = 16;
     let memory = std::fs::File::open("/proc/self/mem").unwrap();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let mut piece = vec![0; 64 << 10];
-    // What is read must not be found again where it was read to.
+    // The buffer of the search must not be found itself.
     let own = piece.as_ptr().addr() as u64..piece.as_ptr().addr() as u64 + piece.len() as u64;
     let mut found = 0;
     for line in maps.lines() {

@@ -1,4 +1,4 @@
-//! Guest memory: whatever its pattern of holes, zeros and data, it comes back.
+//! Guest memory is restored exactly, for any pattern of holes, zeros and data.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,7 +14,7 @@ use vmsnap::{
 
 const PAGE: usize = 4096;
 
-/// One kind of page after the other.
+/// A kind of page for each number, in turn.
 #[derive(Clone, Copy, Debug)]
 enum Page {
     Hole,
@@ -63,7 +63,7 @@ fn pages() -> impl Strategy<Value = Vec<Page>> {
 }
 
 fn check(memory: &GuestMemory, expected: &[&[u8]], bases: &[u64], seed: usize) {
-    // Fresh and used buffers; fresh and used files.
+    // Destinations: fresh and used buffers, fresh and used files.
     let mut fresh: Vec<_> = expected.iter().map(|bytes| vec![0; bytes.len()]).collect();
     let mut used: Vec<_> = expected.iter().map(|bytes| vec![0xee; bytes.len()]).collect();
     for buffers in [&mut fresh, &mut used] {
@@ -114,7 +114,7 @@ proptest! {
     fn any_memory_comes_back(
         first in pages(), second in pages(), tail in 0..PAGE, detect in any::<bool>(), gap in 0_usize..3, staged in any::<bool>()
     ) {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let (one, one_file) = memory_of(&first, tail);
         let (other, _) = memory_of(&second, 0);
         let key = SecretKey::generate().unwrap();
@@ -122,7 +122,7 @@ proptest! {
             for threads in [1, 3] {
                 let options = if encrypted { SnapshotOptions::new().key(key.clone()) } else { SnapshotOptions::new() };
                 let options = options.threads(threads);
-                let root = folder.path().join(format!("{kind}-{threads}"));
+                let root = directory.path().join(format!("{kind}-{threads}"));
                 let regions = [
                     GuestRegion::new(0, FileMemory::new(&one_file, 0, None).unwrap()),
                     GuestRegion::new(1 << 32, &other),
@@ -168,7 +168,7 @@ struct CrosvmRegion {
     data_ranges: Vec<std::ops::Range<usize>>,
 }
 
-/// By `ciborium` and the decoder of `lz4_flex` of frames, as crosvm does it: nothing of vmsnap's.
+/// Reads with `ciborium` and the frame decoder of `lz4_flex`, as crosvm does, and without code of vmsnap.
 fn decode_as_crosvm(root: &Path) -> Vec<Vec<u8>> {
     let metadata: CrosvmMetadata = ciborium::from_reader(File::open(root.join("mem_metadata")).unwrap()).unwrap();
     let file = File::open(root.join("mem")).unwrap();
@@ -187,7 +187,7 @@ fn decode_as_crosvm(root: &Path) -> Vec<Vec<u8>> {
 }
 
 fn golden() -> Option<PathBuf> {
-    crate::golden::folder()
+    crate::golden::directory()
 }
 
 #[test]
@@ -211,11 +211,11 @@ fn golden_memory_of_crosvm_comes_back() {
 
 #[test]
 fn wrong_destinations_are_refused_and_nothing_is_written() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let options = SnapshotOptions::new();
-    let writer = options.create_in_place(folder.path().join("vm1")).unwrap();
+    let writer = options.create_in_place(directory.path().join("vm1")).unwrap();
     writer.write_memory(&[GuestRegion::new(0x1000, vec![7; 8192])], &MemoryOptions::new()).unwrap();
-    let memory = options.open(folder.path().join("vm1")).unwrap().memory().unwrap();
+    let memory = options.open(directory.path().join("vm1")).unwrap().memory().unwrap();
     let file = tempfile::tempfile().unwrap();
     file.set_len(4096).unwrap();
     let read_only = File::open("/dev/zero").unwrap();
@@ -225,7 +225,7 @@ fn wrong_destinations_are_refused_and_nothing_is_written() {
         (vec![GuestDestination::buffer(&mut long)], "has 8193 bytes"),
         (vec![GuestDestination::buffer(&mut right).at(0x2000)], "is at 0x2000"),
         (vec![GuestDestination::file(&file, None)], "has 4096 bytes"),
-        (vec![GuestDestination::file(&read_only, None)], "is no file"),
+        (vec![GuestDestination::file(&read_only, None)], "is not a file"),
     ];
     for (destinations, text) in &mut cases {
         let error = memory.restore(destinations).unwrap_err();
@@ -243,7 +243,7 @@ fn wrong_destinations_are_refused_and_nothing_is_written() {
     memory.read_at(0x3000, &mut []).unwrap();
 }
 
-/// Memory that takes its time.
+/// Memory with slow reads.
 struct Slow;
 
 impl GuestMemorySource for Slow {
@@ -279,8 +279,8 @@ impl GuestMemorySource for Broken {
 
 #[test]
 fn memory_that_cannot_be_read_is_told_with_its_address() {
-    let folder = tempfile::tempdir().unwrap();
-    let writer = SnapshotOptions::new().create_in_place(folder.path().join("vm1")).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let writer = SnapshotOptions::new().create_in_place(directory.path().join("vm1")).unwrap();
     let regions = [GuestRegion::new(0x1000_0000, Broken)];
     let error = writer.write_memory(&regions, &MemoryOptions::new()).unwrap_err();
     assert!(error.raw_os_error() == Some(14) && error.to_string().contains("0x10300000"), "{error}");
@@ -291,8 +291,8 @@ fn memory_that_cannot_be_read_is_told_with_its_address() {
 
 #[test]
 fn a_region_of_an_exabyte_takes_no_memory() {
-    let folder = tempfile::tempdir().unwrap();
-    let root = folder.path().join("vm1");
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("vm1");
     let writer = SnapshotOptions::new().create_in_place(&root).unwrap();
     writer.write_memory(&[GuestRegion::new(0, vec![7; 8192])], &MemoryOptions::new()).unwrap();
     let ranges = [(1_u64 << 41, (1_u64 << 41) + 4096), ((1 << 41) + (9 << 20), (1 << 41) + (9 << 20) + 4096)];
@@ -301,7 +301,7 @@ fn a_region_of_an_exabyte_takes_no_memory() {
         let region = serde_json::json!({"guest_base": 0, "size": size, "data_ranges": ranges});
         serde_json::json!({"regions": [region], "compressed": false})
     };
-    let file = File::create_new(folder.path().join("image")).unwrap();
+    let file = File::create_new(directory.path().join("image")).unwrap();
     for (size, sparse) in [(1_u64 << 60, false), (1 << 42, true)] {
         std::fs::write(root.join("mem_metadata"), metadata(size).to_string()).unwrap();
         let memory = SnapshotReader::new(&root, false).unwrap().memory().unwrap();
@@ -309,10 +309,10 @@ fn a_region_of_an_exabyte_takes_no_memory() {
         memory.read_at((1 << 41) + (9 << 20), &mut page).unwrap();
         assert_eq!(page, [7; 4096]);
         let restored = memory.restore(&mut [GuestDestination::file(&file, None)]);
-        // Most file systems hold no exabyte; all that are in use hold some terabytes of holes.
+        // Most file systems cannot hold an exabyte. All file systems in use can hold some terabytes of holes.
         if sparse {
             restored.unwrap();
-            let file = File::open(folder.path().join("image")).unwrap();
+            let file = File::open(directory.path().join("image")).unwrap();
             file.read_exact_at(&mut page, 1 << 41).unwrap();
             assert_eq!(page, [7; 4096]);
         } else if restored.is_ok() {
@@ -323,8 +323,8 @@ fn a_region_of_an_exabyte_takes_no_memory() {
 
 #[test]
 fn regions_that_overlap_are_refused_and_a_cancelled_dump_leaves_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let root = folder.path().join("vm1");
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("vm1");
     let writer = SnapshotOptions::new().create_in_place(&root).unwrap();
     let page = vec![7; 4096];
     for bases in [[0, 4095], [0, u64::MAX - 4094]] {

@@ -1,4 +1,4 @@
-//! Complete or absent.
+//! Staged snapshots are complete or absent.
 
 use std::io::Write;
 use std::path::Path;
@@ -9,9 +9,9 @@ fn both() -> [SnapshotOptions; 2] {
     [SnapshotOptions::new(), SnapshotOptions::new().key(SecretKey::generate().unwrap())]
 }
 
-fn entries(folder: &Path) -> Vec<String> {
+fn entries(directory: &Path) -> Vec<String> {
     let mut names: Vec<_> =
-        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -28,13 +28,13 @@ fn fill(staged: &StagedSnapshot) {
 #[test]
 fn nothing_is_at_the_path_until_the_commit_and_then_all_of_it() {
     for options in both() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm1");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1");
         let mut staged = options.create(&path).unwrap();
         fill(&staged);
         assert!(!path.exists());
         let id = staged.commit().unwrap();
-        assert_eq!(entries(folder.path()), ["vm1"]);
+        assert_eq!(entries(directory.path()), ["vm1"]);
         let reader = options.clone().require_sealed(true).expect_seal_digest(id.seal_digest).open(&path).unwrap();
         assert_eq!(reader.snapshot_id().unwrap(), Some(id.snapshot_id));
         assert_eq!(reader.list_fragments().unwrap(), ["clock", "empty"]);
@@ -44,28 +44,28 @@ fn nothing_is_at_the_path_until_the_commit_and_then_all_of_it() {
         assert!(staged.commit().unwrap_err().is_state());
         assert!(options.append(&path).unwrap_err().is_sealed());
         drop(staged);
-        assert_eq!(entries(folder.path()), ["vm1"]);
+        assert_eq!(entries(directory.path()), ["vm1"]);
     }
 }
 
 #[test]
 fn dropped_or_discarded_it_is_absent() {
     for options in both() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm1");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1");
         let staged = options.create(&path).unwrap();
         fill(&staged);
         drop(staged);
-        assert_eq!(entries(folder.path()), [""; 0]);
+        assert_eq!(entries(directory.path()), [""; 0]);
         options.create(&path).unwrap().discard().unwrap();
-        assert_eq!(entries(folder.path()), [""; 0]);
+        assert_eq!(entries(directory.path()), [""; 0]);
     }
 }
 
 #[test]
 fn nothing_is_written_over() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm1");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm1");
     let mut staged = SnapshotOptions::new().create(&path).unwrap();
     std::fs::create_dir(&path).unwrap();
     let error = staged.commit().unwrap_err();
@@ -73,16 +73,16 @@ fn nothing_is_written_over() {
     std::fs::remove_dir(&path).unwrap();
     staged.commit().unwrap();
     assert_eq!(SnapshotOptions::new().create(&path).unwrap_err().raw_os_error(), Some(17));
-    let orphan = folder.path().join("absent/vm1");
+    let orphan = directory.path().join("absent/vm1");
     assert_eq!(SnapshotOptions::new().create(orphan).unwrap_err().raw_os_error(), Some(2));
-    assert_eq!(entries(folder.path()), ["vm1"]);
+    assert_eq!(entries(directory.path()), ["vm1"]);
 }
 
 #[test]
 fn an_open_fragment_and_an_unfinished_one_keep_it_from_being_committed() {
     for options in both() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm1");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1");
         let mut staged = options.create(&path).unwrap();
         let mut fragment = staged.writer().raw_fragment("half").unwrap();
         fragment.write_all(b"half").unwrap();
@@ -92,7 +92,7 @@ fn an_open_fragment_and_an_unfinished_one_keep_it_from_being_committed() {
         let error = staged.commit().unwrap_err();
         assert!(error.is_state() && error.to_string().contains("\"half\""), "{error}");
         drop(staged);
-        assert_eq!(entries(folder.path()), [""; 0]);
+        assert_eq!(entries(directory.path()), [""; 0]);
 
         let mut staged = options.create(&path).unwrap();
         staged.writer().raw_fragment("given up").unwrap().discard().unwrap();
@@ -104,8 +104,8 @@ fn an_open_fragment_and_an_unfinished_one_keep_it_from_being_committed() {
 #[test]
 fn fragments_of_a_handle_that_travelled_are_entered_by_the_commit() {
     for options in both() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm1");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1");
         let mut staged = options.create(&path).unwrap();
         let mut state = Vec::new();
         ciborium::into_writer(staged.writer(), &mut state).unwrap();
@@ -126,8 +126,8 @@ fn fragments_of_a_handle_that_travelled_are_entered_by_the_commit() {
 #[test]
 fn a_snapshot_written_in_place_is_sealed_once() {
     for options in both() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm1");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1");
         let writer = options.create_in_place(&path).unwrap();
         writer.write_fragment("clock", &12_u64).unwrap();
         assert!(options.clone().require_sealed(true).open(&path).unwrap_err().is_not_sealed());
@@ -147,8 +147,8 @@ fn a_snapshot_written_in_place_is_sealed_once() {
 #[test]
 fn a_sealed_snapshot_gives_only_what_its_manifest_lists() {
     for options in both() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm1");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1");
         let mut staged = options.create(&path).unwrap();
         fill(&staged);
         staged.commit().unwrap();
@@ -171,9 +171,9 @@ fn a_sealed_snapshot_gives_only_what_its_manifest_lists() {
 
 #[test]
 fn without_its_manifest_a_committed_snapshot_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for (number, options) in both().into_iter().enumerate() {
-        let path = folder.path().join(number.to_string());
+        let path = directory.path().join(number.to_string());
         options.create(&path).unwrap().commit().unwrap();
         std::fs::remove_file(path.join("vmsnap_manifest")).unwrap();
         let strict = options.clone().require_sealed(true).open(&path).unwrap_err();
@@ -188,16 +188,16 @@ fn without_its_manifest_a_committed_snapshot_is_refused() {
 
 #[test]
 fn clean_removes_what_is_abandoned_and_nothing_else() {
-    let folder = tempfile::tempdir().unwrap();
-    let staged = SnapshotOptions::new().create(folder.path().join("vm1")).unwrap();
-    let left = folder.path().join(".vmsnap-0123456789abcdef");
+    let directory = tempfile::tempdir().unwrap();
+    let staged = SnapshotOptions::new().create(directory.path().join("vm1")).unwrap();
+    let left = directory.path().join(".vmsnap-0123456789abcdef");
     std::fs::create_dir_all(left.join("deep/deeper")).unwrap();
     for other in [".vmsnap-1", ".vmsnap-0123456789ABCDEF", "vmsnap-0123456789abcdef"] {
-        std::fs::create_dir(folder.path().join(other)).unwrap();
+        std::fs::create_dir(directory.path().join(other)).unwrap();
     }
-    let cleaned = clean(folder.path()).unwrap();
+    let cleaned = clean(directory.path()).unwrap();
     assert_eq!(cleaned.removed, [left]);
     assert_eq!(cleaned.held.len(), 1);
     drop(staged);
-    assert_eq!(entries(folder.path()).len(), 3);
+    assert_eq!(entries(directory.path()).len(), 3);
 }

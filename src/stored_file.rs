@@ -1,9 +1,9 @@
-//! A file whose bytes are read and written at offsets, through the page cache or past it.
+//! A file that is read and written at offsets, through the page cache or around it.
 //!
-//! Tens of GiB that pass through the page cache push everything else out of it. Linux 6.14 has `RWF_DONTCACHE` against that
-//! (`preadv2(2)`): pages are written back at once and dropped, and no buffer needs an alignment, as it does for `O_DIRECT`.
-//! Where the kernel or the file system does not have it, the same is asked for by `sync_file_range(2)` and
-//! `posix_fadvise(2)`.
+//! Tens of GiB that pass through the page cache displace all other pages. Linux 6.14 has `RWF_DONTCACHE` against that
+//! (`preadv2(2)`): pages are written back at once and dropped, and buffers do not need the alignment that `O_DIRECT`
+//! requires. If the kernel or the file system does not support it, `sync_file_range(2)` and `posix_fadvise(2)` have the
+//! same effect.
 
 #![allow(unsafe_code, reason = "sync_file_range is in no safe crate we have")]
 
@@ -24,41 +24,42 @@ use crate::threads::lock;
 /// `RWF_DONTCACHE` of linux/fs.h, which rustix does not have.
 const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 
-/// Bytes that may wait to be written back before a writer waits for the oldest of them: what a disk does in milliseconds.
+/// Bytes that may wait for write-back before a writer waits for the oldest of them: a disk writes that much in
+/// milliseconds.
 const MAX_UNWRITTEN_BYTES: u64 = 32 << 20;
 
-/// `IOV_MAX` of linux/uio.h: what one call takes.
+/// The most slices that one call accepts (`IOV_MAX` of linux/uio.h).
 const IOV_MAX: usize = 1024;
 
-/// A file, and how it uses the page cache.
+/// A file, with its use of the page cache.
 #[derive(Debug)]
 pub(crate) struct StoredFile {
     file: File,
     cache: CacheUse,
 }
 
-/// How one file uses the page cache.
+/// How a file uses the page cache.
 #[derive(Debug, Default)]
 pub(crate) struct CacheUse {
     state: AtomicU8,
-    /// Ranges whose writing back has begun, without `RWF_DONTCACHE`.
+    /// Ranges whose write-back was started, without `RWF_DONTCACHE`.
     unwritten: Mutex<VecDeque<Range<u64>>>,
 }
 
-/// As usual.
+/// Through the page cache.
 const CACHED: u8 = 0;
-/// Past the cache, by `RWF_DONTCACHE`.
+/// Around the page cache, with `RWF_DONTCACHE`.
 const UNCACHED: u8 = 1;
-/// Past the cache, by advice: the other was refused.
+/// Around the page cache, with advice, because `RWF_DONTCACHE` was refused.
 const ADVISED: u8 = 2;
 
 impl CacheUse {
-    /// Leaves no page in the cache from now on, or uses it as usual.
+    /// Sets whether pages are kept out of the page cache from now on.
     pub(crate) fn set_uncached(&self, uncached: bool) {
         self.state.store(if uncached { UNCACHED } else { CACHED }, Ordering::Relaxed);
     }
 
-    /// Writes the beginning of `runs` to `offset`, and returns how much that is.
+    /// Writes the beginning of `runs` to `offset`, and returns the number of bytes written.
     fn write(&self, file: impl AsFd, runs: &[IoSlice<'_>], offset: u64) -> Result<usize, Errno> {
         if self.state.load(Ordering::Relaxed) == UNCACHED {
             match pwritev2(&file, runs, offset, DONT_CACHE) {
@@ -73,7 +74,8 @@ impl CacheUse {
         Ok(written)
     }
 
-    /// Has a range written back, waits for the oldest ones, and drops their pages. It is advice: nothing depends on it.
+    /// Starts the write-back of a range, waits for the oldest ranges, and drops their pages. Errors are ignored,
+    /// because all of it is advice.
     fn write_back(&self, file: impl AsFd, range: Range<u64>) {
         start_writing(&file, &range);
         let mut unwritten = lock(&self.unwritten);
@@ -99,7 +101,7 @@ impl CacheUse {
         }
     }
 
-    /// Fills the beginning of `buf` from `offset`, and returns how much that is.
+    /// Fills the beginning of `buf` from `offset`, and returns the number of bytes read.
     pub(crate) fn read(&self, file: impl AsFd, buf: &mut [u8], offset: u64) -> Result<usize, Errno> {
         if self.state.load(Ordering::Relaxed) == UNCACHED {
             match preadv2(&file, &mut [IoSliceMut::new(buf)], offset, DONT_CACHE) {
@@ -135,17 +137,18 @@ impl CacheUse {
     }
 }
 
-/// Whether the flag was refused, by the kernel, the file system or a filter of system calls, and not the transfer.
+/// Whether an error means that the kernel, the file system or a filter of system calls refused the flag, not the
+/// transfer.
 fn is_refusal(errno: Errno) -> bool {
     matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::INVAL)
 }
 
-/// Begins to write a range back.
+/// Starts the write-back of a range.
 fn start_writing(file: impl AsFd, range: &Range<u64>) {
     sync_range(file, range, libc::SYNC_FILE_RANGE_WRITE);
 }
 
-/// Waits until a range is written back, and drops its pages.
+/// Waits for the write-back of a range, and drops its pages.
 fn finish_writing(file: impl AsFd, range: &Range<u64>) {
     let all = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     sync_range(&file, range, all);
@@ -155,7 +158,7 @@ fn finish_writing(file: impl AsFd, range: &Range<u64>) {
 fn sync_range(file: impl AsFd, range: &Range<u64>, flags: libc::c_uint) {
     let bytes = |number: u64| libc::off64_t::try_from(number).unwrap_or(libc::off64_t::MAX);
     let descriptor = file.as_fd().as_raw_fd();
-    // SAFETY: an open file, and no memory. Its result is not looked at: what cannot be written, `fsync` tells.
+    // SAFETY: the call has an open file and no memory. Its result is ignored, because `fsync` reports a failed write.
     let _ = unsafe { libc::sync_file_range(descriptor, bytes(range.start), bytes(range.end - range.start), flags) };
 }
 
@@ -194,7 +197,7 @@ impl StoredFile {
         Ok(())
     }
 
-    /// Drops the pages that are still in the cache, where none shall be.
+    /// Drops the pages that are still in the cache, if the file bypasses it.
     pub(crate) fn drop_rest(&self) {
         self.cache.drop_rest(&self.file);
     }
@@ -237,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_file_system_that_refuses_the_flag_is_given_advice() {
-        // tmpfs has nothing but the page cache.
+        // The page cache is the only storage of tmpfs.
         let file = StoredFile::new(memfd_create("stored", MemfdFlags::CLOEXEC).unwrap().into());
         file.set_uncached(true);
         write_and_read(&file);

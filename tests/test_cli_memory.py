@@ -111,7 +111,7 @@ def test_peek_shows_what_hexdump_does(tmp_path: Path, ram: Path) -> None:
     assert len(shown) == 513
     told = json.loads(run("peek", tmp_path / "vm1", 4095, 17, "--json").stdout)
     assert told == {"address": 4095, "size": 17, "hex": content[4095:4112].hex()}
-    assert b"go beyond their region" in run("peek", tmp_path / "vm1", "0x3ff000", "2M", status=1).stderr
+    assert b"extend past the end of their region" in run("peek", tmp_path / "vm1", "0x3ff000", "2M", status=1).stderr
     assert b"is not a number" in run("peek", tmp_path / "vm1", "4x", 1, status=2).stderr
 
 

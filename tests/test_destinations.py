@@ -96,7 +96,7 @@ def test_a_part_of_a_file_has_the_size_of_the_region(memory: vmsnap.GuestMemory,
     two = tmp_path / "two.img"
     two.write_bytes(b"A" * 2 * PAGE + b"B" * 2 * PAGE)
     for size in (2 * PAGE, 0, 5 * PAGE):
-        with refused("destinations", f"has {size} bytes, and the region {4 * PAGE}", tmp_path):
+        with refused("destinations", f"has {size} bytes, but the region has {4 * PAGE}", tmp_path):
             memory.restore([GuestRegion(0, two, size=size)])
     for size in (-5, 1 << 70):
         with refused("offset", "size", tmp_path):

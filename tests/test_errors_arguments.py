@@ -161,7 +161,7 @@ def test_an_offset_that_no_fragment_has_is_refused(place: Place) -> None:
             lambda: fragment.seek(0, 3),
         ]
         for call in calls:
-            with refused("offset", "cannot be|before its start|whence is", place.location):
+            with refused("offset", "cannot be|before its start|`whence` is", place.location):
                 call()
             assert fragment.tell() == 10
         assert buffer == b"\xaa" * 10

@@ -90,7 +90,7 @@ def test_a_type_that_cannot_be_built_is_refused(place: Place, kind: object) -> N
 @pytest.mark.parametrize("format", ["", "CBOR", "yaml"])
 def test_a_format_that_there_is_not_is_refused(place: Place, tmp_path: Path, format: str) -> None:
     place.create().write_fragment("cpu", 1)
-    message = f'format is "cbor" or "json", not "{format}"'
+    message = f'"{format}" is not a format: use "cbor" or "json"'
     with refused("format-name", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", format=format)
     with refused("format-name", message, tmp_path):

@@ -306,7 +306,7 @@ def test_what_does_not_tell_its_size_is_not_a_source(tmp_path: Path) -> None:
 @row("memory-regions")
 def test_nothing_from_an_offset_on_is_refused_unless_a_size_of_0_is_asked_for(tmp_path: Path, ram: Path) -> None:
     writer = vmsnap.SnapshotWriter(tmp_path / "new")
-    with refused("memory-regions", r"ram\.img: has 16384 bytes, not offset 16384", tmp_path):
+    with refused("memory-regions", r"ram\.img: has 16384 bytes, too few for offset 16384", tmp_path):
         writer.write_memory([GuestRegion(0, ram, offset=len(RAM))])
     writer.write_memory([GuestRegion(0, ram, offset=len(RAM), size=0), GuestRegion(0, ram, size=PAGE)])
     assert vmsnap.open(tmp_path / "new").memory().regions == [range(0), range(PAGE)]

@@ -206,8 +206,8 @@ def test_refusals_name_the_process(tmp_path: Path) -> None:
     buffer = ctypes.create_string_buffer(1 << 20)
     start = -(-ctypes.addressof(buffer) // PAGE) * PAGE
     wrong = [
-        (GuestRegion(0, own, offset=start), "size is needed"),
-        (GuestRegion(0, own, offset=start + 1, size=PAGE), "does not begin with a page"),
+        (GuestRegion(0, own, offset=start), "the size of a region in a process must be given"),
+        (GuestRegion(0, own, offset=start + 1, size=PAGE), "does not begin at a page boundary"),
         (GuestRegion(0, own, offset=0, size=PAGE), "nothing is mapped"),
         (GuestRegion(0, own, offset=(1 << 64) - PAGE, size=2 * PAGE), "after the last address"),
     ]

@@ -123,7 +123,7 @@ def test_pages_that_a_stopped_process_would_bring_itself_are_an_error(tmp_path: 
         writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
         held = StoppedProcess(process.pid, 60)
         region = GuestRegion(0, vmsnap.ProcessMemory(process.pid), offset=process.address, size=SIZE)
-        with refused("process-awaited", "stands still: let it run meanwhile", tmp_path):
+        with refused("process-awaited", "is stopped: let it run during the dump", tmp_path):
             writer.write_memory([region])
         report = writer.write_memory([region], on_error="zero")
         held.let_go()

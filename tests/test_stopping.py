@@ -182,7 +182,7 @@ def test_who_traces_it_already_is_named(tmp_path: Path) -> None:
         # Stopped by a debugger, it is left as it was found.
         run("dump", process.pid, tmp_path / "vm1")
         assert state(process.pid) == "t"
-        with pytest.raises(PermissionError, match=rf"process {os.getpid()} \(.*\) traces it; stop it there"):
+        with pytest.raises(PermissionError, match=rf"process {os.getpid()} \(.*\) traces it: stop it there"):
             StoppedProcess(process.pid, 60)
         held.let_go()
 

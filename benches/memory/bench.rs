@@ -1,4 +1,4 @@
-//! Pairs, medians and goals; and vmsnap's own dump and restore.
+//! [`Bench`]: measures pairs, prints medians and checks goals; it also dumps and restores with vmsnap.
 
 use std::fs::File;
 use std::io::Write;
@@ -10,7 +10,7 @@ use vmsnap::{FileMemory, GuestDestination, GuestMemory, GuestRegion, MemoryOptio
 use crate::guest::{Guest, Mapping, Numbers, PAGE, ranges};
 
 pub(crate) struct Arguments {
-    pub(crate) folder: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) bytes: usize,
     pub(crate) pairs: usize,
     pub(crate) threads: usize,
@@ -19,7 +19,7 @@ pub(crate) struct Arguments {
     pub(crate) sync: bool,
 }
 
-/// How memory is stored.
+/// The form in which memory is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Form {
     pub(crate) compress: bool,
@@ -43,11 +43,11 @@ impl Form {
     }
 }
 
-/// Where a dump takes memory from.
+/// The source of a dump.
 #[derive(Clone, Copy)]
 pub(crate) enum Source {
     Memfd,
-    /// The populated mapping: a region for each data range, which the memfd tells, as in crosvm.
+    /// The populated mapping, with a region for each data range that the memfd reports, as in crosvm.
     Buffer,
 }
 
@@ -60,11 +60,11 @@ impl Source {
     }
 }
 
-/// Where memory comes back to. All are fresh: no page was touched.
+/// The destination of a restore. All destinations are fresh: no page was used before.
 #[derive(Clone, Copy)]
 pub(crate) enum Place {
     Memfd,
-    /// The mapping of one.
+    /// The mapping of a memfd.
     Shared,
     /// An anonymous mapping.
     Private,
@@ -93,7 +93,7 @@ pub(crate) fn seconds(work: impl FnOnce()) -> f64 {
 
 pub(crate) struct Bench {
     pub(crate) arguments: Arguments,
-    pub(crate) folder: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) title: String,
     key: SecretKey,
     goals: usize,
@@ -101,41 +101,41 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    pub(crate) fn new(arguments: Arguments, folder: PathBuf, key: SecretKey) -> Self {
-        Self { arguments, folder, title: String::new(), key, goals: 0, missed: Vec::new() }
+    pub(crate) fn new(arguments: Arguments, directory: PathBuf, key: SecretKey) -> Self {
+        Self { arguments, directory, title: String::new(), key, goals: 0, missed: Vec::new() }
     }
 
     pub(crate) fn reference(&self) -> PathBuf {
-        self.folder.join("reference")
+        self.directory.join("reference")
     }
 
     pub(crate) fn snapshot(&self) -> PathBuf {
-        self.folder.join("snapshot")
+        self.directory.join("snapshot")
     }
 
-    /// Whether a row was asked for.
+    /// Whether the row was requested.
     pub(crate) fn wants(&self, name: &str) -> bool {
         format!("{}: {name}", self.title).contains(&self.arguments.only)
     }
 
-    /// So many bytes of memory that were used a moment ago: what is free for seconds may go to the host, and costs several times as
-    /// much when it comes back.
+    /// Uses and frees `bytes` of memory. Memory that is free for some seconds may return to the host, and is then
+    /// several times as slow at its next use.
     fn warm(&self, bytes: usize) {
-        let path = self.folder.join("warm");
+        let path = self.directory.join("warm");
         let mut file = File::create(&path).unwrap();
-        let piece = vec![1; 1 << 20];
-        (0..bytes >> 20).for_each(|_| file.write_all(&piece).unwrap());
+        let batch = vec![1; 1 << 20];
+        (0..bytes >> 20).for_each(|_| file.write_all(&batch).unwrap());
         std::fs::remove_file(&path).unwrap();
     }
 
-    /// How long something takes that writes the reference's file anew.
+    /// Measures `work`, which writes the file of the reference again.
     pub(crate) fn reference_dump(&self, guest: &Guest, work: impl FnOnce()) -> f64 {
         let _ = std::fs::remove_file(self.reference());
         self.warm(guest.data_bytes);
         seconds(work)
     }
 
-    /// How long something takes that fills fresh memory.
+    /// Measures `work`, which fills fresh memory.
     pub(crate) fn reference_restore(&self, guest: &Guest, work: impl FnOnce()) -> f64 {
         self.warm(guest.data_bytes);
         seconds(work)
@@ -185,15 +185,15 @@ impl Bench {
         })
     }
 
-    /// Stops where the snapshot has other data than the guest.
+    /// Stops if the data in the snapshot differs from the guest.
     fn check(&self, guest: &Guest, form: Form) {
         let memory = self.stored(form, self.arguments.threads);
-        let mut piece = vec![0; 4 << 20];
+        let mut batch = vec![0; 4 << 20];
         for (start, end) in &guest.ranges {
-            for at in (*start..*end).step_by(piece.len()) {
-                let piece = &mut piece[..(4 << 20).min(end - at)];
-                memory.read_at(at as u64, piece).unwrap();
-                assert!(*piece == guest.memory()[at..at + piece.len()], "what was dumped is not what there was");
+            for at in (*start..*end).step_by(batch.len()) {
+                let batch = &mut batch[..(4 << 20).min(end - at)];
+                memory.read_at(at as u64, batch).unwrap();
+                assert!(*batch == guest.memory()[at..at + batch.len()], "the dump differs from the guest");
             }
         }
     }
@@ -212,16 +212,16 @@ impl Bench {
             };
             stored.restore(&mut [destination]).unwrap();
         });
-        // Of a very scattered guest short holes are stored as data.
+        // In a very scattered guest, short holes are stored as data.
         let are_holes_kept = self.stored(form, 1).data_bytes() <= guest.data_bytes as u64;
         assert!(!are_holes_kept || guest.covers(&fresh.file), "a hole was filled");
         let memory = if matches!(place, Place::Private) { private.slice() } else { fresh.memory() };
-        assert!(guest.is_data(memory), "what was restored is not what was dumped");
+        assert!(guest.is_data(memory), "the restored memory differs from the guest");
         spent
     }
 
-    /// Measures rounds of the reference, of vmsnap with all threads, and with one, and prints a line. `goal` is the ratio that is to
-    /// be reached.
+    /// Measures rounds of the reference, of vmsnap with all threads, and of vmsnap with one, and prints a line. `goal`
+    /// is the ratio to reach.
     pub(crate) fn row(
         &mut self,
         name: &str,
@@ -258,7 +258,7 @@ impl Bench {
         );
     }
 
-    /// A goal as a line shows it.
+    /// Counts a goal, and returns the text for its line.
     fn judge(&mut self, name: &str, figure: f64, goal: f64, met: bool) -> String {
         self.goals += 1;
         if !met {
@@ -267,7 +267,7 @@ impl Bench {
         format!("goal {goal} {}", if met { "met" } else { "MISSED" })
     }
 
-    /// A row of dumps, whose last is looked into.
+    /// Measures a row of dumps, and checks the last one.
     pub(crate) fn dump_row(
         &mut self,
         guest: &Guest,
@@ -289,7 +289,7 @@ impl Bench {
         }
     }
 
-    /// A row of restores. `prepare` writes what `reference` reads.
+    /// Measures a row of restores. `prepare` writes the file that `reference` reads.
     pub(crate) fn restore_row(
         &mut self,
         guest: &Guest,
@@ -307,7 +307,7 @@ impl Bench {
         self.row(&name, goal, guest.data_bytes, reference, |bench, threads| bench.restore(guest, form, place, threads));
     }
 
-    /// 4 KiB at a random address, in microseconds, of which there are to be no more than the goal.
+    /// Measures reads of 4 KiB at random addresses, in microseconds. The goal is the maximum.
     pub(crate) fn random_row(&mut self, guest: &Guest, form: Form, goal: Option<f64>) {
         let name = format!("random read {}", form.name());
         if !self.wants(&name) {
@@ -318,7 +318,7 @@ impl Bench {
         let mut numbers = Numbers(7);
         let mut page = [0; PAGE];
         let mut times = Vec::new();
-        // Where there is data: a hole costs nothing. Each page of it as often as any other.
+        // Only pages with data, because a hole takes no time. Every page is equally likely.
         let pages: Vec<_> = guest.ranges.iter().flat_map(|(start, end)| (*start..*end).step_by(PAGE)).collect();
         for _ in 0..4000 {
             let at = pages[numbers.next() as usize % pages.len()];

@@ -1,8 +1,10 @@
-//! What crosvm does, in `vm_memory/src/guest_memory.rs`: the file of the memory tells its data ranges, and one thread writes each
-//! with one `write_all` from the populated mapping, or through the frame encoder of `lz4_flex` at its defaults. Back, each hole is
-//! given back by `MADV_REMOVE`, and each range read by one `read_exact`.
+//! Dumps and restores in the way of crosvm's `vm_memory/src/guest_memory.rs`, for comparison.
 //!
-//! crosvm has `lz4_flex` 0.11.1, which was withdrawn; this is the last of its series.
+//! The file of the memory reports its data ranges. One thread writes each range with one `write_all` from the populated
+//! mapping, or through the frame encoder of `lz4_flex` with its defaults. A restore releases each hole with
+//! `MADV_REMOVE`, and reads each range with one `read_exact`.
+//!
+//! crosvm uses `lz4_flex` 0.11.1, which was withdrawn; this is the last version of that series.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -30,7 +32,7 @@ fn write_ranges(guest: &Guest, to: &mut impl Write) {
     }
 }
 
-/// Restores what was dumped of `guest` into fresh memory.
+/// Restores the dump of `guest` to fresh memory.
 pub(crate) fn restore(guest: &Guest, path: &Path, compress: bool, fresh: &mut Guest) {
     let file = File::open(path).unwrap();
     if compress {
@@ -49,12 +51,12 @@ fn read_ranges(guest: &Guest, from: &mut impl Read, fresh: &mut Guest) {
         at = *end;
     }
     remove(&mut memory[at..]);
-    assert_eq!(from.read(&mut [0]).unwrap(), 0, "more than was dumped");
+    assert_eq!(from.read(&mut [0]).unwrap(), 0, "the dump has more bytes than the guest");
 }
 
 fn remove(hole: &mut [u8]) {
     if !hole.is_empty() {
-        // SAFETY: whole pages of a shared mapping, borrowed alone; they are zeros afterwards.
+        // SAFETY: whole pages of a shared mapping, borrowed mutably. They are zeros afterwards.
         unsafe { madvise(hole.as_mut_ptr().cast(), hole.len(), Advice::LinuxRemove).unwrap() };
     }
 }

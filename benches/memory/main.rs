@@ -1,26 +1,26 @@
-//! Guest memory dumped and restored, as ratios to how it is done elsewhere, in the same run.
+//! Dumps and restores guest memory, and compares the times with those of other ways in the same run.
 //!
 //! ```text
 //! guest.rs      guest memory: a memfd and its mapping
 //! bench.rs      pairs, medians, goals; vmsnap's dump and restore
 //! reference.rs  write(2), read(2), the C library of LZ4
-//! crosvm.rs     what crosvm does
+//! crosvm.rs     dump and restore as in crosvm
 //! real.rs       the memory of a real Linux guest
-//! disk.rs       the same to a disk, past the page cache
-//! shapes.rs     guests that are hard in one way each
-//! synthetic.rs  guests of random and text-like pages; what else there is: cp, tar | lz4 | age
+//! disk.rs       the same guest to a disk, past the page cache and through it
+//! shapes.rs     guests that are difficult in one way each
+//! synthetic.rs  guests of random and text-like pages; other tools: cp, tar | lz4 | age
 //! ```
 //!
-//! Every figure is the median of the ratios of interleaved pairs, after a round that is thrown away. A ratio of 2 is twice as fast
-//! as the reference.
+//! Reference and vmsnap alternate. The first round is not counted, and a figure is the median of the ratios of the
+//! other rounds. A ratio of 2 means twice as fast as the reference.
 //!
-//! Arguments: `[real] [disk] [shapes] [synthetic]`, all of them where none is named, and `[--folder DIR] [--mib N] [--pairs N] [--threads N]
-//! [--only TEXT] [--min-gap BYTES] [--sync]`. `VMSNAP_BENCH_RAM` names a raw image of a guest's memory; without it, it is the one
-//! that `make guest` makes.
+//! Arguments: `[real] [disk] [shapes] [synthetic]`, by default all of them, and `[--directory DIR] [--mib N] [--pairs N]
+//! [--threads N] [--only TEXT] [--min-gap BYTES] [--sync]`. `VMSNAP_BENCH_RAM` names a raw image of guest memory; by
+//! default it is the one that `make guest` makes.
 
-#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops where something fails")]
-#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "numbers of its own")]
-#![allow(clippy::needless_for_each, reason = "as short as it can be")]
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark stops at the first failure")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the numbers are known to fit")]
+#![allow(clippy::needless_for_each, reason = "shorter than a loop")]
 #![allow(unsafe_code, reason = "maps memory as a monitor does")]
 
 mod bench;
@@ -42,7 +42,7 @@ const PARTS: [&str; 4] = ["real", "disk", "shapes", "synthetic"];
 
 fn arguments() -> (Arguments, Vec<String>) {
     let mut parsed = Arguments {
-        folder: "/dev/shm".into(),
+        directory: "/dev/shm".into(),
         bytes: 1 << 30,
         pairs: 5,
         threads: 2,
@@ -59,8 +59,8 @@ fn arguments() -> (Arguments, Vec<String>) {
             "--pairs" => parsed.pairs = number(),
             "--threads" => parsed.threads = number(),
             "--min-gap" => parsed.min_gap = number() as u64,
-            "--only" => parsed.only = words.next().expect("a part of a row's name"),
-            "--folder" => parsed.folder = words.next().expect("a directory").into(),
+            "--only" => parsed.only = words.next().expect("a part of the name of a row"),
+            "--directory" => parsed.directory = words.next().expect("a directory").into(),
             "--sync" => parsed.sync = true,
             "--bench" => {} // cargo bench adds it
             part if PARTS.contains(&part) => parts.push(word),
@@ -70,7 +70,7 @@ fn arguments() -> (Arguments, Vec<String>) {
     (parsed, parts)
 }
 
-/// The memory of a real guest: where the environment says, or where `make guest` puts it.
+/// Returns the memory of a real guest: the image that the environment names, or the one that `make guest` makes.
 fn image() -> Option<PathBuf> {
     let named = std::env::var_os("VMSNAP_BENCH_RAM").map(PathBuf::from);
     named.or_else(|| {
@@ -80,10 +80,10 @@ fn image() -> Option<PathBuf> {
 
 fn main() {
     let (arguments, parts) = arguments();
-    let folder = tempfile::Builder::new().prefix("vmsnap-bench-").tempdir_in(&arguments.folder).unwrap();
+    let directory = tempfile::Builder::new().prefix("vmsnap-bench-").tempdir_in(&arguments.directory).unwrap();
     println!(
         "into {}, {} threads, {} pairs, aead {}",
-        arguments.folder.display(),
+        arguments.directory.display(),
         arguments.threads,
         arguments.pairs,
         vmsnap::aead_provider().unwrap()
@@ -91,7 +91,7 @@ fn main() {
     println!(
         "each line: the ratio, the ratio of one thread, the time and speed of all threads, the ratios of all pairs"
     );
-    let mut bench = Bench::new(arguments, folder.path().to_owned(), SecretKey::generate().unwrap());
+    let mut bench = Bench::new(arguments, directory.path().to_owned(), SecretKey::generate().unwrap());
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|named| named == part);
     if wanted("real") || wanted("disk") {
         match image() {

@@ -1,4 +1,4 @@
-//! The memory of a real Linux guest, and the goals.
+//! Measures the memory of a real Linux guest, with goals.
 
 use std::path::Path;
 
@@ -47,7 +47,7 @@ fn to_the_kernel(bench: &mut Bench, guest: &Guest) {
     }
 }
 
-/// `read(2)` into fresh memory of the kind that vmsnap restores into.
+/// Measures `read(2)` to fresh memory of the kind that vmsnap restores to.
 fn read(bench: &Bench, guest: &Guest, place: Place) -> f64 {
     let mut memory = match place {
         Place::Memfd | Place::Shared => Guest::fresh(guest.bytes).mapping,

@@ -1,4 +1,4 @@
-//! What the kernel and the C library of LZ4 do with a guest's data: one thread, plain.
+//! Writes and reads the data of a guest with the kernel alone and with the C library of LZ4: one thread, not encrypted.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use crate::guest::Guest;
 
 const CALL_BYTES: usize = 1 << 20;
 
-/// `write(2)` of the data ranges, which are known, from the mapping.
+/// Writes the data ranges from the mapping with `write(2)`. The ranges are known.
 pub(crate) fn write_data(guest: &Guest, path: &Path, sync: bool) {
     let mut file = File::create(path).unwrap();
     guest.data(CALL_BYTES).for_each(|bytes| file.write_all(bytes).unwrap());
@@ -20,7 +20,7 @@ pub(crate) fn write_data(guest: &Guest, path: &Path, sync: bool) {
     }
 }
 
-/// `read(2)` of the data ranges into memory.
+/// Reads the data ranges to memory with `read(2)`.
 pub(crate) fn read_data(guest: &Guest, path: &Path, memory: &mut [u8]) {
     let mut file = File::open(path).unwrap();
     for (start, end) in &guest.ranges {
@@ -28,7 +28,8 @@ pub(crate) fn read_data(guest: &Guest, path: &Path, memory: &mut [u8]) {
     }
 }
 
-/// A frame as ours is, by the C library: independent blocks of 64 KiB without checksums, at its default level.
+/// Writes a frame like that of vmsnap with the C library: independent blocks of 64 KiB without checksums, at the
+/// default level.
 pub(crate) fn write_lz4(guest: &Guest, path: &Path) {
     let mut encoder = EncoderBuilder::new()
         .block_size(BlockSize::Max64KB)

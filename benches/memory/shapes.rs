@@ -1,11 +1,11 @@
-//! Guests that are hard in one way each: what they cost is to grow with their data, and with nothing else.
+//! Measures guests that are difficult in one way each. Their cost must grow only with their data.
 
 use crate::bench::{Bench, FORMS, PLAIN, Place, Source, median};
 use crate::crosvm;
 use crate::guest::{Guest, PAGE, full};
 use crate::reference::write_data;
 
-/// Single pages of data, each with a hole after it.
+/// Single pages of data, each followed by a hole.
 const SCATTERED: usize = 195_000;
 
 pub(crate) fn run(bench: &mut Bench) {
@@ -17,20 +17,20 @@ pub(crate) fn run(bench: &mut Bench) {
     compared(bench, || full(1 << 30));
 }
 
-/// Touches each so many pages, one by one.
+/// Writes to each `step`th page.
 fn touch(memory: &mut [u8], step: usize) {
     for (number, page) in memory.chunks_mut(PAGE).step_by(step).enumerate() {
         page[..8].copy_from_slice(&(number as u64 + 1).to_le_bytes());
     }
 }
 
-/// Half a hole, then half data touched page by page.
+/// Measures guests of which one half is a hole, and the other half was written page by page.
 fn halves(bench: &mut Bench) {
     "halves".clone_into(&mut bench.title);
     let mut first = None;
     for gib in [1, 2, 4, 8] {
         let name = format!("{gib} GiB");
-        // The guest, and the dump or what warms it.
+        // Memory for the guest, and for the dump or its warm-up.
         if !bench.wants(&name) || !there_are(bench, &name, gib << 30) {
             continue;
         }
@@ -64,8 +64,8 @@ fn one_page(bench: &mut Bench) {
     if !bench.wants("dump") {
         return;
     }
-    // Not mapped: it is more than a process may have.
-    let file = tempfile::tempfile_in(&bench.folder).unwrap();
+    // Not mapped, because a process cannot have so many addresses.
+    let file = tempfile::tempfile_in(&bench.directory).unwrap();
     file.set_len(16 << 40).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[7; PAGE], 9 << 40).unwrap();
     let guest = Guest { file, ..Guest::fresh(PAGE) };
@@ -79,7 +79,7 @@ fn one_page(bench: &mut Bench) {
     assert_eq!((stored.data_bytes(), stored.regions()[0].end), (PAGE as u64, 16 << 40));
 }
 
-/// All forms against crosvm's way.
+/// Measures all forms against crosvm.
 fn compared(bench: &mut Bench, make: impl FnOnce() -> Guest) {
     let guest = make();
     println!("{}: {} ranges, {} MiB of data", bench.title, guest.ranges.len(), guest.data_bytes >> 20);
@@ -103,13 +103,13 @@ fn compared(bench: &mut Bench, make: impl FnOnce() -> Guest) {
     clear(bench);
 }
 
-/// Gives back what the last row left.
+/// Removes the files of the last row.
 fn clear(bench: &Bench) {
     let _ = std::fs::remove_file(bench.reference());
     let _ = std::fs::remove_dir_all(bench.snapshot());
 }
 
-/// Whether there are so many bytes of memory to be had, and some more.
+/// Whether so many bytes of memory are available, and half as many more.
 fn there_are(bench: &Bench, name: &str, bytes: usize) -> bool {
     let told = std::fs::read_to_string("/proc/meminfo").unwrap();
     let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();

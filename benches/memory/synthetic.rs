@@ -1,4 +1,5 @@
-//! Guests of random and text-like pages, in long runs and page by page; ways of telling zeros; and what else there is.
+//! Measures guests of random and text-like pages, in long runs and page by page, with tests for zeros and with other
+//! tools.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -54,7 +55,7 @@ fn all(bench: &mut Bench, guest: &Guest) {
     FORMS.into_iter().for_each(|form| bench.random_row(guest, form, None));
 }
 
-/// Ways of telling pages of zeros, on the guest's data; and what looking for them costs a dump, or saves it.
+/// Measures several tests for zeros on the data of the guest, and dumps with and without a test.
 fn zeros(bench: &mut Bench, guest: &Guest) {
     type Way = fn(&[u8]) -> bool;
     let ways: [(&str, Way); 4] = [
@@ -91,18 +92,18 @@ fn zeros(bench: &mut Bench, guest: &Guest) {
     }
 }
 
-/// What else there is: `cp --sparse=always`, and `tar --sparse | lz4 | age`.
+/// Compares with other tools: `cp --sparse=always`, and `tar --sparse | lz4 | age`.
 fn others(bench: &mut Bench, guest: &Guest) {
     let source = format!("/proc/{}/fd/{}", std::process::id(), guest.file.as_raw_fd());
     let copy = format!("cp --sparse=always {source} {}", bench.reference().display());
     bench.dump_row(guest, (ENCRYPTED, Source::Memfd), "cp --sparse=always", None, |_| shell(&copy));
     let have = |program: &str| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok();
     if !have("age") || !have("lz4") || !have("tar") {
-        println!("{}: no tar, lz4 and age here to compare with", bench.title);
+        println!("{}: no comparison with tar, lz4 and age: they are not installed", bench.title);
         return;
     }
-    // tar takes files, not descriptors: a file in memory that is as sparse.
-    let (image, identity) = (bench.folder.join("image"), bench.folder.join("identity"));
+    // tar reads files, not descriptors, so this is a file in memory with the same holes.
+    let (image, identity) = (bench.directory.join("image"), bench.directory.join("identity"));
     let file = File::create(&image).unwrap();
     file.set_len(guest.bytes as u64).unwrap();
     for (start, end) in &guest.ranges {
@@ -112,7 +113,7 @@ fn others(bench: &mut Bench, guest: &Guest) {
     shell(&format!("age-keygen -o {}", identity.display()));
     let pipe = format!(
         "tar -C {0} --sparse -cf - image | lz4 -1 -c | age -e -i {1} > {2}",
-        bench.folder.display(),
+        bench.directory.display(),
         identity.display(),
         bench.reference().display()
     );

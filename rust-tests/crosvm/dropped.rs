@@ -1,4 +1,4 @@
-//! Fragments that end when they are dropped, and errors that nobody is there to be told of then.
+//! Fragments that are finished when they are dropped, and the errors that cannot be returned then.
 
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
@@ -11,16 +11,16 @@ use vmsnap::{SecretKey, SnapshotOptions};
 use crate::handles::in_place;
 use crate::place;
 
-/// Set in the child, where a file can have at most 16 KiB.
+/// Set in the child process, in which a file can have at most 16 KiB.
 const IN_CHILD: &str = "VMSNAP_TEST_FILE_LIMIT";
 
-/// Runs a test in a process whose files are limited; says whether this is that process. The shell ignores the signal
-/// that comes with the error, and what it starts inherits that.
+/// Runs a test in a child process with a limit on file sizes. Returns true in the child. The shell ignores the signal
+/// that comes with the error, and the child inherits that.
 fn in_limited_process(test: &str) -> bool {
     if std::env::var_os(IN_CHILD).is_some() {
         return true;
     }
-    // Blocks of 512 bytes in some shells, of 1 KiB in others.
+    // Some shells count blocks of 512 bytes, others 1 KiB.
     let done = Command::new("sh")
         .args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "sh"])
         .arg(std::env::current_exe().unwrap())
@@ -37,7 +37,7 @@ fn encrypted() -> SnapshotOptions {
     SnapshotOptions::new().key(SecretKey::from([7; 32]))
 }
 
-/// Writes what fits into memory and not into a file, and drops it.
+/// Writes a fragment that fits into memory but not into a file, and drops it.
 fn drop_what_does_not_fit(writer: &SnapshotWriter, name: &str) {
     writer.raw_fragment(name).unwrap().write_all(&vec![1; 100_000]).unwrap();
 }
@@ -72,7 +72,7 @@ fn an_error_at_the_drop_is_told_by_every_later_call_of_every_clone() {
             assert!(is_too_large(&error) && error.downcast_ref::<vmsnap::Error>().unwrap().is_state(), "{error:?}");
         }
     }
-    // Neither a part of it is there, nor what was refused; and what was written before is.
+    // The failed and refused fragments are absent; the earlier one is present.
     let reader = encrypted().open(&root).unwrap();
     assert_eq!(reader.list_fragments().unwrap(), ["clock"]);
     assert!(reader.namespace("devices").unwrap().list_fragments().unwrap().is_empty());
@@ -102,7 +102,7 @@ fn an_error_of_a_plain_write_is_told_by_the_write() {
     let error = (0..1000).find_map(|_| w.write_all(&[1; 100]).err()).unwrap();
     assert_eq!(error.kind(), std::io::ErrorKind::FileTooLarge);
     drop(w);
-    // The caller knows, and may go on.
+    // The caller has the error, and may go on.
     writer.check_dropped().unwrap();
     writer.raw_fragment("nic").unwrap().write_all(b"smaller").unwrap();
     assert_eq!(std::fs::read(root.join("nic")).unwrap(), b"smaller");

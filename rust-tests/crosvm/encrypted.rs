@@ -1,4 +1,4 @@
-//! Every way to call the API once more, with snapshots encrypted for the default identity.
+//! Runs every test of the API again, with snapshots that are encrypted for the default identity.
 #![cfg(feature = "age")]
 
 use std::process::Command;
@@ -37,7 +37,7 @@ fn in_the_second_run_snapshots_are_encrypted_for_the_identity_of_the_environment
     }
     SnapshotWriter::new(root.clone(), true).unwrap().write_fragment("clock", &12).unwrap();
     assert!(root.join("enc_metadata").is_file() && std::fs::read(root.join("clock")).unwrap() != [12]);
-    // Whether it was required to be encrypted or not.
+    // Both if encryption is required and if not.
     for required in [true, false] {
         let reader = SnapshotReader::new(&root, required).unwrap();
         assert!(vmsnap::SnapshotReader::from(reader.clone()).is_encrypted());

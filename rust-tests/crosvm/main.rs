@@ -1,9 +1,9 @@
-//! `vmsnap::crosvm`: code written against crosvm's crate `snapshot`, and how errors show that its callers cannot see.
+//! `vmsnap::crosvm`: code written against crosvm's crate `snapshot`, and errors that crosvm's own callers do not see.
 //!
-//! `writing`, `reading` and `values` have one way to call crosvm's API a test. These files compile against crosvm's own
-//! signatures, and pass, when their `use` lines are changed back. Here all of them run a second time with encryption.
+//! Each test of `writing`, `reading` and `values` calls crosvm's API in one way. With their `use` lines changed back,
+//! these files compile against crosvm's own signatures, and pass. Here all of them run a second time with encryption.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
+#![allow(clippy::unwrap_used, reason = "a test stops at the first failure")]
 
 mod dropped;
 mod encrypted;
@@ -14,10 +14,10 @@ mod writing;
 
 use std::path::PathBuf;
 
-/// Set for the second run: snapshots are encrypted for the identity in the environment.
+/// Set for the second run, in which snapshots are encrypted for the identity in the environment.
 const ENCRYPT: &str = "VMSNAP_TEST_ENCRYPT";
 
-/// A place for a snapshot, and whether it is to be encrypted.
+/// Returns a path for a snapshot, and whether it must be encrypted.
 fn place() -> (tempfile::TempDir, PathBuf, bool) {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("vm1");

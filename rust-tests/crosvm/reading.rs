@@ -1,4 +1,4 @@
-//! Ways to read.
+//! Ways to read with crosvm's API.
 
 use vmsnap::crosvm::{SnapshotReader, SnapshotWriter};
 
@@ -12,14 +12,14 @@ use serde::de::DeserializeOwned;
 
 use crate::place;
 
-/// What a fragment at the root holds.
+/// Returns the contents of a fragment outside of namespaces.
 pub(crate) fn bytes(root: &Path, name: &str) -> Result<Vec<u8>> {
     let mut content = Vec::new();
     SnapshotReader::new(root, false)?.raw_fragment(name)?.read_to_end(&mut content)?;
     Ok(content)
 }
 
-/// A snapshot with a value and bytes, and both again in the namespace `devices`.
+/// Writes a snapshot with a value and bytes, and both again in the namespace `devices`.
 fn written() -> Result<(tempfile::TempDir, PathBuf, bool)> {
     let (directory, root, encrypt) = place();
     let writer = SnapshotWriter::new(root.clone(), encrypt)?;

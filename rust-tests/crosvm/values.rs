@@ -1,4 +1,4 @@
-//! Ways to hand values, handles and erased values around.
+//! Ways to pass values, handles and erased values around.
 
 use vmsnap::crosvm as snapshot;
 use vmsnap::crosvm::{AnySnapshot, SnapshotReader, SnapshotWriter};

@@ -1,4 +1,4 @@
-//! Ways to write.
+//! Ways to write with crosvm's API.
 
 use vmsnap::crosvm::SnapshotWriter;
 

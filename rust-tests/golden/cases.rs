@@ -14,8 +14,8 @@ use vmsnap::{AnySnapshot, Result, SnapshotReader, SnapshotWriter};
 use super::types::*;
 use super::{Golden, hex};
 
-/// A fragment: how it is written, and what is seen when it is read with its type. Text, because that tells -0.0 from 0.0
-/// and lets a NaN equal another.
+/// A golden fragment: how it is written, and the text of the value that a typed read returns. A text tells -0.0 from
+/// 0.0, and makes one NaN equal to another.
 pub(super) struct Case {
     pub(super) path: &'static str,
     pub(super) write: Call<SnapshotWriter, ()>,
@@ -23,7 +23,7 @@ pub(super) struct Case {
     pub(super) written: String,
 }
 
-/// What is done in a namespace with the fragment of a name.
+/// A call on a fragment by its name, in a namespace.
 pub(super) type Call<Namespace, T> = Box<dyn Fn(&Namespace, &str) -> Result<T>>;
 
 fn value<T: Serialize + DeserializeOwned + Debug + 'static>(path: &'static str, value: T) -> Case {
@@ -35,7 +35,7 @@ fn value<T: Serialize + DeserializeOwned + Debug + 'static>(path: &'static str, 
     }
 }
 
-/// A value that was made an `AnySnapshot` first.
+/// A value that is converted to an `AnySnapshot` before it is written.
 fn erased<T: Serialize + DeserializeOwned + Debug + 'static>(path: &'static str, value: T) -> Case {
     Case {
         path,
@@ -86,7 +86,7 @@ fn device() -> Device {
     }
 }
 
-/// A device with the types given back to all that is in it.
+/// Returns the text of a device, after the erased values in it got their types back.
 fn shown(mut device: Device) -> Result<String> {
     fn next<T: DeserializeOwned + Debug>(device: &mut Device, name: &str) -> Result<String> {
         Ok(format!("{name}: {:?}", AnySnapshot::from_any::<T>(device.children.remove(name).unwrap())?))
@@ -260,7 +260,7 @@ fn shapes() -> Vec<Case> {
                 duration: Duration::new(3, 500_000_001),
             },
         ),
-        // `skipped` is not written, and read as what Default gives.
+        // `skipped` is not written, and reads as the value of Default.
         value("shapes/skips", Skips { kept: 1, skipped: 0, absent: None, other_name: 2 }),
         value(
             "shapes/strings",
@@ -296,12 +296,12 @@ fn enums() -> Vec<Case> {
     ]
 }
 
-/// The two fragments of guest memory, made from its full contents, which lie beside the snapshot.
+/// Returns the two fragments of guest memory, made from its full contents, which are in a file beside the snapshot.
 fn memory(snapshot: &Golden) -> Vec<Case> {
     let metadata: MemoryMetadata = serde_json::from_value(snapshot.fragment("mem_metadata").value.clone()).unwrap();
     let mut mem = Vec::new();
     for (region, ram) in metadata.regions.iter().zip(&snapshot.expected.ram) {
-        let ram = std::fs::read(snapshot.folder.join(&ram.file_relative_to_this_json)).unwrap();
+        let ram = std::fs::read(snapshot.directory.join(&ram.file_relative_to_this_json)).unwrap();
         assert_eq!(ram.len(), region.size);
         mem.extend(region.data_ranges.iter().flat_map(|range| &ram[range.clone()]));
     }
@@ -313,10 +313,10 @@ fn memory(snapshot: &Golden) -> Vec<Case> {
     vec![raw("mem", mem), erased("mem_metadata", metadata)]
 }
 
-/// All that a snapshot holds, with the values that crosvm's writer was given.
+/// Returns all fragments of a snapshot, with the values that crosvm's writer was given.
 pub(super) fn cases(snapshot: &Golden) -> Vec<Case> {
     let mut cases = memory(snapshot);
-    if snapshot.folder.ends_with("mem-only-lz4-256k-blocks") {
+    if snapshot.directory.ends_with("mem-only-lz4-256k-blocks") {
         return cases;
     }
     cases.extend([

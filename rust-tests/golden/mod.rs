@@ -1,7 +1,8 @@
-//! Snapshots that crosvm's own code wrote: the same values give the same bytes here, and its files read as what they are.
+//! Snapshots that crosvm's own code wrote: vmsnap writes the same values as the same bytes, and reads the files
+//! correctly.
 //!
-//! `expected.json` beside each of them says what every fragment holds, and tells the Rust type in words. The files are not
-//! ours, so they lie beside the checkout and not in it.
+//! `expected.json` beside each snapshot lists the contents of every fragment, and describes the Rust type in words. The
+//! files come from crosvm, so they are in a directory beside the checkout.
 //!
 //! ```text
 //! mod.rs    the snapshots and the tests
@@ -36,12 +37,12 @@ const SNAPSHOTS: [(&str, Format); 5] = [
 ];
 
 struct Golden {
-    folder: PathBuf,
+    directory: PathBuf,
     options: SnapshotOptions,
     expected: Expected,
 }
 
-/// `expected.json`, as much of it as is looked at.
+/// The parts of `expected.json` that the tests use.
 #[derive(Deserialize)]
 struct Expected {
     fragments: Vec<ExpectedFragment>,
@@ -54,7 +55,7 @@ struct Expected {
 struct ExpectedFragment {
     path: String,
     value: serde_json::Value,
-    /// What a decoder sees that does not know the Rust type, where that is something else.
+    /// The value that a decoder without the Rust type returns, if it differs.
     decoded: Option<serde_json::Value>,
     crosvm_reads_back: Option<String>,
 }
@@ -72,7 +73,7 @@ struct ExpectedRam {
 
 impl Golden {
     fn root(&self) -> PathBuf {
-        self.folder.join("snapshot")
+        self.directory.join("snapshot")
     }
 
     fn open(&self) -> SnapshotReader {
@@ -88,42 +89,42 @@ impl Golden {
     }
 
     fn place(&self, path: &str) -> String {
-        format!("{path} of {}", self.folder.display())
+        format!("{path} of {}", self.directory.display())
     }
 
-    /// Whether crosvm's reader of that time gave back what had been written; else it failed.
+    /// Whether crosvm's reader of that time returned the written value. Otherwise it failed.
     fn crosvm_reads_back(&self, path: &str) -> bool {
         self.fragment(path).crosvm_reads_back.as_deref().is_none_or(|said| said == "equal")
     }
 }
 
-/// The folder of all the snapshots; none where they are not at hand.
-pub(crate) fn folder() -> Option<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/golden");
-    if !folder.is_dir() {
+/// Returns the directory of all snapshots, or `None` if it is not available.
+pub(crate) fn directory() -> Option<PathBuf> {
+    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/golden");
+    if !directory.is_dir() {
         assert!(
             std::env::var("VMSNAP_REQUIRE_ALL").as_deref() != Ok("1"),
             "no golden snapshots at {}",
-            folder.display()
+            directory.display()
         );
-        eprintln!("skipped: no golden snapshots at {}", folder.display());
+        eprintln!("skipped: no golden snapshots at {}", directory.display());
         return None;
     }
-    Some(folder)
+    Some(directory)
 }
 
 fn snapshots() -> Option<Vec<Golden>> {
-    let folder = folder()?;
+    let directory = directory()?;
     let snapshot = |(name, format)| {
-        let folder = folder.join(name);
-        let expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+        let directory = directory.join(name);
+        let expected = serde_json::from_slice(&std::fs::read(directory.join("expected.json")).unwrap()).unwrap();
         let options = SnapshotOptions::new().format(format);
-        Golden { folder, options, expected }
+        Golden { directory, options, expected }
     };
     Some(SNAPSHOTS.into_iter().map(snapshot).collect())
 }
 
-/// The namespace a path lies in, and the name there.
+/// Returns the namespace of a path, and the name in it.
 fn split(path: &str) -> (Vec<&str>, &str) {
     let mut names: Vec<_> = path.split('/').collect();
     let name = names.pop().unwrap();
@@ -179,15 +180,15 @@ fn every_golden_fragment_has_a_case() {
     for snapshot in snapshots().into_iter().flatten() {
         let tested: BTreeSet<_> = cases(&snapshot).iter().map(|case| case.path.to_owned()).collect();
         let expected: BTreeSet<_> = snapshot.expected.fragments.iter().map(|fragment| fragment.path.clone()).collect();
-        assert_eq!(tested, expected, "{}", snapshot.folder.display());
-        assert_eq!(paths_below(&snapshot.open()), expected, "{}", snapshot.folder.display());
+        assert_eq!(tested, expected, "{}", snapshot.directory.display());
+        assert_eq!(paths_below(&snapshot.open()), expected, "{}", snapshot.directory.display());
     }
 }
 
 #[test]
 fn the_same_values_give_the_bytes_that_crosvm_wrote() {
     for snapshot in snapshots().into_iter().flatten() {
-        let (_folder, root) = place();
+        let (_directory, root) = place();
         let cases = cases(&snapshot);
         write_all(&cases, &snapshot.options, &root);
         for case in cases {
@@ -222,11 +223,11 @@ fn every_file_reads_as_the_bytes_that_expected_json_tells() {
             let bytes = read_raw(&snapshot, path);
             assert_eq!((bytes.len(), &hex(&Sha256::digest(&bytes))), (file.size, &file.sha256), "{path}");
         }
-        assert!(snapshot.expected.files.keys().eq(&paths_below(&snapshot.open())), "{}", snapshot.folder.display());
+        assert!(snapshot.expected.files.keys().eq(&paths_below(&snapshot.open())), "{}", snapshot.directory.display());
     }
 }
 
-/// A decoded value in the terms of `expected.json`.
+/// Converts a decoded value to the terms of `expected.json`.
 fn in_json_terms(value: &Value) -> serde_json::Value {
     match value {
         Value::Null => json!(null),
@@ -245,7 +246,7 @@ fn in_json_terms(value: &Value) -> serde_json::Value {
         Value::Map(entries) => {
             entries.iter().map(|(key, value)| json!([in_json_terms(key), in_json_terms(value)])).collect()
         }
-        other => panic!("{other:?} is in no golden fragment"),
+        other => panic!("no golden fragment contains {other:?}"),
     }
 }
 

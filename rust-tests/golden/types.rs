@@ -1,4 +1,4 @@
-//! The Rust types of what crosvm wrote, fields in the order of the bytes.
+//! The Rust types of the golden values, with fields in the order of the bytes.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -44,7 +44,7 @@ pub(super) struct Device {
     pub(super) children: BTreeMap<String, AnySnapshot>,
 }
 
-/// What `Device::inner` was made from.
+/// The value from which `Device::inner` was made.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Inner {
     pub(super) deep: AnySnapshot,
@@ -208,7 +208,7 @@ pub(super) struct RangesTuples {
 pub(super) struct Skips {
     pub(super) kept: u8,
     #[serde(skip)]
-    #[expect(dead_code, reason = "that it is not written is what it is for")]
+    #[expect(dead_code, reason = "it exists to be left out")]
     pub(super) skipped: u8,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(super) absent: Option<u8>,

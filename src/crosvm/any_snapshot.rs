@@ -1,4 +1,4 @@
-//! A serialized value inside another, with crosvm's signatures.
+//! A serialized value inside another one, with crosvm's signatures.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

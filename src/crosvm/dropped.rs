@@ -1,4 +1,4 @@
-//! Fragments that end when they are dropped, and errors of those that could not.
+//! Fragments that are finished when they are dropped, and the errors of those that could not be finished.
 
 use std::io::{self, Write};
 use std::sync::{Arc, OnceLock};
@@ -6,11 +6,12 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::Fragment;
 
-/// The first error of finishing a dropped fragment: shared by all handles of one snapshot in this process.
+/// The first error of a dropped fragment that could not be finished. All handles of one snapshot in this process share
+/// it.
 #[derive(Clone, Default)]
 pub(super) struct DropError(Arc<OnceLock<Lost>>);
 
-/// An error that can be told many times; the error itself cannot be cloned.
+/// The text and errno of an error, which itself cannot be cloned, so that it can be reported many times.
 struct Lost {
     text: String,
     errno: Option<i32>,
@@ -21,7 +22,7 @@ impl DropError {
     pub(super) fn check(&self) -> Result<()> {
         let Some(Lost { text, errno }) = self.0.get() else { return Ok(()) };
         let text =
-            format!("the snapshot is incomplete: a dropped fragment could not be finished: {text}; create it anew");
+            format!("the snapshot is incomplete: a dropped fragment could not be finished: {text}; create it again");
         Err(match errno {
             Some(errno) => Error::with_source(Kind::State, text, io::Error::from_raw_os_error(*errno)),
             None => Error::new(Kind::State, text),
@@ -29,12 +30,12 @@ impl DropError {
     }
 
     fn set(&self, error: &Error) {
-        // A second one says nothing new: the snapshot is incomplete already.
+        // Only the first error is kept, because the snapshot is incomplete already.
         let _ = self.0.set(Lost { text: error.to_string(), errno: error.raw_os_error() });
     }
 }
 
-/// A fragment that is finished when it is dropped, because crosvm's callers have no other way.
+/// A fragment that is finished when it is dropped, because callers written for crosvm do not finish it otherwise.
 pub(super) struct DroppedFragment {
     fragment: Fragment,
     error: DropError,
@@ -49,7 +50,7 @@ impl DroppedFragment {
 impl Write for DroppedFragment {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let written = self.fragment.write(data)?;
-        // A plain fragment would gather small writes, and an error of those show in the drop alone.
+        // A plain fragment would collect small writes, and their error would appear only when it is dropped.
         self.fragment.flush()?;
         Ok(written)
     }
@@ -62,12 +63,12 @@ impl Write for DroppedFragment {
 impl Drop for DroppedFragment {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // The fragment is only a part, and removes its file when it is dropped unfinished now.
+            // The fragment is incomplete, and removes its file when it is dropped unfinished.
             return;
         }
         match self.fragment.finish_interruptible(&mut || Ok(())) {
             Ok(()) => {}
-            // The caller has had the error of an earlier write; or this is a forked process, where a drop does nothing.
+            // The caller has the error of an earlier write, or this is a forked process, in which a drop does nothing.
             Err(error) if error.is_state() => {}
             Err(error) => self.error.set(&error),
         }

@@ -1,7 +1,7 @@
 //! The API of crosvm's crate `snapshot`, signature by signature, over this crate's own.
 //!
-//! This module is for whoever moves a virtual machine monitor that was written against crosvm's crate over to vmsnap in
-//! one step. It needs the crate feature `crosvm`. Only the `use` line changes; a monitor that names the crate in paths
+//! This module helps to move a virtual machine monitor that was written against crosvm's crate to vmsnap in one step.
+//! It needs the crate feature `crosvm`. Only the `use` line changes; a monitor that names the crate in paths
 //! (`snapshot::SnapshotWriter`) renames the module:
 //!
 //! ```
@@ -32,16 +32,16 @@
 //! # When to use this crate's own API
 //!
 //! In new code, and in code that is changed anyway. [`crate::SnapshotOptions`] makes snapshots that are complete or
-//! absent, takes keys, and seals; [`crate::Fragment`] has a `finish` that tells whether all was written;
-//! [`crate::FragmentReader`] reads at any offset, from many threads; [`crate::Error`] says by its predicates what went
-//! wrong. Handles of both kinds convert into each other by `From`, so that a monitor can move one function at a time.
-//! The first step that pays is to let the outermost function create the snapshot by [`crate::SnapshotOptions`] and to
-//! hand `SnapshotWriter::from(writer)` to all others.
+//! absent, takes keys, and seals; [`crate::Fragment`] has a `finish` that reports whether everything was written;
+//! [`crate::FragmentReader`] reads at any offset, from many threads; the predicates of [`crate::Error`] tell the causes
+//! of errors apart. Handles of both kinds convert into each other by `From`, so that a monitor can move one function at
+//! a time. As a first step, let the outermost function create the snapshot by [`crate::SnapshotOptions`] and pass
+//! `SnapshotWriter::from(writer)` to all others.
 //!
 //! # How a fragment ends
 //!
-//! crosvm's callers drop the `Box<dyn Write>`; there is no call that finishes it. So dropping finishes it here, and
-//! errors show as follows.
+//! Callers of crosvm drop the `Box<dyn Write>`, and no call finishes it. So dropping finishes it here, and errors show
+//! as follows.
 //!
 //! - A plain fragment hands each write to the operating system before it returns, as crosvm's file does. Nothing that
 //!   could fail is left for the drop.
@@ -56,12 +56,12 @@
 //!
 //! # Keys
 //!
-//! crosvm's public source has no encryption: `encrypt` panics there. Here `SnapshotWriter::new(root, true)` encrypts for
-//! the default identity, and `SnapshotReader::new` opens with it. The identity is looked for in `VMSNAP_IDENTITY` (the
-//! text), `VMSNAP_IDENTITY_FILE`, `$CREDENTIALS_DIRECTORY/vmsnap-identity` and
-//! `$XDG_CONFIG_HOME/vmsnap/identity.txt`. If there is none, the first writer creates the last of these files: back it
-//! up, because snapshots that were encrypted for it cannot be opened without it. For any other key, create or open the
-//! snapshot with [`crate::SnapshotOptions`] and convert the handle.
+//! crosvm's public source does not have encryption: `encrypt` panics there. Here `SnapshotWriter::new(root, true)`
+//! encrypts for the default identity, and `SnapshotReader::new` opens with it. The identity is searched for in
+//! `VMSNAP_IDENTITY` (the text), `VMSNAP_IDENTITY_FILE`, `$CREDENTIALS_DIRECTORY/vmsnap-identity` and
+//! `$XDG_CONFIG_HOME/vmsnap/identity.txt`. If it is not found, the first writer creates the last of these files: back
+//! it up, because snapshots that were encrypted for it cannot be opened without it. For any other key, create or open
+//! the snapshot with [`crate::SnapshotOptions`] and convert the handle.
 //!
 //! A serialized handle holds the data key in the clear, as crosvm's does.
 //!
@@ -87,7 +87,8 @@ pub use writer::SnapshotWriter;
 
 use crate::error::Error;
 
-/// Converts an error so that code for crosvm finds in it what it looks for: an [`std::io::Error`], to tell by its kind.
+/// Converts an error of vmsnap. Code written for crosvm finds an [`std::io::Error`] in it if the operating system was
+/// the cause.
 fn into_anyhow(error: Error) -> anyhow::Error {
     match error.raw_os_error() {
         Some(errno) => anyhow::Error::new(std::io::Error::from_raw_os_error(errno)).context(error),

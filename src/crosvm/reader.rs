@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::into_anyhow;
 
-/// Reads a snapshot: [`crate::SnapshotReader`] with crosvm's signatures. It also reads plain snapshots that crosvm wrote.
+/// Reads a snapshot: [`crate::SnapshotReader`] with crosvm's signatures. Plain snapshots of crosvm can be read too.
 ///
 /// The handle can be cloned, and serialized to travel to another process. **Serialized, it holds the data key in the
 /// clear.** `Debug` never shows the key.
@@ -35,7 +35,7 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// If there is no snapshot, if it is plain and `require_encrypted`, or if its key cannot be had.
+    /// If there is no snapshot, if it is plain and `require_encrypted` is set, or if its key is not available.
     pub fn new(root: &Path, require_encrypted: bool) -> anyhow::Result<Self> {
         crate::SnapshotReader::new(root, require_encrypted).map(Self).map_err(into_anyhow)
     }
@@ -44,7 +44,7 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// If there is none of that name, or if it is not the one that was written there.
+    /// If the fragment does not exist, or if its contents were changed.
     pub fn raw_fragment(&self, name: &str) -> anyhow::Result<Box<dyn Read>> {
         Ok(Box::new(self.0.raw_fragment(name).map_err(into_anyhow)?))
     }
@@ -53,7 +53,8 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// Those of [`SnapshotReader::raw_fragment`], and if it holds anything but one value of that type.
+    /// The errors of [`SnapshotReader::raw_fragment`], and an error if the fragment holds anything but one value of
+    /// that type.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> anyhow::Result<T> {
         self.0.read_fragment(name).map_err(into_anyhow)
     }
@@ -62,7 +63,7 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// If the directory cannot be read or holds something that is not a snapshot's.
+    /// If the directory cannot be read, or contains something that does not belong to a snapshot.
     pub fn list_fragments(&self) -> anyhow::Result<Vec<String>> {
         self.0.list_fragments().map_err(into_anyhow)
     }
@@ -71,7 +72,7 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// If there is none of that name.
+    /// If the namespace does not exist.
     pub fn namespace(&self, name: &str) -> anyhow::Result<Self> {
         self.0.namespace(name).map(Self).map_err(into_anyhow)
     }
@@ -80,7 +81,7 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// Those of [`SnapshotReader::list_fragments`].
+    /// The errors of [`SnapshotReader::list_fragments`].
     pub fn list_namespaces(&self) -> anyhow::Result<Vec<String>> {
         self.0.list_namespaces().map_err(into_anyhow)
     }

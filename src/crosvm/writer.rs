@@ -47,7 +47,7 @@ impl SnapshotWriter {
     ///
     /// # Errors
     ///
-    /// If something is at `root`, if its parent directory does not exist, or if no key can be had.
+    /// If something exists at `root`, if its parent directory does not exist, or if a key is not available.
     pub fn new(root: PathBuf, encrypt: bool) -> anyhow::Result<Self> {
         SnapshotOptions::new().encrypt(encrypt).create_in_place(root).map(Self::from).map_err(into_anyhow)
     }
@@ -66,7 +66,8 @@ impl SnapshotWriter {
     ///
     /// # Errors
     ///
-    /// Those of [`SnapshotWriter::raw_fragment`], and if the snapshot is encrypted and the size is not allowed.
+    /// The errors of [`SnapshotWriter::raw_fragment`], and an error if the snapshot is encrypted and the size is not
+    /// allowed.
     pub fn raw_fragment_with_chunk_size(&self, name: &str, chunk_size_bytes: usize) -> anyhow::Result<Box<dyn Write>> {
         if !self.writer.is_encrypted() {
             return self.raw_fragment(name);
@@ -83,7 +84,7 @@ impl SnapshotWriter {
     ///
     /// # Errors
     ///
-    /// Those of [`SnapshotWriter::raw_fragment`], and if the value cannot be serialized or written.
+    /// The errors of [`SnapshotWriter::raw_fragment`], and an error if the value cannot be serialized or written.
     pub fn write_fragment<T: Serialize>(&self, name: &str, v: &T) -> anyhow::Result<()> {
         self.drop_error.check().and_then(|()| self.writer.write_fragment(name, v)).map_err(into_anyhow)
     }
@@ -98,15 +99,15 @@ impl SnapshotWriter {
         Ok(Self { writer, drop_error: self.drop_error.clone() })
     }
 
-    /// Fails if a fragment of this snapshot could not be finished when its box was dropped. crosvm's crate has no such
-    /// call; it belongs at the end of a snapshot, when all boxes are dropped.
+    /// Fails if a fragment of this snapshot could not be finished when its box was dropped. crosvm's crate does not
+    /// have this call. Call it at the end of a snapshot, when all boxes are dropped.
     ///
-    /// It knows of the boxes made through this handle, what it was cloned from, and what was made of those, in this
-    /// process. A handle that was serialized begins anew, so each process asks its own.
+    /// It reports boxes that were made in this process through this handle, its clones, and the handles of namespaces
+    /// made from them. A deserialized handle starts without errors, so each process must check its own handles.
     ///
     /// # Errors
     ///
-    /// The first error of finishing a dropped fragment. The snapshot is incomplete then.
+    /// The first error of a dropped fragment that could not be finished. The snapshot is incomplete then.
     pub fn check_dropped(&self) -> anyhow::Result<()> {
         self.drop_error.check().map_err(into_anyhow)
     }

@@ -1,4 +1,5 @@
-//! The data of all ranges one after the other, out of `mem`, whatever form that has.
+//! Reads the fragment `mem` as one stream: the data of all ranges in order, whether stored as it is or compressed with
+//! LZ4.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -10,47 +11,48 @@ use crate::error::{Error, Result};
 use crate::fragment::FragmentReader;
 use crate::threads::lock;
 
-/// What is read at a time at least, where the data is read in order.
+/// A sequential read takes at least this many bytes at a time.
 const READ_BATCH_BYTES: usize = 512 << 10;
 
-/// Data of which so much belongs together is read where it belongs.
+/// A destination of at least this length is filled directly. A shorter one gets a copy out of a buffer.
 const MIN_DIRECT_READ_BYTES: u64 = 128 << 10;
 
-/// Places that are looked at ahead: as many pages as a batch has.
+/// How many destinations [`Data::scatter`] looks at to find how much to read: as many as a batch has pages.
 const MAX_PLACES_AHEAD: usize = READ_BATCH_BYTES / 4096;
 
-/// Blocks that are decrypted and decompressed for a small read are kept, as the next read is mostly near.
+/// Decrypted and decompressed blocks that are kept after a small read, because the next one is often close to it.
 const MAX_CACHED_BLOCKS: usize = 16;
 
-/// Larger blocks are not worth keeping.
+/// Blocks longer than this are not cached.
 const MAX_CACHED_BLOCK_BYTES: usize = 1 << 20;
 
 type CachedBlock = (u64, Arc<Vec<u8>>);
 
+/// The stream of data in `mem`.
 pub(super) struct Data {
     fragment: FragmentReader,
     size: u64,
     frame: Option<Frame>,
-    /// The last used at the end.
+    /// The most recently used block is at the end.
     cache: Mutex<Vec<CachedBlock>>,
-    /// Buffers of small reads that have ended.
+    /// Buffers of finished small reads, which later ones use again.
     idle: Mutex<Vec<ReadBuffers>>,
 }
 
 /// A compressed `mem`.
 struct Frame {
     block_size: u64,
-    /// Where each block's size word begins, and where the end mark does. Found out when it is first needed, if the snapshot
-    /// does not tell.
+    /// Where the size word of each block begins, and last where the end mark begins. A snapshot without an index has
+    /// them computed when they are first needed.
     offsets: OnceLock<Vec<u64>>,
 }
 
-/// What one thread needs to read data.
+/// The buffers with which one thread reads data.
 #[derive(Default)]
 pub(super) struct ReadBuffers {
     stored: Vec<u8>,
     data: Vec<u8>,
-    /// Which data that is, from its beginning on.
+    /// The range of the stream that is in `data`.
     holds: Range<u64>,
 }
 
@@ -70,13 +72,13 @@ impl Data {
         }
     }
 
-    /// Whether reads leave no page of `mem` in the page cache.
+    /// Sets whether reads leave the pages of `mem` out of the page cache.
     pub(super) fn set_uncached(&self, uncached: bool) {
         self.fragment.set_uncached(uncached);
     }
 
-    /// Data is read in blocks that begin where this divides the offset: LZ4's blocks, or else the chunks of the encryption.
-    /// Some of a block costs as much as all of it.
+    /// Returns the length of the LZ4 blocks, or else of the chunks. Data is read in whole ones, because a part takes as
+    /// much time as all of it.
     fn block_bytes(&self) -> u64 {
         match &self.frame {
             Some(frame) => frame.block_size,
@@ -84,7 +86,7 @@ impl Data {
         }
     }
 
-    /// Gives `take` all data from `start` to `end`, in order, cut anywhere.
+    /// Passes the data from `start` to `end` to `take`, in order and in parts of any length.
     pub(super) fn read(
         &self,
         buffers: &mut ReadBuffers,
@@ -106,8 +108,8 @@ impl Data {
         Ok(())
     }
 
-    /// Fills places one after the other with the data from `at` on; `ready` is asked before one is written to. What is long
-    /// enough is read, decrypted or decompressed where it belongs, and the rest is copied there.
+    /// Fills the slices of `places` one after the other with the data from `at` on, and calls `ready` before it writes
+    /// to one. A long slice is read, decrypted or decompressed directly into its memory; a short one gets a copy.
     pub(super) fn scatter(
         &self,
         buffers: &mut ReadBuffers,
@@ -132,7 +134,7 @@ impl Data {
                 whole
             } else {
                 if !buffers.holds.contains(&at) {
-                    // Up to where data is next that is read where it belongs.
+                    // Read up to the next slice that is filled directly.
                     let short = places[first..].iter().map(|place| place.len() as u64);
                     let wanted: u64 = match left {
                         left if left > min_direct_bytes + block_bytes => 1,
@@ -158,7 +160,7 @@ impl Data {
         Ok(())
     }
 
-    /// Fills `buf` from `start`: as [`Data::read`], for few bytes.
+    /// Fills `buf` with the data from `start` on, through the cache of blocks. Meant for a few bytes.
     pub(super) fn read_small(&self, start: u64, mut buf: &mut [u8]) -> Result<()> {
         let block_bytes = self.block_bytes();
         if block_bytes == 1 || block_bytes > MAX_CACHED_BLOCK_BYTES as u64 {
@@ -182,7 +184,7 @@ impl Data {
         Ok(())
     }
 
-    /// The first `wanted` bytes of a block at least.
+    /// Returns at least the first `wanted` bytes of a block.
     fn cached(&self, index: u64, wanted: usize) -> Result<Arc<Vec<u8>>> {
         self.fragment.check_owner()?;
         let mut is_known = false;
@@ -198,12 +200,13 @@ impl Data {
                 }
             }
         }
-        // Without the lock: others go on, and at worst two read the same. Buffers are used again: new ones would be faulted in.
+        // The cache is not locked meanwhile, so other threads go on; at worst two of them read the same block. Buffers
+        // are used again, because the pages of new ones would fault.
         let mut buffers = lock(&self.idle).pop().unwrap_or_default();
         let first = index * self.block_bytes();
         let mut length = to_usize(self.block_bytes().min(self.size - first));
         match &self.frame {
-            // Half of a block on average. Who comes again gets all of it.
+            // Half of a block on average. A second read beyond that part decompresses the whole block.
             Some(frame) if lz4::DECOMPRESSES_BEGINNINGS && !is_known => {
                 length = wanted;
                 buffer::at_least(&mut buffers.data, length)?;
@@ -218,7 +221,7 @@ impl Data {
         let block = Arc::new(data);
         let mut cache = lock(&self.cache);
         if cache.len() == MAX_CACHED_BLOCKS {
-            // Unless another thread copies from it just now.
+            // Its buffer is used again, unless another thread copies from it at this moment.
             buffers.data = Arc::try_unwrap(cache.remove(0).1).unwrap_or_default();
         }
         cache.push((index, Arc::clone(&block)));
@@ -230,7 +233,7 @@ impl Data {
         Ok(block)
     }
 
-    /// Whole blocks from `first` to `last`.
+    /// Returns the data from `first` to `last`, which are both at the beginning of a block or at the end.
     fn read_blocks<'a>(&self, buffers: &'a mut ReadBuffers, first: u64, last: u64) -> Result<&'a [u8]> {
         let length = usize::try_from(last - first).unwrap_or(usize::MAX);
         let ReadBuffers { stored, data, holds } = buffers;
@@ -270,7 +273,8 @@ impl Frame {
         let offsets = OnceLock::new();
         if let Some(index) = index {
             if index.block_size != block_size {
-                let text = format!("the frame has blocks of {block_size} bytes, and the index {}", index.block_size);
+                let text =
+                    format!("the LZ4 frame has blocks of {block_size} bytes, but its index says {}", index.block_size);
                 return Err(Error::corrupt(text));
             }
             let mut offset = lz4::HEADER_BYTES as u64;
@@ -285,7 +289,8 @@ impl Frame {
         Ok(Self { block_size, offsets })
     }
 
-    /// The index, built by going from size word to size word where the snapshot, one of crosvm's, has none.
+    /// Returns where the blocks begin. A snapshot of crosvm does not have an index, so its size words are followed from
+    /// the first to the last.
     fn offsets(&self, fragment: &FragmentReader, size: u64) -> Result<&[u64]> {
         if let Some(offsets) = self.offsets.get() {
             return Ok(offsets);
@@ -315,7 +320,7 @@ impl Frame {
         Ok(self.offsets.get_or_init(|| offsets))
     }
 
-    /// Fills `data` from `first`, both whole blocks but for the end.
+    /// Fills `data` with whole blocks from `first` on. Only the last one may be shorter.
     fn read(
         &self,
         fragment: &FragmentReader,
@@ -328,7 +333,7 @@ impl Frame {
         self.read_stored(fragment, size, first, stored, blocks, lz4::unpack)
     }
 
-    /// Fills `data`, which ends within a block, from the beginning of that block, which is at `first`.
+    /// Fills `data` with the beginning of the block at `first`.
     fn read_beginning(
         &self,
         fragment: &FragmentReader,
@@ -340,7 +345,8 @@ impl Frame {
         self.read_stored(fragment, size, first, stored, std::iter::once(data), lz4::unpack_beginning)
     }
 
-    /// Has `unpack` write a stored block into each of `outs`, the first of them the block at `first`.
+    /// Calls `unpack` for each slice of `outs` with the stored block that belongs to it. The first block is the one at
+    /// `first`.
     fn read_stored<'a>(
         &self,
         fragment: &FragmentReader,
@@ -356,12 +362,12 @@ impl Frame {
         let offsets = &offsets[number..=number + blocks];
         let length = to_usize(offsets[blocks] - offsets[0]);
         if length > blocks * lz4::most_stored(to_usize(self.block_size)) {
-            return Err(Error::corrupt("a block is longer than any can be"));
+            return Err(Error::corrupt("an LZ4 block is longer than its size allows"));
         }
         buffer::at_least(stored, length)?;
         let stored = &mut stored[..length];
         if fragment.read_at_alone(offsets[0], stored)? < length {
-            return Err(Error::corrupt("a block goes beyond the end"));
+            return Err(Error::corrupt("an LZ4 block extends past the end of the fragment"));
         }
         let mut rest = &*stored;
         for (out, at) in outs.zip(offsets.windows(2)) {
@@ -369,7 +375,7 @@ impl Frame {
             let (word, block) = block.split_at(lz4::SIZE_WORD_BYTES);
             match lz4::stored_length(word.try_into().unwrap_or_default()) {
                 Some((length, raw)) if length == block.len() => unpack(block, raw, out)?,
-                _ => return Err(Error::corrupt("a block is not as long as the index says")),
+                _ => return Err(Error::corrupt("the length of an LZ4 block differs from the one in the index")),
             }
             rest = others;
         }
@@ -381,7 +387,7 @@ fn to_usize(length: u64) -> usize {
     usize::try_from(length).unwrap_or(usize::MAX)
 }
 
-/// Nothing may follow the end mark.
+/// Checks that the fragment ends with the end mark.
 fn check_end(fragment: &FragmentReader, end_mark: u64) -> Result<()> {
     let end = end_mark + lz4::END_MARK.len() as u64;
     match fragment.size() {
@@ -390,12 +396,12 @@ fn check_end(fragment: &FragmentReader, end_mark: u64) -> Result<()> {
         _ => {
             let mut mark = [1; lz4::END_MARK.len()];
             fragment.read_at_alone(end_mark, &mut mark)?;
-            if mark == lz4::END_MARK { Ok(()) } else { Err(Error::corrupt("the frame has no end mark")) }
+            if mark == lz4::END_MARK { Ok(()) } else { Err(Error::corrupt("the LZ4 frame has no end mark")) }
         }
     }
 }
 
-// In crosvm's words, and how many.
+// Both texts begin with the words of crosvm's own errors, and add the number of bytes.
 fn too_many(bytes: u64) -> Error {
     Error::corrupt(format!("too many bytes: {bytes} more than the data ranges need"))
 }

@@ -1,4 +1,4 @@
-//! Where guest regions are restored to: buffers and files, checked before a byte of any is changed.
+//! Destinations of a restore: buffers and files. All are checked before one of them is changed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,7 +17,7 @@ use super::pages::{make_zero, want_huge_pages};
 use crate::error::{Error, Result};
 use crate::stored_file::CacheUse;
 
-/// Where a guest region is restored to.
+/// The destination of one guest region in a restore: a buffer, a file, or nowhere.
 pub struct GuestDestination<'a> {
     guest_base: Option<u64>,
     size: Option<u64>,
@@ -33,15 +33,18 @@ enum DestinationKind<'a> {
 }
 
 impl<'a> GuestDestination<'a> {
-    /// A buffer of the region's size. Where it is anonymous or shared memory, holes are given back to the system.
+    /// Restores to a buffer, which must be as long as the region. If it is anonymous or shared memory, holes release
+    /// their pages to the system.
     pub fn buffer(buffer: &'a mut [u8]) -> Self {
         Self { guest_base: None, size: None, huge_pages: false, uncached: false, kind: DestinationKind::Buffer(buffer) }
     }
 
-    /// A file or memfd of the region's size, or an empty one, which gets it; or, from `offset` on, a part of one, which is
-    /// extended if need be. Holes are punched.
+    /// Restores to a file or memfd. It must be as long as the region, or empty, and is then extended. With an `offset`
+    /// the region goes to that part of the file, which is extended if necessary. Holes of the region are punched into
+    /// the file.
     ///
-    /// A file that is open with `O_APPEND` or `O_DIRECT` is opened anew without. One on hugetlbfs is written through a mapping.
+    /// A file that is open with `O_APPEND` or `O_DIRECT` is reopened without that flag. A file on hugetlbfs is written
+    /// through a mapping.
     pub fn file(file: &'a (impl AsFd + ?Sized), offset: Option<u64>) -> Self {
         Self {
             guest_base: None,
@@ -52,36 +55,36 @@ impl<'a> GuestDestination<'a> {
         }
     }
 
-    /// Nowhere: the region is left out.
+    /// Leaves the region out of the restore.
     #[must_use]
     pub fn nowhere() -> Self {
         Self { guest_base: None, size: None, huge_pages: false, uncached: false, kind: DestinationKind::Nowhere }
     }
 
-    /// The guest-physical address that the region is to have.
+    /// Requires the region to be at this guest-physical address.
     #[must_use]
     pub fn at(mut self, guest_base: u64) -> Self {
         self.guest_base = Some(guest_base);
         self
     }
 
-    /// The bytes that the region is to have.
+    /// Requires the region to have this many bytes.
     #[must_use]
     pub fn of_size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
-    /// Whether anonymous memory gets transparent huge pages where 2 MiB of it are all data; it does not by default. That is
-    /// faster to fill and to use; it costs the system memory in pages of 2 MiB.
+    /// Sets whether anonymous memory gets transparent huge pages wherever 2 MiB of it are all data. They are faster to
+    /// fill and to use, but memory is then allocated in pages of 2 MiB. Off by default.
     #[must_use]
     pub fn huge_pages(mut self, huge_pages: bool) -> Self {
         self.huge_pages = huge_pages;
         self
     }
 
-    /// Whether the region goes past the page cache, as it is read from the snapshot and, to a file, as it is written: a
-    /// restore of tens of GiB then pushes nothing else out of it. Off by default.
+    /// Sets whether the region bypasses the page cache, when it is read from the snapshot and when it is written to a
+    /// file. A restore of tens of GiB then does not displace other pages. Off by default.
     #[must_use]
     pub fn uncached(mut self, uncached: bool) -> Self {
         self.uncached = uncached;
@@ -111,27 +114,28 @@ impl fmt::Debug for GuestDestination<'_> {
     }
 }
 
-/// A destination that was checked.
+/// A destination that has passed all checks.
 pub(super) enum Prepared<'a> {
     Nowhere,
     Buffer(&'a mut [u8], Backing),
     File(OpenFile<'a>, u64, CacheUse),
-    /// A file that can only be written through a mapping.
+    /// A file that can be written only through a mapping.
     Mapped(Mapping),
 }
 
-/// A file to be written at any position: the caller's, or the same opened anew, where the caller's cannot be used so.
+/// A file to which positioned writes work: the one of the caller, or the same file reopened without `O_APPEND` and
+/// `O_DIRECT`.
 #[derive(Clone)]
 pub(super) enum OpenFile<'a> {
     Given(BorrowedFd<'a>),
-    Anew(Arc<File>),
+    Reopened(Arc<File>),
 }
 
 impl AsFd for OpenFile<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Given(file) => *file,
-            Self::Anew(file) => file.as_fd(),
+            Self::Reopened(file) => file.as_fd(),
         }
     }
 }
@@ -146,12 +150,12 @@ fn not_written(error: io::Error) -> Error {
     Error::io("the destination cannot be written", error)
 }
 
-/// What a file is, as far as it matters here.
+/// The properties of a file that decide whether a region can be restored to it.
 struct Examined {
     identity: (u64, u64),
     length: u64,
     kind: fs::FileType,
-    /// Bytes of a page, where the file is on hugetlbfs.
+    /// Page size in bytes, for a file on hugetlbfs.
     huge_page: Option<u64>,
 }
 
@@ -179,17 +183,17 @@ impl Examined {
 /// `HUGETLBFS_MAGIC` of linux/magic.h.
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// A range of a file that a region is restored to: device and inode, start, end, the region's number.
+/// A range of a file to which a region is restored: device and inode, start, end, number of the region.
 type Taken = ((u64, u64), u64, u64, usize);
 
-/// Checks everything that can be wrong with destinations, and only then makes files long enough, and zero where they are
-/// restored to.
+/// Checks all destinations. Only if none is refused, extends the files that are too short, and zeroes the range of each
+/// file to which a region is restored.
 pub(super) fn prepare<'a>(
     regions: &[Region],
     destinations: &'a mut [GuestDestination<'_>],
 ) -> Result<Vec<Prepared<'a>>> {
     if regions.len() != destinations.len() {
-        // In crosvm's words.
+        // The words of crosvm's own error.
         return Err(Error::invalid_argument(format!(
             "snapshot expected {} memory regions but there are {} destinations",
             regions.len(),
@@ -199,21 +203,21 @@ pub(super) fn prepare<'a>(
     let mappings =
         destinations.iter().any(|each| matches!(each.kind, DestinationKind::Buffer(_))).then(OwnMappings::read);
     let mappings = mappings.unwrap_or_default();
-    let (mut taken, mut anew, mut prepared) = (Vec::new(), HashMap::new(), Vec::with_capacity(regions.len()));
+    let (mut taken, mut reopened, mut prepared) = (Vec::new(), HashMap::new(), Vec::with_capacity(regions.len()));
     let mut files = Vec::new();
     for (number, (region, destination)) in regions.iter().zip(destinations).enumerate() {
         let refuse = |text: String| Error::invalid_argument(format!("the destination of region {number} {text}"));
         if let Some(base) = destination.guest_base.filter(|base| *base != region.guest_base) {
-            return Err(refuse(format!("is at {base:#x}, and the region at {:#x}", region.guest_base)));
+            return Err(refuse(format!("is at {base:#x}, but the region is at {:#x}", region.guest_base)));
         }
         if let Some(size) = destination.size.filter(|size| *size != region.size) {
-            return Err(refuse(format!("has {size} bytes, and the region {}", region.size)));
+            return Err(refuse(format!("has {size} bytes, but the region has {}", region.size)));
         }
         prepared.push(match &mut destination.kind {
             DestinationKind::Nowhere => Prepared::Nowhere,
             DestinationKind::Buffer(buffer) => {
                 if buffer.len() as u64 != region.size {
-                    return Err(refuse(format!("has {} bytes, and the region {}", buffer.len(), region.size)));
+                    return Err(refuse(format!("has {} bytes, but the region has {}", buffer.len(), region.size)));
                 }
                 taken.extend(mappings.of_files(buffer).map(|(file, Range { start, end })| (file, start, end, number)));
                 let backing = mappings.backing(buffer);
@@ -229,12 +233,13 @@ pub(super) fn prepare<'a>(
                 })?;
                 let start = offset.unwrap_or(0);
                 taken.push((examined.identity, start, start + region.size, number));
-                let file = usable(*file, &mut anew).map_err(refuse)?;
+                let file = usable(*file, &mut reopened).map_err(refuse)?;
                 files.push(number);
                 if let Some(huge_page) = examined.huge_page {
-                    // Before anything is changed: what cannot be mapped cannot be restored to.
+                    // Mapped once before any file is changed: a file on hugetlbfs that cannot be mapped is refused
+                    // here.
                     let mapping = Mapping::of_file(&file, start, region.size, huge_page);
-                    mapping.map_err(|error| Error::io("the destination, on hugetlbfs, cannot be mapped", error))?;
+                    mapping.map_err(|error| Error::io("the destination on hugetlbfs cannot be mapped", error))?;
                 }
                 let cache = CacheUse::default();
                 cache.set_uncached(destination.uncached);
@@ -254,7 +259,7 @@ pub(super) fn prepare<'a>(
 }
 
 enum Refused {
-    /// Why, as what follows the destination's name.
+    /// The reason, which follows the number of the region in the error.
     Text(String),
     Error(Error),
 }
@@ -270,7 +275,7 @@ fn check_file(file: BorrowedFd<'_>, offset: Option<u64>, size: u64) -> std::resu
     let examined = Examined::of(&file)?;
     let length = examined.length;
     if !examined.is_regular() && examined.kind != fs::FileType::BlockDevice {
-        return refuse("is no file, memfd or block device".to_owned());
+        return refuse("is not a file, memfd or block device".to_owned());
     }
     let fits = match offset {
         None => length == size || (length == 0 && examined.is_regular()),
@@ -280,44 +285,47 @@ fn check_file(file: BorrowedFd<'_>, offset: Option<u64>, size: u64) -> std::resu
         },
     };
     if !fits {
-        return refuse(format!("has {length} bytes, and the region {size}"));
+        return refuse(format!("has {length} bytes, but the region has {size}"));
     }
     let end = offset.unwrap_or(0) + size;
     if let Some(page) = examined.huge_page
         && length < end
         && !end.is_multiple_of(page)
     {
-        return refuse(format!("would end at {end}: on hugetlbfs a file has whole pages of {page} bytes"));
+        return refuse(format!("would end at {end}, but a file on hugetlbfs consists of whole pages of {page} bytes"));
     }
     let flags = fs::fcntl_getfl(file).unwrap_or(OFlags::empty());
     if (flags & OFlags::RWMODE).is_empty() || flags.contains(OFlags::PATH) {
         return refuse("is not open for writing".to_owned());
     }
     if examined.huge_page.is_some() && !flags.contains(OFlags::RDWR) {
-        return refuse("is on hugetlbfs, and not open for reading and writing".to_owned());
+        return refuse("is on hugetlbfs, so it must be open for reading and writing".to_owned());
     }
     Ok(examined)
 }
 
-/// The file without flags that change what a write at a position does: with `O_APPEND` Linux appends (pwrite(2), BUGS), with
-/// `O_DIRECT` it refuses what is not aligned.
-fn usable<'a>(file: BorrowedFd<'a>, anew: &mut HashMap<i32, Arc<File>>) -> std::result::Result<OpenFile<'a>, String> {
+/// Returns the file without the flags that change how a positioned write works: with `O_APPEND` Linux appends
+/// (pwrite(2), BUGS), and with `O_DIRECT` it refuses data that is not aligned.
+fn usable<'a>(
+    file: BorrowedFd<'a>,
+    reopened: &mut HashMap<i32, Arc<File>>,
+) -> std::result::Result<OpenFile<'a>, String> {
     let flags = fs::fcntl_getfl(file).unwrap_or(OFlags::empty());
     if !flags.intersects(OFlags::APPEND | OFlags::DIRECT) {
         return Ok(OpenFile::Given(file));
     }
-    if let Some(file) = anew.get(&file.as_raw_fd()) {
-        return Ok(OpenFile::Anew(Arc::clone(file)));
+    if let Some(file) = reopened.get(&file.as_raw_fd()) {
+        return Ok(OpenFile::Reopened(Arc::clone(file)));
     }
     let mode = if flags.contains(OFlags::RDWR) { OFlags::RDWR } else { OFlags::WRONLY };
     let opened = fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), mode | OFlags::CLOEXEC, fs::Mode::empty());
     let opened = opened.map_err(|errno| {
         let flag = if flags.contains(OFlags::APPEND) { "O_APPEND" } else { "O_DIRECT" };
-        format!("is open with {flag}, and cannot be opened anew ({errno}): open it without")
+        format!("is open with {flag}, and cannot be reopened ({errno}): open it without {flag}")
     })?;
     let opened = Arc::new(File::from(opened));
-    anew.insert(file.as_raw_fd(), Arc::clone(&opened));
-    Ok(OpenFile::Anew(opened))
+    reopened.insert(file.as_raw_fd(), Arc::clone(&opened));
+    Ok(OpenFile::Reopened(opened))
 }
 
 fn check_apart(mut taken: Vec<Taken>) -> Result<()> {
@@ -328,14 +336,14 @@ fn check_apart(mut taken: Vec<Taken>) -> Result<()> {
         Some(pair) => {
             let (one, other) = (pair[0].3.min(pair[1].3), pair[0].3.max(pair[1].3));
             Err(Error::invalid_argument(format!(
-                "the destinations of regions {one} and {other} overlap: they are the same part of a file"
+                "the destinations of regions {one} and {other} overlap: they share bytes of a file"
             )))
         }
     }
 }
 
-/// Extends a file where it is too short, and makes a hole of the part where the region goes. Returns a mapping of the part if
-/// the file can only be written through one.
+/// Extends a file that is too short, and makes the range of the region a hole. Returns a mapping of the range if the
+/// file can be written only through one.
 fn make_zero_and_long_enough(file: &OpenFile<'_>, offset: u64, size: u64) -> Result<Option<Mapping>> {
     let examined = Examined::of(file)?;
     let end = offset + size;
@@ -350,7 +358,7 @@ fn make_zero_and_long_enough(file: &OpenFile<'_>, offset: u64, size: u64) -> Res
         return Ok(None);
     };
     let mut mapping = Mapping::of_file(file, offset, size, page).map_err(not_written)?;
-    // Whole pages as holes; what is left at both ends is written.
+    // Whole pages become holes; the rest at both ends is overwritten with zeros.
     let (first, last) = (offset.next_multiple_of(page), end / page * page);
     let holed = if first < last && punch(file, first, last)? { first - offset..last - offset } else { size..size };
     let part = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
@@ -360,7 +368,7 @@ fn make_zero_and_long_enough(file: &OpenFile<'_>, offset: u64, size: u64) -> Res
     Ok(Some(mapping))
 }
 
-/// Makes a hole of a part of a file, and returns whether that could be.
+/// Makes a range of a file a hole. Returns false if the file does not support holes.
 fn punch(file: &OpenFile<'_>, start: u64, end: u64) -> Result<bool> {
     match fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start) {
         Ok(()) => Ok(true),
@@ -369,7 +377,7 @@ fn punch(file: &OpenFile<'_>, start: u64, end: u64) -> Result<bool> {
     }
 }
 
-/// Writes zeros to a part of a file.
+/// Overwrites a range of a file with zeros.
 fn write_zeros(file: &OpenFile<'_>, mut start: u64, end: u64) -> Result<()> {
     let zeros = vec![0; 64 << 10];
     while start < end {

@@ -1,8 +1,8 @@
-//! Guest memory into the fragments `mem` and `mem_metadata`, by all threads.
+//! Writes guest memory to the fragments `mem` and `mem_metadata`, with all threads.
 //!
-//! Memory is cut into batches. A thread reads the data of a batch into a buffer of its own, drops what is zero, and puts the
-//! rest into the stream when it is its turn; it compresses, encrypts and writes its batch of the stream while the others do the
-//! same with theirs.
+//! Memory is divided into batches. A thread reads the data of a batch into its own buffer and drops the zeros. When it
+//! is the turn of its batch, the thread assigns the data its offset in the stream. It then compresses, encrypts and
+//! writes its batch while other threads work on theirs.
 
 use std::io;
 use std::ops::Range;
@@ -23,21 +23,24 @@ use crate::fragment::rope::Rope;
 use crate::threads::{Interrupt, for_each_interruptible, lock};
 use crate::writer::SnapshotWriter;
 
-/// What one thread reads at a time: it fits the second-level cache, and its turn costs nothing.
+/// The guest memory that one thread reads at a time: it fits the second-level cache, and waiting for turns takes a
+/// negligible time.
 const DUMP_BATCH_BYTES: usize = 512 << 10;
 
-/// Compressed batches that may wait for one before them, besides two a thread: noise compresses ten times as fast as text.
+/// Compressed batches that may wait for an earlier one, in addition to two for each thread: noise compresses ten times
+/// as fast as text.
 const MAX_WAITING_BATCHES: usize = 8;
 
-/// So that the list of ranges of a large and scattered guest stays some tens of MiB, the shortest gap doubles each so many.
+/// The shortest gap doubles each time this many ranges were found. The list of ranges of a large and scattered guest
+/// then stays at some tens of MiB.
 const RANGES_PER_GAP_DOUBLING: usize = 1 << 16;
 
 impl SnapshotWriter {
-    /// Writes guest memory: the fragments `mem` and `mem_metadata`, as crosvm reads them.
+    /// Writes guest memory to the fragments `mem` and `mem_metadata`, in the format that crosvm reads.
     ///
     /// ```
-    /// # let folder = tempfile::tempdir()?;
-    /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+    /// # let directory = tempfile::tempdir()?;
+    /// # let writer = vmsnap::SnapshotWriter::new(directory.path().join("vm1"), false)?;
     /// use vmsnap::{GuestRegion, MemoryOptions};
     ///
     /// let low = vec![7; 65536];
@@ -49,18 +52,19 @@ impl SnapshotWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] for regions that overlap and sizes that are not allowed; [`Error::is_io`] where there is a
-    /// fragment of that name, where memory cannot be read, with its address, or the disk is full. No fragment stays then.
+    /// [`Error::is_invalid_argument`] if regions overlap or a size is not allowed. [`Error::is_io`] if one of the
+    /// fragments exists, memory cannot be read (the text has its address), or the disk is full. Both fragments are
+    /// removed after an error.
     pub fn write_memory(&self, regions: &[GuestRegion<'_>], options: &MemoryOptions) -> Result<MemoryReport> {
         self.write_memory_interruptible(regions, options, &mut |_| Ok(()))
     }
 
-    /// The same, and asks `progress` from time to time (not more often than every 50 ms), and when all was written, whether to go
-    /// on.
+    /// Writes guest memory as [`SnapshotWriter::write_memory`] does, and calls `progress` at most every 50 ms and once
+    /// when everything is written. An error of `progress` ends the dump.
     ///
     /// # Errors
     ///
-    /// As there, and what `progress` returns.
+    /// The errors of [`SnapshotWriter::write_memory`], and the error that `progress` returns.
     pub fn write_memory_interruptible(
         &self,
         regions: &[GuestRegion<'_>],
@@ -72,13 +76,13 @@ impl SnapshotWriter {
             .map_err(Error::invalid_argument)?;
         if lz4::header(options.block_size_bytes).is_none() {
             let text =
-                format!("LZ4 blocks have 64 KiB, 256 KiB, 1 MiB or 4 MiB, not {} bytes", options.block_size_bytes);
+                format!("an LZ4 block has 64 KiB, 256 KiB, 1 MiB or 4 MiB, not {} bytes", options.block_size_bytes);
             return Err(Error::invalid_argument(text));
         }
         let mut memory = self.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?;
         memory.set_uncached(options.uncached);
         let mut metadata = self.raw_fragment(METADATA).inspect_err(|_| {
-            // The cause says more than what goes wrong here.
+            // The cause is the better error, so a failure to remove the fragment is not reported.
             let _ = memory.remove();
         })?;
         let written = (|| {
@@ -99,7 +103,7 @@ impl SnapshotWriter {
             let mut report = found.report(&document);
             metadata.write_all_interruptible(&self.encode(METADATA, &document)?, &mut || Ok(()))?;
             progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
-            // First what is short: where one of the two fails, it is not the other's failure that is told.
+            // The short fragment is finished first, so that a failure of the long one is reported as its own.
             metadata.finish_interruptible(&mut || Ok(()))?;
             memory.finish_interruptible(&mut || Ok(()))?;
             report.stored_bytes = memory.stored_size()? + metadata.stored_size()?;
@@ -115,7 +119,7 @@ impl SnapshotWriter {
     }
 }
 
-/// What was written but for the end.
+/// The end of the stream, which is not written yet, and the index of the blocks.
 struct Stored {
     rest: Rest,
     block_lengths: Option<Vec<u8>>,
@@ -131,9 +135,9 @@ struct Dump<'a> {
     failure: Mutex<Option<Error>>,
 }
 
-/// What one thread works on at a time.
+/// The range of guest memory that one thread works on at a time.
 struct Batch {
-    /// Its place among the batches in which there is data.
+    /// Its number among the batches with data.
     number: usize,
     region: usize,
     /// Offsets in the region.
@@ -142,33 +146,36 @@ struct Batch {
 
 #[derive(Default)]
 struct Found {
-    /// Of each region.
+    /// The data ranges of each region, as offsets in it.
     ranges: Vec<Vec<Range<u64>>>,
     unreadable: Vec<Range<u64>>,
 }
 
 struct DumpWorker {
     data: BatchBuffer,
-    /// What the source says of the batch, and what is kept of it.
+    /// The data ranges that the source reports for the batch.
     found: Vec<Range<u64>>,
+    /// The data ranges that are stored.
     ranges: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
-    /// What the batch before left over, and a block that does not lie together.
+    /// The data that the previous batch left over.
     head: Vec<u8>,
+    /// A block whose bytes are not contiguous.
     room: Vec<u8>,
-    /// And the buffer for compressed blocks, with their lengths; it is with the reorder buffer meanwhile.
+    /// The compressor, with the buffer for compressed blocks and their lengths. [`ReorderBuffer::put`] takes the buffer
+    /// and returns another one.
     packing: Option<(Packer, Option<AnnotatedBatch>)>,
     position_worker: PositionedWorker,
 }
 
-/// The turns that the bytes of a batch take.
+/// The order in which batches take their offsets.
 struct Stages {
     data: Sequencer,
-    /// Where blocks are compressed: the frame.
+    /// The compressed stream, if blocks are compressed.
     frame: Option<ReorderBuffer>,
 }
 
-/// Bytes that the blocks of a batch may take, with one begun by the batch before.
+/// Returns how many bytes the blocks of a batch take at most, with one block that the previous batch began.
 fn most_packed(block_size: usize) -> usize {
     (DUMP_BATCH_BYTES + block_size).div_ceil(block_size) * lz4::most_stored(block_size)
 }
@@ -208,7 +215,7 @@ impl<'a> Dump<'a> {
         let result = for_each_interruptible(&mut workers, self.batches(), interrupt, |worker, batch, interrupt| {
             let _guards = (stages.data.guard(), stages.frame.as_ref().map(ReorderBuffer::guard));
             batch.and_then(|batch| self.batch(&stages, positioned, worker, &batch, interrupt)).map_err(|error| {
-                // Before the others are woken, which would tell only that they were.
+                // Recorded before the other threads are woken, because they only return that they were interrupted.
                 lock(&self.failure).get_or_insert(error);
                 stages.fail();
                 Error::interrupted()
@@ -236,7 +243,7 @@ impl<'a> Dump<'a> {
         })
     }
 
-    /// The batches in which there is data. A hole costs nothing, however long it is.
+    /// Iterates over the batches with data. A hole of any length takes no time.
     fn batches(&self) -> impl Iterator<Item = Result<Batch>> + Send {
         let (mut region, mut at, mut number) = (0, 0, 0);
         std::iter::from_fn(move || {
@@ -244,7 +251,8 @@ impl<'a> Dump<'a> {
                 let source = &*self.regions.get(region)?.source;
                 let size = source.size();
                 let next = match if at < size { self.next_data(source, at) } else { Ok(None) } {
-                    // Batches begin where they would without holes, so that the list of ranges does not depend on them.
+                    // A batch begins where it would begin without holes, so that the list of ranges does not depend on
+                    // them.
                     Ok(next) => next.map(|next| next.max(at)).filter(|next| *next < size),
                     Err(error) => {
                         let error = Error::io("cannot be searched for holes", error);
@@ -324,7 +332,8 @@ impl<'a> Dump<'a> {
         Ok(())
     }
 
-    /// Finds what is to be stored of a batch of bytes that do not change; false where not all of them can be read.
+    /// Finds the data ranges of a batch whose bytes do not change. Returns false if some of the bytes cannot be read in
+    /// place.
     fn scan(&self, region: usize, batch: Range<u64>, bytes: &[u8], worker: &mut DumpWorker) -> bool {
         let source = &*self.regions[region].source;
         let min_gap = self.min_gap();
@@ -351,7 +360,7 @@ impl<'a> Dump<'a> {
         true
     }
 
-    /// Shorter gaps are stored as zeros.
+    /// Gaps shorter than this are stored as zeros.
     fn min_gap(&self) -> u64 {
         let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_PER_GAP_DOUBLING;
         self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20))
@@ -372,7 +381,7 @@ impl<'a> Dump<'a> {
         looked.map_err(|error| Error::io("cannot be searched for holes", error))?;
         let mut at = batch.start;
         for data in &found {
-            // Whatever a source says, nothing is taken twice or from elsewhere.
+            // The source is not trusted: no byte is taken twice or from outside the batch.
             let (start, end) = (data.start.max(at), data.end.min(batch.end));
             if start >= end {
                 continue;
@@ -380,7 +389,7 @@ impl<'a> Dump<'a> {
             if let Some(last) = worker.ranges.last_mut()
                 && start - last.end < min_gap
             {
-                // A hole too short to be told; the zeros after it may yet be.
+                // A hole too short for the list of ranges. Zeros after it may make it long enough.
                 let gap = usize::try_from(start - last.end).unwrap_or(0);
                 worker.data.spare()[..gap].fill(0);
                 worker.data.grow(gap);
@@ -401,7 +410,8 @@ impl<'a> Dump<'a> {
         Ok(())
     }
 
-    /// Fills `buf`; pages that cannot be read are zeros, where that is wanted.
+    /// Fills `buf` from the source. If the options allow it, a page that cannot be read becomes zeros and is added to
+    /// `unreadable`.
     fn read(&self, region: usize, start: u64, buf: &mut [u8], unreadable: &mut Vec<Range<u64>>) -> Result<()> {
         let GuestRegion { guest_base, source } = &self.regions[region];
         let mut done = 0;
@@ -437,7 +447,7 @@ impl Stages {
         }
     }
 
-    /// What is left when all batches were taken: the last block, and the end mark.
+    /// Returns the end of the stream after the last batch: the last block, and the end mark.
     fn finish(self, options: &MemoryOptions) -> Result<Stored> {
         let data = self.data.rest();
         let Some(reordered) = self.frame else {
@@ -457,7 +467,7 @@ impl Stages {
 }
 
 impl Found {
-    /// Adds what is in a batch, in the order of the batches.
+    /// Adds the ranges of a batch. Batches are added in order.
     fn add(&mut self, region: usize, ranges: &[Range<u64>], unreadable: &mut Vec<Range<u64>>) -> Result<()> {
         buffer::reserve(&mut self.ranges[region], ranges.len())?;
         for range in ranges {
@@ -470,7 +480,7 @@ impl Found {
         Ok(())
     }
 
-    /// What was found, which it takes: the list may be long.
+    /// Moves the ranges into the metadata, because the lists may be long.
     fn metadata(&mut self, regions: &[GuestRegion<'_>], options: &MemoryOptions, lengths: Option<Vec<u8>>) -> Metadata {
         let regions = regions.iter().zip(&mut self.ranges).map(|(region, ranges)| RegionMetadata {
             guest_base: region.guest_base,

@@ -1,4 +1,4 @@
-//! A file as guest memory.
+//! [`FileMemory`]: guest memory in a file, memfd or block device.
 
 use std::fs::File;
 use std::io;
@@ -16,11 +16,11 @@ use crate::pool::thread_number;
 use crate::stored_file::CacheUse;
 use crate::threads::lock;
 
-/// A part of a file, memfd or block device as guest memory. Holes are not read.
+/// Guest memory in a file, memfd or block device, or in a part of one. Holes are not read.
 ///
 /// ```
-/// # let folder = tempfile::tempdir()?;
-/// # let path = folder.path().join("ram");
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("ram");
 /// std::fs::write(&path, [7; 8192])?;
 /// let memory = vmsnap::FileMemory::new(std::fs::File::open(&path)?, 4096, None)?;
 /// assert_eq!(vmsnap::GuestMemorySource::size(&memory), 4096);
@@ -31,49 +31,53 @@ pub struct FileMemory {
     file: Arc<OpenFile>,
     offset: u64,
     size: u64,
-    /// Data that was found to be longer than what was looked at: tmpfs steps through it page by page to find its end.
+    /// A data range that extends past the range in which it was searched for: tmpfs walks through it page by page to
+    /// find its end.
     known: Mutex<Range<u64>>,
 }
 
-/// A file, opened by us.
+/// A file opened by vmsnap.
 #[derive(Debug)]
 pub(super) struct OpenFile {
     file: File,
     cache: CacheUse,
     length: u64,
-    /// Whether the file tells where its holes are.
+    /// Whether the file system reports the holes of the file.
     tells_holes: bool,
-    /// Open files of the same, with positions of their own: threads that look for holes with one file wait for each other.
+    /// The same file opened again for several threads, each time with its own position: threads that search for holes
+    /// with one open file wait for each other.
     lookers: [OnceLock<File>; 8],
 }
 
 impl FileMemory {
-    /// `size` bytes from `offset`, or all from there. The position of `file` stays what it is.
+    /// Takes `size` bytes of `file` from `offset` on, or everything from there to the end. The position of `file` does
+    /// not change.
     ///
-    /// Several parts of one file share a descriptor where [`FileMemory::part`] makes them.
+    /// [`FileMemory::part`] makes several parts of one file that share a descriptor.
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where the file does not reach so far, where nothing is left from `offset` on and no size
-    /// is given, and where it is not a file that tells its size: a directory, FIFO, socket or character device, an empty file,
-    /// or one like those of `/proc` that has a size of 0 whatever it holds. [`Error::is_io`] where it cannot be looked at.
+    /// [`Error::is_invalid_argument`] if the file ends before the range does, if `offset` is at the end and no size is
+    /// given, or if the size of the file is unknown. That is so for a directory, FIFO, socket or character device, and
+    /// for a file of size 0, because files of `/proc` report that size and yet have contents.
+    /// [`Error::is_io`] if the file cannot be examined.
     pub fn new(file: impl AsFd, offset: u64, size: Option<u64>) -> Result<Self> {
         let open = OpenFile::new(&file)?;
         let length = open.length;
         if length == 0 {
-            let text = "has a size of 0: it is empty, or like files of /proc does not tell its size; \
-                        a process' memory is a ProcessMemory";
+            let text = "has a size of 0: it is empty, or does not report its size, like the files of /proc; \
+                        use ProcessMemory for the memory of a process";
             return Err(Error::invalid_argument(text).context(name_of(&file)));
         }
         Self::within(Arc::new(open), 0, length).part(offset, size)
     }
 
-    /// A part of this memory, `size` bytes from `offset` or all from there, that shares the open file with it: one descriptor
-    /// is enough for any number of regions of a file.
+    /// Takes a part of this memory: `size` bytes from `offset` on, or everything from there to the end. The part shares
+    /// the open file, so one descriptor is enough for any number of regions in a file.
     ///
     /// ```
-    /// # let folder = tempfile::tempdir()?;
-    /// # let path = folder.path().join("ram");
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("ram");
     /// std::fs::write(&path, [7; 8192])?;
     /// let whole = vmsnap::FileMemory::open(&path, 0, None)?;
     /// let high = whole.part(4096, None)?;
@@ -83,8 +87,8 @@ impl FileMemory {
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where this memory does not reach so far, or nothing is left from `offset` on and no size
-    /// is given.
+    /// [`Error::is_invalid_argument`] if this memory ends before the part does, or if `offset` is at the end and no
+    /// size is given.
     pub fn part(&self, offset: u64, size: Option<u64>) -> Result<Self> {
         let rest = self.size.checked_sub(offset);
         let size = match (rest, size) {
@@ -92,15 +96,15 @@ impl FileMemory {
             (Some(rest), Some(size)) if size <= rest => size,
             _ => {
                 let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
-                let text = format!("has {} bytes, not {wanted}offset {offset}", self.size);
+                let text = format!("has {} bytes, too few for {wanted}offset {offset}", self.size);
                 return Err(Error::invalid_argument(text).context(name_of(&self.file.file)));
             }
         };
         Ok(Self::within(Arc::clone(&self.file), self.offset + offset, size))
     }
 
-    /// Whether reading leaves no page of the file in the page cache, this memory and all its parts: for files of tens of GiB
-    /// that are read once. Off by default.
+    /// Sets whether reads of this memory and all its parts leave the file out of the page cache. Useful for
+    /// files of tens of GiB that are read once. Off by default.
     #[must_use]
     pub fn uncached(self, uncached: bool) -> Self {
         self.file.cache.set_uncached(uncached);
@@ -111,29 +115,30 @@ impl FileMemory {
         Self { file, offset, size, known: Mutex::new(0..0) }
     }
 
-    /// The file at `path`, as [`FileMemory::new`] takes it. A FIFO is refused without waiting for whoever writes to it.
+    /// Opens the file at `path` and takes a part of it, as [`FileMemory::new`] does. A FIFO is refused at once, even
+    /// without a writer.
     ///
     /// # Errors
     ///
-    /// Those of [`FileMemory::new`], and [`Error::is_io`] where the file cannot be opened.
+    /// The errors of [`FileMemory::new`], and [`Error::is_io`] if the file cannot be opened.
     pub fn open(path: impl AsRef<Path>, offset: u64, size: Option<u64>) -> Result<Self> {
         let path = path.as_ref();
         let failed = |error: io::Error| Error::io(format!("{} cannot be opened", path.display()), error);
-        // Looked at first: to open a FIFO waits, and to open a device may do anything.
+        // Checked before opening: opening a FIFO waits for a writer, and opening a device may have side effects.
         let stat = fs::stat(path).map_err(|errno| failed(errno.into()))?;
         check_kind(fs::FileType::from_raw_mode(stat.st_mode)).map_err(|error| error.context(path.display()))?;
         Self::new(File::open(path).map_err(failed)?, offset, size)
     }
 }
 
-/// The file's path as the kernel knows it, for an error.
+/// Returns the path of the file as the kernel knows it, for an error.
 fn name_of(file: &impl AsFd) -> String {
     let descriptor = file.as_fd().as_raw_fd();
     std::fs::read_link(format!("/proc/self/fd/{descriptor}"))
         .map_or_else(|_| format!("file descriptor {descriptor}"), |path| path.display().to_string())
 }
 
-/// Refuses what has no size.
+/// Refuses a kind of file that does not have a size.
 fn check_kind(kind: fs::FileType) -> Result<()> {
     let kind = match kind {
         fs::FileType::RegularFile | fs::FileType::BlockDevice => return Ok(()),
@@ -143,11 +148,11 @@ fn check_kind(kind: fs::FileType) -> Result<()> {
         fs::FileType::CharacterDevice => "a character device",
         _ => "neither a file nor a device",
     };
-    let text = format!("is {kind}; guest memory is in a file, a memfd or a block device");
+    let text = format!("is {kind}: guest memory is read from a file, a memfd or a block device");
     Err(Error::invalid_argument(text))
 }
 
-/// The same file with a position of its own.
+/// Opens the same file again, with a position of its own.
 fn reopen(file: &impl AsFd) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
 }
@@ -155,21 +160,21 @@ fn reopen(file: &impl AsFd) -> io::Result<File> {
 impl OpenFile {
     fn new(file: impl AsFd) -> Result<Self> {
         let failed = |error: io::Error| Error::io("cannot be opened as guest memory", error).context(name_of(&file));
-        // Looked at first: to open a FIFO anew waits.
+        // Checked before reopening: reopening a FIFO waits for a writer.
         let stat = fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
         check_kind(fs::FileType::from_raw_mode(stat.st_mode)).map_err(|error| error.context(name_of(&file)))?;
-        // A description of our own: looking for holes moves the position.
+        // An open file of its own, because searching for holes moves the position.
         let (own_file, own) = match reopen(&file) {
             Ok(file) => (file, true),
             Err(_) => (file.as_fd().try_clone_to_owned().map_err(failed)?.into(), false),
         };
         Self::of(own_file, own).map_err(failed)?.ok_or_else(|| {
-            Error::invalid_argument("the size of a block device is only found where it can be opened anew")
+            Error::invalid_argument("the size of a block device is unknown, because it cannot be reopened")
                 .context(name_of(&file))
         })
     }
 
-    /// None where it is nothing that has a length. `own`: whether nobody else moves its position.
+    /// Returns `None` if the file does not have a length. `own` says that no other code moves the position of `file`.
     pub(super) fn of(file: File, own: bool) -> io::Result<Option<Self>> {
         let stat = fs::fstat(&file)?;
         let length = match fs::FileType::from_raw_mode(stat.st_mode) {
@@ -180,7 +185,8 @@ impl OpenFile {
         let tells_holes = own
             && match fs::seek(&file, SeekFrom::Data(0)) {
                 Ok(_) => true,
-                // No data at all, and blocks of it: one of the two is wrong, or there is space set aside.
+                // The file has allocated blocks and yet no data: either the report is wrong, or the space is
+                // preallocated.
                 Err(Errno::NXIO) => stat.st_blocks == 0,
                 Err(_) => false,
             };
@@ -191,9 +197,9 @@ impl OpenFile {
         self.length
     }
 
-    /// The file that this thread looks for holes with.
+    /// Returns the open file with which this thread searches for holes.
     fn looker(&self) -> &File {
-        // A short file is not worth a descriptor a thread.
+        // A short file is not worth one descriptor for each thread.
         let useful = usize::try_from(self.length >> 20).map_or(self.lookers.len(), |mib| mib.min(self.lookers.len()));
         let number = thread_number() % self.lookers.len();
         if number >= useful {
@@ -208,30 +214,30 @@ impl OpenFile {
 }
 
 impl FileMemory {
-    /// Where the next data begins, from an offset in the region on; None where only a hole follows.
+    /// Returns where the next data begins, from an offset in the region on, or `None` if only a hole follows.
     fn data_from(&self, offset: u64) -> io::Result<Option<u64>> {
         if offset >= self.size {
             return Ok(None);
         }
         let found = match fs::seek(self.file.looker(), SeekFrom::Data(self.offset + offset)) {
-            // No data up to the end.
+            // There is no data up to the end.
             Err(Errno::NXIO) => return Ok(None),
             found => found?,
         };
-        // Never before the offset, whatever the file system says.
+        // Not before the offset, even if the file system says so.
         Ok(Some(found.saturating_sub(self.offset).max(offset)).filter(|start| *start < self.size))
     }
 
-    /// Where the data that begins at an offset ends.
+    /// Returns where the data that begins at `start` ends.
     fn hole_after(&self, start: u64) -> io::Result<u64> {
         match fs::seek(self.file.looker(), SeekFrom::Hole(self.offset + start)) {
-            // A hole was made there just now, or the file cut: zeros, then, or an error when it is read.
+            // A hole was punched there just now, or the file was truncated. The read finds zeros, or fails.
             Err(Errno::NXIO) => Ok(self.size),
             end => Ok((end?.saturating_sub(self.offset)).clamp(start + 1, self.size)),
         }
     }
 
-    /// Whether data was found around an offset before, and if so where it ends.
+    /// Returns where the data around an offset ends, if an earlier search found it.
     fn known_from(&self, offset: u64) -> Option<u64> {
         let known = lock(&self.known);
         known.contains(&offset).then_some(known.end)
@@ -255,7 +261,7 @@ impl GuestMemorySource for FileMemory {
                 at = end;
                 continue;
             }
-            // The end of data is looked for only where the data is asked for: on tmpfs that steps through it page by page.
+            // The end of the data is searched for only here, because tmpfs walks through it page by page.
             let Some(start) = self.data_from(at)?.filter(|start| *start < within.end) else { break };
             at = self.hole_after(start)?;
             found.push(start..at.min(within.end));
@@ -280,7 +286,7 @@ impl GuestMemorySource for FileMemory {
             let at = self.offset + offset + done as u64;
             match self.file.cache.read(&self.file.file, &mut buf[done..length], at) {
                 Ok(0) if done == 0 => {
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file was truncated"));
                 }
                 Ok(0) => break,
                 Ok(count) => done += count,
@@ -341,14 +347,14 @@ mod tests {
 
     #[test]
     fn what_does_not_tell_its_size_is_refused_by_name_and_not_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let fifo = folder.path().join("fifo");
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
         fs::mknodat(fs::CWD, &fifo, fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        let empty = folder.path().join("empty");
+        let empty = directory.path().join("empty");
         File::create(&empty).unwrap();
         for (path, why) in [
             (fifo.as_path(), "a FIFO"),
-            (folder.path(), "a directory"),
+            (directory.path(), "a directory"),
             (Path::new("/dev/zero"), "a character device"),
             (Path::new("/proc/self/maps"), "size of 0"),
             (empty.as_path(), "size of 0"),
@@ -359,7 +365,7 @@ mod tests {
             assert!(text.contains(why), "{text}");
             assert!(text.contains(path.file_name().unwrap().to_str().unwrap()), "{text}");
         }
-        // Open for reading and writing, which waits for nobody.
+        // Open for reading and writing, because that does not wait.
         let both = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
         assert!(FileMemory::new(&both, 0, None).unwrap_err().to_string().contains("fifo: "));
     }

@@ -1,4 +1,4 @@
-//! The guest memory in a snapshot: which there is, and reading some of it at random.
+//! [`GuestMemory`]: the guest memory of a snapshot, its regions and random access to it.
 
 use std::fmt;
 use std::ops::Range;
@@ -8,16 +8,16 @@ use super::metadata::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
 use crate::error::{Error, Result};
 use crate::reader::SnapshotReader;
 
-/// Reads up to this size go through the cache of blocks: they are of a caller who looks here and there.
+/// Reads of at most this size go through the cache of blocks, because they come from random access.
 const MAX_CACHED_READ_BYTES: usize = 256 << 10;
 
-/// The guest memory in a snapshot, vmsnap's or crosvm's.
+/// The guest memory of a snapshot that vmsnap or crosvm wrote.
 ///
-/// It may be read by many threads at once.
+/// Many threads may read it at once.
 ///
 /// ```
-/// # let folder = tempfile::tempdir()?;
-/// # let path = folder.path().join("vm1");
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("vm1");
 /// use vmsnap::{GuestDestination, GuestRegion, MemoryOptions, SnapshotOptions};
 ///
 /// let options = SnapshotOptions::new();
@@ -44,12 +44,12 @@ pub struct GuestMemory {
 }
 
 impl SnapshotReader {
-    /// The guest memory that [`crate::SnapshotWriter::write_memory`], or crosvm, wrote into this namespace.
+    /// Returns the guest memory that [`crate::SnapshotWriter::write_memory`] or crosvm wrote to this namespace.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is none, [`Error::is_corrupt`] where its regions and ranges contradict each other or do not
-    /// fit the data; [`Error::is_authentication`] where it is not what was written.
+    /// [`Error::is_io`] if the namespace contains no guest memory. [`Error::is_corrupt`] if its regions and ranges
+    /// contradict each other or do not fit the data. [`Error::is_authentication`] if the stored bytes were changed.
     pub fn memory(&self) -> Result<GuestMemory> {
         let metadata = Metadata::read(self).map_err(|error| self.without_memory(error))?;
         let layout = metadata.check();
@@ -61,9 +61,9 @@ impl SnapshotReader {
         Ok(GuestMemory { layout, data, compressed, threads: self.threads(), place })
     }
 
-    /// Returns an error that says that there is no guest memory, if `error` comes from that.
+    /// Returns an error that says that there is no guest memory, if that is the cause of `error`.
     fn without_memory(&self, error: Error) -> Error {
-        // A fragment that is listed and cannot be found is a damage, and not what was never there.
+        // If the fragment is listed but missing, the snapshot is damaged.
         let is_listed = || self.list_fragments().is_ok_and(|names| names.iter().any(|name| name == METADATA));
         if !error.is_not_found() || is_listed() {
             return error;
@@ -78,40 +78,40 @@ impl SnapshotReader {
 }
 
 impl GuestMemory {
-    /// Guest-physical addresses of the regions, in the order in which they are stored.
+    /// Returns the guest-physical addresses of the regions, in the order in which they are stored.
     #[must_use]
     pub fn regions(&self) -> Vec<Range<u64>> {
         self.layout.regions.iter().map(|region| region.guest_base..region.end()).collect()
     }
 
-    /// The data ranges of a region, in bytes from its start; between them it is zero.
+    /// Returns the data ranges of a region, in bytes from its start. Everything between two ranges is zero.
     ///
     /// # Panics
     ///
-    /// Where there is no such region.
+    /// If `region` is not the number of a region.
     #[must_use]
     pub fn data_ranges(&self, region: usize) -> Vec<Range<u64>> {
         self.layout.regions[region].ranges.iter().map(|range| range.start..range.end).collect()
     }
 
-    /// Bytes of all data ranges.
+    /// Returns the total length of all data ranges.
     #[must_use]
     pub fn data_bytes(&self) -> u64 {
         self.layout.data_bytes
     }
 
-    /// Whether it is compressed.
+    /// Returns whether the memory is compressed.
     #[must_use]
     pub fn is_compressed(&self) -> bool {
         self.compressed
     }
 
-    /// Fills `buf` with the memory at a guest-physical address, all of which lies in one region.
+    /// Fills `buf` with the memory at a guest-physical address. All of it must be in one region.
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where there is no such memory; [`Error::is_authentication`] and [`Error::is_corrupt`] where
-    /// it is not what was written; `buf` is all zeros then.
+    /// [`Error::is_invalid_argument`] if the addresses are not in one region. [`Error::is_authentication`] or
+    /// [`Error::is_corrupt`] if the stored bytes were changed. `buf` is zeroed then.
     pub fn read_at(&self, guest_address: u64, buf: &mut [u8]) -> Result<()> {
         self.read_at_interruptible(guest_address, buf, &mut || Ok(()))
     }
@@ -134,13 +134,13 @@ impl GuestMemory {
         })
     }
 
-    /// Whether there is such memory, before room is made for it.
+    /// Checks that the addresses are in one region, before a buffer is allocated.
     #[cfg(feature = "python")]
     pub(crate) fn check_address(&self, guest_address: u64, size: u64) -> Result<()> {
         self.find(guest_address, size).map(drop)
     }
 
-    /// The region of an address, and the offset in it.
+    /// Returns the region of an address, and the offset in it.
     fn find(&self, guest_address: u64, size: u64) -> Result<(&Region, u64)> {
         let region = self.layout.regions.iter().find(|region| {
             guest_address
@@ -150,7 +150,8 @@ impl GuestMemory {
         match region {
             Some(region) if region.end() - guest_address >= size => Ok((region, guest_address - region.guest_base)),
             Some(region) => Err(Error::invalid_argument(format!(
-                "{size} bytes from guest-physical address {guest_address:#x} go beyond their region, which ends at {:#x}",
+                "{size} bytes from guest-physical address {guest_address:#x} extend past the end of their region \
+                 at {:#x}",
                 region.end()
             ))),
             None => {
@@ -161,8 +162,10 @@ impl GuestMemory {
                     .take(8)
                     .map(|r| format!("{:#x} to {:#x}", r.guest_base, r.end()))
                     .collect();
-                let text =
-                    format!("no memory at guest-physical address {guest_address:#x}: there is {}", all.join(", "));
+                let text = format!(
+                    "no memory at guest-physical address {guest_address:#x}: the regions are {}",
+                    all.join(", ")
+                );
                 Err(Error::invalid_argument(text))
             }
         }
@@ -191,7 +194,7 @@ impl fmt::Debug for GuestMemory {
     }
 }
 
-/// The stored ranges of which something lies between two offsets of a region.
+/// Returns the stored ranges of a region that intersect the range between two offsets.
 pub(super) fn ranges_in(region: &Region, start: u64, end: u64) -> &[StoredRange] {
     let first = region.ranges.partition_point(|range| range.end <= start);
     let last = region.ranges.partition_point(|range| range.start < end);

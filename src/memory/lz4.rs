@@ -1,19 +1,20 @@
-//! One LZ4 frame of independent blocks, made and read block by block.
+//! Writes and reads an LZ4 frame of independent blocks, block by block.
 //!
-//! The format is LZ4's own, `lz4_Frame_format.md` version 1.6.4 in its repository: a header, blocks with their stored length
-//! before them, an end mark. What crosvm's decoder needs: no block is empty but the end mark, and there is one frame.
+//! The format is in `lz4_Frame_format.md`, version 1.6.4, of the LZ4 repository: a header, blocks that each follow a
+//! word with their stored length, and an end mark. The decoder of crosvm requires that there is a single frame, and
+//! that the end mark is the only empty block.
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
 use crate::error::{Error, Result};
 
-/// Bytes of plaintext in a block; a frame knows these four.
+/// Plaintext bytes in a block. The frame format allows these four sizes.
 pub(super) const BLOCK_SIZES: [usize; 4] = [64 << 10, 256 << 10, 1 << 20, 4 << 20];
 
 /// Magic number, flags and the checksum of the flags.
 pub(super) const HEADER_BYTES: usize = 7;
 
-/// Before each block.
+/// Bytes of the size word before each block.
 pub(super) const SIZE_WORD_BYTES: usize = 4;
 
 pub(super) const END_MARK: [u8; SIZE_WORD_BYTES] = [0; SIZE_WORD_BYTES];
@@ -23,12 +24,12 @@ const MAGIC: [u8; 4] = [0x04, 0x22, 0x4d, 0x18];
 /// Version 1, independent blocks, no checksums, no size, no dictionary.
 const FLAGS: u8 = 0b0110_0000;
 
-/// In a size word: the block is stored as it is.
+/// The bit of a size word that says that the block is stored uncompressed.
 const RAW: u32 = 1 << 31;
 
-/// The header of a frame whose blocks hold so many bytes; none for a size that a frame has not.
+/// Returns the header of a frame with blocks of `block_size`, or `None` if the format does not have that size.
 pub(super) fn header(block_size: usize) -> Option<[u8; HEADER_BYTES]> {
-    // The last byte is the second of the XXH32 of the two before it.
+    // The last byte is the second byte of the XXH32 of the two bytes before it.
     let (sizes, checksum) = match BLOCK_SIZES.iter().position(|size| *size == block_size)? {
         0 => (0x40, 0x82),
         1 => (0x50, 0xfb),
@@ -41,16 +42,16 @@ pub(super) fn header(block_size: usize) -> Option<[u8; HEADER_BYTES]> {
     Some(header)
 }
 
-/// The block size that a frame's header tells.
+/// Returns the block size in the header of a frame.
 pub(super) fn block_size_of(header: [u8; HEADER_BYTES]) -> Result<usize> {
-    // Compared as a whole: a frame with checksums, sizes, linked blocks or a dictionary is none that crosvm or vmsnap writes.
+    // Compared as a whole: crosvm and vmsnap write no frames with checksums, sizes, linked blocks or a dictionary.
     BLOCK_SIZES
         .into_iter()
         .find(|size| self::header(*size) == Some(header))
-        .ok_or_else(|| Error::corrupt("is no LZ4 frame of independent blocks without checksums"))
+        .ok_or_else(|| Error::corrupt("is not an LZ4 frame of independent blocks without checksums"))
 }
 
-/// Bytes a block of so many may take, its size word included.
+/// Returns how many bytes a block may take at most, including its size word.
 pub(super) fn most_stored(block_size: usize) -> usize {
     SIZE_WORD_BYTES + get_maximum_output_size(block_size)
 }
@@ -62,11 +63,12 @@ impl Packer {
         Self(CompressTable::large())
     }
 
-    /// Writes the size word and the block into `out`, which has [`most_stored`] bytes; returns the length of the block alone.
+    /// Writes the size word and the block to `out`, which has [`most_stored`] bytes. Returns the length of the block
+    /// alone.
     pub(super) fn pack(&mut self, block: &[u8], out: &mut [u8]) -> Result<usize> {
         let (word, body) = out.split_at_mut(SIZE_WORD_BYTES);
         let packed = compress_into_with_table(block, body, &mut self.0)
-            .map_err(|error| Error::corrupt(format!("cannot be compressed: {error}")))?;
+            .map_err(|error| Error::corrupt(format!("a block cannot be compressed: {error}")))?;
         let (length, flag) = if packed < block.len() {
             (packed, 0)
         } else {
@@ -79,30 +81,31 @@ impl Packer {
     }
 }
 
-/// What a size word says: the stored length, and whether the block is stored as it is. None for the end mark.
+/// Decodes a size word: the stored length, and whether the block is uncompressed. Returns `None` for the end mark.
 pub(super) fn stored_length(word: [u8; SIZE_WORD_BYTES]) -> Option<(usize, bool)> {
     let word = u32::from_le_bytes(word);
     let length = usize::try_from(word & !RAW).unwrap_or(usize::MAX);
     (word != 0).then_some((length, word & RAW != 0))
 }
 
-/// Writes what a stored block holds into `out`, which must be as long as that.
+/// Decompresses a stored block into `out`, which must have the length of the plaintext.
 pub(super) fn unpack(block: &[u8], raw: bool, out: &mut [u8]) -> Result<()> {
     if raw {
         if block.len() != out.len() {
-            return Err(Error::corrupt(format!("a block of {} bytes was to have {}", block.len(), out.len())));
+            return Err(Error::corrupt(format!("an LZ4 block has {} bytes instead of {}", block.len(), out.len())));
         }
         out.copy_from_slice(block);
         return Ok(());
     }
     match decompress(block, out) {
         Some(length) if length == out.len() => Ok(()),
-        Some(length) => Err(Error::corrupt(format!("a block holds {length} bytes, and was to hold {}", out.len()))),
-        None => Err(Error::corrupt("a block does not decompress")),
+        Some(length) => Err(Error::corrupt(format!("an LZ4 block holds {length} bytes instead of {}", out.len()))),
+        None => Err(Error::corrupt("an LZ4 block cannot be decompressed")),
     }
 }
 
-/// Writes the beginning of what a stored block holds into `out`, which is no longer than that. What follows it is not looked at.
+/// Decompresses the beginning of a stored block into `out`, which is at most as long as the plaintext. The rest of the
+/// block is not checked.
 pub(super) fn unpack_beginning(block: &[u8], raw: bool, out: &mut [u8]) -> Result<()> {
     let done = if raw {
         block.get(..out.len()).map(|beginning| {
@@ -114,14 +117,14 @@ pub(super) fn unpack_beginning(block: &[u8], raw: bool, out: &mut [u8]) -> Resul
     };
     match done {
         Some(length) if length == out.len() => Ok(()),
-        _ => Err(Error::corrupt("a block does not decompress")),
+        _ => Err(Error::corrupt("an LZ4 block cannot be decompressed")),
     }
 }
 
-/// Whether the beginning of a block takes less time than all of it.
+/// Whether the beginning of a block takes less time to decompress than the whole block.
 pub(super) const DECOMPRESSES_BEGINNINGS: bool = cfg!(feature = "c-lz4");
 
-/// Decompresses as much of a block as `out` has room for, and returns how much that is; None where it is not one.
+/// Decompresses as much of a block as fits `out`, and returns the length. Returns `None` if the block is damaged.
 #[cfg(not(feature = "c-lz4"))]
 fn decompress_beginning(block: &[u8], out: &mut [u8]) -> Option<usize> {
     let mut whole = vec![0; BLOCK_SIZES[BLOCK_SIZES.len() - 1]];
@@ -130,12 +133,12 @@ fn decompress_beginning(block: &[u8], out: &mut [u8]) -> Option<usize> {
     Some(length)
 }
 
-/// Decompresses as much of a block as `out` has room for, and returns how much that is; None where it is not one.
+/// Decompresses as much of a block as fits `out`, and returns the length. Returns `None` if the block is damaged.
 #[cfg(feature = "c-lz4")]
 #[allow(unsafe_code, reason = "a C library")]
 fn decompress_beginning(block: &[u8], out: &mut [u8]) -> Option<usize> {
     use std::ffi::{c_char, c_int};
-    // lz4.h has it, in the library that `lz4_sys` links, which does not declare it.
+    // lz4.h and the library have this function, but `lz4_sys` does not declare it.
     unsafe extern "C" {
         fn LZ4_decompress_safe_partial(
             from: *const c_char,
@@ -149,19 +152,19 @@ fn decompress_beginning(block: &[u8], out: &mut [u8]) -> Option<usize> {
         return None;
     }
     let (from, to) = (i32::try_from(block.len()).ok()?, i32::try_from(out.len()).ok()?);
-    // SAFETY: it reads no more than `from` bytes of `block` and writes no more than `to` of `out`, whatever the block says, as
-    // LZ4_decompress_safe does.
+    // SAFETY: it reads at most `from` bytes of `block` and writes at most `to` bytes of `out` for any contents of the
+    // block, as LZ4_decompress_safe does.
     let length = unsafe { LZ4_decompress_safe_partial(block.as_ptr().cast(), out.as_mut_ptr().cast(), from, to, to) };
     usize::try_from(length).ok()
 }
 
-/// Decompresses a block, and returns how long it is; None where it is not one, or longer than `out`.
+/// Decompresses a block, and returns the length. Returns `None` if the block is damaged, or longer than `out`.
 #[cfg(not(feature = "c-lz4"))]
 fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
     lz4_flex::block::decompress_into(block, out).ok()
 }
 
-/// Decompresses a block, and returns how long it is; None where it is not one, or longer than `out`.
+/// Decompresses a block, and returns the length. Returns `None` if the block is damaged, or longer than `out`.
 #[cfg(feature = "c-lz4")]
 #[allow(unsafe_code, reason = "a C library")]
 fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
@@ -169,21 +172,22 @@ fn decompress(block: &[u8], out: &mut [u8]) -> Option<usize> {
         return None;
     }
     let (from, to) = (i32::try_from(block.len()).ok()?, i32::try_from(out.len()).ok()?);
-    // SAFETY: it reads no more than `from` bytes of `block` and writes no more than `to` of `out`, whatever the block says;
-    // lz4.h, LZ4_decompress_safe: "protected against malicious data packets".
+    // SAFETY: it reads at most `from` bytes of `block` and writes at most `to` bytes of `out` for any contents of the
+    // block; lz4.h, LZ4_decompress_safe: "protected against malicious data packets".
     let length = unsafe { lz4_sys::LZ4_decompress_safe(block.as_ptr().cast(), out.as_mut_ptr().cast(), from, to) };
     usize::try_from(length).ok()
 }
 
-/// `lz4_Block_format.md`, "Match length".
+/// The shortest match (`lz4_Block_format.md`, "Match length").
 #[cfg(any(feature = "c-lz4", test))]
 const MIN_MATCH_BYTES: usize = 4;
 
-/// Whether the first `wanted` bytes of a block have a match at a distance of 0, which the C library takes for a copy of what `out` held before: somebody
-/// else's memory. The format forbids it (`lz4_Block_format.md`, "Offset"). Other damage is the decoder's to find.
+/// Whether the first `wanted` bytes of a block have a match at a distance of 0. The format forbids it
+/// (`lz4_Block_format.md`, "Offset"), but the C library would copy the previous contents of `out`, which may be data
+/// of another caller. The decoder finds any other damage.
 #[cfg(any(feature = "c-lz4", test))]
 fn has_zero_offset(block: &[u8], wanted: usize) -> bool {
-    // A length of 15 goes on in bytes of 255, and one that is less.
+    // A length of 15 continues in bytes of 255, and ends with a smaller byte.
     let more = |at: &mut usize, length: usize| {
         let mut length = length;
         while length >= 15 {
@@ -211,7 +215,7 @@ fn has_zero_offset(block: &[u8], wanted: usize) -> bool {
         match sequence() {
             Some((true, _)) => return true,
             Some((false, true)) => {}
-            // Enough is seen; or it was the last sequence, which has no match.
+            // Enough was checked, or this was the last sequence, which has no match.
             Some((false, false)) | None => return false,
         }
     }
@@ -230,7 +234,7 @@ mod tests {
         let length = Packer::new().pack(&text, &mut out).unwrap();
         let block = &out[SIZE_WORD_BYTES..SIZE_WORD_BYTES + length];
         assert!(!has_zero_offset(block, text.len()));
-        // A literal, a match of 4 bytes at the distance given, and 20 literals.
+        // A literal, a match of 4 bytes at the given distance, and 20 literals.
         let of = |offset: u8| [&[0x10, b'a', offset, 0, 0xf0, 5][..], &[7; 20]].concat();
         assert!(!has_zero_offset(&of(1), 25));
         assert!(has_zero_offset(&of(0), 25));

@@ -1,4 +1,4 @@
-//! What is mapped in a live process, and which of it another page fault may wait for.
+//! The mappings of a live process, and the page faults that only the process itself could serve.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -7,28 +7,28 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Part of `/proc/PID/smaps`.
+/// A mapping, from `/proc/PID/smaps`.
 #[derive(Debug)]
 pub(super) struct Mapping {
     pub(super) addresses: Range<u64>,
     pub(super) shared: bool,
     pub(super) file_offset: u64,
-    /// Device and inode of its file.
+    /// Device and inode of the mapped file.
     pub(super) identity: (u64, u64),
     name: String,
-    /// Whether what is not there may be something else than zeros or the file's: a device's memory, or pages that a handler of
-    /// userfaultfd brings.
+    /// Whether a missing page may hold something else than zeros or the contents of the file: memory of a device, or a
+    /// page that a handler of userfaultfd brings.
     pub(super) opaque: bool,
-    /// Whether userfaultfd brings pages that are not there.
+    /// Whether userfaultfd brings missing pages.
     handled: bool,
 }
 
-/// The mappings of a process, ascending; `folder` is its own in `/proc`.
-pub(super) fn mappings(folder: &Path) -> io::Result<Vec<Mapping>> {
-    parse(BufReader::new(fs::File::open(folder.join("smaps"))?))
+/// Returns the mappings of a process in ascending order. `directory` is the directory of the process in `/proc`.
+pub(super) fn mappings(directory: &Path) -> io::Result<Vec<Mapping>> {
+    parse(BufReader::new(fs::File::open(directory.join("smaps"))?))
 }
 
-/// The mappings in the text of `/proc/PID/smaps`: `proc_pid_smaps(5)`.
+/// Parses `/proc/PID/smaps`; see `proc_pid_smaps(5)`.
 fn parse(text: impl BufRead) -> io::Result<Vec<Mapping>> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.split(b'\n') {
@@ -37,9 +37,9 @@ fn parse(text: impl BufRead) -> io::Result<Vec<Mapping>> {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(last) = mappings.last_mut() {
                 let has = |wanted: &[&str]| flags.split_ascii_whitespace().any(|flag| wanted.contains(&flag));
-                // Pages that userfaultfd brings when they are missing, or minor.
+                // Userfaultfd brings missing pages (um) or resolves minor faults (ui).
                 last.handled = has(&["um", "ui"]);
-                // A device's memory, of several kinds.
+                // The flags of several kinds of device memory.
                 last.opaque |= last.handled || has(&["io", "pf", "mm"]);
             }
         } else if let Some(mapping) = Mapping::parse(&line) {
@@ -50,7 +50,7 @@ fn parse(text: impl BufRead) -> io::Result<Vec<Mapping>> {
 }
 
 impl Mapping {
-    /// The first of a mapping's lines; None for any other.
+    /// Parses the first line of a mapping. Returns `None` for any other line.
     fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
@@ -61,12 +61,12 @@ impl Mapping {
         let device = device(words.next()?, 16)?;
         let inode = words.next()?.parse().ok()?;
         let name = words.next().unwrap_or_default().to_owned();
-        // The kernel's own, which no page map tells of.
+        // Memory of the kernel (such as vvar), which the page map does not report.
         let opaque = name.starts_with("[v");
         Some(Self { addresses, shared, file_offset, identity: (device, inode), name, opaque, handled: false })
     }
 
-    /// Whether what is not there is zero.
+    /// Whether missing pages are zero.
     pub(super) fn is_anonymous(&self) -> bool {
         !self.opaque && !self.shared && (!self.has_file() || self.name.starts_with("/anon_hugepage"))
     }
@@ -76,51 +76,54 @@ impl Mapping {
     }
 }
 
-/// The number of a device, from the text "major:minor".
+/// Parses a device number, in the form "major:minor".
 fn device(text: &str, radix: u32) -> Option<u64> {
     let (major, minor) = text.split_once(':')?;
     let number = |text: &str| u32::from_str_radix(text, radix).ok();
     Some(rustix::fs::makedev(number(major)?, number(minor)?))
 }
 
-/// What a process that stands still can be waited for in vain: it may serve page faults and files of its own mappings.
+/// The page faults and files that a process may serve, so that a read of its own mappings may wait for it. While it is
+/// stopped, that wait never ends.
 #[derive(Debug, Default)]
 pub(super) struct Serving {
-    /// It has a userfaultfd open.
+    /// Whether it has a userfaultfd open.
     faults: bool,
-    /// It has `/dev/fuse` open: the mounts that it may serve, by number, and their devices.
+    /// If it has `/dev/fuse` open: the numbers of the mounts that it may serve, and their devices.
     files: Option<(HashSet<u64>, HashSet<u64>)>,
 }
 
 impl Serving {
-    /// What the process of that folder in `/proc` may serve, as far as it can be known without asking it anything.
-    pub(super) fn of(folder: &Path) -> Self {
-        let Ok(entries) = fs::read_dir(folder.join("fd")) else {
-            // Nobody knows.
-            return Self { faults: true, files: Some(fuse_mounts(folder)) };
+    /// Returns the page faults and files that the process may serve, without a request to it. `directory` is its
+    /// directory in `/proc`.
+    pub(super) fn of(directory: &Path) -> Self {
+        let Ok(entries) = fs::read_dir(directory.join("fd")) else {
+            // Unknown, so everything is assumed.
+            return Self { faults: true, files: Some(fuse_mounts(directory)) };
         };
         let mut serving = Self::default();
         for name in entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()) {
             serving.faults |= name.as_os_str() == "anon_inode:[userfaultfd]";
             if serving.files.is_none() && name.file_name().is_some_and(|name| name == "fuse") {
-                serving.files = Some(fuse_mounts(folder));
+                serving.files = Some(fuse_mounts(directory));
             }
         }
         serving
     }
 
-    /// Whether a page of the mapping that is not there may wait for the process itself.
+    /// Whether a missing page of the mapping may wait for the process itself.
     pub(super) fn brings(&self, mapping: &Mapping) -> bool {
         let on_fuse = |(_, devices): &(_, HashSet<u64>)| mapping.has_file() && devices.contains(&mapping.identity.0);
         (self.faults && mapping.handled) || self.files.as_ref().is_some_and(on_fuse)
     }
 
-    /// Which files a process has open: their paths by device and inode. Files that it may serve are not asked for theirs.
-    pub(super) fn descriptors(&self, folder: &Path) -> HashMap<(u64, u64), PathBuf> {
-        let entries = fs::read_dir(folder.join("fd")).into_iter().flatten().flatten();
+    /// Returns the paths of the files that a process has open, by device and inode. Files that it may serve are left
+    /// out without a request for their identity.
+    pub(super) fn descriptors(&self, directory: &Path) -> HashMap<(u64, u64), PathBuf> {
+        let entries = fs::read_dir(directory.join("fd")).into_iter().flatten().flatten();
         let files = entries.filter_map(|entry| {
             if let Some((mounts, _)) = &self.files {
-                let information = fs::read_to_string(folder.join("fdinfo").join(entry.file_name())).ok()?;
+                let information = fs::read_to_string(directory.join("fdinfo").join(entry.file_name())).ok()?;
                 let mount = information.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
                 if mounts.contains(&mount.trim().parse().ok()?) {
                     return None;
@@ -133,10 +136,10 @@ impl Serving {
     }
 }
 
-/// The FUSE mounts that a process sees, and their devices: `proc_pid_mountinfo(5)`. Asking the file itself (statfs) would wait
-/// for whoever serves it.
-fn fuse_mounts(folder: &Path) -> (HashSet<u64>, HashSet<u64>) {
-    let text = fs::read(folder.join("mountinfo")).unwrap_or_default();
+/// Returns the FUSE mounts that a process sees, and their devices; see `proc_pid_mountinfo(5)`. A request to the file
+/// itself (statfs) would wait for the process that serves it.
+fn fuse_mounts(directory: &Path) -> (HashSet<u64>, HashSet<u64>) {
+    let text = fs::read(directory.join("mountinfo")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let mounts = text.lines().filter_map(|line| {
         let (place, kind) = line.split_once(" - ")?;
@@ -173,10 +176,10 @@ mod tests {
 
     #[test]
     fn fuse_mounts_are_found_by_their_kind() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let text = "36 35 98:0 / /mnt rw shared:1 - ext4 /dev/root rw\n40 35 0:47 / /mnt/f rw - fuse.sshfs x rw\n";
-        fs::write(folder.path().join("mountinfo"), text).unwrap();
-        let (mounts, devices) = fuse_mounts(folder.path());
+        fs::write(directory.path().join("mountinfo"), text).unwrap();
+        let (mounts, devices) = fuse_mounts(directory.path());
         assert_eq!((mounts, devices), (HashSet::from([40]), HashSet::from([rustix::fs::makedev(0, 47)])));
     }
 }

@@ -1,4 +1,4 @@
-//! Where in `mem` the memory of the guest is: the fragment `mem_metadata`, crosvm's, and what follows from it.
+//! The fragment `mem_metadata` in the format of crosvm, and the offsets in `mem` that follow from it.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -14,23 +14,25 @@ use crate::reader::SnapshotReader;
 #[cfg(any(test, fuzzing))]
 use crate::serialization;
 
-/// crosvm's names, and the names of its fields.
+/// The names of the fragments and their fields come from crosvm.
 pub(super) const MEMORY: &str = "mem";
 pub(super) const METADATA: &str = "mem_metadata";
 
-/// Nobody has a larger list, whatever the size of the file.
+/// An upper limit of the memory that a list takes in practice. The size of the file is not trusted.
 const MAX_PROBED_BYTES: usize = 256 << 20;
 
+/// The contents of the fragment `mem_metadata`.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Metadata {
     #[serde(deserialize_with = "list")]
     pub(super) regions: Vec<RegionMetadata>,
     pub(super) compressed: bool,
-    /// Not crosvm's, whose reader ignores it.
+    /// An addition of vmsnap, which crosvm's reader ignores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) lz4: Option<BlockIndex>,
 }
 
+/// A guest region in `mem_metadata`.
 #[derive(Serialize, Deserialize)]
 pub(super) struct RegionMetadata {
     pub(super) guest_base: u64,
@@ -39,7 +41,7 @@ pub(super) struct RegionMetadata {
     pub(super) data_ranges: Vec<Range<u64>>,
 }
 
-/// A list that takes the memory of what is there, not of what its head announces.
+/// Deserializes a list with memory for the elements that are present, not for the number that its head announces.
 fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Vec<T>, D::Error> {
     struct List<T>(PhantomData<T>);
 
@@ -63,15 +65,16 @@ fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std:
     deserializer.deserialize_seq(List(PhantomData))
 }
 
+/// The stored lengths of all LZ4 blocks, so that a random read finds its block.
 #[derive(Serialize, Deserialize)]
 pub(super) struct BlockIndex {
     pub(super) block_size: u64,
-    /// A u32, little endian, for each block: its stored length without the size word.
+    /// A little-endian u32 for each block: its stored length without the size word.
     #[serde(with = "serde_bytes")]
     pub(super) block_lengths: Vec<u8>,
 }
 
-/// A guest region as it is stored.
+/// A guest region with the places of its data in `mem`.
 #[derive(Debug)]
 pub(super) struct Region {
     pub(super) guest_base: u64,
@@ -84,30 +87,32 @@ pub(super) struct Region {
 pub(super) struct StoredRange {
     pub(super) start: u64,
     pub(super) end: u64,
-    /// Where in all data it begins.
+    /// Offset in the stream of all data.
     pub(super) data: u64,
 }
 
-/// What was checked of the metadata.
+/// The regions and ranges of a snapshot, after all checks.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) regions: Vec<Region>,
-    /// Sum of all data ranges.
+    /// Total length of all data ranges.
     pub(super) data_bytes: u64,
 }
 
 impl Region {
-    /// The first guest-physical address after it.
+    /// Returns the first guest-physical address after the region.
     pub(super) fn end(&self) -> u64 {
         self.guest_base + self.size
     }
 }
 
-/// Checks that regions, as base and size, lie in 64 bits of addresses and apart from each other.
+/// Checks that regions, given as base and size, do not overlap and end within 64 bits of addresses.
 pub(super) fn check_apart(regions: impl Iterator<Item = (u64, u64)>) -> std::result::Result<(), String> {
     let mut ends = Vec::new();
     for (base, size) in regions {
-        let end = base.checked_add(size).ok_or_else(|| format!("the region at {base:#x} goes beyond 64 bits"))?;
+        let end = base
+            .checked_add(size)
+            .ok_or_else(|| format!("the region at {base:#x} extends past the last 64-bit address"))?;
         ends.push((base, end));
     }
     ends.sort_unstable();
@@ -118,7 +123,7 @@ pub(super) fn check_apart(regions: impl Iterator<Item = (u64, u64)>) -> std::res
 }
 
 impl Metadata {
-    /// What the bytes of the fragment say, checked.
+    /// Decodes and checks the bytes of the fragment.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let metadata: Self = serialization::decode(bytes, None, METADATA)?;
@@ -128,13 +133,14 @@ impl Metadata {
     /// Reads the fragment of a snapshot.
     pub(super) fn read(reader: &SnapshotReader) -> Result<Self> {
         let fragment = reader.raw_fragment(METADATA)?;
-        // The list of blocks grows in serde's hands, where it cannot fail: 64 MiB for a guest of a terabyte.
+        // Serde allocates the list of block lengths and cannot report a failure; a guest of a terabyte takes 64 MiB. So
+        // the same amount is allocated and freed first.
         let bytes = usize::try_from(fragment.size()).unwrap_or(usize::MAX).saturating_mul(2);
         buffer::probe(bytes.min(MAX_PROBED_BYTES)).map_err(|error| error.context(METADATA))?;
         reader.decode(METADATA, fragment)
     }
 
-    /// Checks everything that can be without the data.
+    /// Checks everything that can be checked without the data.
     pub(super) fn check(&self) -> Result<Layout> {
         check_apart(self.regions.iter().map(|region| (region.guest_base, region.size))).map_err(Error::corrupt)?;
         let mut data_bytes = 0_u64;
@@ -147,7 +153,8 @@ impl Metadata {
             for &Range { start, end } in &region.data_ranges {
                 if start < last || start >= end || end > region.size {
                     return Err(Error::corrupt(format!(
-                        "data range {start:#x} to {end:#x} of the region at {:#x} does not ascend within its {:#x} bytes",
+                        "data range {start:#x} to {end:#x} of the region at {:#x} is empty, out of order, or not within \
+                         the {:#x} bytes of the region",
                         region.guest_base, region.size
                     )));
                 }
@@ -155,7 +162,7 @@ impl Metadata {
                 data_bytes = data_bytes
                     .checked_add(end - start)
                     .filter(|bytes| i64::try_from(*bytes).is_ok())
-                    .ok_or_else(|| Error::corrupt("the data ranges are more than a file can hold"))?;
+                    .ok_or_else(|| Error::corrupt("the data ranges are longer than any file"))?;
                 last = end;
             }
             regions.push(Region { guest_base: region.guest_base, size: region.size, ranges });
@@ -176,12 +183,12 @@ impl BlockIndex {
             return Ok(());
         }
         Err(Error::corrupt(format!(
-            "an index of {blocks} blocks of {} bytes does not fit {data_bytes} bytes of data",
+            "the index has {blocks} blocks of {} bytes, which do not fit {data_bytes} bytes of data",
             self.block_size
         )))
     }
 
-    /// Stored lengths, without size words.
+    /// Iterates over the stored lengths, without size words.
     pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
         self.block_lengths.as_chunks().0.iter().map(|length| u32::from_le_bytes(*length))
     }

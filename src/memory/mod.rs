@@ -1,26 +1,28 @@
-//! Guest memory: the fragments `mem` and `mem_metadata`, crosvm's, written and read by all threads.
+//! Guest memory: writes and reads the fragments `mem` and `mem_metadata`, in crosvm's format, with all threads.
 //!
 //! ```text
-//! source.rs    where guest memory comes from: bytes at hand,
-//! file.rs      a file,
-//! process.rs   a live process
-//! process_range.rs  a range of its addresses
-//! mappings.rs  what is mapped in it
-//! pagemap.rs   which pages it has
-//! stop.rs      StoppedProcess: it stands still meanwhile
-//! zeros.rs     pages of zeros
-//! reorder.rs   one stream of bytes, brought by several threads
-//! lz4.rs       one LZ4 frame, made and read block by block
-//! metadata.rs  the fragment `mem_metadata`: which memory is where
-//! ranges.rs    ranges of data: put together, and found among zeros
-//! options.rs   what is asked of a dump, and what it tells
-//! dump.rs      SnapshotWriter::write_memory
-//! data.rs      the data in `mem`, whatever form that has
-//! pages.rs     pages of this process, before they are touched and after
-//! own_mappings.rs  what is behind a buffer of this process
-//! guest_memory.rs  GuestMemory: which there is, and some of it at random
-//! destination.rs   where regions are restored to
-//! restore.rs   all of it at once
+//! source.rs           trait GuestMemorySource, and memory of this process as a source
+//! file.rs             FileMemory: a file, memfd or block device as a source
+//! process.rs          ProcessMemory: a live process
+//! process_range.rs    ProcessRange: a range of its addresses as a source
+//! mappings.rs         its mappings, and the page faults that it may serve
+//! pagemap.rs          the pages that it has
+//! stop.rs             StoppedProcess: stops it, and lets it go on
+//!
+//! options.rs          GuestRegion, MemoryOptions, MemoryReport, MemoryProgress
+//! dump.rs             SnapshotWriter::write_memory
+//! ranges.rs           merges data ranges, and finds them between zeros
+//! zeros.rs            tests for zeros
+//! reorder.rs          joins the batches of several threads into one stream
+//! lz4.rs              writes and reads an LZ4 frame block by block
+//! metadata.rs         the fragment `mem_metadata`
+//!
+//! guest_memory.rs     GuestMemory: regions, ranges and random access
+//! data.rs             reads the stream in `mem`, compressed or not
+//! destination.rs      GuestDestination: a buffer or file to restore to
+//! restore.rs          GuestMemory::restore
+//! own_mappings.rs     the mappings of this process behind a buffer
+//! pages.rs            pages of this process: populated before use, and released
 //! ```
 
 mod data;

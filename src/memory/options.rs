@@ -1,4 +1,4 @@
-//! What is asked of a dump, and what it tells.
+//! Options, progress and result of a dump.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -6,20 +6,20 @@ use std::time::Duration;
 use super::source::GuestMemorySource;
 use super::zeros::PAGE_BYTES;
 
-/// Bytes that are decrypted together: a random read has to decrypt all of them, and larger ones are hardly faster.
+/// The default chunk size. A random read decrypts whole chunks, and larger ones are hardly faster.
 const CHUNK_SIZE_BYTES: usize = 16 << 10;
 
-/// Bytes that are compressed together: the least that a frame of LZ4 has.
+/// The default block size, the smallest that an LZ4 frame allows.
 const BLOCK_SIZE_BYTES: usize = 64 << 10;
 
-/// A guest region to be stored.
+/// A guest region to dump.
 pub struct GuestRegion<'a> {
     pub(super) guest_base: u64,
     pub(super) source: Box<dyn GuestMemorySource + 'a>,
 }
 
 impl<'a> GuestRegion<'a> {
-    /// All of `source`, at the guest-physical address `guest_base`.
+    /// Stores all of `source` as the memory at the guest-physical address `guest_base`.
     pub fn new(guest_base: u64, source: impl GuestMemorySource + 'a) -> Self {
         Self { guest_base, source: Box::new(source) }
     }
@@ -64,66 +64,68 @@ impl Default for MemoryOptions {
 }
 
 impl MemoryOptions {
-    /// Not compressed, in chunks of 16 KiB, without what is zero.
+    /// Returns the defaults: not compressed, chunks of 16 KiB, zeros left out.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether it is compressed with LZ4.
+    /// Sets whether the memory is compressed with LZ4. Off by default.
     #[must_use]
     pub fn compress(mut self, compress: bool) -> Self {
         self.compress = compress;
         self
     }
 
-    /// Bytes that are compressed together: 64 KiB (by default), 256 KiB, 1 MiB or 4 MiB.
+    /// Sets the number of plaintext bytes in an LZ4 block: 64 KiB (the default), 256 KiB, 1 MiB or 4 MiB.
     #[must_use]
     pub fn block_size_bytes(mut self, block_size_bytes: usize) -> Self {
         self.block_size_bytes = block_size_bytes;
         self
     }
 
-    /// Bytes that are encrypted together, as for [`raw_fragment_with_chunk_size`](crate::SnapshotWriter::raw_fragment_with_chunk_size);
-    /// 16 KiB by default.
+    /// Sets the number of plaintext bytes in a chunk, with the limits of
+    /// [`raw_fragment_with_chunk_size`](crate::SnapshotWriter::raw_fragment_with_chunk_size). 16 KiB by default.
     #[must_use]
     pub fn chunk_size_bytes(mut self, chunk_size_bytes: usize) -> Self {
         self.chunk_size_bytes = chunk_size_bytes;
         self
     }
 
-    /// Whether pages that were touched and are zero are left out, as holes are; they are by default.
+    /// Sets whether pages that were written but contain only zeros are left out, like holes. On by default.
     #[must_use]
     pub fn detect_zeros(mut self, detect_zeros: bool) -> Self {
         self.detect_zeros = detect_zeros;
         self
     }
 
-    /// Shorter gaps between data are stored as zeros; 4096 bytes by default.
+    /// Sets the shortest gap between data that is left out. Shorter gaps are stored as zeros. 4096 bytes by default.
     #[must_use]
     pub fn min_gap_bytes(mut self, min_gap_bytes: u64) -> Self {
         self.min_gap_bytes = min_gap_bytes;
         self
     }
 
-    /// Whether holes are taken from what the source says of them; they are by default. Without, all of it is read: for file
-    /// systems whose answers are not to be trusted.
+    /// Sets whether the holes that the source reports are skipped. On by default. If it is off, everything is read, for
+    /// file systems whose reports are not reliable.
     #[must_use]
     pub fn sparse(mut self, sparse: bool) -> Self {
         self.sparse = sparse;
         self
     }
 
-    /// Whether the stored bytes go past the page cache: a dump of tens of GiB then pushes nothing else out of it, and runs at
-    /// the speed of the disk. Off by default. It needs no alignment, and does nothing where the page cache is the storage, as on
-    /// tmpfs. The file that memory is read from has [`FileMemory::uncached`](crate::FileMemory::uncached).
+    /// Sets whether the stored bytes bypass the page cache. A dump of tens of GiB then does not displace other pages,
+    /// and runs at the speed of the disk. Off by default. It does not require alignment, and has no effect where the
+    /// page cache is the storage, as on tmpfs. For the file that memory is read from, see
+    /// [`FileMemory::uncached`](crate::FileMemory::uncached).
     #[must_use]
     pub fn uncached(mut self, uncached: bool) -> Self {
         self.uncached = uncached;
         self
     }
 
-    /// Whether pages that cannot be read are taken for zeros, and told in the report, instead of being an error.
+    /// Sets whether a page that cannot be read is stored as zeros and listed in the report. Off by default: such a page
+    /// is an error.
     #[must_use]
     pub fn zero_unreadable(mut self, zero_unreadable: bool) -> Self {
         self.zero_unreadable = zero_unreadable;
@@ -131,29 +133,29 @@ impl MemoryOptions {
     }
 }
 
-/// How a dump went.
+/// The result of a dump.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct MemoryReport {
-    /// Bytes of all regions.
+    /// Total size of all regions.
     pub logical_bytes: u64,
-    /// Bytes of all data ranges.
+    /// Total length of all data ranges.
     pub data_bytes: u64,
-    /// Bytes of the two fragments' files.
+    /// Total size of the files of the two fragments.
     pub stored_bytes: u64,
-    /// Data ranges.
+    /// Number of data ranges.
     pub ranges: usize,
-    /// Guest-physical addresses of what could not be read and was taken for zeros.
+    /// Guest-physical addresses that could not be read and were stored as zeros.
     pub unreadable: Vec<Range<u64>>,
-    /// How long it took.
+    /// Duration of the dump.
     pub duration: Duration,
 }
 
-/// How far a dump or a restore is.
+/// Progress of a dump or a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryProgress {
     /// Bytes of guest memory that are done.
     pub done_bytes: u64,
-    /// Bytes there are.
+    /// Bytes of guest memory in total.
     pub total_bytes: u64,
 }

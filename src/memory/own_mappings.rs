@@ -1,4 +1,5 @@
-//! Mappings of this process: what is behind the caller's buffers, and our own of files that cannot be written otherwise.
+//! Mappings of this process: those behind a buffer of the caller, and those of files that can be written only through a
+//! mapping.
 
 #![allow(unsafe_code, reason = "mmap")]
 
@@ -11,20 +12,20 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::process;
 
-/// What becomes of pages of a buffer that are given back.
+/// The memory behind a buffer, which decides how its pages become zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Backing {
-    /// Private and of no file: they are zeros when they are next looked at.
+    /// Private memory without a file: a released page is zero at its next use.
     Anonymous,
-    /// Shared with others: a hole can be made in what is behind it.
+    /// Shared memory: a hole can be made in the file behind it.
     Shared,
-    /// The contents of a file would come back, or it cannot be known.
+    /// A released page would have the contents of a file again, or the kind of memory is unknown.
     Other,
-    /// They are zeros already.
+    /// The pages are zeros already.
     Zeros,
 }
 
-/// The mappings of this process, read once: there may be tens of thousands, and as many buffers.
+/// The mappings of this process, read once, because there may be tens of thousands of mappings and of buffers.
 #[derive(Default)]
 pub(super) struct OwnMappings(Vec<OwnMapping>);
 
@@ -35,18 +36,18 @@ struct OwnMapping {
     writable: bool,
     shared: bool,
     file_offset: u64,
-    /// Device and inode; inode 0 is no file.
+    /// Device and inode. Inode 0 means that there is no file.
     file: (u64, u64),
 }
 
 impl OwnMappings {
-    /// None where they cannot be read: then nothing is known of any buffer.
+    /// Reads the mappings. If they cannot be read, the list is empty and every buffer counts as unknown.
     pub(super) fn read() -> Self {
         let maps = std::fs::read("/proc/self/maps").unwrap_or_default();
         Self(maps.split(|byte| *byte == b'\n').filter_map(|line| parse(&String::from_utf8_lossy(line))).collect())
     }
 
-    /// The mappings that hold some of a buffer.
+    /// Returns the mappings that intersect a buffer.
     fn holding(&self, buffer: &[u8]) -> &[OwnMapping] {
         let Range { start, end } = addresses(buffer);
         let first = self.0.partition_point(|mapping| mapping.addresses.end <= start);
@@ -54,7 +55,7 @@ impl OwnMappings {
         self.0.get(first..last).unwrap_or_default()
     }
 
-    /// What all of a buffer has behind it.
+    /// Returns the memory behind a buffer, or [`Backing::Other`] if there is more than one kind.
     pub(super) fn backing(&self, buffer: &[u8]) -> Backing {
         if !process::advice_is_taken() {
             return Backing::Other;
@@ -71,7 +72,7 @@ impl OwnMappings {
         found.filter(|_| at >= end).unwrap_or(Backing::Other)
     }
 
-    /// The parts of files that a buffer shares with them.
+    /// Returns the ranges of files that a buffer shares.
     pub(super) fn of_files(&self, buffer: &[u8]) -> impl Iterator<Item = ((u64, u64), Range<u64>)> {
         let Range { start, end } = addresses(buffer);
         self.holding(buffer).iter().filter(|mapping| mapping.shared).map(move |mapping| {
@@ -96,7 +97,7 @@ impl OwnMapping {
     }
 }
 
-/// Whether all of these addresses are mapped to be read, or to be written; true where it cannot be known.
+/// Whether all addresses are mapped with permission to read, or to write. True if that is unknown.
 pub(super) fn is_permitted(addresses: Range<usize>, writing: bool) -> bool {
     let OwnMappings(mappings) = OwnMappings::read();
     let mut at = addresses.start;
@@ -108,19 +109,19 @@ pub(super) fn is_permitted(addresses: Range<usize>, writing: bool) -> bool {
     mappings.is_empty() || at >= addresses.end
 }
 
-/// Whether a buffer shares a file with a file system that has no room left: that is what a page that cannot be had mostly
-/// means there.
+/// Whether a buffer shares a file of a file system that is full, which is the usual reason why such a page cannot be
+/// allocated.
 pub(super) fn is_on_full_file_system(buffer: &[u8]) -> bool {
     let mappings = OwnMappings::read();
     let shared = mappings.holding(buffer).iter().filter(|mapping| mapping.shared);
     shared.map(|mapping| &mapping.addresses).any(|Range { start, end }| {
-        // Whoever may not follow it is not told the reason.
+        // Without permission to follow the link, the reason stays unknown.
         rustix::fs::statvfs(format!("/proc/self/map_files/{start:x}-{end:x}"))
             .is_ok_and(|system| system.f_blocks > 0 && system.f_bavail == 0)
     })
 }
 
-/// A line of `/proc/PID/maps`; `proc_pid_maps(5)`.
+/// Parses a line of `/proc/PID/maps`; see `proc_pid_maps(5)`.
 fn parse(line: &str) -> Option<OwnMapping> {
     let mut words = line.split_ascii_whitespace();
     let (start, end) = words.next()?.split_once('-')?;
@@ -141,21 +142,21 @@ fn parse(line: &str) -> Option<OwnMapping> {
     })
 }
 
-/// A part of a file, mapped by us: shared, to be read and written.
+/// A shared mapping of a range of a file, for reading and writing.
 #[derive(Debug)]
 pub(super) struct Mapping {
     start: NonNull<u8>,
     mapped_bytes: usize,
-    /// Where in the mapping the part begins: files are mapped by whole pages.
+    /// Offset of the range in the mapping, because files are mapped in whole pages.
     before: usize,
     length: usize,
 }
 
-// SAFETY: memory that is ours alone until it is dropped, as a Vec's is.
+// SAFETY: `self` is the only owner of the memory until it is dropped, like a Vec.
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    /// Maps `size` bytes from `offset`, of a file whose pages have `page` bytes.
+    /// Maps `size` bytes from `offset` on, of a file with pages of `page` bytes.
     pub(super) fn of_file(file: &impl AsFd, offset: u64, size: u64, page: u64) -> io::Result<Self> {
         let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
         let first = offset / page * page;
@@ -165,18 +166,19 @@ impl Mapping {
         if length == 0 {
             return Ok(Self { start: NonNull::dangling(), mapped_bytes: 0, before: 0, length: 0 });
         }
-        // A sparse guest needs fewer huge pages than it has addresses: none are set aside.
+        // A sparse guest needs fewer huge pages than it has addresses, so none are reserved.
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: a new mapping, at an address of the kernel's choice.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let start =
             unsafe { mmap(ptr::null_mut(), mapped_bytes, ProtFlags::READ | ProtFlags::WRITE, flags, file, first) };
         let start = NonNull::new(start?.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { start, mapped_bytes, before, length })
     }
 
-    /// The part. Whoever touches it makes sure before, by [`super::pages::populate`], that it can be touched.
+    /// Returns the range. Before a page of it is used, [`super::pages::populate`] must have succeeded for that page.
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: `length` bytes of the mapping, which lasts as long as `self`, and nobody else in this process knows it.
+        // SAFETY: `length` bytes of the mapping, which lasts as long as `self`. No other code in this process has its
+        // address.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(self.before), self.length) }
     }
 }
@@ -184,7 +186,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if self.mapped_bytes > 0 {
-            // SAFETY: the very mapping that `of_file` made, which nobody borrows any more.
+            // SAFETY: the mapping that `of_file` made. No borrow of it is left.
             let _ = unsafe { munmap(self.start.as_ptr().cast(), self.mapped_bytes) };
         }
     }

@@ -1,7 +1,7 @@
-//! Which pages a process has, as `/proc/PID/pagemap` tells (Documentation/admin-guide/mm/pagemap.rst of the kernel).
+//! The pages that a process has, from `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst of the kernel).
 //!
-//! Linux 6.7 and newer are asked for the pages that are there (`PAGEMAP_SCAN`), which costs nothing for what was never touched,
-//! however long it is; of older ones the entry of each page is read.
+//! Linux 6.7 and newer report the ranges of existing pages (`PAGEMAP_SCAN`), which takes no time for untouched memory
+//! of any length. On older kernels the entry of each page is read.
 
 #![allow(unsafe_code, reason = "PAGEMAP_SCAN is in no safe crate we have")]
 
@@ -13,19 +13,20 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Bytes that the map has for a page, and its bits: in memory, swapped out, and a guard (`MADV_GUARD_INSTALL`, told since 6.15).
+/// The size of the entry of a page, and its bits: in memory, swapped out, and a guard (`MADV_GUARD_INSTALL`, since
+/// Linux 6.15).
 const ENTRY_BYTES: usize = 8;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const GUARD: u64 = 1 << 58;
 
-/// Entries that are read together at most: those of 128 MiB.
+/// Entries that one read gets at most: 128 MiB of memory.
 const MAX_ENTRIES: usize = 1 << 15;
 
-/// Ranges that the kernel tells together: all that a batch of 128 pages can have.
+/// Ranges that one call gets at most: as many as a batch of 128 pages can have.
 const MAX_REGIONS: usize = 64;
 
-/// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED`.
+/// The categories `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED`.
 const IS_THERE: u64 = 8 | 16;
 
 /// `struct pm_scan_arg` of linux/fs.h.
@@ -58,27 +59,27 @@ struct PageRegion {
 /// The page map of a process.
 #[derive(Debug)]
 pub(super) struct PageMap {
-    /// None where the kernel has none, or gives none: any page may be there then, and only reading tells.
+    /// `None` if the kernel does not offer the map or refuses it. Any page may exist then, and only a read shows it.
     file: Option<File>,
     scans: AtomicBool,
 }
 
 impl PageMap {
-    /// Opens the map of the process of that folder in `/proc`.
-    pub(super) fn open(folder: &Path) -> Self {
-        let file = File::open(folder.join("pagemap")).ok();
-        // Some sandboxes let it be opened, and refuse to have it read.
+    /// Opens the page map of a process. `directory` is the directory of the process in `/proc`.
+    pub(super) fn open(directory: &Path) -> Self {
+        let file = File::open(directory.join("pagemap")).ok();
+        // Some sandboxes allow the map to be opened but not to be read.
         let file = file.filter(|file| retry(|| file.read_at(&mut [0; ENTRY_BYTES], 0)).is_ok());
         Self { file, scans: AtomicBool::new(true) }
     }
 
-    /// Whether it tells anything at all.
+    /// Whether there is a page map.
     pub(super) fn tells(&self) -> bool {
         self.file.is_some()
     }
 
-    /// Gives each run of pages in ascending order, and whether the process has them. Of a process that has ended it may tell
-    /// anything.
+    /// Calls `run` for each run of pages in ascending order, with true if the process has them. If the process has
+    /// ended, the runs may be wrong.
     pub(super) fn runs(
         &self,
         addresses: Range<u64>,
@@ -99,7 +100,7 @@ impl PageMap {
         if told < addresses.end { run(false, told..addresses.end) } else { Ok(()) }
     }
 
-    /// The first of the addresses at which the process has a page.
+    /// Returns the first of the addresses at which the process has a page.
     pub(super) fn next(&self, addresses: Range<u64>) -> io::Result<Option<u64>> {
         let (mut there, mut at) = (Vec::new(), addresses.start);
         while at < addresses.end && there.is_empty() {
@@ -108,7 +109,7 @@ impl PageMap {
         Ok(there.first().map(|held| held.start))
     }
 
-    /// How many bytes from an address on are of guard pages, which hold nothing.
+    /// Returns how many bytes from the first address on are guard pages, which have no contents.
     pub(super) fn guards(&self, addresses: Range<u64>) -> io::Result<u64> {
         let Some(file) = &self.file else { return Ok(0) };
         let guards = entries(file, &addresses)?.iter().take_while(|entry| **entry & GUARD != 0).count() as u64;
@@ -116,8 +117,8 @@ impl PageMap {
             - addresses.start)
     }
 
-    /// Adds to `there` the ranges of pages that the process has, `most` pages of them or all (0), and returns up to which address
-    /// it looked.
+    /// Adds the ranges of pages that the process has to `there`, with at most `most` pages, or all if `most` is 0.
+    /// Returns the address up to which it searched.
     fn look(&self, addresses: Range<u64>, most: u64, there: &mut Vec<Range<u64>>) -> io::Result<u64> {
         let Some(file) = &self.file else {
             there.push(addresses.clone());
@@ -153,7 +154,7 @@ fn page_start(address: u64) -> u64 {
     address / page_bytes() * page_bytes()
 }
 
-/// Does it again where a signal came between.
+/// Repeats a call that a signal interrupted.
 pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -163,18 +164,18 @@ pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T>
     }
 }
 
-/// Reads the entries of the first of the addresses: at least one.
+/// Reads the entries of the first of the addresses, at least one.
 fn entries(file: &File, addresses: &Range<u64>) -> io::Result<Vec<u64>> {
     let first = addresses.start / page_bytes();
     let wanted = addresses.end.div_ceil(page_bytes()) - first;
     let mut bytes = vec![0; usize::try_from(wanted).map_or(MAX_ENTRIES, |count| count.min(MAX_ENTRIES)) * ENTRY_BYTES];
     let length = retry(|| file.read_at(&mut bytes, first * ENTRY_BYTES as u64))?;
     let entries: Vec<_> = bytes[..length].as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect();
-    // Of a process that has ended there is none.
+    // The map of a process that has ended is empty.
     if entries.is_empty() { Err(io::Error::from_raw_os_error(libc::ESRCH)) } else { Ok(entries) }
 }
 
-/// As [`PageMap::look`], by the kernel.
+/// Does the work of [`PageMap::look`] with `PAGEMAP_SCAN`.
 fn scan(file: &File, addresses: &Range<u64>, most: u64, there: &mut Vec<Range<u64>>) -> io::Result<u64> {
     let mut regions = [PageRegion::default(); MAX_REGIONS];
     let mut scan = Scan {
@@ -187,10 +188,11 @@ fn scan(file: &File, addresses: &Range<u64>, most: u64, there: &mut Vec<Range<u6
         category_anyof_mask: IS_THERE,
         ..Scan::default()
     };
-    // SAFETY: the argument is what linux/fs.h says, and the kernel writes to it, and to as many regions as there are.
+    // SAFETY: the argument has the layout of linux/fs.h. The kernel writes to it, and to at most `regions_length`
+    // regions.
     let count = unsafe { libc::ioctl(file.as_raw_fd(), libc::_IOWR::<Scan>(u32::from(b'f'), 16), &raw mut scan) };
     let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-    // Never back, whatever it says.
+    // The end is checked, because a search must not go backwards.
     if scan.walk_end <= addresses.start {
         return Err(io::ErrorKind::InvalidData.into());
     }
@@ -208,12 +210,12 @@ mod tests {
     use super::*;
     use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-    /// The pages of a run, in a mapping that begins at `start`.
+    /// The pages of a run, as numbers in a mapping that begins at `start`.
     fn pages(start: u64, run: &Range<u64>) -> Range<u64> {
         (run.start - start) / page_bytes()..(run.end - start) / page_bytes()
     }
 
-    /// The runs of pages of a mapping of 64.
+    /// The runs of pages in a mapping of 64 pages.
     fn runs(map: &PageMap, start: u64) -> Vec<(bool, Range<u64>)> {
         let mut runs = Vec::new();
         let add = |held, run: Range<u64>| {
@@ -224,7 +226,7 @@ mod tests {
         runs
     }
 
-    /// The next page that is there, from each of the 64 on.
+    /// The next existing page, from each of the 64 pages on.
     fn next(map: &PageMap, start: u64) -> Vec<Option<u64>> {
         let end = start + 64 * page_bytes();
         let next = |page: u64| map.next(start + page * page_bytes()..end).unwrap();
@@ -234,13 +236,13 @@ mod tests {
     #[test]
     fn both_ways_tell_the_same() {
         let page = rustix::param::page_size();
-        // SAFETY: a new mapping; it is written to and unmapped here alone.
+        // SAFETY: a new mapping, which only this test writes to and unmaps.
         let memory = unsafe {
             mmap_anonymous(std::ptr::null_mut(), 64 * page, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
                 .unwrap()
         };
         for touched in [3, 4, 5, 40] {
-            // SAFETY: it lies in the mapping.
+            // SAFETY: the address is in the mapping.
             unsafe { memory.cast::<u8>().add(touched * page).write(1) };
         }
         let map = PageMap::open(Path::new("/proc/self"));
@@ -251,10 +253,10 @@ mod tests {
         assert_eq!(scanned.0, [(false, 0..3), (true, 3..6), (false, 6..40), (true, 40..41), (false, 41..64)]);
         assert_eq!((scanned.1[0], scanned.1[4], scanned.1[6], scanned.1[41]), (Some(3), Some(4), Some(40), None));
         assert_eq!(map.guards(start..start + 8).unwrap(), 0);
-        // Without a map, any page may be there.
+        // Without a page map, any page may exist.
         let none = PageMap { file: None, scans: AtomicBool::new(true) };
         assert_eq!(runs(&none, start), [(true, 0..64)]);
-        // SAFETY: as above; nobody has a pointer into it any more.
+        // SAFETY: the mapping of this test; no pointer into it is left.
         unsafe { munmap(memory, 64 * page).unwrap() };
     }
 }

@@ -1,8 +1,9 @@
-//! Pages of this process: asked for before they are touched, and given back.
+//! Pages of this process: populated before they are used, and released.
 //!
-//! A caller's buffer may be a mapping: of a file that was cut meanwhile, on a full file system, of huge pages that there are
-//! none of, with guard pages in it. Touching such a page ends the process by SIGBUS or SIGSEGV. `MADV_POPULATE_READ` and
-//! `MADV_POPULATE_WRITE` (Linux 5.14, madvise(2)) report an error instead, and fault in many pages at the cost of few.
+//! The buffer of a caller may be a mapping: of a file that was truncated, of a file on a full file system, of huge
+//! pages that have run out, or with guard pages in it. The use of such a page ends the process with SIGBUS or SIGSEGV.
+//! `MADV_POPULATE_READ` and `MADV_POPULATE_WRITE` (Linux 5.14, madvise(2)) return an error instead, and take the page
+//! faults of many pages at the cost of a few.
 
 #![allow(unsafe_code, reason = "madvise")]
 
@@ -16,7 +17,7 @@ use rustix::mm::{Advice, madvise};
 use super::own_mappings::{Backing, is_permitted};
 use super::zeros::{PAGE_BYTES, is_zero};
 
-/// Makes a range of a buffer zero, and gives its pages back where that can be.
+/// Zeroes a range of a buffer, and releases its pages if possible.
 pub(super) fn make_zero(bytes: &mut [u8], backing: Backing) -> io::Result<()> {
     let advice = match backing {
         Backing::Zeros => return Ok(()),
@@ -31,16 +32,16 @@ pub(super) fn make_zero(bytes: &mut [u8], backing: Backing) -> io::Result<()> {
     if pages.is_empty() {
         return Ok(());
     }
-    // SAFETY: whole pages of a slice that is ours alone, so that nobody else sees them change, in a mapping where, as its
-    // backing says, both kinds of advice leave zeros.
+    // SAFETY: whole pages of a slice that is borrowed mutably, so that no other code sees them change. In memory with
+    // this backing, both kinds of advice leave zeros.
     match unsafe { madvise(pages.as_mut_ptr().cast(), pages.len(), advice) } {
         Ok(()) => Ok(()),
-        // Locked pages; a file system that makes no holes.
+        // The pages are locked, or the file system does not support holes.
         Err(_) => fill_with_zeros(pages),
     }
 }
 
-/// A transparent huge page of `x86_64`, and of aarch64 with pages of 4 KiB.
+/// The size of a transparent huge page on `x86_64`, and on aarch64 with pages of 4 KiB.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Asks for huge pages where a range of a buffer fills them.
@@ -51,22 +52,22 @@ pub(super) fn want_huge_pages(buffer: &mut [u8], start: u64, end: u64) {
     let end = at(end).min(base + buffer.len()) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
     if first < end {
         let pages = buffer[first - base..end - base].as_mut_ptr();
-        // SAFETY: whole pages of a slice that is ours; how large they are changes none of their bytes. Where the kernel cannot,
-        // they stay as they are.
+        // SAFETY: whole pages of a slice that is borrowed mutably. Their size does not change their contents. If the
+        // kernel does not support huge pages, they stay as they are.
         let _ = unsafe { madvise(pages.cast(), end - first, Advice::LinuxHugepage) };
     }
 }
 
-/// Makes pages resident that are going to be written, all at once: half the time of a fault for each.
+/// Makes all pages resident that will be written, in half the time of separate page faults.
 ///
 /// # Errors
 ///
-/// Where one of them cannot be had; it must not be touched then.
+/// If one of the pages cannot be allocated. It must not be used then.
 pub(crate) fn populate(bytes: &mut [u8]) -> io::Result<()> {
     advise(bytes.as_ptr_range(), Advice::LinuxPopulateWrite)
 }
 
-/// Where the first page of a range begins that cannot be had; 0 where all can.
+/// Returns where the first page begins that cannot be allocated, or 0 if all can.
 pub(super) fn first_missing(bytes: &[u8]) -> usize {
     let mut at = 0;
     while at < bytes.len() {
@@ -79,14 +80,14 @@ pub(super) fn first_missing(bytes: &[u8]) -> usize {
     0
 }
 
-/// How many bytes from the beginning of a range can be read, at least one.
+/// Returns how many bytes from the beginning of a range can be read, at least one.
 ///
 /// # Errors
 ///
-/// Why the first of them cannot be; it must not be touched then.
+/// The reason why the first byte cannot be read. It must not be used then.
 pub(crate) fn readable(bytes: &[u8]) -> io::Result<usize> {
     let Err(error) = advise(bytes.as_ptr_range(), Advice::LinuxPopulateRead) else { return Ok(bytes.len()) };
-    // The pages before the first bad one are there now, so that this costs little more than looking at them.
+    // The pages before the first bad one are resident by now, so this costs little more than a check of each.
     let mut good = 0;
     while good < bytes.len() {
         let page = page_after(&bytes[good..]);
@@ -99,7 +100,7 @@ pub(crate) fn readable(bytes: &[u8]) -> io::Result<usize> {
     if good == 0 { Err(error) } else { Ok(good) }
 }
 
-/// Asks for all pages of which a range has some; quiet where the kernel cannot.
+/// Gives advice for all pages that intersect a range. Succeeds if the kernel does not know the advice.
 fn advise(range: Range<*const u8>, advice: Advice) -> io::Result<()> {
     let page = rustix::param::page_size();
     let (first, end) = (range.start.addr() / page * page, range.end.addr());
@@ -108,12 +109,12 @@ fn advise(range: Range<*const u8>, advice: Advice) -> io::Result<()> {
     }
     let (start, length) = (range.start.with_addr(first).cast_mut().cast(), end - first);
     loop {
-        // SAFETY: both kinds of advice that are given here change no byte of any page, neither of ours nor of a neighbour's on
-        // the same page.
+        // SAFETY: both kinds of advice that are given here change no byte, neither in the range nor in the rest of its
+        // first and last page.
         match unsafe { madvise(start, length, advice) } {
             Err(Errno::INTR | Errno::AGAIN) => {}
-            // Linux before 5.14 does not know it; it refuses the memory of a device, which is there, and what is mapped without
-            // the permission.
+            // Linux before 5.14 does not know the advice. Newer kernels refuse it for memory of a device, which is
+            // usable, and for memory that is mapped without the permission.
             Err(Errno::INVAL) if populates() && !is_permitted(first..end, advice == Advice::LinuxPopulateWrite) => {
                 return Err(Errno::FAULT.into());
             }
@@ -123,25 +124,26 @@ fn advise(range: Range<*const u8>, advice: Advice) -> io::Result<()> {
     }
 }
 
-/// Whether the kernel knows `MADV_POPULATE_READ`. Looked at once.
+/// Whether the kernel knows `MADV_POPULATE_READ`. Checked once.
 fn populates() -> bool {
     static POPULATES: OnceLock<bool> = OnceLock::new();
     *POPULATES.get_or_init(|| {
         static PAGE: u8 = 0;
         let page = rustix::param::page_size();
         let start = (&raw const PAGE).with_addr((&raw const PAGE).addr() / page * page).cast_mut().cast();
-        // SAFETY: a page of our own that is mapped, of which this changes nothing.
+        // SAFETY: a mapped page of this program, which the call does not change.
         unsafe { madvise(start, page, Advice::LinuxPopulateRead) }.is_ok()
     })
 }
 
-/// Bytes up to the next page, or to the end.
+/// Returns the number of bytes up to the next page, or to the end.
 fn page_after(bytes: &[u8]) -> usize {
     let page = rustix::param::page_size();
     (page - bytes.as_ptr().addr() % page).min(bytes.len())
 }
 
-/// Writes only to pages that are not zero: the others may not be resident, or be a file's.
+/// Zeroes a range, but writes only to pages that are not zero, because the others may not be resident or may belong to
+/// a file.
 fn fill_with_zeros(bytes: &mut [u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -163,7 +165,7 @@ fn fill_with_zeros(bytes: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Looked at together.
+/// The bytes that are checked for readability with one call.
 const ZERO_FILL_BATCH_BYTES: usize = 1 << 20;
 
 fn whole_pages(bytes: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
@@ -190,7 +192,7 @@ mod tests {
         assert!(heap[..5000].iter().chain(&heap[900_000..]).all(|byte| *byte == 1));
         for backing in [Backing::Shared, Backing::Other] {
             heap.fill(1);
-            // Of no file, it cannot be punched: filled then.
+            // There is no file to punch a hole into, so it is overwritten.
             make_zero(&mut heap[5000..900_000], backing).unwrap();
             assert!(is_zero(&heap[5000..900_000]));
         }
@@ -201,19 +203,19 @@ mod tests {
     #[test]
     fn pages_that_must_not_be_touched_are_found() {
         let page = rustix::param::page_size();
-        // SAFETY: new memory of this test's alone.
+        // SAFETY: new memory that only this test uses.
         let start = unsafe { mmap_anonymous(ptr::null_mut(), 8 * page, ProtFlags::READ, MapFlags::PRIVATE) }.unwrap();
-        // SAFETY: within it.
+        // SAFETY: the address is within it.
         unsafe { mprotect(start.byte_add(3 * page), page, MprotectFlags::empty()) }.unwrap();
         // SAFETY: mapped until the end of the test.
         let memory = unsafe { std::slice::from_raw_parts(start.cast::<u8>(), 8 * page) };
         assert_eq!(readable(&memory[100..]).unwrap(), 3 * page - 100);
         assert_eq!(readable(&memory[3 * page + 5..]).unwrap_err().raw_os_error(), Some(libc::EFAULT));
         assert_eq!(readable(&memory[4 * page..]).unwrap(), 4 * page);
-        // SAFETY: as above; it is not written to.
+        // SAFETY: mapped until the end of the test; it is not written to.
         let read_only = unsafe { std::slice::from_raw_parts_mut(start.cast::<u8>(), page) };
         assert!(populate(read_only).is_err());
-        // SAFETY: nobody looks at it any more.
+        // SAFETY: no reference to it is used any more.
         unsafe { munmap(start, 8 * page) }.unwrap();
     }
 
@@ -227,12 +229,12 @@ mod tests {
             unsafe { mmap(ptr::null_mut(), 4 * page, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0) };
         let start = start.unwrap();
         file.set_len(page as u64).unwrap();
-        // SAFETY: mapped until the end of the test, and touched only where there is something of the file.
+        // SAFETY: mapped until the end of the test, and used only where the file has contents.
         let memory = unsafe { std::slice::from_raw_parts_mut(start.cast::<u8>(), 4 * page) };
         assert_eq!(readable(memory).unwrap(), page);
         assert_eq!(populate(&mut memory[page..]).unwrap_err().raw_os_error(), Some(libc::EFAULT));
         assert!(make_zero(&mut memory[page..], Backing::Other).is_err());
-        // SAFETY: nobody looks at it any more.
+        // SAFETY: no reference to it is used any more.
         unsafe { munmap(start, 4 * page) }.unwrap();
     }
 }

@@ -1,7 +1,7 @@
-//! The memory of a live process as guest memory.
+//! [`ProcessMemory`]: the memory of a live process.
 //!
-//! What was never touched is neither read nor made resident: a page of a file is read from the file, and what the page map tells of
-//! an anonymous page says whether there is one.
+//! Memory that the process never touched is neither read nor made resident. The page map shows whether an anonymous
+//! page exists, and pages of a file are read from the file.
 
 #![allow(unsafe_code, reason = "process_vm_readv is in no safe crate we have")]
 
@@ -22,14 +22,15 @@ use super::stop::StoppedProcess;
 use crate::error::{Error, Result};
 use crate::threads::lock;
 
-/// An address at which nothing is mapped, that a file offset reaches.
+/// An unmapped address that a file offset can express.
 const NOWHERE: u64 = 0x7fff_ffff_ffff_0000;
 
-/// The memory of a live process; [`ProcessMemory::range`] makes guest memory of a part of it.
+/// The memory of a live process. [`ProcessMemory::range`] makes guest memory of a part of it.
 ///
-/// It is read as it was mapped when this was made. The process is not stopped: whoever wants one moment's memory stops it before,
-/// as [`StoppedProcess`](crate::StoppedProcess) does. Of a process that is stopped then, pages that it would itself have to bring
-/// (by userfaultfd, or as a FUSE server) cannot be read.
+/// The mappings are those at the time of [`ProcessMemory::open`]. The process is not stopped;
+/// [`StoppedProcess`](crate::StoppedProcess) stops it, so that all memory is of one moment. If it is stopped when it is
+/// opened, pages that the process itself would have to bring, as a handler of userfaultfd or as a FUSE server, cannot
+/// be read.
 #[derive(Clone, Debug)]
 pub struct ProcessMemory {
     process: Arc<Process>,
@@ -38,62 +39,63 @@ pub struct ProcessMemory {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) pid: i32,
-    /// Of this very process: empty when it has ended or runs another program.
+    /// `/proc/PID/mem` of this process: empty when the process has ended or runs another program.
     memory: File,
     pub(super) pages: PageMap,
     mappings: Vec<Mapping>,
-    /// What must not be waited for, since it stood still when this was made.
+    /// The page faults that must not be waited for, if the process was stopped when it was opened.
     serving: Serving,
     files: Mutex<Files>,
 }
 
-/// The files that are mapped, by device and inode; None for one that cannot be opened.
+/// The mapped files, by device and inode. `None` for a file that cannot be opened.
 #[derive(Debug, Default)]
 struct Files {
     opened: HashMap<(u64, u64), Option<Arc<OpenFile>>>,
-    /// What the process has open.
+    /// The files that the process has open.
     descriptors: Option<HashMap<(u64, u64), PathBuf>>,
 }
 
 impl ProcessMemory {
-    /// Opens the memory of the process of that number.
+    /// Opens the memory of the process with this PID.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is no such process, or this user may not read its memory.
+    /// [`Error::is_io`] if there is no such process, or this user may not read its memory.
     pub fn open(pid: u32) -> Result<Self> {
         let failed = |error: io::Error| {
             let why = match error.kind() {
                 io::ErrorKind::NotFound => "there is no such process",
                 io::ErrorKind::PermissionDenied => {
-                    "no permission to read its memory; root has it, and its owner where kernel.yama.ptrace_scope is 0"
+                    "no permission to read its memory: be root, or its owner where kernel.yama.ptrace_scope is 0"
                 }
                 _ => "its memory cannot be read",
             };
             Error::io(format!("process {pid}: {why}"), error)
         };
-        let folder = PathBuf::from(format!("/proc/{pid}"));
-        // Needs the permission that reading needs; the others need less.
-        let memory = File::open(folder.join("mem")).map_err(failed)?;
-        let mappings = mappings(&folder).map_err(failed)?;
+        let directory = PathBuf::from(format!("/proc/{pid}"));
+        // Opened first, because it requires the permission to read the memory. The other files require less.
+        let memory = File::open(directory.join("mem")).map_err(failed)?;
+        let mappings = mappings(&directory).map_err(failed)?;
         let serving =
-            if StoppedProcess::is_stopped(pid).map_err(failed)? { Serving::of(&folder) } else { Serving::default() };
-        let pages = PageMap::open(&folder);
+            if StoppedProcess::is_stopped(pid).map_err(failed)? { Serving::of(&directory) } else { Serving::default() };
+        let pages = PageMap::open(&directory);
         let pid = i32::try_from(pid).map_err(|_| failed(io::ErrorKind::NotFound.into()))?;
         Ok(Self { process: Arc::new(Process { pid, memory, pages, mappings, serving, files: Mutex::default() }) })
     }
 
-    /// Its number.
+    /// Returns the PID.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.pid.unsigned_abs()
     }
 
-    /// `size` bytes from the virtual address `address` on. What is not mapped there cannot be read.
+    /// Takes `size` bytes from the virtual address `address` on. Addresses in the range that are not mapped cannot be
+    /// read.
     ///
     /// ```
-    /// # let folder = tempfile::tempdir()?;
-    /// # let writer = vmsnap::SnapshotWriter::new(folder.path().join("vm1"), false)?;
+    /// # let directory = tempfile::tempdir()?;
+    /// # let writer = vmsnap::SnapshotWriter::new(directory.path().join("vm1"), false)?;
     /// # #[repr(align(65536))]
     /// # struct Ram([u8; 65536]);
     /// # let ram = Box::new(Ram([7; 65536]));
@@ -107,22 +109,22 @@ impl ProcessMemory {
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where nothing is mapped, or the address is not that of a page.
+    /// [`Error::is_invalid_argument`] if nothing in the range is mapped, or `address` is not the first of a page.
     pub fn range(&self, address: u64, size: u64) -> Result<ProcessRange> {
         let process = &self.process;
         let refused = |why: &str| {
-            let text = format!("process {}: {why} (it has {size} bytes from {address:#x})", process.pid);
+            let text = format!("process {}: {why} ({size} bytes from {address:#x})", process.pid);
             Err(Error::invalid_argument(text))
         };
         let Some(end) = address.checked_add(size) else {
             return refused("the range ends after the last address");
         };
         if !address.is_multiple_of(rustix::param::page_size() as u64) {
-            return refused("the range does not begin with a page");
+            return refused("the range does not begin at a page boundary");
         }
         let ranges = process.held_ranges(address..end);
         if size > 0 && ranges.iter().all(|range| matches!(range.holder, PageHolder::Nowhere)) {
-            return refused("nothing is mapped in the range; /proc/PID/maps tells what is");
+            return refused("nothing is mapped in the range: /proc/PID/maps lists the mappings");
         }
         Ok(ProcessRange { process: Arc::clone(process), addresses: address..end, ranges })
     }
@@ -152,7 +154,7 @@ impl Process {
             match file {
                 Some(file) => {
                     let offset = mapping.file_offset + (start - mapping.addresses.start);
-                    // The last page that the file does not fill is the mapping's, and what comes after it nobody's.
+                    // A last page that the file fills only in part belongs to the mapping, and later pages to neither.
                     let pages = file.length().saturating_sub(offset) & !(rustix::param::page_size() as u64 - 1);
                     let part = FileMemory::within(file, offset, pages.min(end - start));
                     let file_end = start + part.size();
@@ -167,8 +169,8 @@ impl Process {
         ranges
     }
 
-    /// The file of a mapping, if it can be opened: by what the kernel has for it, for which root is needed, or by a
-    /// descriptor of the process.
+    /// Returns the file of a mapping, if it can be opened: through the link of the kernel, which requires root, or
+    /// through a descriptor of the process.
     fn file(&self, mapping: &Mapping) -> Option<Arc<OpenFile>> {
         let files = &mut *lock(&self.files);
         let identity = mapping.identity;
@@ -178,11 +180,11 @@ impl Process {
         let Range { start, end } = mapping.addresses;
         let direct = PathBuf::from(format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid));
         let descriptors = files.descriptors.get_or_insert_with(|| {
-            let folder = PathBuf::from(format!("/proc/{}", self.pid));
-            self.serving.descriptors(&folder)
+            let directory = PathBuf::from(format!("/proc/{}", self.pid));
+            self.serving.descriptors(&directory)
         });
         let file = [Some(&direct), descriptors.get(&identity)].into_iter().flatten().find_map(|path| {
-            // Nothing but a file is opened: opening a pipe waits, and a device may do anything.
+            // Only a regular file is opened: opening a pipe waits, and opening a device may have side effects.
             let is_it = |found: &fs::Metadata| found.is_file() && (found.dev(), found.ino()) == identity;
             fs::metadata(path).ok().filter(is_it)?;
             let file = File::open(path).ok()?;
@@ -193,7 +195,7 @@ impl Process {
         file
     }
 
-    /// Gives each run of pages, whether the process has them.
+    /// Calls `run` for each run of pages, with true if the process has them.
     pub(super) fn runs(
         &self,
         addresses: Range<u64>,
@@ -202,29 +204,30 @@ impl Process {
         self.looked(self.pages.runs(addresses, run))
     }
 
-    /// The first of the addresses at which it has a page.
+    /// Returns the first of the addresses at which the process has a page.
     pub(super) fn next(&self, addresses: Range<u64>) -> io::Result<Option<u64>> {
         self.looked(self.pages.next(addresses))
     }
 
-    /// What was found in the page map, if it was still the process that was meant.
+    /// Returns the result of a search in the page map, if the process still exists.
     fn looked<T>(&self, found: io::Result<T>) -> io::Result<T> {
         self.check_alive()?;
         found.map_err(|error| self.refused("its page map cannot be read", error))
     }
 
-    /// Reads from its memory; a page that is not there is made.
+    /// Reads from the memory of the process. A missing page is created by the read.
     pub(super) fn read(&self, address: u64, buf: &mut [u8]) -> io::Result<usize> {
         let result = match self.read_directly(address, buf) {
             Ok(count) => Ok(count),
             Err(error) if is_of_page(&error) => Err(error),
-            // The call is refused (by a seccomp filter, say), was interrupted, or cannot be done now: that says nothing of the page.
+            // The call was refused (by a seccomp filter, for example), interrupted, or is impossible now. That is not a
+            // property of the page.
             Err(first) => retry(|| self.read_file(address, buf)).map_err(|error| {
                 let text = format!("process_vm_readv failed ({first}), and so did reading /proc/{}/mem", self.pid);
                 if is_of_page(&error) { error } else { self.refused(&text, error) }
             }),
         };
-        // Whoever has the number now: it was still the process that was meant.
+        // Another process may have the PID by now, so check that it is still the right one.
         self.check_alive()?;
         result.or_else(|error| {
             let end = address + buf.len() as u64;
@@ -243,8 +246,8 @@ impl Process {
         let local = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
         let base = std::ptr::without_provenance_mut(usize::try_from(address).map_err(|_| unreadable())?);
         let remote = libc::iovec { iov_base: base, iov_len: buf.len() };
-        // SAFETY: the kernel writes to `buf` alone, no more than its length; the address is another process' and only a number
-        // here.
+        // SAFETY: the kernel writes only to `buf`, at most its length. The address belongs to another process and is
+        // only a number here.
         let count = unsafe { libc::process_vm_readv(self.pid, &raw const local, 1, &raw const remote, 1, 0) };
         match usize::try_from(count) {
             Ok(0) => Err(unreadable()),
@@ -254,7 +257,7 @@ impl Process {
     }
 
     fn read_file(&self, address: u64, buf: &mut [u8]) -> io::Result<usize> {
-        // The kernel's own page for system calls lies where no file offset reaches.
+        // The vsyscall page of the kernel is at an address that a file offset cannot express.
         if i64::try_from(address).is_err() {
             return Err(unreadable());
         }
@@ -264,16 +267,16 @@ impl Process {
         }
     }
 
-    /// Fails where the process has ended, or runs another program.
+    /// Fails if the process has ended, or runs another program.
     fn check_alive(&self) -> io::Result<()> {
         match retry(|| self.memory.read_at(&mut [0], NOWHERE)) {
             Ok(0) => Err(gone()),
-            // There is nothing to be read, but a process to be asked.
+            // Nothing is mapped there, but the process exists.
             _ => Ok(()),
         }
     }
 
-    /// The error of a call that the system refused, which is not one of a page.
+    /// Makes an error of a call that the system refused, which is not an error of a page.
     fn refused(&self, what: &str, error: io::Error) -> io::Error {
         Error::io(format!("process {}: {what}", self.pid), error).into()
     }

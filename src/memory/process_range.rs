@@ -1,4 +1,4 @@
-//! A range of addresses of a live process as guest memory: with the holder of the pages of each range.
+//! [`ProcessRange`]: a range of addresses of a live process as guest memory.
 
 use std::io;
 use std::ops::Range;
@@ -9,12 +9,12 @@ use super::process::{Process, unreadable};
 use super::source::{GuestMemorySource, is_of_page};
 use crate::error::{Error, Result};
 
-/// A range of addresses of a process as guest memory; from [`ProcessMemory::range`](crate::ProcessMemory::range).
+/// A range of addresses of a process as guest memory, made by [`ProcessMemory::range`](crate::ProcessMemory::range).
 #[derive(Debug)]
 pub struct ProcessRange {
     pub(super) process: Arc<Process>,
     pub(super) addresses: Range<u64>,
-    /// All of it, in ascending order.
+    /// Covers all addresses, in ascending order.
     pub(super) ranges: Vec<HeldRange>,
 }
 
@@ -24,30 +24,30 @@ pub(super) struct HeldRange {
     pub(super) holder: PageHolder,
 }
 
-/// What holds the pages of a range.
+/// The owner of the pages in a range, which decides how they are found and read.
 #[derive(Debug)]
 pub(super) enum PageHolder {
-    /// The process alone: what is not there is zero.
+    /// The process alone: missing pages are zero.
     Anonymous,
-    /// A file, whoever maps it.
+    /// A file, which other processes may map too.
     Shared(FileMemory),
-    /// The process, where it has written, and otherwise a file.
+    /// The process for the pages that it has written, and a file for the others.
     Private(FileMemory),
-    /// Only reading tells.
+    /// Unknown: only a read shows the contents.
     Opaque,
-    /// The process, whose page faults and files nobody serves while it stands still: what is not there cannot be read.
+    /// The process, which is stopped and would have to bring missing pages itself: they cannot be read.
     Awaited,
     Nowhere,
 }
 
 fn awaited() -> io::Error {
-    let text = "the page is not there, and the process that is to bring it (as the handler of its userfaultfd, or a FUSE \
-                server) stands still: let it run meanwhile (--no-stop)";
+    let text = "the page is missing, and the process that must bring it (as handler of its userfaultfd, or as FUSE \
+                server) is stopped: let it run during the dump (--no-stop)";
     io::Error::new(io::ErrorKind::WouldBlock, text)
 }
 
 impl ProcessRange {
-    /// The ranges that hold some of a range of offsets, with the addresses they hold.
+    /// Returns the ranges that intersect a range of offsets, with the intersections as addresses.
     fn held(&self, offsets: Range<u64>) -> impl Iterator<Item = (&HeldRange, Range<u64>)> {
         let (start, end) = (self.addresses.start + offsets.start, self.addresses.start + offsets.end);
         let first = self.ranges.partition_point(|range| range.addresses.end <= start);
@@ -64,7 +64,7 @@ impl GuestMemorySource for ProcessRange {
     fn data_ranges(&self, within: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
         let base = self.addresses.start;
         for (range, addresses) in self.held(within) {
-            // Where the range begins, in the region: what a file finds is told from there.
+            // Offset of this range in the region, which is added to the offsets that the file reports.
             let first = range.addresses.start - base;
             let of_file = |file: &FileMemory, part: Range<u64>, found: &mut Vec<Range<u64>>| {
                 let before = found.len();
@@ -109,7 +109,7 @@ impl GuestMemorySource for ProcessRange {
                 PageHolder::Anonymous => self.process.next(addresses)?,
                 PageHolder::Private(file) => {
                     let of_file = of_file(file)?;
-                    // No further than where the file has some.
+                    // The search ends where the file has data.
                     let own = self.process.next(addresses.start..of_file.unwrap_or(addresses.end))?;
                     own.or(of_file)
                 }
@@ -129,7 +129,7 @@ impl GuestMemorySource for ProcessRange {
         };
         let in_buf = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(buf.len());
         let start = range.addresses.start;
-        // The first run of pages that are the process' own, or of those that are not.
+        // Returns the first run of pages that the process has, or has not.
         let first_run = |addresses: Range<u64>| {
             let mut first = None;
             self.process.runs(addresses, |held, run| {
@@ -157,7 +157,7 @@ impl GuestMemorySource for ProcessRange {
                     file.read_at(run.start - start, &mut buf[..length])
                 }
             }
-            // Without a page map, nobody knows what is there.
+            // Without a page map, it is unknown which pages exist.
             PageHolder::Awaited if !self.process.pages.tells() => Err(awaited()),
             PageHolder::Awaited => {
                 let (held, run) = first_run(addresses)?;
@@ -169,12 +169,12 @@ impl GuestMemorySource for ProcessRange {
 }
 
 impl ProcessRange {
-    /// Fills the beginning of `buf` with what is at `offset`, up to the first page that cannot be read, and returns how much that
-    /// is. What the process never touched is zeros, and stays untouched.
+    /// Fills the beginning of `buf` with the memory at `offset`, up to the first page that cannot be read, and returns
+    /// the length. Pages that the process never touched are zeros, and remain untouched.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where the process has ended, or the system refuses to have it read.
+    /// [`Error::is_io`] if the process has ended, or the system refuses the read.
     pub fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let end = self.size().min(offset.saturating_add(buf.len() as u64));
         let most = buf.len();
@@ -196,11 +196,12 @@ impl ProcessRange {
         Ok(length)
     }
 
-    /// The first of the offsets at which a page can be read, or their end. What the process never touched stays untouched.
+    /// Returns the first of the offsets at which a page can be read, or the end of `offsets`. Pages that the process
+    /// never touched remain untouched.
     ///
     /// # Errors
     ///
-    /// Those of [`ProcessRange::fill`].
+    /// The errors of [`ProcessRange::fill`].
     pub fn next_readable(&self, offsets: Range<u64>) -> Result<u64> {
         let base = self.addresses.start;
         for (range, addresses) in self.held(offsets.clone()) {

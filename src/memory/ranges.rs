@@ -1,4 +1,4 @@
-//! Ranges of data: put together, and found among zeros.
+//! Lists of data ranges: merges neighbours, and finds data between zeros.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ pub(super) fn page_end(offset: u64) -> u64 {
     (offset / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64
 }
 
-/// Adds a range after the others, to the last of them where they touch.
+/// Appends a range to an ascending list, or extends the last range if the two touch.
 pub(super) fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     match ranges.last_mut() {
         Some(last) if last.end == range.start => last.end = range.end,
@@ -16,7 +16,7 @@ pub(super) fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     }
 }
 
-/// Adds a range after the others, to the last of them where less than `min_gap` is between.
+/// Appends a range to an ascending list, or extends the last range if the gap between them is shorter than `min_gap`.
 pub(super) fn append_near(ranges: &mut Vec<Range<u64>>, range: Range<u64>, min_gap: u64) {
     match ranges.last_mut() {
         Some(last) if range.start - last.end < min_gap => last.end = range.end,
@@ -24,7 +24,7 @@ pub(super) fn append_near(ranges: &mut Vec<Range<u64>>, range: Range<u64>, min_g
     }
 }
 
-/// Adds the ranges of pages in `data` that are not zero, which is at `start` of its region.
+/// Appends the ranges of pages in `data` that are not zero. `data` is at offset `start` of its region.
 pub(super) fn find_data(data: &[u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) {
     let mut from = 0;
     while from < data.len() {
@@ -38,8 +38,9 @@ pub(super) fn find_data(data: &[u8], start: u64, min_gap: u64, ranges: &mut Vec<
     }
 }
 
-/// Moves what is not zero to the beginning of `data`, which is at `start` of its region, and adds its ranges; returns how much
-/// that is. Zeros between two ranges of less than `min_gap` stay.
+/// Moves the pages of `data` that are not zero to its beginning, and appends their ranges. `data` is at offset `start`
+/// of its region. Zeros between two ranges remain if they are shorter than `min_gap`. Returns the number of bytes that
+/// are left.
 pub(super) fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut Vec<Range<u64>>) -> usize {
     let first = ranges.len().saturating_sub(1);
     find_data(data, start, min_gap, ranges);
@@ -55,7 +56,7 @@ pub(super) fn drop_zeros(data: &mut [u8], start: u64, min_gap: u64, ranges: &mut
     kept
 }
 
-/// Some of a region's bytes; None where there are none.
+/// Returns the bytes of a range, or `None` if the range is empty or not in `bytes`.
 pub(super) fn bytes_in<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
     let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
     bytes.get(start..end).filter(|bytes| !bytes.is_empty())

@@ -1,8 +1,8 @@
-//! One stream of bytes, brought by several threads.
+//! Joins the batches of several threads into one stream of bytes.
 //!
-//! Each thread brings the bytes of a batch, when it is that batch's turn. The bytes handed back to it begin and end where
-//! `alignment` divides the stream: the bytes left over at the end of a batch are copied in front of the next one's. Only that
-//! is done in turn; whatever a thread then does with its aligned bytes, it does while the others do the same.
+//! A thread adds the bytes of its batch when it is the turn of that batch. In return it gets bytes that begin and end
+//! at multiples of `alignment` in the stream: the bytes left over at the end of one batch are copied in front of the
+//! next. Only that copy happens in turn. Threads compress, encrypt or write their aligned bytes in parallel.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::fragment::rope::Rope;
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt, PanicGuard, lock};
 
-/// Puts batches into the stream in order: a thread waits until it is its batch's turn.
+/// Adds batches to the stream in order: a thread waits for the turn of its batch.
 pub(super) struct Sequencer {
     alignment: usize,
-    /// The most that is ever carried over.
+    /// The maximum number of bytes that are carried over.
     room: usize,
     stream: Mutex<StreamState>,
     changed: Condvar,
@@ -24,20 +24,20 @@ pub(super) struct Sequencer {
 #[derive(Default)]
 struct StreamState {
     next: usize,
-    /// Aligned bytes handed back.
+    /// The number of aligned bytes that were returned.
     offset: u64,
-    /// What follows them: at least a byte, once there was one.
+    /// The bytes after them. Once the stream has a byte, at least one is carried.
     carry: Vec<u8>,
     failed: bool,
 }
 
 impl StreamState {
-    /// Puts a batch, whose turn it is, into the stream.
+    /// Adds a batch to the stream, when it is its turn.
     fn join<'a>(&mut self, batch: &'a mut BatchBuffer, alignment: usize) -> Result<(u64, &'a [u8])> {
         let start = batch.room - self.carry.len();
         batch.bytes[start..batch.room].copy_from_slice(&self.carry);
         let bytes = &batch.bytes[start..batch.room + batch.length];
-        // A byte always stays: whether aligned bytes are the last shows only when more follows.
+        // At least one byte is carried, because only a later byte shows that the aligned bytes are not the last ones.
         let (aligned, rest) = bytes.split_at(bytes.len().saturating_sub(1) / alignment * alignment);
         self.carry.clear();
         buffer::reserve(&mut self.carry, rest.len())?;
@@ -49,7 +49,7 @@ impl StreamState {
     }
 }
 
-/// The bytes of a batch, with room in front for what is carried over.
+/// The bytes of a batch, with room in front for the carried bytes.
 pub(super) struct BatchBuffer {
     room: usize,
     bytes: Vec<u8>,
@@ -65,12 +65,12 @@ impl BatchBuffer {
         self.length = 0;
     }
 
-    /// What is not filled yet.
+    /// Returns the part of the buffer that is not filled yet.
     pub(super) fn spare(&mut self) -> &mut [u8] {
         &mut self.bytes[self.room + self.length..]
     }
 
-    /// Counts bytes of [`BatchBuffer::spare`] as filled.
+    /// Counts the first `count` bytes of [`BatchBuffer::spare`] as filled.
     pub(super) fn grow(&mut self, count: usize) {
         self.length += count;
     }
@@ -82,10 +82,10 @@ impl BatchBuffer {
     }
 }
 
-/// A batch, and a note about it.
+/// A batch and its note: bytes about it that are collected in the order of the batches.
 pub(super) type AnnotatedBatch = (BatchBuffer, Vec<u8>);
 
-/// What is left of a stream.
+/// The bytes that are left when all batches were added, and their offset in the stream.
 pub(super) struct Rest {
     pub(super) offset: u64,
     pub(super) carry: Vec<u8>,
@@ -97,13 +97,13 @@ impl Sequencer {
         Self { alignment, room: alignment.max(start.len()), stream: Mutex::new(stream), changed: Condvar::new() }
     }
 
-    /// An empty batch for so many bytes.
+    /// Returns an empty batch for at most `capacity` bytes.
     pub(super) fn batch(&self, capacity: usize) -> Result<BatchBuffer> {
         BatchBuffer::new(self.room, capacity)
     }
 
-    /// Puts the batch into the stream when it is its turn, and does `also` in that turn. Returns the aligned bytes,
-    /// and where in the stream they are.
+    /// Waits for the turn of the batch, calls `also`, and adds the batch to the stream. Returns the aligned bytes, and
+    /// their offset in the stream.
     pub(super) fn take<'a>(
         &self,
         number: usize,
@@ -119,8 +119,9 @@ impl Sequencer {
         Ok(aligned)
     }
 
-    /// Puts bytes that stay where they are into the stream, as [`Sequencer::take`] does: only the carried bytes are copied, to
-    /// `head` and from the end.
+    /// Waits for the turn of the batch, calls `also`, and adds `runs` to the stream without a copy, except for the
+    /// carried bytes: those of the previous batch are moved to `head`, and those at the end are copied. Returns the
+    /// aligned bytes, and their offset in the stream.
     pub(super) fn take_in_place<'a>(
         &self,
         number: usize,
@@ -158,12 +159,12 @@ impl Sequencer {
         Ok(stream)
     }
 
-    /// Lets nobody wait for a turn that never comes, where this thread panics.
+    /// Returns a guard that wakes the waiting threads if this thread panics, because its turn will never end.
     pub(super) fn guard(&self) -> PanicGuard<impl Fn()> {
         PanicGuard(|| self.fail())
     }
 
-    /// Lets nobody wait for a turn that never comes.
+    /// Wakes the waiting threads, because a turn will never end.
     pub(super) fn fail(&self) {
         lock(&self.stream).failed = true;
         self.changed.notify_all();
@@ -175,8 +176,8 @@ impl Sequencer {
     }
 }
 
-/// Puts batches into the stream in order where they take very different times: a thread leaves its batch here and goes on with
-/// the next one, and a thread that finds the next batch in order here puts it into the stream.
+/// Adds batches to the stream in order when they take very different times. A thread leaves its batch here and goes on
+/// with the next one. A thread that finds the next batch in order adds it to the stream.
 pub(super) struct ReorderBuffer {
     alignment: usize,
     room: usize,
@@ -189,7 +190,7 @@ pub(super) struct ReorderBuffer {
 #[derive(Default)]
 struct Reordering {
     stream: StreamState,
-    /// Notes of the batches so far, in order.
+    /// The notes of all batches in the stream, in order.
     notes: Vec<u8>,
     waiting: BTreeMap<usize, AnnotatedBatch>,
     idle: Vec<AnnotatedBatch>,
@@ -197,14 +198,14 @@ struct Reordering {
 }
 
 impl ReorderBuffer {
-    /// For batches of at most `capacity` bytes, of which there are not more than `most` at a time.
+    /// Creates the buffer for batches of at most `capacity` bytes. At most `most` batches exist at a time.
     pub(super) fn new(alignment: usize, start: &[u8], capacity: usize, most: usize) -> Self {
         let stream = StreamState { carry: start.to_vec(), ..StreamState::default() };
         let state = Mutex::new(Reordering { stream, ..Reordering::default() });
         Self { alignment, room: alignment.max(start.len()), capacity, most, state, changed: Condvar::new() }
     }
 
-    /// An empty batch, and a note for it; none where there are enough.
+    /// Returns an empty batch and its note, or `None` if `most` batches exist.
     pub(super) fn batch(&self) -> Result<Option<AnnotatedBatch>> {
         self.idle(&mut lock(&self.state))
     }
@@ -217,8 +218,8 @@ impl ReorderBuffer {
         Ok(state.idle.pop())
     }
 
-    /// Leaves a batch, lets `write` have the aligned bytes, and returns an empty batch. A thread has one whenever it
-    /// begins with what others may have to wait for.
+    /// Leaves a batch here, adds the batches that are next to the stream, and passes their aligned bytes to `write`.
+    /// Returns an empty batch, so that a thread always has one before it starts work that other threads may wait for.
     pub(super) fn put(
         &self,
         number: usize,
@@ -261,14 +262,14 @@ impl ReorderBuffer {
         self.changed.notify_all();
     }
 
-    /// The rest, and all notes.
+    /// Returns the end of the stream, and all notes.
     pub(super) fn rest(self) -> (Rest, Vec<u8>) {
         let Reordering { stream, notes, .. } = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         (Rest { offset: stream.offset, carry: stream.carry }, notes)
     }
 }
 
-/// Waits for a change, not for long, and asks whether to go on, without the lock.
+/// Waits briefly for a change, and then checks for an interrupt while the lock is released.
 fn wait<'a, T>(
     changed: &Condvar,
     guard: MutexGuard<'_, T>,

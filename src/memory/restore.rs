@@ -1,4 +1,4 @@
-//! Guest memory out of a snapshot, all of it, into buffers and files.
+//! `GuestMemory::restore`: restores whole guest regions to buffers and files.
 
 use std::io;
 use std::ops::Range;
@@ -15,28 +15,31 @@ use crate::error::{Error, Result};
 use crate::stored_file::CacheUse;
 use crate::threads::{Interrupt, for_each};
 
-/// What one thread restores at a time: little of it is decrypted or decompressed twice, by the neighbour too.
+/// The range that one thread restores at a time. Blocks at its borders are decrypted and decompressed twice, which
+/// is little of so much data.
 const RESTORE_BATCH_BYTES: usize = 4 << 20;
 
-/// Of a batch with more holes, all pages are given back at once.
+/// In a batch with more holes than this, all pages are released at once.
 const MAX_HOLES_PER_BATCH: usize = 32;
 
 impl GuestMemory {
-    /// Restores all regions, each to its destination, by all threads.
+    /// Restores all regions, each to its destination, with all threads.
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where the destinations are not those of the regions; nothing was written then. After any
-    /// other error the destinations hold anything: [`Error::is_authentication`], [`Error::is_corrupt`], [`Error::is_io`].
+    /// [`Error::is_invalid_argument`] if the destinations do not match the regions; nothing was written then. After any
+    /// other error ([`Error::is_authentication`], [`Error::is_corrupt`], [`Error::is_io`]) the contents of the
+    /// destinations are undefined.
     pub fn restore(&self, destinations: &mut [GuestDestination<'_>]) -> Result<()> {
         self.restore_interruptible(destinations, &mut |_| Ok(()))
     }
 
-    /// The same, and asks `progress` from time to time (not more often than every 50 ms), and at the end, whether to go on.
+    /// Restores all regions as [`GuestMemory::restore`] does, and calls `progress` at most every 50 ms and once at the
+    /// end. An error of `progress` ends the restore.
     ///
     /// # Errors
     ///
-    /// As there, and what `progress` returns.
+    /// The errors of [`GuestMemory::restore`], and the error that `progress` returns.
     pub fn restore_interruptible(
         &self,
         destinations: &mut [GuestDestination<'_>],
@@ -81,7 +84,7 @@ impl GuestMemory {
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })
     }
 
-    /// Fills `buf` from an offset in a region, by all threads.
+    /// Fills `buf` from an offset in a region, with all threads.
     pub(super) fn read_by_all(
         &self,
         region: &Region,
@@ -98,7 +101,7 @@ impl GuestMemory {
         })
     }
 
-    /// What lies from `start` of a region on, as far as the target goes.
+    /// Restores a region from `start` on, up to the end of the target or of the batch.
     fn restore_batch(&self, buffers: &mut ReadBuffers, region: &Region, start: u64, target: Target<'_>) -> Result<()> {
         let end = match &target {
             Target::Buffer(buffer, _) => start + buffer.len() as u64,
@@ -106,7 +109,7 @@ impl GuestMemory {
         };
         let ranges = ranges_in(region, start, end);
         let within = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
-        // All data of a batch lies together.
+        // The data of a batch is contiguous in the stream.
         let from = ranges.first().map_or(0, |first| first.data + (first.start.max(start) - first.start));
         match target {
             Target::Buffer(buffer, backing) => {
@@ -142,8 +145,8 @@ impl GuestMemory {
     }
 }
 
-/// Cuts a buffer, which begins at `start` of its region, into the places of data ranges; `zero` is given what lies between, or,
-/// with `all`, the whole of it first.
+/// Cuts a buffer, which begins at `start` of its region, into the slices of its data ranges. Calls `zero` for each
+/// slice between them, or once for the whole buffer if `all` is set.
 fn cut(
     buffer: &mut [u8],
     start: u64,
@@ -172,19 +175,19 @@ fn cut(
     Ok(places)
 }
 
-/// Where a batch of a region goes.
+/// The destination of one batch of a region.
 enum Target<'a> {
     Buffer(&'a mut [u8], Backing),
-    /// The file, which is zero where nothing was written, and where in it the region begins.
+    /// The file, which is already zero except for written data, and the offset of the region in it.
     File(&'a OpenFile<'a>, u64, &'a CacheUse),
 }
 
-/// Why the memory at an offset of a region, of which `place` is the destination, cannot be written.
+/// Makes the error for memory at an offset of a region that cannot be written. `place` is its destination.
 fn not_written(region: &Region, offset: u64, place: &[u8], error: io::Error) -> Error {
     let (text, error) = match error.raw_os_error() {
-        // What the kernel says of all of these.
+        // The kernel reports all of these cases as EFAULT.
         Some(libc::EFAULT) if is_on_full_file_system(place) => ("", io::Error::from_raw_os_error(libc::ENOSPC)),
-        Some(libc::EFAULT) => (" (it is not to be written to, or there is no page left for it)", error),
+        Some(libc::EFAULT) => (" (the page is write-protected, or cannot be allocated)", error),
         _ => ("", error),
     };
     let address = region.guest_base + offset + first_missing(place) as u64;
@@ -204,7 +207,7 @@ fn push_batches<'a>(
     );
 }
 
-/// Where batches of a region begin in which there is data.
+/// Iterates over the offsets in a region at which batches with data begin.
 fn batches_with_data(region: &Region) -> impl Iterator<Item = u64> + '_ {
     let mut next = 0;
     region.ranges.iter().flat_map(move |range| {

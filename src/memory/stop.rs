@@ -1,7 +1,7 @@
-//! A live process that stands still.
+//! [`StoppedProcess`]: stops a live process.
 //!
-//! It is stopped as a debugger does it (ptrace), not by SIGSTOP: no shell and no parent of it notices, and however we end, be it
-//! by SIGKILL, the kernel lets it go on.
+//! The process is stopped as a debugger stops it (ptrace), not with SIGSTOP: its shell and its parent do not notice.
+//! The kernel lets it go on if this process ends, even after SIGKILL.
 
 #![allow(unsafe_code, reason = "ptrace and waitid of a thread are in no safe crate we have")]
 
@@ -18,21 +18,21 @@ use crate::error::{Error, Result};
 use crate::process::OwnerProcess;
 use crate::threads::INTERRUPT_INTERVAL;
 
-/// Threads that are to stop are looked at this often.
+/// The interval at which threads are checked while they stop.
 const TICK: Duration = Duration::from_micros(500);
 
-/// In a status, what comes above the signal is the event (ptrace(2)).
+/// The bits of a status above the signal are the event (ptrace(2)).
 const EVENT_SHIFT: u32 = 8;
 
-/// The type of a request, which the C libraries have differently.
+/// The type of a request, which differs between C libraries.
 #[cfg(not(target_env = "musl"))]
 type Request = std::ffi::c_uint;
 #[cfg(target_env = "musl")]
 type Request = std::ffi::c_int;
 
-/// A process none of whose threads runs, until this is dropped or the process that made it ends, in whatever way.
+/// A stopped process: none of its threads runs until this value is dropped or the process that made it ends.
 ///
-/// One that was stopped by a signal before stays so afterwards. A process that is killed meanwhile ends.
+/// A process that a signal had stopped before remains stopped afterwards. A process that is killed meanwhile ends.
 ///
 /// ```
 /// # let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
@@ -46,29 +46,31 @@ type Request = std::ffi::c_int;
 /// ```
 #[derive(Debug)]
 pub struct StoppedProcess {
-    /// Closed, it ends the tracer.
+    /// Closing it ends the tracer.
     hold: Option<Sender<()>>,
-    /// What is traced belongs to the thread that traces it.
+    /// Ptrace requires that the same thread makes all requests.
     tracer: Option<JoinHandle<()>>,
     owner: OwnerProcess,
 }
 
 impl StoppedProcess {
-    /// Stops the process of that number, within `patience`.
+    /// Stops the process with this PID, within `patience`.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is no such process, it may not be traced or somebody else traces it, or one of its threads
-    /// does not stop: one deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
+    /// [`Error::is_io`] if there is no such process, it may not be traced, another process traces it, or one of its
+    /// threads does not stop. A thread deep in the kernel (because of an unresponsive network file system, or a vfork)
+    /// stops only when it returns.
     pub fn stop(pid: u32, patience: Duration) -> Result<Self> {
         Self::stop_interruptible(pid, patience, &mut || Ok(()))
     }
 
-    /// Stops the process as [`StoppedProcess::stop`] does, and asks `interrupt` every 50 ms whether to go on.
+    /// Stops the process as [`StoppedProcess::stop`] does, and calls `interrupt` every 50 ms. An error of `interrupt`
+    /// ends the attempt.
     ///
     /// # Errors
     ///
-    /// Those of [`StoppedProcess::stop`], and what `interrupt` returns.
+    /// The errors of [`StoppedProcess::stop`], and the error that `interrupt` returns.
     pub fn stop_interruptible(pid: u32, patience: Duration, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let (hold, held) = mpsc::channel();
         let (tell, told) = mpsc::channel();
@@ -77,14 +79,14 @@ impl StoppedProcess {
             let stopped = threads.stop(Instant::now() + patience, &held);
             let failed = stopped.is_err();
             if tell.send(stopped).is_ok() && !failed {
-                // Until the other end is dropped.
+                // Until the sender is dropped.
                 let _ = held.recv();
             }
             threads.detach();
         });
-        let tracer =
-            tracer.map_err(|error| Error::io(format!("process {pid}: no thread can be had to stop it"), error))?;
-        // Dropped where it fails, so that whatever is stopped by then goes on.
+        let tracer = tracer
+            .map_err(|error| Error::io(format!("process {pid}: the thread that stops it cannot be started"), error))?;
+        // Dropped after an error, so that threads that were stopped go on.
         let stopped = Self { hold: Some(hold), tracer: Some(tracer), owner: OwnerProcess::current() };
         loop {
             match told.recv_timeout(INTERRUPT_INTERVAL) {
@@ -95,12 +97,11 @@ impl StoppedProcess {
         }
     }
 
-    /// Whether no thread of the process of that number runs: all are stopped, by whatever, or traced, apart from those that have
-    /// ended.
+    /// Whether no thread of the process runs: all threads are stopped or traced, apart from those that have ended.
     ///
     /// # Errors
     ///
-    /// There is no such process.
+    /// If there is no such process.
     pub fn is_stopped(pid: u32) -> io::Result<bool> {
         let states = thread_ids(pid)?.into_iter().filter_map(|thread| thread_state(pid, thread)).collect::<Vec<_>>();
         let stopped = |state: &char| matches!(state, 'T' | 't');
@@ -111,7 +112,7 @@ impl StoppedProcess {
 impl Drop for StoppedProcess {
     fn drop(&mut self) {
         self.hold = None;
-        // In a forked child there is no such thread, and the parent holds the process.
+        // A forked child does not have that thread, and the parent still holds the process.
         if let Some(tracer) = self.tracer.take().filter(|_| self.owner.is_current()) {
             let _ = tracer.join();
         }
@@ -121,12 +122,12 @@ impl Drop for StoppedProcess {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
-    /// With the signal that it was about to take, or 0.
+    /// Stopped with a pending signal, or 0.
     Stopped(i32),
     Ended,
 }
 
-/// The threads of a process, traced by this thread of ours.
+/// The threads of a process, all traced by the tracer thread.
 struct Threads {
     pid: u32,
     states: HashMap<i32, State>,
@@ -135,7 +136,7 @@ struct Threads {
 impl Threads {
     fn stop(&mut self, deadline: Instant, held: &Receiver<()>) -> Result<()> {
         loop {
-            // A thread that runs may start others. Those that are there when all are stopped are all.
+            // A running thread may start others. The list is complete if all threads in it are stopped.
             let all_stopped = !self.states.values().any(|state| *state == State::Running);
             let new = self.seize()?;
             if all_stopped && !new {
@@ -159,7 +160,7 @@ impl Threads {
         Error::io(format!("process {}: {why}", self.pid), io::Error::from_raw_os_error(errno))
     }
 
-    /// Begins to trace the threads that are not traced yet, and asks them to stop; returns whether there were any.
+    /// Starts to trace the threads that are not traced yet, and tells them to stop. Returns whether there were any.
     fn seize(&mut self) -> Result<bool> {
         let threads = thread_ids(self.pid).map_err(|error| Error::io(format!("process {}", self.pid), error))?;
         let mut new = false;
@@ -167,12 +168,12 @@ impl Threads {
             if self.states.contains_key(&thread) {
                 continue;
             }
-            // No PTRACE_O_EXITKILL among the options: it lives on, when we do not.
+            // Without PTRACE_O_EXITKILL the process survives the end of this process.
             match request(libc::PTRACE_SEIZE, thread, 0) {
                 Ok(()) => {
                     new = true;
                     self.states.insert(thread, State::Running);
-                    // It may have ended just now.
+                    // The thread may have ended by now, so an error is ignored.
                     let _ = request(libc::PTRACE_INTERRUPT, thread, 0);
                 }
                 Err(_) if matches!(thread_state(self.pid, thread), None | Some('Z' | 'X')) => {
@@ -189,16 +190,16 @@ impl Threads {
             let status = fs::read_to_string(path).ok()?;
             status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
         };
-        // One of its threads, as ours.
+        // The kernel reports a thread; its process is more useful to the user.
         let tracer = field(&format!("/proc/{}/task/{thread}/status", self.pid), "TracerPid:");
         let tracer = tracer.and_then(|tracer| field(&format!("/proc/{tracer}/status"), "Tgid:"));
         let why = match tracer {
             Some(tracer) => {
                 let name = field(&format!("/proc/{tracer}/status"), "Name:").unwrap_or_default();
-                format!("process {tracer} ({name}) traces it; stop it there, or let it run (--no-stop)")
+                format!("process {tracer} ({name}) traces it: stop it there, or let it run (--no-stop)")
             }
             None => {
-                format!("it may not be traced; stop it yourself ('kill -STOP {}'), or let it run (--no-stop)", self.pid)
+                format!("it may not be traced: stop it with 'kill -STOP {}', or let it run (--no-stop)", self.pid)
             }
         };
         self.failed(&why, error.raw_os_error().unwrap_or(libc::EPERM))
@@ -207,10 +208,10 @@ impl Threads {
     fn why_not_stopped(&self) -> String {
         let running = self.states.iter().filter(|(_, state)| **state == State::Running);
         let states = running.filter_map(|(thread, _)| thread_state(self.pid, *thread)).collect::<String>();
-        format!("it does not stop (states of the threads that run: {states}); let it run (--no-stop)")
+        format!("it does not stop (states of its running threads: {states}): let it run (--no-stop)")
     }
 
-    /// Takes note of those that have stopped or ended.
+    /// Updates the state of the threads that have stopped or ended.
     fn look(&mut self) {
         for (thread, state) in &mut self.states {
             if *state == State::Running {
@@ -221,7 +222,7 @@ impl Threads {
 
     fn detach(self) {
         for (thread, state) in self.states {
-            // One that does not stand still is let go when this thread of ours ends.
+            // A running thread is released when the tracer thread ends.
             if let State::Stopped(signal) = state {
                 let _ = request(libc::PTRACE_DETACH, thread, signal);
             }
@@ -229,24 +230,24 @@ impl Threads {
     }
 }
 
-/// What has become of a thread that is traced and was running. Its report is left where it is: if we are killed, the signal that
-/// it was about to take is in there.
+/// Returns the new state of a traced thread that was running. The report is not consumed: if this process is killed,
+/// the kernel still has the pending signal that the report contains.
 fn look(thread: i32) -> State {
     let Ok(id) = libc::id_t::try_from(thread) else { return State::Ended };
     let options = libc::WSTOPPED | libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
-    // SAFETY: all of it may be zero.
+    // SAFETY: zeros are a valid value of every field.
     let mut report: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes to the report alone.
+    // SAFETY: the kernel writes only to the report.
     if unsafe { libc::waitid(libc::P_PID, id, &raw mut report, options) } != 0 {
-        // No such thread. One that was traced and is not any more (an exec takes the others' place) has ended as well.
+        // There is no such thread, or an exec of another thread has ended it.
         return State::Ended;
     }
-    // SAFETY: what waitid fills in, or zeros.
+    // SAFETY: the fields that waitid fills in, or zeros.
     let (pid, status) = unsafe { (report.si_pid(), report.si_status()) };
     match report.si_code {
         _ if pid == 0 => State::Running,
         libc::CLD_TRAPPED | libc::CLD_STOPPED => {
-            // Stopped by us or by a stop of the whole process, or else by a signal that comes to it.
+            // Stopped by ptrace or by a stop of the whole process, or else by a signal that is delivered to it.
             State::Stopped(if status >> EVENT_SHIFT == 0 { status } else { 0 })
         }
         _ => State::Ended,
@@ -255,7 +256,7 @@ fn look(thread: i32) -> State {
 
 fn request(request: Request, thread: i32, data: i32) -> io::Result<()> {
     let data = ptr::without_provenance_mut::<libc::c_void>(usize::try_from(data).unwrap_or(0));
-    // SAFETY: none of the requests made here touches memory of ours; the data is a number to them.
+    // SAFETY: the requests made here do not access memory of this process; the data is a number.
     let result: c_long = unsafe { libc::ptrace(request, thread, ptr::null_mut::<libc::c_void>(), data) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
@@ -266,9 +267,9 @@ fn thread_ids(pid: u32) -> io::Result<Vec<i32>> {
     Ok(names.filter_map(|name| name.parse().ok()).collect())
 }
 
-/// The letter of `proc_pid_stat(5)`; None where there is no such thread any more.
+/// Returns the state letter of `proc_pid_stat(5)`, or `None` if the thread no longer exists.
 fn thread_state(pid: u32, thread: i32) -> Option<char> {
-    // The name of the program, before the state, is in parentheses and may itself hold some.
+    // The name of the program, before the state, is in parentheses and may itself contain some.
     let stat = fs::read(format!("/proc/{pid}/task/{thread}/stat")).ok()?;
     let after = stat.iter().rposition(|byte| *byte == b')')?;
     stat.get(after + 2).copied().map(char::from)
@@ -316,7 +317,7 @@ mod tests {
         let mut sleeper = Sleeper::new();
         sleeper.0.kill().unwrap();
         let pid = sleeper.0.id();
-        // Dead, and not waited for.
+        // Ended, but not waited for.
         while thread_state(pid, pid.cast_signed()) != Some('Z') {
             thread::yield_now();
         }

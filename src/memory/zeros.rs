@@ -1,13 +1,13 @@
-//! Pages of zeros.
+//! Tests for zeros.
 
-/// Holes and pages of zeros are told by pages of this size, whatever the guest's are.
+/// The unit in which zeros and holes are found, which is independent of the page size of the guest.
 pub(super) const PAGE_BYTES: usize = 4096;
 
-/// What is looked at before it is known whether to go on.
+/// Bytes that are combined before the next decision whether to go on.
 const STEP_BYTES: usize = 256;
 
-/// Whether all bytes are zero. Most pages that are not show it in their first bytes; the rest is what vector instructions are
-/// good at, and the compiler makes them of this on every processor.
+/// Whether all bytes are zero. Most pages with data show it in their first bytes. The compiler makes vector
+/// instructions of the inner loop on every processor.
 pub(super) fn is_zero(page: &[u8]) -> bool {
     let (steps, rest) = page.as_chunks::<STEP_BYTES>();
     steps.iter().all(|step| step.iter().fold(0, |bits, byte| bits | byte) == 0) && rest.iter().all(|byte| *byte == 0)

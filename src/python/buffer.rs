@@ -1,4 +1,4 @@
-//! Python buffers as slices: anything with the buffer protocol whose bytes lie in one run.
+//! Python buffers as slices: any object with the buffer protocol whose bytes are contiguous.
 
 #![allow(unsafe_code, reason = "a buffer's bytes are a pointer and a length")]
 
@@ -11,25 +11,26 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::memory::{populate, readable};
 
-/// A buffer as `hashlib` and sockets ask for it, by `PyBUF_SIMPLE`: what does not lie in one run is a `BufferError`.
+/// A view of a buffer, requested with `PyBUF_SIMPLE` as `hashlib` and sockets do. A buffer that is not contiguous is a
+/// `BufferError`.
 struct View(Box<ffi::Py_buffer>);
 
 impl View {
     fn get(object: &Bound<'_, PyAny>, flags: std::ffi::c_int) -> PyResult<Self> {
         let mut view = Box::new(ffi::Py_buffer::new());
-        // SAFETY: `object` is alive and the interpreter attached, as its Bound shows; `view` is a Py_buffer to be filled,
-        // in a Box so that it never moves: exporters may keep its address until the release.
+        // SAFETY: the Bound shows that `object` is alive and the interpreter attached. `view` is a Py_buffer to fill,
+        // in a Box so that it never moves, because exporters may keep its address until the release.
         if unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), &raw mut *view, flags) } == 0 {
             return Ok(Self(view));
         }
         let py = object.py();
         let refusal = PyErr::fetch(py);
-        // numpy says ValueError where a BufferError is meant.
+        // numpy raises ValueError instead of BufferError.
         if refusal.is_instance_of::<PyBufferError>(py) || refusal.is_instance_of::<PyValueError>(py) {
             let wanted = if flags == ffi::PyBUF_WRITABLE {
-                "a contiguous buffer that can be written to is needed: read into a bytearray, or take bytes()"
+                "a writable, contiguous buffer is required: read into a bytearray, or use the method that returns bytes"
             } else {
-                "a contiguous buffer is needed: copy it, for instance by bytes()"
+                "a contiguous buffer is required: copy it, for instance with bytes()"
             };
             return Err(PyBufferError::new_err(format!("{wanted} ({})", refusal.value(py))));
         }
@@ -43,24 +44,25 @@ impl View {
 
 impl Drop for View {
     fn drop(&mut self) {
-        // SAFETY: filled by PyObject_GetBuffer, released once, with the interpreter attached.
+        // SAFETY: filled by PyObject_GetBuffer, and released once, while the interpreter is attached.
         Python::attach(|_| unsafe { ffi::PyBuffer_Release(&raw mut *self.0) });
     }
 }
 
-/// Of what may be a mapping, so many bytes are made sure of, and then used, at a time.
+/// The part of a possible mapping that is populated, and then used, at a time.
 const TOUCHED_BATCH_BYTES: usize = 32 << 20;
 
-/// Whether an object's bytes are on the heap: pages that are there. Any other may be a mapping, of which pages cannot be had.
+/// Whether the bytes of an object are on the heap, so that every page can be used. Any other object may be a mapping
+/// with pages that cannot.
 fn is_on_heap(object: &Bound<'_, PyAny>) -> bool {
     object.is_exact_instance_of::<PyBytes>() || object.is_exact_instance_of::<PyByteArray>()
 }
 
 fn cannot_be_touched(error: std::io::Error) -> Error {
-    Error::io("the buffer cannot be used: a page of it cannot be had, or is not to be touched", error)
+    Error::io("the buffer cannot be used: one of its pages is protected, or cannot be allocated", error)
 }
 
-/// What is written from a buffer.
+/// The bytes that are written from a buffer.
 #[derive(Clone, Copy)]
 pub(super) struct Bytes<'a> {
     bytes: &'a [u8],
@@ -72,7 +74,7 @@ impl Bytes<'_> {
         self.bytes.len()
     }
 
-    /// Lets `take` have all bytes, in batches that can be read.
+    /// Passes all bytes to `take`, in batches that can be read.
     pub(super) fn in_batches(&self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         if self.on_heap || self.bytes.is_empty() {
             return take(self.bytes);
@@ -87,15 +89,15 @@ impl Bytes<'_> {
     }
 }
 
-/// What a buffer is filled by.
+/// The bytes of a buffer that is filled.
 pub(super) struct Room<'a> {
     bytes: &'a mut [u8],
     on_heap: bool,
 }
 
 impl Room<'_> {
-    /// Fills the first `length` bytes by `read`, in batches that can be written to: `read` is given where each begins, and
-    /// returns how much of it there was. After an error all is zeros.
+    /// Fills the first `length` bytes with `read`, in batches that can be written. `read` gets the offset of a batch,
+    /// and returns how many bytes it filled. After an error all bytes are zeros.
     pub(super) fn fill(self, length: usize, mut read: impl FnMut(u64, &mut [u8]) -> Result<usize>) -> Result<usize> {
         let Self { bytes, on_heap } = self;
         let (length, batch_bytes) = (length.min(bytes.len()), if on_heap { usize::MAX } else { TOUCHED_BATCH_BYTES });
@@ -112,7 +114,7 @@ impl Room<'_> {
                     }
                 }
                 Err(error) => {
-                    // Of a mapping, the pages that were made sure of.
+                    // In a mapping, only the populated pages are zeroed.
                     let touched = if on_heap { bytes.len() } else { done };
                     bytes[..touched].fill(0);
                     return Err(error);
@@ -134,7 +136,7 @@ impl Readable {
         Ok(Self { view: View::get(object, ffi::PyBUF_SIMPLE)?, on_heap: is_on_heap(object), immutable })
     }
 
-    /// A copy of all bytes.
+    /// Returns a copy of all bytes.
     pub(super) fn copy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         PyBytes::new_with(py, self.view.len(), |mut room| {
             Ok(self.bytes().in_batches(|batch| {
@@ -146,25 +148,25 @@ impl Readable {
         })
     }
 
-    /// Whether nobody can change the bytes.
+    /// Whether the bytes can never change.
     pub(super) fn is_immutable(&self) -> bool {
         self.immutable
     }
 
-    /// All bytes, and whether they may be mapped.
+    /// Returns all bytes, with the information whether they may be mapped.
     pub(super) fn bytes(&self) -> Bytes<'_> {
         Bytes { bytes: self.as_slice(), on_heap: self.on_heap }
     }
 
-    /// All bytes. Whoever reads them makes sure before that they can be, unless they are of a few bytes of the heap's.
+    /// Returns all bytes. Unless they are a few bytes on the heap, the caller must check before that they can be read.
     pub(super) fn as_slice(&self) -> &[u8] {
         if self.view.len() == 0 {
             return &[]; // its pointer may be null
         }
-        // SAFETY: the exporter keeps `buf` valid for `len` bytes in one run until the release, which is when `self` is
-        // dropped. Another Python thread may write to the memory meanwhile: a race that every user of the buffer protocol
-        // without the interpreter's lock accepts (hashlib, sockets), and that only gets that caller other bytes: none of
-        // our decisions depends on what a buffer holds.
+        // SAFETY: the exporter keeps `buf` valid for `len` contiguous bytes until the release, when `self` is dropped.
+        // Another Python thread may write to the memory meanwhile. Every user of the buffer protocol without the
+        // interpreter's lock (hashlib, sockets) accepts that race: the caller gets other bytes, and no decision of
+        // vmsnap depends on them.
         unsafe { std::slice::from_raw_parts(self.view.0.buf.cast(), self.view.len()) }
     }
 }
@@ -179,7 +181,7 @@ impl Writable {
         Ok(Self { view: View::get(object, ffi::PyBUF_WRITABLE)?, on_heap: is_on_heap(object) })
     }
 
-    /// All bytes, and whether they may be mapped.
+    /// Returns all bytes, with the information whether they may be mapped.
     pub(super) fn room(&mut self) -> Room<'_> {
         let on_heap = self.on_heap;
         Room { bytes: self.as_mut_slice(), on_heap }
@@ -189,7 +191,7 @@ impl Writable {
         if self.view.len() == 0 {
             return &mut [];
         }
-        // SAFETY: as in Readable::as_slice, and writable as asked for.
+        // SAFETY: see Readable::as_slice; the view was requested as writable.
         unsafe { std::slice::from_raw_parts_mut(self.view.0.buf.cast(), self.view.len()) }
     }
 }

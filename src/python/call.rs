@@ -1,4 +1,4 @@
-//! Helpers of a call from Python: its arguments, its signals, and handles as `pickle` carries them.
+//! Helpers for calls from Python: arguments, signals, and handles in the form that `pickle` carries.
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -10,10 +10,10 @@ use crate::serialization::Format;
 
 pub(super) fn parse_format(name: &str) -> Result<Format> {
     Format::from_name(name)
-        .ok_or_else(|| Error::invalid_argument(format!("format is \"cbor\" or \"json\", not {name:?}")))
+        .ok_or_else(|| Error::invalid_argument(format!("{name:?} is not a format: use \"cbor\" or \"json\"")))
 }
 
-/// Options as both kinds of handle take them.
+/// Returns the options that readers and writers have in common.
 pub(super) fn options(credentials: &Credentials, threads: Option<&Bound<'_, PyAny>>) -> PyResult<SnapshotOptions> {
     let mut options = credentials.0.clone();
     if let Some(threads) = threads {
@@ -22,7 +22,7 @@ pub(super) fn options(credentials: &Credentials, threads: Option<&Bound<'_, PyAn
     Ok(options)
 }
 
-/// What a reader asks of the seal.
+/// Adds the seal that a reader requires to the options.
 pub(super) fn sealed_options(
     options: SnapshotOptions,
     require_sealed: bool,
@@ -40,24 +40,24 @@ pub(super) fn sealed_options(
     })
 }
 
-/// A whole number that fits `T`; any other int is a bad argument, not an `OverflowError`.
+/// Converts a whole number to `T`. An int that does not fit is an invalid argument, not an `OverflowError`.
 pub(super) fn number<'py, T>(value: &Bound<'py, PyAny>, name: &str) -> PyResult<T>
 where
     T: for<'a> FromPyObject<'a, 'py, Error = PyErr>,
 {
     value.extract().map_err(|error: PyErr| {
         if error.is_instance_of::<pyo3::exceptions::PyOverflowError>(value.py()) {
-            Error::invalid_argument(format!("{name} cannot be {value}")).into()
+            Error::invalid_argument(format!("{name} cannot be {value}: the number is out of range")).into()
         } else {
             error
         }
     })
 }
 
-/// A callback that long work calls from time to time to learn whether to go on.
+/// A callback that long work calls from time to time. Its error ends the work.
 pub(super) type Callback<'a> = &'a mut dyn FnMut() -> Result<()>;
 
-/// Does long `work` with the interpreter free for other threads, and lets it be interrupted by signals (Ctrl-C).
+/// Does long `work` while other threads may use the interpreter. A signal handler that raises (Ctrl-C) interrupts it.
 pub(super) fn interruptible<T: Send>(
     py: Python<'_>,
     work: impl FnOnce(Callback<'_>) -> Result<T> + Send,
@@ -71,11 +71,11 @@ pub(super) fn interruptible<T: Send>(
             })
         })
     });
-    // What the signal's handler raised says more than that it interrupted.
+    // The exception of the signal handler is more precise than the interruption.
     raised.map_or(Ok(()), Err).and(result.map_err(PyErr::from))
 }
 
-/// A handle as CBOR, data key included.
+/// Serializes a handle as CBOR, with its data key.
 pub(super) fn to_state<'py>(py: Python<'py>, handle: &impl serde::Serialize) -> PyResult<Bound<'py, PyBytes>> {
     let mut state = zeroize::Zeroizing::new(Vec::with_capacity(4096 + 512));
     ciborium::into_writer(handle, &mut *state).map_err(|error| Error::invalid_argument(error.to_string()))?;
@@ -83,10 +83,10 @@ pub(super) fn to_state<'py>(py: Python<'py>, handle: &impl serde::Serialize) -> 
 }
 
 pub(super) fn from_state<T: serde::de::DeserializeOwned>(state: &[u8]) -> PyResult<T> {
-    // A buffer of our own, to be wiped: the state holds a key.
+    // A buffer that is wiped when it is dropped, because the state contains a key.
     let mut scratch = zeroize::Zeroizing::new(vec![0; 4096]);
     ciborium::de::from_reader_with_buffer(state, &mut scratch)
-        .map_err(|error| Error::invalid_argument(format!("not a pickled handle: {error}")).into())
+        .map_err(|error| Error::invalid_argument(format!("this is not a pickled handle: {error}")).into())
 }
 
 pub(super) fn check_signals(py: Python<'_>) -> PyResult<()> {

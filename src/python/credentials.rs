@@ -18,11 +18,11 @@ use crate::key_metadata;
 use crate::options::SnapshotOptions;
 use crate::{Identity, KeyProvider, Passphrase, ProviderError};
 
-/// What was passed to write or open a snapshot with.
+/// The keys and passphrases with which a snapshot is written or opened.
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct Credentials(pub(super) SnapshotOptions);
 
-/// A text or a path, whether it is a path, and a passphrase.
+/// The text or path of an identity, whether it is a path, and its passphrase.
 type IdentityArguments<'py> = (Bound<'py, PyAny>, bool, Option<Bound<'py, PyAny>>);
 
 #[pymethods]
@@ -43,7 +43,7 @@ impl Credentials {
                 Python::attach(|py| callback.call1(py, (path,))).map(drop).map_err(|error| {
                     Error::with_source(
                         Kind::KeyUnavailable,
-                        "the user could not be told of a new identity",
+                        "the new identity could not be reported",
                         Raised(error),
                     )
                 })
@@ -82,7 +82,7 @@ fn parse_identity((source, is_path, given): IdentityArguments<'_>) -> PyResult<I
     }
 }
 
-/// A passphrase from what a caller gave: a text, bytes, a bytearray that is cleared, or something to call for one.
+/// Makes a passphrase from a str, bytes, a bytearray (which is cleared), or a callable that returns one of them.
 fn asked_or_given(given: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
     if !given.is_callable() {
         return Ok(Passphrase::from(text_of(given)?));
@@ -90,7 +90,7 @@ fn asked_or_given(given: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
     let ask = given.clone().unbind();
     Ok(Passphrase::ask_for(move || {
         Python::attach(|py| text_of(ask.bind(py).call0()?.as_any())).map(Zeroizing::new).map_err(|error| {
-            Error::with_source(Kind::KeyUnavailable, "the passphrase could not be asked for", Raised(error))
+            Error::with_source(Kind::KeyUnavailable, "the callable for the passphrase failed", Raised(error))
         })
     }))
 }
@@ -100,14 +100,14 @@ fn copied(bytes: &[u8]) -> crate::error::Result<Vec<u8>> {
 }
 
 fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
-    // Python's own error would carry the passphrase.
-    let not_utf8 = || PyErr::from(Error::invalid_argument("a passphrase is UTF-8"));
+    // Python's own error would contain the passphrase.
+    let not_utf8 = || PyErr::from(Error::invalid_argument("a passphrase must be UTF-8"));
     if let Ok(text) = given.cast::<PyString>() {
         return text.extract().map_err(|_| not_utf8());
     }
     if !given.is_instance_of::<PyBytes>() && !given.is_instance_of::<PyByteArray>() {
         let kind = given.get_type().name()?;
-        return Err(PyTypeError::new_err(format!("a passphrase is str, bytes or bytearray, not {kind}")));
+        return Err(PyTypeError::new_err(format!("a passphrase must be str, bytes or bytearray, not {kind}")));
     }
     let bytes = copied(buffer::Readable::get(given)?.as_slice())?;
     if given.is_instance_of::<PyByteArray>() {
@@ -119,7 +119,7 @@ fn text_of(given: &Bound<'_, PyAny>) -> PyResult<String> {
     })
 }
 
-/// What the caller's own code raised, to be raised again as it is.
+/// An exception that code of the caller raised, which is raised again unchanged.
 #[derive(Debug)]
 pub(super) struct Raised(pub(super) PyErr);
 
@@ -131,7 +131,7 @@ impl std::fmt::Display for Raised {
 
 impl std::error::Error for Raised {}
 
-/// A key service in Python.
+/// A key service whose methods are in Python.
 struct Provider {
     object: Py<PyAny>,
     name: String,
@@ -142,14 +142,18 @@ impl Provider {
     fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         for method in ["wrap", "unwrap"] {
             if !object.getattr(method).is_ok_and(|method| method.is_callable()) {
-                return Err(PyTypeError::new_err(format!("a key provider has a method {method}")));
+                return Err(PyTypeError::new_err(format!(
+                    "this is not a key provider: it does not have a method {method}"
+                )));
             }
         }
         let name = object.getattr("name").and_then(|name| name.extract());
-        let name = name.map_err(|_| PyTypeError::new_err("a key provider has a name, which is a text"))?;
+        let name =
+            name.map_err(|_| PyTypeError::new_err("this is not a key provider: its attribute name must be a str"))?;
         let timeout = object.getattr_opt("timeout_seconds")?.map(|seconds| seconds.extract::<f64>()).transpose()?;
-        let timeout = Duration::try_from_secs_f64(timeout.unwrap_or(60.0))
-            .map_err(|_| Error::invalid_argument("timeout_seconds of a key provider is no number of seconds"))?;
+        let timeout = Duration::try_from_secs_f64(timeout.unwrap_or(60.0)).map_err(|_| {
+            Error::invalid_argument("timeout_seconds of the key provider is not a valid number of seconds")
+        })?;
         Ok(Self { object: object.clone().unbind(), name, timeout })
     }
 
@@ -158,7 +162,7 @@ impl Provider {
             let returned = self.object.bind(py).call_method1(method, (PyBytes::new(py, argument),))?;
             if returned.is_instance_of::<PyString>() || buffer::Readable::get(&returned).is_err() {
                 let kind = returned.get_type().name()?;
-                return Err(PyTypeError::new_err(format!("{method} returned {kind}, and not bytes")));
+                return Err(PyTypeError::new_err(format!("{method} returned {kind} instead of bytes")));
             }
             Ok(copied(buffer::Readable::get(&returned)?.as_slice())?)
         })
@@ -184,32 +188,32 @@ impl KeyProvider for Provider {
     }
 }
 
-/// What the caller's own code raised, where an error comes of that: the exception itself, or one that is its cause.
+/// Returns the exception of the caller's code that caused an error, and true if it must be raised itself.
 pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
     let source = std::error::Error::source(error)?;
     if let Some(Raised(raised)) = source.downcast_ref::<Raised>() {
         return Some((raised.clone_ref(py), true));
     }
     let raised = source.downcast_ref::<PyErr>()?.clone_ref(py);
-    // Ctrl-C and its like are nobody's failure.
+    // KeyboardInterrupt and similar exceptions do not mean that the key service failed.
     let passed_on = !raised.is_instance_of::<PyException>(py);
     Some((raised, passed_on))
 }
 
-/// Wraps a snapshot's data key anew.
+/// Wraps the data key of a snapshot again, with other keys.
 #[pyfunction]
 pub(super) fn rekey(py: Python<'_>, location: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<()> {
     interruptible(py, |interrupt| key_metadata::rekey_interruptible(location, &old.0, &new.0, interrupt))
 }
 
-/// A new identity and its recipient.
+/// Returns a new identity and its recipient.
 #[pyfunction]
 pub(super) fn generate_identity() -> PyResult<(String, String)> {
     let (identity, recipient) = crate::generate_identity()?;
     Ok((identity.as_str().to_owned(), recipient))
 }
 
-/// A file for these.
+/// Returns the contents of a file for an identity and its recipient.
 #[pyfunction]
 pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
     crate::identity_file(identity, recipient).as_str().to_owned()
@@ -221,14 +225,14 @@ pub(super) fn recipients_of(py: Python<'_>, identity: IdentityArguments<'_>) -> 
     interruptible(py, |interrupt| key::recipients_of_interruptible(&identity, interrupt))
 }
 
-/// The recipients in a file, and what to warn of.
+/// Returns the recipients in a file, and the lines that deserve a warning.
 #[pyfunction]
 pub(super) fn read_recipients(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<String>, Vec<String>)> {
     let file = interruptible(py, |interrupt| RecipientsFile::read(path, interrupt))?;
     Ok((file.recipients, file.ignored))
 }
 
-/// The contents of a file with a secret, in something that can be cleared.
+/// Returns the contents of a file with a secret as a bytearray, which can be cleared.
 #[pyfunction]
 pub(super) fn read_secret_file(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyByteArray>> {
     let content = interruptible(py, |interrupt| key::read_secret_file(path, interrupt))?;

@@ -1,4 +1,4 @@
-//! Errors to exceptions.
+//! Converts errors to exceptions.
 
 use pyo3::exceptions::{PyMemoryError, PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
@@ -33,7 +33,7 @@ impl From<Error> for PyErr {
         };
         let text = error.to_string();
         if let Some(errno) = error.raw_os_error().filter(|_| error.is_io()) {
-            // Python says the number itself, and makes a FileNotFoundError and its like of it.
+            // Python adds the errno itself, and makes a FileNotFoundError or another subclass from it.
             let text = text.strip_suffix(&format!(" (os error {errno})")).map(str::to_owned).unwrap_or(text);
             return PyOSError::new_err((errno, text));
         }
@@ -62,7 +62,7 @@ impl From<Error> for PyErr {
         } else if error.is_sealed() {
             SealedError::new_err(text)
         } else if error.is_interrupted() {
-            // Only with the exception that interrupted it, which is raised in its place.
+            // Reached only if the exception that interrupted the work is missing; otherwise that is raised instead.
             PyRuntimeError::new_err(text)
         } else {
             VmsnapError::new_err(text)

@@ -1,4 +1,4 @@
-//! `_vmsnap.Fragment`.
+//! `_vmsnap.Fragment`: a fragment that is written from Python.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,13 +10,14 @@ use super::call::{Callback, interruptible};
 use super::slot::Slot;
 use crate::error::Result;
 
-/// Giving up the interpreter costs more than gathering so few bytes.
+/// Writes of at most this size keep the interpreter's lock, because its release takes longer than a copy to the buffer.
 const KEEP_INTERPRETER_BYTES: usize = 2048;
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct Fragment {
     slot: Slot<crate::Fragment>,
-    /// Its file is to go, whoever has the fragment in hands just now: set by a discard that could not wait.
+    /// Set if the file must be removed by the thread that uses the fragment now, because a discard could not wait for
+    /// it.
     doomed: AtomicBool,
 }
 
@@ -25,7 +26,7 @@ impl Fragment {
         Self { slot: Slot::new(fragment), doomed: AtomicBool::new(false) }
     }
 
-    /// Lets `work` have the fragment, unless it is closed.
+    /// Calls `work` with the fragment, unless it is closed.
     fn with<T: Send>(
         &self,
         py: Python<'_>,
@@ -59,7 +60,7 @@ impl Fragment {
         if !gathered {
             self.with(py, |fragment, interrupt| {
                 let written = data.in_batches(|batch| fragment.write_all_interruptible(batch, interrupt));
-                // As after a failed write: what came before the page that cannot be read is in it.
+                // Treated as a failed write, because the bytes before the unreadable page were written.
                 written.map_err(|error| fragment.fail(error))
             })?;
         }
@@ -74,7 +75,7 @@ impl Fragment {
         self.with(py, |fragment, _| Ok(std::io::Write::flush(fragment)?))
     }
 
-    /// Nothing happens to one that is closed already.
+    /// Finishes the fragment. Does nothing if it is closed.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         interruptible(py, |interrupt| {
             self.slot.with(interrupt, |fragment, interrupt| {
@@ -82,14 +83,14 @@ impl Fragment {
                     return Ok(());
                 }
                 fragment.finish_interruptible(interrupt).inspect_err(|_| {
-                    // The error to be told is that of finishing.
+                    // The error of finishing is the one to report.
                     fragment.abandon();
                 })
             })
         })
     }
 
-    /// Of a fragment that nobody closed: one of a staged snapshot makes the commit fail, any other is finished.
+    /// Ends a fragment that was not closed. In a staged snapshot it makes the commit fail; otherwise it is finished.
     fn drop_unclosed(&self, py: Python<'_>) -> PyResult<()> {
         interruptible(py, |interrupt| {
             self.slot.with(interrupt, |fragment, interrupt| {
@@ -105,15 +106,15 @@ impl Fragment {
         })
     }
 
-    /// Removes the file, also of a fragment that was finished, and also where another call is in progress: then at its
-    /// end.
+    /// Removes the file, even if the fragment is finished. If another call uses the fragment, the file is removed at
+    /// the end of that call.
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
         self.slot.owner().check_fragment()?;
         self.doomed.store(true, Ordering::Release);
         interruptible(py, |interrupt| self.slot.with(interrupt, |fragment, _| fragment.remove()))
     }
 
-    /// Whether nothing more can be done with it: it was finished or removed, or belongs to another process.
+    /// Whether the fragment can no longer be used, because it was finished or removed, or belongs to another process.
     #[getter]
     fn ended(&self) -> bool {
         self.slot.owner().check_fragment().is_err() || self.slot.try_with(|fragment| fragment.is_closed()) == Some(true)
@@ -126,7 +127,7 @@ impl Drop for Fragment {
             && *self.doomed.get_mut()
             && let Some(fragment) = self.slot.get_mut()
         {
-            // Nobody is there to be told.
+            // An error cannot be reported here.
             let _ = fragment.remove();
         }
     }

@@ -1,4 +1,4 @@
-//! `_vmsnap.FragmentReader`. It is closed by letting it go.
+//! `_vmsnap.FragmentReader`: a fragment that is read from Python. Dropping it closes it.
 
 use std::io::{Seek, SeekFrom};
 
@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct FragmentReader {
-    /// For reads at an offset: any number of threads.
+    /// For reads at an offset, by any number of threads.
     reader: crate::FragmentReader,
-    /// For reads in order, which move the position: one thread at a time.
+    /// For sequential reads, which move the position, by one thread at a time.
     cursor: Slot<crate::FragmentReader>,
 }
 
@@ -31,10 +31,11 @@ impl FragmentReader {
         interruptible(py, |interrupt| self.cursor.with(interrupt, work))
     }
 
-    /// How much of `wanted` bytes from `offset` there are.
+    /// Returns how many of `wanted` bytes exist from `offset` on.
     fn available(&self, offset: u64, wanted: u64) -> PyResult<usize> {
         let available = self.reader.size().saturating_sub(offset).min(wanted);
-        usize::try_from(available).map_err(|_| Error::invalid_argument("more than memory can hold").into())
+        usize::try_from(available)
+            .map_err(|_| Error::invalid_argument("too large for memory: read less at a time").into())
     }
 }
 
@@ -86,14 +87,14 @@ impl FragmentReader {
             let length = usize::try_from(cursor.size().saturating_sub(position)).unwrap_or(usize::MAX);
             let read = room.fill(length, |_, batch| cursor.read_interruptible(batch, interrupt));
             if read.is_err() {
-                // The batches before are not given out.
+                // Zeroed with the rest, so the position must not move past them.
                 cursor.seek(SeekFrom::Start(position))?;
             }
             read
         })
     }
 
-    /// `size` bytes from the position, or all to the end.
+    /// Reads `size` bytes from the position on, or all bytes up to the end.
     #[pyo3(signature = (size=None))]
     fn read<'py>(&self, py: Python<'py>, size: Option<&Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyBytes>> {
         let wanted = size.map_or(Ok(u64::MAX), |size| number(size, "size"))?;
@@ -107,7 +108,7 @@ impl FragmentReader {
         if read == length {
             return Ok(bytes);
         }
-        // Another thread moved the position in between.
+        // Another thread moved the position meanwhile.
         let taken = bytes.as_bytes().get(..read).unwrap_or_default();
         PyBytes::new_with(py, taken.len(), |copy| {
             copy.copy_from_slice(taken);
@@ -120,7 +121,7 @@ impl FragmentReader {
             0_i64 => SeekFrom::Start(number(offset, "offset")?),
             1 => SeekFrom::Current(number(offset, "offset")?),
             2 => SeekFrom::End(number(offset, "offset")?),
-            other => return Err(Error::invalid_argument(format!("whence is 0, 1 or 2, not {other}")).into()),
+            other => return Err(Error::invalid_argument(format!("`whence` is 0, 1 or 2, not {other}")).into()),
         };
         self.with_cursor(py, |cursor, _| Ok(cursor.seek(to)?))
     }

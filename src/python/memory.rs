@@ -1,7 +1,7 @@
-//! `_vmsnap.GuestMemory`, and writing guest memory.
+//! `_vmsnap.GuestMemory`, and dumps of guest memory.
 
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
-#![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
+#![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -20,20 +20,20 @@ use crate::error::{Error, Result};
 use crate::memory::{ChangingBytes, StableBytes};
 use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProgress, MemoryReport};
 
-/// A user looks at progress so often at most.
+/// Progress is reported at most this often.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Guest base; descriptor, buffer or process; offset in it; size.
+/// Guest base; file descriptor, buffer or process; offset in it; size.
 type RegionSource<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
-/// Guest base, descriptor or buffer, offset in it, size.
+/// Guest base; file descriptor or buffer; offset in it; size.
 type RegionDestination<'py> =
     (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
 
 /// The fields of `vmsnap.MemoryReport`.
 type DumpReport = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
 
-/// Memory that Python holds for the time of a call.
+/// Memory that Python keeps valid during a call.
 enum HeldMemory<T> {
     Buffer(T),
     Descriptor(BorrowedFd<'static>),
@@ -46,7 +46,7 @@ impl<T> HeldMemory<T> {
         if object.is_instance_of::<pyo3::types::PyInt>() {
             let descriptor: i32 = number(object, "a file descriptor")?;
             if descriptor < 0 {
-                return Err(Error::invalid_argument("a file descriptor is not negative").into());
+                return Err(Error::invalid_argument("a file descriptor cannot be negative").into());
             }
             return Ok(Self::Descriptor(borrowed(descriptor)));
         }
@@ -55,12 +55,12 @@ impl<T> HeldMemory<T> {
 }
 
 fn borrowed(descriptor: i32) -> BorrowedFd<'static> {
-    // SAFETY: not -1, and the caller, in Python, keeps it open for the time of the call; one that is not open is an error of
-    // every system call with it.
+    // SAFETY: not -1, and the caller in Python keeps it open during the call. If it is not open, every system call with
+    // it returns an error.
     unsafe { BorrowedFd::borrow_raw(descriptor) }
 }
 
-/// Does long `work`, with signals handled and its progress told.
+/// Does long `work`, handles signals and reports progress.
 fn reporting<T: Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
@@ -73,7 +73,7 @@ fn reporting<T: Send>(
             let reported = Python::attach(|py| {
                 check_signals(py)?;
                 match &progress {
-                    // The last one always.
+                    // The end is always reported.
                     Some(progress) if Instant::now() >= next || (done_bytes >= total_bytes && told < total_bytes) => {
                         told = done_bytes;
                         next = Instant::now() + PROGRESS_INTERVAL;
@@ -128,12 +128,13 @@ pub(super) fn write_memory(
         };
         held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
-    // One open file for all regions of a descriptor.
+    // All regions of a descriptor share one open file.
     let mut files = HashMap::new();
     let regions = held.iter().map(|(base, held, offset, size)| match held {
-        HeldMemory::Nowhere => Err(Error::invalid_argument("a region of guest memory has a source")),
+        HeldMemory::Nowhere => Err(Error::invalid_argument("a region of guest memory must have a source")),
         HeldMemory::Process(process) => {
-            let size = size.ok_or_else(|| Error::invalid_argument("of a process' memory, the size is needed"))?;
+            let size =
+                size.ok_or_else(|| Error::invalid_argument("the size of a region in a process must be given"))?;
             Ok(GuestRegion::new(*base, process.range(*offset, size)?))
         }
         HeldMemory::Descriptor(descriptor) => {
@@ -146,7 +147,7 @@ pub(super) fn write_memory(
         HeldMemory::Buffer(buffer) => {
             let bytes = buffer.as_slice();
             let bytes = &bytes[range_of(bytes.len(), *offset, *size)?];
-            // Where the caller promises that nobody changes them, or nobody can.
+            // The bytes do not change: the caller promises it, or their type guarantees it.
             Ok(if stable || buffer.is_immutable() {
                 GuestRegion::new(*base, StableBytes(bytes))
             } else {
@@ -162,7 +163,7 @@ pub(super) fn write_memory(
     Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
 }
 
-/// The range of a buffer that a region asks for.
+/// Returns the range of a buffer that a region uses.
 fn range_of(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize>> {
     let range = || {
         let start = usize::try_from(offset).ok()?;
@@ -171,11 +172,13 @@ fn range_of(length: usize, offset: u64, size: Option<u64>) -> Result<Range<usize
     };
     range().ok_or_else(|| {
         let wanted = size.map_or(String::new(), |size| format!("{size} bytes from "));
-        Error::invalid_argument(format!("the buffer of guest memory has {length} bytes, not {wanted}offset {offset}"))
+        Error::invalid_argument(format!(
+            "the buffer of guest memory has {length} bytes, too few for {wanted}offset {offset}"
+        ))
     })
 }
 
-/// Two borrows of the same bytes must not be written to; Python may well give one buffer twice.
+/// Refuses overlapping buffers. Python may pass one buffer twice, and two mutable borrows of it would not be sound.
 fn refuse_overlaps(buffers: impl Iterator<Item = Range<*const u8>>) -> Result<()> {
     let mut buffers: Vec<_> = buffers.map(|range| range.start.addr()..range.end.addr()).collect();
     buffers.sort_by_key(|range| range.start);
@@ -190,7 +193,7 @@ pub(super) struct GuestMemory(pub(super) crate::GuestMemory);
 
 #[pymethods]
 impl GuestMemory {
-    /// Guest base and size of each.
+    /// Guest base and size of each region.
     #[getter]
     fn regions(&self) -> Vec<(u64, u64)> {
         self.0.regions().into_iter().map(|Range { start, end }| (start, end - start)).collect()
@@ -210,7 +213,10 @@ impl GuestMemory {
         let region: usize = number(region, "region")?;
         let count = self.0.regions().len();
         if region >= count {
-            return Err(Error::invalid_argument(format!("there are {count} regions, and no region {region}")).into());
+            return Err(Error::invalid_argument(format!(
+                "there is no region {region}: the snapshot has {count} regions"
+            ))
+            .into());
         }
         let ranges = py.detach(|| self.0.data_ranges(region));
         Ok(ranges.into_iter().map(|range| (range.start, range.end)).collect())

@@ -1,10 +1,11 @@
-//! The extension module `vmsnap._vmsnap`: conversions, one file a class, and nothing that decides.
+//! The extension module `vmsnap._vmsnap`: one file for each class, with conversions only. Decisions are made in the
+//! core.
 //!
 //! ```text
-//! error.rs            errors to the exceptions of vmsnap/errors.py
-//! buffer.rs           Python buffers as slices
+//! error.rs            converts errors to the exceptions of vmsnap/errors.py
+//! buffer.rs           views of Python buffers as slices
 //! call.rs             arguments, signals and pickled handles
-//! slot.rs             one caller at a time, without holding the interpreter
+//! slot.rs             Slot: a value that one thread uses at a time
 //! credentials.rs      Credentials, rekey, identities, recipients
 //! writer.rs           SnapshotWriter
 //! reader.rs           SnapshotReader
@@ -76,13 +77,13 @@ mod _vmsnap {
     }
 }
 
-/// The bytes of a buffer, of which some may be a mapping's that cannot be read.
+/// Returns a copy of a buffer. Pages of a mapping that cannot be read are an error.
 #[pyfunction]
 fn copy_buffer<'py>(py: Python<'py>, buffer: &Bound<'_, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
     buffer::Readable::get(buffer)?.copy(py)
 }
 
-/// Cargo's features that this was built with.
+/// Returns the cargo features of this build.
 fn features() -> Vec<&'static str> {
     let features =
         [("age", cfg!(feature = "age")), ("aws-lc", cfg!(feature = "aws-lc")), ("c-lz4", cfg!(feature = "c-lz4"))];
@@ -99,7 +100,7 @@ fn aead_provider() -> PyResult<&'static str> {
     Ok(crate::cipher::aead_provider()?)
 }
 
-/// Checks that `data` is one serialized value, and returns its format; an error names `place`.
+/// Checks that `data` is one serialized value, and returns its format. An error names `place`.
 #[pyfunction]
 fn check_serialized(
     py: Python<'_>,
@@ -113,11 +114,11 @@ fn check_serialized(
     Ok(checked.map(Format::as_str).map_err(|malformed| malformed.at(place))?)
 }
 
-/// Whether different keys with these values of `hash()` make a dict or a set slow.
+/// Whether different keys with these values of `hash()` would make a dict or set slow.
 #[pyfunction]
 fn are_crowded(py: Python<'_>, hashes: Vec<i64>) -> bool {
     py.detach(|| {
-        // Twice the same may be twice the same key, which takes no slot of its own.
+        // Equal hashes may be those of one key, which takes only one slot.
         let mut seen = HashSet::with_capacity(hashes.len());
         let different: Vec<_> = hashes.into_iter().map(i64::cast_unsigned).filter(|hash| seen.insert(*hash)).collect();
         serialization::crowded(&different)

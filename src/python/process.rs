@@ -1,6 +1,6 @@
 //! `_vmsnap.ProcessMemory`, `_vmsnap.ProcessRange` and `_vmsnap.StoppedProcess`.
 
-#![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
+#![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::memory::GuestMemorySource;
 use crate::threads::lock;
 
-/// The memory of a process, from which parts of it are taken.
+/// The memory of a process, of which ranges can be dumped.
 #[pyclass(frozen, module = "vmsnap")]
 pub(super) struct ProcessMemory(pub(super) crate::ProcessMemory);
 
@@ -61,7 +61,7 @@ impl ProcessRange {
     }
 }
 
-/// A process that stands still until it is let go.
+/// A process that is stopped until `let_go` is called.
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct StoppedProcess(Mutex<Option<crate::StoppedProcess>>);
 

@@ -39,7 +39,7 @@ impl SnapshotReader {
         Ok(GuestMemory(py.detach(|| self.0.memory())?))
     }
 
-    /// A fragment that is one serialized value, and its format.
+    /// Reads a fragment with one serialized value, and returns its bytes and format.
     fn read_value<'py>(
         &self,
         py: Python<'py>,
@@ -50,8 +50,8 @@ impl SnapshotReader {
         let format = format.map(parse_format).transpose()?;
         let max_size_bytes = number(max_size_bytes, "max_size_bytes")?;
         let fragment = py.detach(|| self.0.whole_fragment(name, max_size_bytes))?;
-        let size =
-            usize::try_from(fragment.size()).map_err(|_| Error::invalid_argument("more than memory can hold"))?;
+        let size = usize::try_from(fragment.size())
+            .map_err(|_| Error::invalid_argument("the fragment is too large for memory"))?;
         let bytes = PyBytes::new_with(py, size, |bytes| {
             interruptible(py, |interrupt| fragment.read_at_interruptible(0, bytes, interrupt)).map(drop)
         })?;
@@ -62,7 +62,7 @@ impl SnapshotReader {
         }
     }
 
-    /// A fragment as errors name it.
+    /// Returns the name of a fragment for an error.
     fn place(&self, name: &str) -> PyResult<String> {
         Ok(self.0.place(name)?)
     }
@@ -104,7 +104,7 @@ impl SnapshotReader {
         self.0.is_encrypted()
     }
 
-    /// The handle with its data key in the clear, as `pickle` carries it.
+    /// Serializes the handle for `pickle`, with its data key in the clear.
     fn to_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         to_state(py, &self.0)
     }

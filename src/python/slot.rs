@@ -1,7 +1,7 @@
-//! One caller at a time.
+//! [`Slot`]: a value that one thread uses at a time.
 //!
-//! A thread that waits does so without the interpreter's lock, and goes on obeying signals. In a forked child the lock
-//! may be held for ever by a thread that does not exist there, so that is looked at first.
+//! A thread waits without the interpreter's lock, and handles signals meanwhile. In a forked child a thread that does
+//! not exist there may hold the lock, so the owner process is checked first.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
@@ -35,7 +35,7 @@ impl<T> Slot<T> {
         self.owner
     }
 
-    /// Lets `work` have the value alone.
+    /// Waits for the value, and calls `work` with it.
     pub(super) fn with<R>(
         &self,
         interrupt: Callback<'_>,
@@ -48,7 +48,7 @@ impl<T> Slot<T> {
         }
     }
 
-    /// As [`Slot::with`] where nobody has to be waited for; none where somebody has.
+    /// Calls `work` with the value, or returns `None` if another thread has it.
     pub(super) fn try_with<R>(&self, work: impl FnOnce(&mut T) -> R) -> Option<R> {
         self.owner.check_fragment().ok()?;
         match &mut *self.state.try_lock().ok()? {
@@ -57,7 +57,7 @@ impl<T> Slot<T> {
         }
     }
 
-    /// The value, where nobody else can have it any more.
+    /// Returns the value, which no other thread can have any more.
     pub(super) fn get_mut(&mut self) -> Option<&mut T> {
         match self.state.get_mut().unwrap_or_else(PoisonError::into_inner) {
             SlotState::Free(value) => Some(value),
@@ -76,8 +76,8 @@ impl<T> Slot<T> {
                 SlotState::Taken(owner) => *state = SlotState::Taken(owner),
             }
             if matches!(*state, SlotState::Taken(owner) if owner == own) {
-                // It would wait for itself.
-                let text = "the fragment is in a call of this very thread's: a signal handler cannot use it";
+                // The thread would wait for itself.
+                let text = "this thread is in a call that uses the fragment: a signal handler cannot use it";
                 return Err(Error::new(Kind::State, text));
             }
             drop(self.returned.wait_timeout(state, INTERRUPT_INTERVAL));
@@ -87,7 +87,7 @@ impl<T> Slot<T> {
     }
 }
 
-/// The value while it is out; it goes back also where `work` panics.
+/// The value while a thread uses it. It returns to the slot even after a panic.
 struct Borrowed<'a, T> {
     slot: &'a Slot<T>,
     value: Option<Box<T>>,

@@ -76,14 +76,14 @@ pub(super) fn seal<'py>(
     Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(location, interrupt))?))
 }
 
-/// What was removed, and what is held.
+/// Returns the directories that were removed, and those that are still in use.
 #[pyfunction]
 pub(super) fn clean(py: Python<'_>, parent: PathBuf) -> PyResult<(Vec<PathBuf>, Vec<PathBuf>)> {
     let cleaned = py.detach(|| crate::clean(parent))?;
     Ok((cleaned.removed, cleaned.held))
 }
 
-/// Problems (path, kind, text), what was not checked, kinds by fragment, bytes verified, and what to pin it by.
+/// Problems (path, kind, text), fragments that were not checked, kinds by fragment, verified bytes, and the seal.
 type VerifyReport<'py> =
     (Vec<(String, String, String)>, Vec<String>, Vec<(String, Option<String>)>, u64, Option<Id<'py>>);
 

@@ -85,7 +85,7 @@ impl SnapshotWriter {
         self.writer.is_encrypted()
     }
 
-    /// The handle with its data key in the clear, as `pickle` carries it.
+    /// Serializes the handle for `pickle`, with its data key in the clear.
     fn to_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         to_state(py, &self.writer)
     }

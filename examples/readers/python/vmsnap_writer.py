@@ -1,6 +1,7 @@
 """Write a small encrypted and sealed snapshot, as simply as ``docs/format.md`` allows.
 
-This is an example. Use vmsnap for real work: it uses all processors, compresses, and supports other keys than a raw one.
+This is an example. Use vmsnap for real work: it uses all processors, compresses, and supports
+more kinds of keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-//! libFuzzer on every parser of metadata: `make fuzz` sets the flags of rustc that it needs.
+//! Runs every parser of metadata under libFuzzer. `make fuzz` sets the required flags of rustc.
 
 #![no_main]
 
