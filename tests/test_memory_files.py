@@ -250,7 +250,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path, ram: Path, memory: GuestM
 def test_bytes_are_memory_and_not_a_path(tmp_path: Path, ram: Path, memory: GuestMemory) -> None:
     assert bytes_of(stored(tmp_path, b"name")) == b"name"
     for destination in (b"name", GuestRegion(0, b"name")):
-        with refused("read-only-buffer", r"a path is a str or an os\.PathLike", tmp_path):
+        with refused("read-only-buffer", r"a path as a str or an os\.PathLike", tmp_path):
             memory.restore([destination])  # type: ignore[list-item]
 
 
@@ -258,7 +258,7 @@ def test_bytes_are_memory_and_not_a_path(tmp_path: Path, ram: Path, memory: Gues
 def test_a_process_is_not_a_destination(tmp_path: Path, memory: GuestMemory) -> None:
     own = vmsnap.ProcessMemory(os.getpid())
     for destination in (own, GuestRegion(0, own)):
-        with refused("destinations", "not restored into a process", tmp_path):
+        with refused("destinations", "cannot be restored into a process", tmp_path):
             memory.restore([destination])  # type: ignore[list-item]
 
 
