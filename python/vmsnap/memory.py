@@ -166,7 +166,7 @@ class GuestMemory:
             raise TypeError("guest memory is read by a range of addresses, as in memory[0x1000:0x2000]")
         start, end = addresses.start, addresses.stop
         if start is None or end is None or end < start:
-            raise InvalidArgumentError("a range of guest-physical addresses needs a start, and an end that is not before it")
+            raise InvalidArgumentError("a range of guest-physical addresses needs a start, and an end not before it")
         return self.read(start, end - start)
 
     def restore(
