@@ -170,7 +170,7 @@ def test_a_fragment_of_a_snapshot_is_not_raw(tmp_path: Path, key: bytes) -> None
 
 def test_a_format_is_for_a_file(tmp_path: Path) -> None:
     done = run("dump", os.getpid(), tmp_path / "vm", "--format", "raw", status=2)
-    assert b"--format is for a file, and SOURCE is a process" in done.stderr
+    assert b"--format applies to files, but SOURCE is a process" in done.stderr
 
 
 def test_the_library_does_as_it_is_told(tmp_path: Path) -> None:

@@ -770,7 +770,10 @@ def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path
 
 @row("qemu-command", "qemu-command-missing")
 def test_arguments_that_cannot_be_are_refused(saved: Path, folder: Path, qmp: Path) -> None:
-    for more, message in ((["-incoming", "defer"], "not contain -incoming"), (["-daemonize"], "not contain -daemonize")):
+    for more, message in (
+        (["-incoming", "defer"], "not contain -incoming"),
+        (["-daemonize"], "not contain -daemonize"),
+    ):
         with refused("qemu-command", message, folder):
             vmsnap.qemu.load(saved, qemu_command(qmp, *more))
     with refused("qemu-command", "is empty", folder):

@@ -110,7 +110,7 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
 
 
 def summarize(location: Path, keys: OpeningKeys) -> Info:
-    """Return the summary of a snapshot. Without its key, only of what is visible."""
+    """Return the summary of a snapshot. Without its key, only visible properties are included."""
     wrapping, recipients = key_wrapping(str(location)) or (None, [])
     values, size = None, None
     if wrapping in (None, "age") or keys.given:
@@ -143,13 +143,12 @@ def summarize(location: Path, keys: OpeningKeys) -> Info:
 @opening_options
 @json_option
 def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
-    """Show what a snapshot is: encrypted, sealed, how large.
+    """Show whether a snapshot is encrypted and sealed, and its size.
 
-    Without the key of an encrypted snapshot, "needs the key" (null in --json) stands for what is not visible. Nothing
-    here is authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes are those of the
-    fragments.
+    Without the key of an encrypted snapshot, some lines are "needs the key" (null in --json). Nothing here is
+    authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes count fragments only.
 
-    The format of values is found by reading fragments of up to 64 KiB, at most 16 MiB in all.
+    To find the format of values, fragments of up to 64 KiB are read, at most 16 MiB in all.
     """
     with expecting_snapshot(snapshot):
         found = summarize(snapshot, keys)
