@@ -1,7 +1,7 @@
-"""Docstrings, made ready for the site's page of the Python API.
+"""A griffe extension that prepares docstrings for the page of the Python API on the site.
 
-Parameters that are told together (``key, identities``) become an entry each, since griffe would give all of them the
-type of the first. A public name in backquotes becomes a link.
+Parameters that are documented together (``key, identities``) become separate entries, because griffe would give all of
+them the type of the first. A public name in backquotes becomes a link.
 """
 
 import re
@@ -15,7 +15,7 @@ _IN_BACKQUOTES = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 
 class Docstrings(griffe.Extension):
-    """What mkdocs.yml names."""
+    """The extension that mkdocs.yml names."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite all docstrings of a package."""

@@ -447,7 +447,7 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
         qmp.chmod(0o700)
         refused_elsewhere("qemu-not-permitted", "may not connect to it: be root", folder, as_other, qmp, folder / "vm1")
         qmp.chmod(0o777)
-        message = "may not look into QEMU: be root, or the user"
+        message = "no permission to access QEMU: run as root, or as the user"
         refused_elsewhere("qemu-not-permitted", message, folder, as_other, qmp, folder / "vm1")
         assert is_as_before(qmp)
 
