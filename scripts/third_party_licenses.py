@@ -26,9 +26,9 @@ OTHER_CHOICES = re.compile(r"apache|unlicense|bsl|boost|zlib|copying|copyright",
 COMPILED_IN = {"lz4-sys": ("LZ4 library (BSD-2-Clause)", "liblz4/lib/LICENSE")}
 
 HEAD = """\
-The extension module of vmsnap contains, beside vmsnap itself, {count} Rust crates, each listed with its version, and the
-standard library of Rust (MIT or Apache-2.0, Copyright The Rust Project Contributors). Their licences follow. If a crate
-offers a choice that includes MIT, MIT is chosen. Written by scripts/third_party_licenses.py.
+The extension module of vmsnap contains, beside vmsnap itself, {count} crates of Rust, listed with their versions, and
+the standard library of Rust (MIT or Apache-2.0, Copyright The Rust Project Contributors). Their licences follow. If a
+crate offers a choice that includes MIT, MIT is chosen. Written by scripts/third_party_licenses.py.
 """
 
 

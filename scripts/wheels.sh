@@ -18,7 +18,7 @@ tools=target/wheels/tools
 "$tools/bin/python" -m pip install --quiet --group build 'ziglang>=0.13'
 rustup target add "$target"
 
-# Panic messages contain paths of source files: map them to paths that do not depend on the machine. The last match wins.
+# Panic messages contain paths of source files: map them to paths that are the same everywhere. The last match wins.
 root=$(pwd -P) cargo_home=${CARGO_HOME:-$HOME/.cargo}
 RUSTFLAGS="${RUSTFLAGS-} --remap-path-prefix=$root=/vmsnap --remap-path-prefix=$cargo_home=/cargo"
 export RUSTFLAGS

@@ -445,7 +445,7 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp), qmp):
         let_others_in(qmp)
         qmp.chmod(0o700)
-        refused_elsewhere("qemu-not-permitted", "may not connect to it: be root", folder, as_other, qmp, folder / "vm1")
+        refused_elsewhere("qemu-not-permitted", "no permission to connect: run as root", folder, as_other, qmp, folder / "vm1")
         qmp.chmod(0o777)
         message = "no permission to access QEMU: run as root, or as the user"
         refused_elsewhere("qemu-not-permitted", message, folder, as_other, qmp, folder / "vm1")
