@@ -1,4 +1,4 @@
-"""Values of a stranger's: whatever bytes there are, an error that says where and why, in bounded time and memory."""
+"""Values from untrusted sources: for any bytes, an error with place and reason, in bounded time and memory."""
 
 import json
 import struct
@@ -319,7 +319,7 @@ def test_keys_that_meet_in_a_dict_are_refused() -> None:
         assert "hash values that collide" in refusal(data)
     for value, type in ([keys, set[int]], [keys, frozenset], [{str(key): 0 for key in keys}, dict[int, int]]):
         assert "hash values that collide" in refusal(encode(value, format="json"), type)
-    # What would not be read is not written.
+    # A value that could not be read is not written.
     with pytest.raises(vmsnap.SerializationError, match=r"could not be read back: .*collide"):
         encode(dict.fromkeys(keys))
 
@@ -342,7 +342,7 @@ def test_keys_of_a_map_that_share_a_hash_value_are_refused() -> None:
     assert "too many" in refusal(SET + array(keys))
 
 
-# Whatever bytes there are --------------------------------------------------------------------------------------------
+# Arbitrary bytes ------------------------------------------------------------------------------------------------------
 
 VALUES: list[Any] = [
     [None, True, False, 0, -1, 2**64, -(2**80), 1.5, float("inf"), "täxt", b"bytes", [], {}],
@@ -358,7 +358,7 @@ ENCODED: list[tuple[bytes, Format]] = [
 
 
 def check(data: bytes, format: Format | None = None) -> None:
-    """Decode to what encodes again, or to the one exception."""
+    """Decode a value that can be encoded again, or raise the one exception."""
     try:
         value = decode(data, format=format)
     except vmsnap.CorruptSnapshotError:
@@ -445,7 +445,7 @@ def test_the_fuzz_target_finds_nothing(recipe: bytes) -> None:
 
 
 def fuzz_target() -> Callable[[bytes], None]:
-    """Return what `make fuzz` calls."""
+    """Return the function that `make fuzz` calls."""
     folder = str(Path(__file__).resolve().parents[1] / "fuzz")
     if folder not in sys.path:
         sys.path.append(folder)

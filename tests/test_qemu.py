@@ -1,4 +1,4 @@
-"""A running QEMU guest, saved and resumed: a real one that counts, and QEMUs without a guest for what is refused."""
+"""Saving and resuming a running QEMU guest: a real guest that counts, and QEMUs without a guest for the errors."""
 
 import asyncio
 import hashlib
@@ -90,7 +90,7 @@ def test_a_guest_goes_on_where_it_stopped_five_times_in_a_row(
             assert process.wait(PATIENCE) == 0
     with ended(vmsnap.qemu.load(folder / "vm5", command, key=key).process):
         counts += console.counts(20)
-    # What was counted before a save and read only after it is in order too.
+    # Numbers that the guest counted before a save, and that are read only afterwards, must be in order too.
     assert [each.number for each in counts] == list(range(len(counts)))
     assert {each.digest for each in counts} == {HELD_DIGEST}
     assert report.memory.logical_bytes == SIZE
@@ -221,7 +221,7 @@ def test_a_guest_with_a_disk_goes_on_and_comes_back(tmp_path: Path, folder: Path
 
 
 def test_the_page_on_qemu_says_what_works(tmp_path: Path, no_identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block; what runs a guest is left running until it is told to quit."""
+    """Run the blocks one by one. A QEMU that one of them started runs until it is told to quit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     text = (Path(__file__).resolve().parents[1] / "docs/qemu.md").read_text()
@@ -258,7 +258,7 @@ def wait_for(qmp: Path, process: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.05)
 
 
-# What is stored ------------------------------------------------------------------------------------------------------
+# The stored -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_snapshot_says_what_the_guest_ran_on(folder: Path, qmp: Path) -> None:
@@ -366,7 +366,7 @@ def test_without_the_package_the_extra_is_named(folder: Path, qmp: Path) -> None
     assert done.stderr == "vmsnap: error: vmsnap qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'\n"
 
 
-# What is refused when saving ------------------------------------------------------------------------------------------
+# Errors when saving ---------------------------------------------------------------------------------------------------
 
 
 @row("qemu-no-socket", "qemu-other-file", "qemu-ended-before", "qemu-silent")
@@ -445,7 +445,8 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp), qmp):
         let_others_in(qmp)
         qmp.chmod(0o700)
-        refused_elsewhere("qemu-not-permitted", "no permission to connect: run as root", folder, as_other, qmp, folder / "vm1")
+        message = "no permission to connect: run as root"
+        refused_elsewhere("qemu-not-permitted", message, folder, as_other, qmp, folder / "vm1")
         qmp.chmod(0o777)
         message = "no permission to access QEMU: run as root, or as the user"
         refused_elsewhere("qemu-not-permitted", message, folder, as_other, qmp, folder / "vm1")
@@ -550,7 +551,7 @@ def test_a_save_that_is_cancelled_leaves_the_guest_running(folder: Path, qmp: Pa
 
 
 def canceller() -> Callable[[], None]:
-    """Return what cancels this task from another thread, and returns when it is cancelled."""
+    """Return a function that cancels this task from another thread, and returns when the task is cancelled."""
     loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
     assert task is not None
 
@@ -613,7 +614,7 @@ def test_a_save_that_is_cancelled_before_it_stops_the_guest_leaves_nothing(folde
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_guest_running(folder: Path, qmp: Path, number: signal.Signals) -> None:
-    """As the command line treats them: SIGTERM by what its handler raises."""
+    """Handle signals like the command line: the handler of SIGTERM raises an exception."""
     script = """
 import os, signal, sys, time
 import vmsnap.qemu
@@ -643,7 +644,7 @@ def test_what_a_callback_raises_leaves_the_guest_running(folder: Path, qmp: Path
     assert list(folder.iterdir()) == []
 
 
-# What is refused when loading ----------------------------------------------------------------------------------------
+# Errors when loading --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -686,7 +687,7 @@ def test_an_older_qemu_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     newer = copy_of(saved, folder / "vm2", qemu_version="99.1.0")
     with refused("qemu-other-machine", "saved by QEMU 99.1.0, but .* use the same version or a newer", folder):
         vmsnap.qemu.load(newer, qemu_command(qmp))
-    # What a later one saved is loaded by a later one; and this one is later than the first that there was.
+    # A newer QEMU loads the state of an older one; the installed one is newer than version 1.
     older = copy_of(saved, folder / "vm3", qemu_version="4.0.0")
     with ended(vmsnap.qemu.load(older, qemu_command(qmp)).process):
         assert state(qmp) == "running"
@@ -762,7 +763,7 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
 @row("qemu-no-file")
 def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
     shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    # What QEMU has mapped is looked for in the shell.
+    # vmsnap looks in the shell for the files that QEMU has mapped.
     with refused("qemu-no-file", "is not in a file that process", folder):
         vmsnap.qemu.load(saved, [*shell, *qemu_command(qmp)])
     assert no_process_with(qmp)

@@ -1,4 +1,4 @@
-"""Types built of what fragments hold: Python's own, dataclasses and unions, by serde's conventions; their errors."""
+"""Types built from fragments: types of Python, dataclasses and unions, by the conventions of serde; their errors."""
 
 import abc
 import collections
@@ -217,12 +217,12 @@ def built(value: Any, type: Any, format: Any = "cbor") -> Any:
     return decode(encode(value, format=format), type, format=format)
 
 
-# What is built -----------------------------------------------------------------------------------------------------
+# Built types ----------------------------------------------------------------------------------------------------------
 
 SEGMENT = {"base": 1, "limit": 2}
 
 BUILT: list[tuple[Any, Any, Any]] = [
-    # value, type, what is built
+    # value, type, result
     (True, bool, True),
     (2**70, int, 2**70),
     ([SEGMENT], LIST_OF_SEGMENTS, [Segment(1, 2)]),
@@ -496,7 +496,7 @@ def test_what_a_callable_or_constructor_raises_is_passed_on_with_the_fragment_s_
         assert re.search(r"\b0\b", note)
 
 
-# What is not of the type ---------------------------------------------------------------------------------------------
+# Values of other types ------------------------------------------------------------------------------------------------
 
 MISMATCHES: list[tuple[Any, Any, str]] = [
     ({"regs": {"gdt": [{"base": 1}, {"base": "hunter2"}]}}, Cpu, "at regs.gdt[1].base: expected int, found str"),

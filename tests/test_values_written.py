@@ -1,4 +1,4 @@
-"""Values as fragments: what is written for each kind, and that it reads back as the same in both formats."""
+"""Values as fragments: the bytes for each kind, and the same value after reading in both formats."""
 
 import array
 import collections
@@ -99,7 +99,7 @@ def matrix(order: str = "C") -> np.ndarray:
 
 # Bytes that a standard defines ----------------------------------------------------------------------------------------
 
-# RFC 8949, appendix A, without what cbor2 writes in another of the allowed ways (short floats), and our dates.
+# RFC 8949, appendix A, without values that cbor2 writes in another allowed way (short floats), and with dates.
 RFC_8949 = {
     "00": 0,
     "17": 23,
@@ -203,7 +203,7 @@ def test_arrays_are_lists_where_asked_for_and_in_json(value: np.ndarray, expecte
     assert decode(encode({"a": value}, format="json")) == {"a": expected}
 
 
-# What serde_json writes.
+# The output of serde_json.
 JSON = [
     (None, "null"),
     (True, "true"),
@@ -233,7 +233,7 @@ def test_json_is_written_as_serde_json_does(value: Any, expected: str) -> None:
     assert encode(value, format="json").decode() == expected
 
 
-# Kinds that have no form of their own, and what they are written as.
+# Kinds without a form of their own, and the kinds that they are written as.
 ALIKE: list[tuple[Any, Any]] = [
     ((1, (2,)), [1, [2]]),
     (Point(1, 2), [1, 2]),
@@ -346,7 +346,7 @@ ARRAYS = numpy_st.arrays(st.sampled_from(list(TYPED_ARRAYS.values())), numpy_st.
 
 @dataclasses.dataclass
 class Written:
-    """A value, and what reading it gives, by format."""
+    """A value, and the result of reading it, by format."""
 
     value: Any
     cbor: Any
@@ -444,7 +444,7 @@ def test_any_values_are_fragments_of_a_snapshot(values: list[Written], encrypted
         check_independently(place.location, place.key, expected)
 
 
-# What cannot be written -----------------------------------------------------------------------------------------------
+# Values that cannot be written ----------------------------------------------------------------------------------------
 
 
 BOTH, CBOR_ALONE, JSON_ALONE = ("cbor", "json"), ("cbor",), ("json",)
@@ -546,7 +546,7 @@ def test_127_levels_are_allowed(format: Any) -> None:
 
 
 def test_levels_of_tags_count_as_well() -> None:
-    """No decoder of ours refuses what was written, whatever cbor2 makes a tag of."""
+    """The decoders accept every written value, for every type that cbor2 writes with a tag."""
     for value in ({1}, np.zeros((1, 1)), np.zeros(1), ID, NOON, 2**70, {(1, 2): 3}):
         for levels in range(NESTED_IN - 4, NESTED_IN + 1):
             with suppress(vmsnap.SerializationError):
