@@ -186,8 +186,8 @@ def dump_process(
 ) -> None:
     """Store all memory of a process, a fragment per mapping.
 
-    This is for examining a process. For the memory of a guest use "vmsnap dump", which stores it without holes and
-    readable by guest-physical address.
+    This is for examining a process. For the memory of a guest use "vmsnap dump", which leaves out holes, and stores
+    memory by guest-physical address.
 
     The fragment "mem/START-END" holds the mapping at these addresses, and the fragment "maps" the text of
     /proc/PID/maps. Pages that cannot be read, and holes of 1 GiB or more, are left out and reported.

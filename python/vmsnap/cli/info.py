@@ -143,9 +143,9 @@ def summarize(location: Path, keys: OpeningKeys) -> Info:
 @opening_options
 @json_option
 def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
-    """Show whether a snapshot is encrypted and sealed, and its size.
+    """Show the encryption, the seal and the size of a snapshot.
 
-    Without the key of an encrypted snapshot, some lines are "needs the key" (null in --json). Nothing here is
+    Without the key of an encrypted snapshot, some values are "needs the key" (null in --json). Nothing here is
     authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes count fragments only.
 
     To find the format of values, fragments of up to 64 KiB are read, at most 16 MiB in all.

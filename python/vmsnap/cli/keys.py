@@ -58,7 +58,9 @@ class OpeningKeys:
     def for_new(self, recipients: tuple[str, ...] | None) -> "WritingKeys":
         """Return the keys for a new snapshot: recipients, or this key or passphrase."""
         if self.identities is not None:
-            raise click.UsageError("an identity only opens snapshots: to create one, give its recipient with -r or -R")
+            raise click.UsageError(
+                "an identity only opens snapshots: to create a snapshot, give the identity's recipient with -r or -R"
+            )
         if recipients is not None and self.given:
             raise click.UsageError("give only one of recipients, a key and a passphrase for the new snapshot")
         # A mistyped passphrase only fails to open a snapshot, but nobody would open a new one with it.

@@ -20,7 +20,7 @@ from vmsnap.cli.targets import snapshot_argument
 def rekey(snapshot: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
     """Change the key or the recipients of a snapshot.
 
-    The options -r, -R, --new-key-file and --new-passphrase give the new key, which replaces the old one.
+    The options -r, -R, --new-key-file and --new-passphrase give the new key or recipients. They replace the old ones.
 
     Only the file enc_metadata is replaced, so this takes milliseconds for a snapshot of any size.
 
