@@ -20,9 +20,9 @@ from vmsnap.cli.terminal import printable
     shell_complete=complete_directory,
 )
 def clean(parent: Path) -> None:
-    """Remove unfinished snapshots of killed writers from a directory.
+    """Remove unfinished snapshots that killed writers left.
 
-    These are hidden directories with names of .vmsnap- and 16 hexadecimal digits. A directory that a living process
+    These are hidden directories in PARENT, named .vmsnap- and 16 hexadecimal digits. A directory that a living process
     uses is kept and reported.
 
     Nothing is removed on a file system that several hosts may write to (NFS, SMB, 9p, FUSE and others), because a lock

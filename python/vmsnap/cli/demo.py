@@ -165,7 +165,7 @@ def race_plain_write(
 @click.option("--keep", type=PATH, metavar="SNAPSHOT", help="Keep the snapshot, and its key in SNAPSHOT.key.")
 @threads_option
 def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
-    """Dump and restore the memory of a child process, with timings.
+    """Measure a dump and a restore of the memory of a child.
 
     The child process stands for a guest. Everything is compared byte by byte, and nothing is left behind without
     --keep. Needs up to three times the size of the memory in $TMPDIR.
