@@ -584,7 +584,7 @@ def test_what_the_encoding_has_not_is_shown_escaped(plain: vmsnap.SnapshotWriter
 
 
 def completed(*words: str | Path) -> list[str]:
-    """What bash is given for the last of these words."""
+    """Return the completions that bash gets for the last of these words."""
     environment = {
         "_VMSNAP_COMPLETE": "bash_complete",
         "COMP_WORDS": " ".join(["vmsnap", *map(str, words)]),

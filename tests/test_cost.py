@@ -143,7 +143,7 @@ def cost(folder: Path, script: str, n: int, threads: int = 1) -> Cost:
 
 
 def check_linear(tmp_path: Path, script: str, n: int) -> list[Cost]:
-    """Hold the cost of n, 2n and 4n to a beginning, and a part that grows with n; what is quadratic grows faster.
+    """Check that the cost of n, 2n and 4n is a constant plus a part that grows with n. A quadratic part grows faster.
 
     One thread, so that the same is done in every run.
     """

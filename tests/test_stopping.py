@@ -250,8 +250,8 @@ memory = os.urandom(32 << 20)
 process = subprocess.Popen(arguments, stdin=follower, stdout=follower, stderr=follower, start_new_session=True)
 os.close(follower)
 try:
-    while piece := os.read(leader, 1000):
-        os.write(1, piece)
+    while output := os.read(leader, 1000):
+        os.write(1, output)
 except OSError:  # all others have closed it
     pass
 sys.exit(process.wait())
