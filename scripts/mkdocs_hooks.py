@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
         kind = "tree" if (REPOSITORY / target).is_dir() else "blob"
         return f"]({CODE_HOST}/{kind}/main/{target}{anchor})"
 
-    # Odd parts are code blocks.
+    # Parts with an odd index are code blocks.
     parts = _CODE_BLOCK.split(markdown)
     parts[::2] = [_LINK.sub(rewritten, part) for part in parts[::2]]
     return "".join(parts)

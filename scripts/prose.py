@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Every file with prose that a user or a developer reads.
 SCOPE = ["*.md", "docs/*.md", "examples/**/*.md", ".github/**/*.md", ".github/**/*.yml", "Makefile", "mkdocs.yml"]
-SCOPE += ["scripts/*.py", "src/**/*.rs", "python/**/*.py", "python/**/*.pyi"]
+SCOPE += ["scripts/*.sh", "scripts/*.py", "src/**/*.rs", "python/**/*.py", "python/**/*.pyi"]
 
 # Patterns see a paragraph as one line with single spaces, inline code as x, and code as NUL.
 RULES = {

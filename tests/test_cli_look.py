@@ -46,14 +46,14 @@ def json_of(*arguments: str | Path | int) -> Any:
 
 
 def shown(writer: vmsnap.SnapshotWriter, value: object, *options: str) -> str:
-    """What `vmsnap show` makes of a value."""
+    """Return the output of `vmsnap show` for a value."""
     name = f"value {len(os.listdir(writer.path))}"
     writer.write_fragment(name, value)
     return text_of("show", writer.path, name, *options)
 
 
 def screen(columns: int, *arguments: str | Path) -> str:
-    """What a terminal of so many columns is sent, without colours."""
+    """Return the output on a terminal of so many columns, without colours."""
     parent, child = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm-256color"}
     with subprocess.Popen(
@@ -584,7 +584,7 @@ def test_what_the_encoding_has_not_is_shown_escaped(plain: vmsnap.SnapshotWriter
 
 
 def completed(*words: str | Path) -> list[str]:
-    """What bash is given for the last of these words."""
+    """Return the completions that bash gets for the last of these words."""
     environment = {
         "_VMSNAP_COMPLETE": "bash_complete",
         "COMP_WORDS": " ".join(["vmsnap", *map(str, words)]),

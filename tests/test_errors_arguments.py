@@ -122,7 +122,7 @@ def test_a_bad_number_of_threads_in_the_environment_is_refused(tmp_path: Path, v
     message = f"VMSNAP_THREADS={re.escape(value)} must be a number from 1 to 1024"
     for call in ("vmsnap.SnapshotWriter(sys.argv[1] + '/vm2')", "vmsnap.SnapshotReader(sys.argv[1] + '/vm1')"):
         refused_elsewhere("threads-variable", message, tmp_path, call, tmp_path, VMSNAP_THREADS=value)
-    # What the caller says goes first.
+    # An argument takes precedence.
     call = "import sys, vmsnap; vmsnap.SnapshotWriter(sys.argv[1], threads=2)"
     run_python_well(call, tmp_path / "vm3", VMSNAP_THREADS=value)
 
@@ -165,7 +165,7 @@ def test_an_offset_that_no_fragment_has_is_refused(place: Place) -> None:
                 call()
             assert fragment.tell() == 10
         assert buffer == b"\xaa" * 10
-        # Beyond the end is no error.
+        # An offset beyond the end is not an error.
         assert fragment.read_at((1 << 64) - 1, 10) == b""
         assert fragment.seek((1 << 63) - 1) == (1 << 63) - 1
         assert fragment.read(10) == b""

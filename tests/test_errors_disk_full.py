@@ -175,7 +175,7 @@ def test_a_full_disk_has_no_room_for_a_snapshot(small_disk: Path, key: bytes) ->
     for each in (None, key):
         with refused("disk-full", "cannot create the snapshot .*vm1: .*No space", small_disk):
             vmsnap.SnapshotWriter(small_disk / "vm1", key=each)
-    # Room for the folder, and not for the file in it.
+    # Room for the directory, but not for the file in it.
     (small_disk / "empty 0").unlink()
     with refused("disk-full", "cannot write enc_metadata of .*vm1: No space", small_disk):
         vmsnap.SnapshotWriter(small_disk / "vm1", key=key)

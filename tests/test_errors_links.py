@@ -124,7 +124,7 @@ def test_a_link_in_a_namespaces_place_is_not_followed(place: Place, tmp_path: Pa
     inner = write(writer.add_namespace("disks").add_namespace("deep"), "sda", b"x")
     reader = place.open()
     inner_reader = reader.namespace("disks").namespace("deep")
-    # The same folder, still with the right contents, but behind a link.
+    # The directory still has the right contents, but is behind a link.
     destinations = {"inside": place.file("moved"), "outside": tmp_path / "moved", "nowhere": tmp_path / "nowhere"}
     moved = destinations["outside" if target == "nowhere" else target]
     place.file(level).rename(moved)

@@ -119,13 +119,13 @@ def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> N
             "key-metadata-too-long", f"is {length} bytes long; the limit is 1048576", encrypted_place.location
         ):
             encrypted_place.open()
-    os.truncate(encrypted_place.file("enc_metadata"), 1 << 40)  # a hole: whoever reads it runs out of memory
+    os.truncate(encrypted_place.file("enc_metadata"), 1 << 40)  # a hole: a program that reads it runs out of memory
     with pytest.raises(vmsnap.CorruptSnapshotError, match="the limit is"):
         encrypted_place.open()
 
 
 def with_payload(place: Place, payload: object) -> Place:
-    """A snapshot made by hand: with a payload of ours, and one fragment."""
+    """A snapshot made by hand: with the given payload, and one fragment."""
     assert place.key is not None
     place.location.mkdir()
     place.store("enc_metadata", floe.key_metadata(place.key, payload))

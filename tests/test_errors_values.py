@@ -63,7 +63,7 @@ def test_a_fragment_that_holds_no_value_is_refused(place: Place, content: bytes)
 def test_a_value_of_another_type_is_refused(place: Place) -> None:
     place.create().write_fragment("cpu", {"rip": 1, "gdt": [1, "hunter2"]})
     reader = place.open()
-    message = r"cpu.* is not of the type asked for: at gdt\[1\]: expected int, found str$"
+    message = r"cpu.* does not have the requested type: at gdt\[1\]: expected int, found str$"
     with refused("value-of-another-type", message, place.location):
         reader.read_fragment("cpu", Regs)
     assert reader.read_fragment("cpu")["rip"] == 1
@@ -82,7 +82,7 @@ def test_a_fragment_that_is_too_large_for_a_value_is_refused(place: Place) -> No
 @pytest.mark.parametrize("kind", [5, "Regs", list["Regs"], Callable[[int], int], io.RawIOBase | Iterator[int]])
 def test_a_type_that_cannot_be_built_is_refused(place: Place, kind: object) -> None:
     place.create().write_fragment("cpu", 1)
-    with refused("unbuildable-type", "there is no way to build .*: give a class", place.location):
+    with refused("unbuildable-type", "cannot build .* from a value: pass a class", place.location):
         place.open().read_fragment("cpu", kind)
 
 
@@ -114,6 +114,6 @@ print(len(vmsnap.serialization.encode([bytearray(1), {1}, 2j], default=str)))
 reader.read_fragment("array")
 """
     key = "" if place.key is None else place.key.hex()
-    message = r"array.* has typed arrays, which need numpy: pip install 'vmsnap\[numpy\]'"
+    message = r"array.* contains typed arrays, which need numpy: pip install 'vmsnap\[numpy\]'"
     printed = refused_elsewhere("arrays-without-numpy", message, place.location, script, place.location, key)
     assert printed.startswith("{'a': [1, b'x']}\n")

@@ -1,4 +1,4 @@
-"""Values of a stranger's: whatever bytes there are, an error that says where and why, in bounded time and memory."""
+"""Values from untrusted sources: for any bytes, an error with place and reason, in bounded time and memory."""
 
 import json
 import struct
@@ -66,8 +66,8 @@ CBOR: dict[str, tuple[bytes, str, int]] = {
     "a key twice": (b"\xa2\x01\x00\x01\x00", "a key of a map comes twice", 5),
     "a key as int and float": (b"\xa2\x01\x00\xf9\x3c\x00\x00", "a key of a map comes twice", 7),
     "a key as int and bool": (b"\x81\xbf\x01\x00\xf5\x00\xff", "a key of a map comes twice", 6),
-    "a member twice": (SET + b"\x82\x01\x01", "a set has a member twice", 6),
-    "a member as int and big number": (SET + b"\x82\x01\xc2\x41\x01", "a set has a member twice", 8),
+    "a member twice": (SET + b"\x82\x01\x01", "a member of a set comes twice", 6),
+    "a member as int and big number": (SET + b"\x82\x01\xc2\x41\x01", "a member of a set comes twice", 8),
     "a cyclic reference": (b"\xd8\x1c\x81\xd8\x1d\x00", "tag 28", 0),
     "a shared reference": (b"\x81\xd8\x1d\x00", "tag 29", 1),
     "a decimal": (b"\xc4\x82\x1b\x7f" + b"\xff" * 7 + b"\x01", "tag 4", 0),
@@ -282,7 +282,7 @@ MODULUS = sys.hash_info.modulus
     ],
 )
 def test_keys_that_share_a_hash_value_are_refused(value: Any, type: Any) -> None:
-    assert "one hash value" in refusal(encode(value), type)
+    assert "the same hash value" in refusal(encode(value), type)
 
 
 def keys_that_meet(bits: int = 13) -> list[int]:
@@ -319,8 +319,8 @@ def test_keys_that_meet_in_a_dict_are_refused() -> None:
         assert "hash values collide" in refusal(data)
     for value, type in ([keys, set[int]], [keys, frozenset], [{str(key): 0 for key in keys}, dict[int, int]]):
         assert "hash values that collide" in refusal(encode(value, format="json"), type)
-    # What would not be read is not written.
-    with pytest.raises(vmsnap.SerializationError, match=r"would not read back: .*collide"):
+    # A value that could not be read is not written.
+    with pytest.raises(vmsnap.SerializationError, match=r"could not be read back: .*collide"):
         encode(dict.fromkeys(keys))
 
 
@@ -342,7 +342,7 @@ def test_keys_of_a_map_that_share_a_hash_value_are_refused() -> None:
     assert "too many" in refusal(SET + array(keys))
 
 
-# Whatever bytes there are --------------------------------------------------------------------------------------------
+# Arbitrary bytes ------------------------------------------------------------------------------------------------------
 
 VALUES: list[Any] = [
     [None, True, False, 0, -1, 2**64, -(2**80), 1.5, float("inf"), "täxt", b"bytes", [], {}],
@@ -358,7 +358,7 @@ ENCODED: list[tuple[bytes, Format]] = [
 
 
 def check(data: bytes, format: Format | None = None) -> None:
-    """Decode to what encodes again, or to the one exception."""
+    """Decode a value that can be encoded again, or raise the one exception."""
     try:
         value = decode(data, format=format)
     except vmsnap.CorruptSnapshotError:
@@ -445,7 +445,7 @@ def test_the_fuzz_target_finds_nothing(recipe: bytes) -> None:
 
 
 def fuzz_target() -> Callable[[bytes], None]:
-    """Return what `make fuzz` calls."""
+    """Return the function that `make fuzz` calls."""
     folder = str(Path(__file__).resolve().parents[1] / "fuzz")
     if folder not in sys.path:
         sys.path.append(folder)

@@ -1,4 +1,4 @@
-"""What the system refuses while a process is read: that is never taken for a page that cannot be read."""
+"""System errors while a process is read, which must not be taken for an unreadable page."""
 
 import errno
 import json
@@ -96,7 +96,7 @@ def test_without_a_page_map_the_memory_is_read(tmp_path: Path, calls: list[str],
 
 
 def fragments_of(root: Path, process: Child) -> bytes:
-    """What the fragment that has the child's memory holds of it."""
+    """Return the memory of the child from its fragment."""
     memory = vmsnap.open(root).namespace("mem")
     for name in memory.list_fragments():
         start, end = (int(part, 16) for part in name.split("-"))

@@ -57,7 +57,7 @@ def key_services() -> dict[str, Any]:
 
 
 def test_the_example_for_kms_asks_as_its_client_is_asked(tmp_path: Path) -> None:
-    """With what boto3's client takes and returns; KMS itself cannot be had here."""
+    """A stand-in with the parameters and results of the boto3 client, because tests cannot use KMS itself."""
 
     class Client:
         def encrypt(self, *, KeyId: str, Plaintext: bytes) -> dict[str, bytes]:  # noqa: N803

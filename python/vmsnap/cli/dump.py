@@ -77,7 +77,7 @@ def _regions_of_process(process: Process, ranges: tuple[Range, ...]) -> list[Gue
 
 
 def _tell(report: MemoryReport, *, as_json: bool) -> None:
-    """Print what was stored: to standard error, or as JSON to standard output."""
+    """Print the report of a dump: to standard error, or as JSON to standard output."""
     if as_json:
         told = asdict(report) | {"unreadable": [[each.start, each.stop] for each in report.unreadable]}
         click.echo(json.dumps(told))
@@ -126,18 +126,16 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
     type=click.Choice(["auto", "raw"]),
     default="auto",
     show_default=True,
-    help="auto refuses a file that begins as another format does, raw stores any file.",
+    help="auto refuses a file that begins like another format; raw accepts any file.",
 )
 @compress_option
 @click.option(
     "--on-error",
     type=click.Choice(["raise", "zero"]),
-    help="What to do with pages that cannot be read: fail, or store zeros and report them.  [default: zero for a whole "
-    "process, otherwise raise]",
+    help="For pages that cannot be read: fail (raise), or store zeros and report them (zero).  [default: zero for a "
+    "whole process, otherwise raise]",
 )
-@click.option(
-    "--no-sparse", is_flag=True, help="Read everything, also what the file system or the kernel reports as a hole."
-)
+@click.option("--no-sparse", is_flag=True, help="Read everything, even ranges that the system reports as holes.")
 @chunk_size_option
 @threads_option
 @no_durable_option
@@ -196,7 +194,7 @@ def dump(
             report = write(writer, regions or [GuestRegion(0, file)], "raise", show)
     else:
         if form != "auto":
-            raise click.UsageError("--format is for a file, and SOURCE is a process")
+            raise click.UsageError("--format applies to files, but SOURCE is a process")
         with (
             Process(pid) as process,
             new_keys.stage(new_snapshot, threads=threads, durable=not no_durable) as writer,

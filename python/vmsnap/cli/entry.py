@@ -9,7 +9,7 @@ from vmsnap.cli.terminal import human_size, iso_time, printable
 
 @dataclass(frozen=True)
 class Entry:
-    """A fragment as lists show it. The fields are what ``--json`` prints."""
+    """A fragment as lists show it. ``--json`` prints the fields."""
 
     path: str
     size: int

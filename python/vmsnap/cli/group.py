@@ -123,7 +123,7 @@ def run() -> int:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
     warnings.showwarning = show_warning
-    # The user must see that a new identity needs a backup, whatever Python's settings for warnings are.
+    # The user must see that a new identity needs a backup, even if Python is set to ignore warnings.
     warnings.filterwarnings("always", category=vmsnap.NewIdentityWarning)
     try:
         # Commands return None, click's own exits return a status.

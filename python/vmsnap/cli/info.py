@@ -104,7 +104,7 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
 
 
 def summarize(location: Path, keys: OpeningKeys) -> Info:
-    """Return the summary of a snapshot. Without its key, only of what is visible."""
+    """Return the summary of a snapshot. Without its key, only visible properties are included."""
     found = vmsnap.inspect(location)
     wrapping = found.key_wrapping.kind if found.key_wrapping else None
     values, size = None, None
@@ -137,13 +137,12 @@ def summarize(location: Path, keys: OpeningKeys) -> Info:
 @opening_options
 @json_option
 def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
-    """Show what a snapshot is: encrypted, sealed, how large.
+    """Show the encryption, the seal and the size of a snapshot.
 
-    Without the key of an encrypted snapshot, "needs the key" (null in --json) stands for what is not visible. Nothing
-    here is authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes are those of the
-    fragments.
+    Without the key of an encrypted snapshot, some values are "needs the key" (null in --json). Nothing here is
+    authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes count fragments only.
 
-    The format of values is found by reading fragments of up to 64 KiB, at most 16 MiB in all.
+    To find the format of values, fragments of up to 64 KiB are read, at most 16 MiB in all.
     """
     with expecting_snapshot(snapshot):
         found = summarize(snapshot, keys)

@@ -1,4 +1,4 @@
-"""The options for keys: what opens a snapshot, and who can open a new one."""
+"""The options for keys: the key that opens a snapshot, and the keys that can open a new one."""
 
 import getpass
 import os
@@ -56,10 +56,12 @@ class OpeningKeys:
 
     def for_new(self, recipients: tuple[str, ...] | None) -> "WritingKeys":
         """Return the keys for a new snapshot: recipients, or this key or passphrase."""
-        if self.identities is not None or (recipients is not None and self.given):
+        if self.identities is not None:
             raise click.UsageError(
-                "a new snapshot is encrypted with recipients, a key or a passphrase: give only one of them"
+                "an identity only opens snapshots: to create a snapshot, give the identity's recipient with -r or -R"
             )
+        if recipients is not None and self.given:
+            raise click.UsageError("give only one of recipients, a key and a passphrase for the new snapshot")
         # A mistyped passphrase only fails to open a snapshot, but nobody would open a new one with it.
         asked = callable(self.passphrase)
         return WritingKeys(
@@ -150,7 +152,7 @@ def _read_passphrase(source: str | int) -> bytearray:
     line = content.split(b"\n", 1)[0].removesuffix(b"\r")
     if not line or len(line) > _MAX_PASSPHRASE_BYTES:
         named = f"file descriptor {source}" if isinstance(source, int) else source
-        raise CommandError(f"{named}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes long, on the first line")
+        raise CommandError(f"{named}: the first line must be a passphrase of 1 to {_MAX_PASSPHRASE_BYTES} bytes")
     return line
 
 
@@ -277,7 +279,7 @@ def recipient_options(command: _Command) -> _Command:
 
 
 def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return the recipients, None without these options. A file without recipients is an error."""
+    """Return the recipients, or None if there are no such options. A file without recipients is an error."""
     texts, files = options.pop("recipient"), options.pop("recipients_file")
     if not texts and not files:
         return None

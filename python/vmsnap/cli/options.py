@@ -28,7 +28,7 @@ chunk_size_option = click.option(
     metavar="BYTES",
     default=CHUNK_BYTES,
     show_default=True,
-    help="Bytes that are encrypted as one chunk, from 32 to 64 MiB. A read decrypts whole chunks.",
+    help="Size of a chunk, the unit of encryption: from 32 bytes to 64 MiB. A read decrypts whole chunks.",
 )
 compress_option = click.option(
     "--compress",

@@ -33,11 +33,11 @@ def restore(
 ) -> None:
     """Write the guest memory of a snapshot to a sparse raw file.
 
-    The file begins with the lowest guest-physical address, and every other address follows at its distance from it. So
-    a region at 0x100000000 comes after the hole below it. With --region, the file contains only that region.
+    The file begins with the lowest guest-physical address. Every region is at its distance from that address, and a gap
+    between two regions is a hole in the file. With --region, the file contains only that region.
 
-    FILE is new and has mode 0600. An existing one is refused, unless it is a regular file and --force is given. Files
-    inside a snapshot are never written. A restore that fails leaves nothing behind.
+    FILE is created with mode 0600. An existing FILE is refused, unless it is a regular file and --force is given.
+    Files inside a snapshot are never written. A restore that fails leaves nothing behind.
     """
     memory = open_memory(snapshot, namespace, keys, threads)
     refuse_inside(file, str(snapshot))
