@@ -57,6 +57,7 @@ def write_memory(
     zero_unreadable: bool,
     sparse: bool,
     stable: bool,
+    uncached: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
     """Write guest memory: of each region base; descriptor, buffer or process; offset in it; size."""
@@ -145,6 +146,7 @@ class GuestMemory:
         self,
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         huge_pages: bool,
+        uncached: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to descriptors or buffers: with the base each is to have, the offset in it, and the size."""

@@ -202,9 +202,10 @@ class SnapshotWriter(Handle):
         on_error: Literal["raise", "zero"] = "raise",
         sparse: bool = True,
         stable: bool = False,
+        uncached: bool = False,
         detect_zeros: bool = True,
         min_gap_bytes: int = 4096,
-        chunk_size_bytes: int = 65536,
+        chunk_size_bytes: int = 16384,
         block_size_bytes: int = 65536,
     ) -> memory.MemoryReport:
         """Write guest memory, by all threads: the fragments ``mem`` and ``mem_metadata``, as crosvm reads them.
@@ -230,6 +231,10 @@ class SnapshotWriter(Handle):
             The promise that no buffer among the sources changes during the call, as the memory of a paused guest does
             not. Such buffers are stored without a copy, which is faster. Where the promise is broken, what is stored is
             undefined; a ``bytes`` object cannot change, and needs no promise.
+        uncached
+            Whether the stored bytes, and files that are read, bypass the page cache. A dump of tens of GiB then does
+            not push everything else out of it, and runs at the speed of the disk. It has no effect on tmpfs, whose
+            files are the page cache. On Linux before 6.14 the same is requested by advice.
         detect_zeros
             Whether pages that were touched and are zero are left out too.
         min_gap_bytes
@@ -259,6 +264,7 @@ class SnapshotWriter(Handle):
             on_error=on_error,
             sparse=sparse,
             stable=stable,
+            uncached=uncached,
             detect_zeros=detect_zeros,
             min_gap_bytes=min_gap_bytes,
             chunk_size_bytes=chunk_size_bytes,
