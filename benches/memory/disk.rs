@@ -17,10 +17,10 @@ use crate::guest::{Guest, Mapping, PAGE};
 const CALL_BYTES: usize = 1 << 20;
 
 pub(crate) fn run(bench: &mut Bench, guest: &Guest) {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let memory = std::mem::replace(&mut bench.folder, folder.path().to_owned());
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let memory = std::mem::replace(&mut bench.directory, directory.path().to_owned());
     "disk".clone_into(&mut bench.title);
-    println!("disk: {}, {} MiB of data", folder.path().display(), guest.data_bytes >> 20);
+    println!("disk: {}, {} MiB of data", directory.path().display(), guest.data_bytes >> 20);
     for form in FORMS {
         for uncached in [true, false] {
             let how = if uncached { "uncached" } else { "through the page cache" };
@@ -58,7 +58,7 @@ pub(crate) fn run(bench: &mut Bench, guest: &Guest) {
             told(bench, &name, left);
         }
     }
-    bench.folder = memory;
+    bench.directory = memory;
 }
 
 fn told(bench: &Bench, name: &str, left: usize) {
