@@ -108,7 +108,7 @@ impl Bench {
     fn write(&self, encrypted: bool, chunk: usize, call: usize) -> f64 {
         let root = self.snapshot();
         let _ = std::fs::remove_dir_all(&root);
-        let writer = self.options(encrypted).create(&root).unwrap();
+        let writer = self.options(encrypted).create_in_place(&root).unwrap();
         seconds(|| {
             let mut fragment = writer.raw_fragment_with_chunk_size("mem", chunk).unwrap();
             for call in self.data.chunks(call) {

@@ -41,7 +41,7 @@ fn map(bytes: &[u8]) -> BTreeMap<String, Value> {
 #[test]
 fn encrypted_fragments_read_with_fast_floe_alone() {
     let (_directory, root) = place();
-    let mut staged = SnapshotOptions::new().key(SecretKey::from(WRAPPING_KEY)).stage(&root).unwrap();
+    let mut staged = SnapshotOptions::new().key(SecretKey::from(WRAPPING_KEY)).create(&root).unwrap();
     let disks = staged.writer().add_namespace("disks").unwrap();
     let data = pattern(3 * 4096 + 5);
     for (name, chunk) in [("small", 32), ("page", 4096), ("whole", 1 << 20)] {
@@ -78,7 +78,7 @@ fn encrypted_fragments_read_with_fast_floe_alone() {
 #[test]
 fn plain_fragments_read_with_ciborium_alone() {
     let (_directory, root) = place();
-    let mut staged = SnapshotOptions::new().stage(&root).unwrap();
+    let mut staged = SnapshotOptions::new().create(&root).unwrap();
     staged.writer().write_fragment("vcpu0", &vcpu()).unwrap();
     staged.commit().unwrap();
 

@@ -27,7 +27,7 @@ fn what_exists_is_refused_and_kept() {
 fn an_error_survives_the_way_through_io_error() {
     let options = encrypted();
     let (_directory, root) = place();
-    let mut fragment = options.create(&root).unwrap().raw_fragment("mem").unwrap();
+    let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("mem").unwrap();
     fragment.write_all(&pattern(10_000)).unwrap();
     fragment.finish().unwrap();
     let path = root.join("mem");
@@ -50,11 +50,11 @@ fn an_error_survives_the_way_through_io_error() {
 #[test]
 fn a_wrong_key_and_a_plain_snapshot_are_told_apart() {
     let (_directory, root) = place();
-    encrypted().create(&root).unwrap();
+    encrypted().create_in_place(&root).unwrap();
     assert!(encrypted().open(&root).unwrap_err().is_authentication());
     assert!(SnapshotReader::new(&root, false).unwrap_err().is_key_unavailable());
     let (_directory, root) = place();
-    SnapshotOptions::new().create(&root).unwrap();
+    SnapshotOptions::new().create_in_place(&root).unwrap();
     assert!(encrypted().open(&root).unwrap_err().is_not_encrypted());
     assert!(SnapshotReader::new(&root, true).unwrap_err().is_not_encrypted());
 }
@@ -62,7 +62,7 @@ fn a_wrong_key_and_a_plain_snapshot_are_told_apart() {
 #[test]
 fn sizes_out_of_range_are_invalid_arguments() {
     let (_directory, root) = place();
-    let writer = encrypted().create(&root).unwrap();
+    let writer = encrypted().create_in_place(&root).unwrap();
     for chunk in [0, 31, vmsnap::MAX_CHUNK_SIZE_BYTES + 1, usize::MAX] {
         assert!(writer.raw_fragment_with_chunk_size("f", chunk).unwrap_err().is_invalid_argument());
     }

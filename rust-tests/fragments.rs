@@ -11,7 +11,7 @@ use crate::{encrypted, pattern, place};
 fn every_length_around_a_boundary_comes_back() {
     for options in [SnapshotOptions::new(), encrypted()] {
         let (_directory, root) = place();
-        let writer = options.create(&root).unwrap();
+        let writer = options.create_in_place(&root).unwrap();
         for chunk in [32_usize, 4096, 65_536, 1 << 20] {
             // Around the chunk, the batch (256 KiB), and the size of writes that are encrypted directly from the
             // caller's buffer (4 MiB).
@@ -56,7 +56,7 @@ proptest! {
         let options = if encrypt { encrypted() } else { SnapshotOptions::new() };
         let (_directory, root) = place();
         let data = pattern(writes.iter().sum());
-        let mut fragment = options.create(&root).unwrap().raw_fragment_with_chunk_size("f", chunk).unwrap();
+        let mut fragment = options.create_in_place(&root).unwrap().raw_fragment_with_chunk_size("f", chunk).unwrap();
         let mut rest = &data[..];
         for length in writes {
             let (now, later) = rest.split_at(length);
@@ -80,7 +80,7 @@ proptest! {
         let options = if encrypt { encrypted() } else { SnapshotOptions::new() };
         let (_directory, root) = place();
         let data = pattern(length);
-        let mut fragment = options.create(&root).unwrap().raw_fragment_with_chunk_size("f", chunk).unwrap();
+        let mut fragment = options.create_in_place(&root).unwrap().raw_fragment_with_chunk_size("f", chunk).unwrap();
         fragment.write_all(&data).unwrap();
         fragment.finish().unwrap();
         let mut reader = options.open(&root).unwrap().raw_fragment("f").unwrap();
@@ -106,7 +106,7 @@ fn many_threads_read_one_fragment_at_once() {
     let options = encrypted();
     let (_directory, root) = place();
     let data = pattern(3 << 20);
-    let mut fragment = options.create(&root).unwrap().raw_fragment("mem").unwrap();
+    let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("mem").unwrap();
     fragment.write_all(&data).unwrap();
     fragment.finish().unwrap();
     let reader = options.open(&root).unwrap().raw_fragment("mem").unwrap();
@@ -128,7 +128,7 @@ fn many_threads_read_one_fragment_at_once() {
 #[test]
 fn a_clone_of_a_reader_has_a_position_of_its_own() {
     let (_directory, root) = place();
-    let mut fragment = SnapshotOptions::new().create(&root).unwrap().raw_fragment("f").unwrap();
+    let mut fragment = SnapshotOptions::new().create_in_place(&root).unwrap().raw_fragment("f").unwrap();
     fragment.write_all(b"abcdef").unwrap();
     fragment.finish().unwrap();
     let mut first = vmsnap::SnapshotReader::new(&root, false).unwrap().raw_fragment("f").unwrap();
@@ -146,7 +146,7 @@ fn a_clone_of_a_reader_has_a_position_of_its_own() {
 fn dropping_finalizes_and_discarding_removes() {
     for options in [SnapshotOptions::new(), encrypted()] {
         let (_directory, root) = place();
-        let writer = options.create(&root).unwrap();
+        let writer = options.create_in_place(&root).unwrap();
         writer.raw_fragment("dropped").unwrap().write_all(b"kept").unwrap();
         let mut given_up = writer.raw_fragment("discarded").unwrap();
         given_up.write_all(&pattern(5 << 20)).unwrap();
@@ -162,7 +162,7 @@ fn dropping_finalizes_and_discarding_removes() {
 #[test]
 fn a_panic_removes_what_was_half_written() {
     let (_directory, root) = place();
-    let writer = encrypted().create(&root).unwrap();
+    let writer = encrypted().create_in_place(&root).unwrap();
     let unwound = std::panic::catch_unwind(|| {
         let mut fragment = writer.raw_fragment("half").unwrap();
         fragment.write_all(&pattern(5 << 20)).unwrap();
@@ -176,7 +176,7 @@ fn a_panic_removes_what_was_half_written() {
 fn a_panic_in_the_callback_poisons_the_fragment() {
     for options in [SnapshotOptions::new(), encrypted()] {
         let (_directory, root) = place();
-        let mut fragment = options.create(&root).unwrap().raw_fragment("half").unwrap();
+        let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("half").unwrap();
         let long = vec![0; 4 << 30];
         let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             fragment.write_all_interruptible(&long, &mut || panic!("the callback fails"))
@@ -192,7 +192,7 @@ fn a_panic_in_the_callback_poisons_the_fragment() {
 fn a_read_that_fails_leaves_the_position_where_it_was() {
     let options = encrypted();
     let (_directory, root) = place();
-    let mut fragment = options.create(&root).unwrap().raw_fragment("f").unwrap();
+    let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("f").unwrap();
     fragment.write_all(&pattern(3 * 4096)).unwrap();
     fragment.finish().unwrap();
     let mut bytes = std::fs::read(root.join("f")).unwrap();
@@ -209,7 +209,7 @@ fn a_read_that_fails_leaves_the_position_where_it_was() {
 #[test]
 fn a_discarded_fragment_leaves_a_file_that_took_its_place() {
     let (_directory, root) = place();
-    let fragment = SnapshotOptions::new().create(&root).unwrap().raw_fragment("f").unwrap();
+    let fragment = SnapshotOptions::new().create_in_place(&root).unwrap().raw_fragment("f").unwrap();
     std::fs::remove_file(root.join("f")).unwrap();
     std::fs::write(root.join("f"), b"somebody else's").unwrap();
     fragment.discard().unwrap();
@@ -220,7 +220,7 @@ fn a_discarded_fragment_leaves_a_file_that_took_its_place() {
 fn an_interrupted_write_poisons_the_fragment_and_leaves_no_file() {
     for options in [SnapshotOptions::new(), encrypted(), encrypted().threads(1)] {
         let (_directory, root) = place();
-        let mut fragment = options.create(&root).unwrap().raw_fragment("f").unwrap();
+        let mut fragment = options.create_in_place(&root).unwrap().raw_fragment("f").unwrap();
         // The pages are never written, so they take no memory. No machine writes 4 GiB in the 50 ms before the first
         // callback.
         let long = vec![0; 4 << 30];
@@ -236,7 +236,7 @@ fn an_interrupted_write_poisons_the_fragment_and_leaves_no_file() {
 fn an_interrupted_read_leaves_only_zeros() {
     let options = encrypted().threads(1);
     let (_directory, root) = place();
-    let mut fragment = options.create(&root).unwrap().raw_fragment_with_chunk_size("f", 32).unwrap();
+    let mut fragment = options.create_in_place(&root).unwrap().raw_fragment_with_chunk_size("f", 32).unwrap();
     fragment.write_all(&pattern(64 << 20)).unwrap();
     fragment.finish().unwrap();
     let reader = options.open(&root).unwrap().raw_fragment("f").unwrap();

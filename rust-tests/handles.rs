@@ -5,9 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use vmsnap::{
-    AnySnapshot, Format, KeyWrapping, Outline, SecretKey, SnapshotOptions, SnapshotReader, SnapshotWriter, key_wrapping,
-};
+use vmsnap::{AnySnapshot, Format, KeyWrapping, SecretKey, SnapshotOptions, SnapshotReader, SnapshotWriter, inspect};
 
 use crate::{encrypted, place};
 
@@ -72,7 +70,7 @@ fn values_come_back_in_either_format_plain_and_encrypted() {
     for format in [Format::Cbor, Format::Json] {
         for options in [SnapshotOptions::new().format(format), encrypted().format(format)] {
             let (_directory, root) = place();
-            options.create(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
+            options.create_in_place(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
             assert_eq!(options.open(&root).unwrap().read_fragment::<Vcpu>("vcpu0").unwrap(), vcpu());
         }
     }
@@ -82,7 +80,7 @@ fn values_come_back_in_either_format_plain_and_encrypted() {
 fn a_reader_finds_out_the_format() {
     for written in [SnapshotOptions::new(), encrypted()] {
         let (_directory, root) = place();
-        written.clone().format(Format::Json).create(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
+        written.clone().format(Format::Json).create_in_place(&root).unwrap().write_fragment("vcpu0", &vcpu()).unwrap();
         assert_eq!(written.open(&root).unwrap().read_fragment::<Vcpu>("vcpu0").unwrap(), vcpu());
         // A format that was requested is not replaced by another.
         let reader = written.format(Format::Cbor).open(&root).unwrap();
@@ -94,7 +92,7 @@ fn a_reader_finds_out_the_format() {
 fn a_number_in_json_has_to_be_asked_for() {
     let (_directory, root) = place();
     let json = SnapshotOptions::new().format(Format::Json);
-    json.create(&root).unwrap().write_fragment("count", &70_000).unwrap();
+    json.create_in_place(&root).unwrap().write_fragment("count", &70_000).unwrap();
     assert!(SnapshotReader::new(&root, false).unwrap().read_fragment::<u32>("count").unwrap_err().is_corrupt());
     assert_eq!(json.open(&root).unwrap().read_fragment::<u32>("count").unwrap(), 70_000);
 }
@@ -102,7 +100,7 @@ fn a_number_in_json_has_to_be_asked_for() {
 #[test]
 fn a_value_that_cannot_be_serialized_leaves_no_file() {
     let (_directory, root) = place();
-    let writer = SnapshotOptions::new().format(Format::Json).create(&root).unwrap();
+    let writer = SnapshotOptions::new().format(Format::Json).create_in_place(&root).unwrap();
     let keyed_by_bytes = std::collections::BTreeMap::from([(vec![1_u8], 1)]);
     assert!(writer.write_fragment("odd", &keyed_by_bytes).unwrap_err().is_serialization());
     assert!(!root.join("odd").exists());
@@ -111,7 +109,7 @@ fn a_value_that_cannot_be_serialized_leaves_no_file() {
 #[test]
 fn a_fragment_that_holds_something_else_is_corrupt() {
     let (_directory, root) = place();
-    let writer = SnapshotOptions::new().create(&root).unwrap();
+    let writer = SnapshotOptions::new().create_in_place(&root).unwrap();
     writer.write_fragment("text", "text").unwrap();
     std::fs::write(root.join("more"), [1, 2]).unwrap();
     std::fs::write(root.join("less"), [0x9a, 0xff, 0xff, 0xff, 0xff]).unwrap();
@@ -131,7 +129,7 @@ fn handles_travel_serialized_and_never_show_their_key() {
     let key = SecretKey::from([0xab; 32]);
     let options = SnapshotOptions::new().key(key);
     let (_directory, root) = place();
-    let writer = options.create(&root).unwrap().add_namespace("disks").unwrap();
+    let writer = options.create_in_place(&root).unwrap().add_namespace("disks").unwrap();
     let mut travelling = Vec::new();
     ciborium::into_writer(&writer, &mut travelling).unwrap();
     let arrived: SnapshotWriter = ciborium::from_reader(&travelling[..]).unwrap();
@@ -150,7 +148,7 @@ fn handles_travel_serialized_and_never_show_their_key() {
 #[test]
 fn a_handle_from_outside_cannot_escape_its_root() {
     let (_directory, root) = place();
-    let reader = serde_json::to_string(&SnapshotOptions::new().create(&root).unwrap()).unwrap();
+    let reader = serde_json::to_string(&SnapshotOptions::new().create_in_place(&root).unwrap()).unwrap();
     let escaping = reader.replace("\"namespace\":\"\"", "\"namespace\":\"../..\"");
     assert_ne!(reader, escaping);
     assert!(serde_json::from_str::<SnapshotReader>(&escaping).is_err());
@@ -159,7 +157,7 @@ fn a_handle_from_outside_cannot_escape_its_root() {
 #[test]
 fn a_snapshot_is_its_owners_alone() {
     let (_directory, root) = place();
-    let writer = encrypted().create(&root).unwrap();
+    let writer = encrypted().create_in_place(&root).unwrap();
     writer.add_namespace("disks").unwrap().write_fragment("sda", &1).unwrap();
     let mode = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for (path, expected) in [("", 0o700), ("disks", 0o700), ("enc_metadata", 0o600), ("disks/sda", 0o600)] {
@@ -171,7 +169,7 @@ fn a_snapshot_is_its_owners_alone() {
 fn an_existing_snapshot_is_added_to_and_never_written_over() {
     for options in [SnapshotOptions::new(), encrypted()] {
         let (_directory, root) = place();
-        options.create(&root).unwrap().add_namespace("cpu").unwrap().write_fragment("clock", &1).unwrap();
+        options.create_in_place(&root).unwrap().add_namespace("cpu").unwrap().write_fragment("clock", &1).unwrap();
 
         let writer = options.append(&root).unwrap();
         writer.write_fragment("new", &2).unwrap();
@@ -197,12 +195,12 @@ fn adding_needs_a_snapshot_its_key_and_that_it_is_not_sealed() {
     assert_eq!(SnapshotWriter::open(&root).unwrap_err().raw_os_error(), Some(2));
 
     let options = encrypted();
-    options.create(&root).unwrap();
+    options.create_in_place(&root).unwrap();
     assert!(SnapshotWriter::open(&root).unwrap_err().is_key_unavailable());
     assert!(encrypted().append(&root).unwrap_err().is_authentication());
     std::fs::write(root.join("vmsnap_manifest"), b"").unwrap();
     let sealed = options.append(&root).unwrap_err();
-    assert!(sealed.is_unsupported_format());
+    assert!(sealed.is_sealed());
     assert!(sealed.to_string().contains("sealed"), "{sealed}");
 
     let (_directory, root) = place();
@@ -217,26 +215,26 @@ fn what_shows_without_a_key_is_wrapping_names_and_stored_sizes() {
     assert!(key_wrapping(&root).unwrap_err().is_io());
     assert!(Outline::read(&root).unwrap_err().is_io());
 
-    let writer = encrypted().create(&root).unwrap();
+    let writer = encrypted().create_in_place(&root).unwrap();
     writer.raw_fragment("b").unwrap().finish().unwrap();
     for name in ["z", "a"] {
         writer.add_namespace(name).unwrap().add_namespace("in").unwrap().write_fragment("it", &1).unwrap();
     }
-    let outline = Outline::read(&root).unwrap();
+    let outline = inspect(&root).unwrap();
     assert_eq!(outline.namespaces, ["a", "a/in", "z", "z/in"]);
     let sizes: Vec<_> = outline.fragments.iter().map(|each| (each.path.as_str(), each.stored_size_bytes)).collect();
     assert_eq!(sizes, [("b", 106), ("a/in/it", 107), ("z/in/it", 107)]);
 
-    assert_eq!(key_wrapping(&root).unwrap(), Some(KeyWrapping::RawKey));
+    assert_eq!(inspect(&root).unwrap().key_wrapping, Some(KeyWrapping::RawKey));
     for contents in [&b"\xd9\xd9\xf7\xa0"[..], b"foreign", b""] {
         std::fs::write(root.join("enc_metadata"), contents).unwrap();
-        let error = key_wrapping(&root).unwrap_err();
+        let error = inspect(&root).unwrap_err();
         assert!(error.is_corrupt(), "{error}");
     }
     std::fs::remove_file(root.join("enc_metadata")).unwrap();
-    assert_eq!(key_wrapping(&root).unwrap(), None);
+    assert_eq!(inspect(&root).unwrap().key_wrapping, None);
     std::os::unix::fs::symlink("b", root.join("link")).unwrap();
-    assert!(Outline::read(&root).unwrap_err().is_corrupt());
+    assert!(inspect(&root).unwrap_err().is_corrupt());
 }
 
 #[test]
@@ -250,7 +248,7 @@ fn a_float_comes_back_from_json_to_the_last_bit() {
     let options = SnapshotOptions::new().format(Format::Json);
     let (_directory, root) = place();
     let floats = [f64::from(f32::MAX), 1.0 / 3.0, 5e-324, 1e300, 1e16];
-    options.create(&root).unwrap().write_fragment("floats", &floats).unwrap();
+    options.create_in_place(&root).unwrap().write_fragment("floats", &floats).unwrap();
     // In the form of crosvm's version of serde_json: an exponent has a sign only if it is negative.
     let text = std::fs::read_to_string(root.join("floats")).unwrap();
     assert_eq!(text, "[3.4028234663852886e38,0.3333333333333333,5e-324,1e300,1e16]");
@@ -263,7 +261,7 @@ fn what_is_in_an_any_snapshot_comes_back_from_json() {
     fn through_json<T: Serialize + serde::de::DeserializeOwned>(value: T) -> vmsnap::Result<T> {
         let options = SnapshotOptions::new().format(Format::Json);
         let (_directory, root) = place();
-        options.create(&root)?.write_fragment("any", &AnySnapshot::to_any(value)?)?;
+        options.create_in_place(&root)?.write_fragment("any", &AnySnapshot::to_any(value)?)?;
         AnySnapshot::from_any(options.open(&root)?.read_fragment("any")?)
     }
     let address = std::net::IpAddr::from([127, 0, 0, 1]); // text where a person may read it, bytes elsewhere

@@ -42,7 +42,7 @@ fn mask(name: &'static str, delay: Duration) -> SnapshotOptions {
 #[test]
 fn a_key_service_of_the_caller_s_opens_what_it_wrapped() {
     let (_directory, root) = place();
-    mask("mask", Duration::ZERO).create(&root).unwrap().write_fragment("a", &1).unwrap();
+    mask("mask", Duration::ZERO).create_in_place(&root).unwrap().write_fragment("a", &1).unwrap();
     assert_eq!(mask("mask", Duration::ZERO).open(&root).unwrap().read_fragment::<u8>("a").unwrap(), 1);
     let error = mask("other", Duration::ZERO).open(&root).unwrap_err();
     assert!(error.is_key_unavailable() && error.to_string().contains("\"mask\""), "{error}");
@@ -62,7 +62,7 @@ fn nothing_of_a_secret_shows_in_options() {
     assert!(error.is_invalid_argument() && error.to_string().contains("together"), "{error}");
     let asked = Passphrase::ask(|| Err(std::io::Error::other("nobody there")));
     let (_directory, root) = place();
-    let error = SnapshotOptions::new().passphrase(asked).create(&root).unwrap_err();
+    let error = SnapshotOptions::new().passphrase(asked).create_in_place(&root).unwrap_err();
     assert!(!root.exists() && (error.is_key_unavailable() || error.is_unsupported_format()), "{error}");
 }
 
@@ -71,7 +71,7 @@ fn nothing_of_a_secret_shows_in_options() {
 fn recipients_are_opened_by_identities() {
     let (directory, root) = place();
     let (identity, recipient) = vmsnap::generate_identity().unwrap();
-    SnapshotOptions::new().recipients([&recipient]).create(&root).unwrap().write_fragment("a", &1).unwrap();
+    SnapshotOptions::new().recipients([&recipient]).create_in_place(&root).unwrap().write_fragment("a", &1).unwrap();
     let file = directory.path().join("id.txt");
     std::fs::write(&file, vmsnap::identity_file(&identity, &recipient).as_bytes()).unwrap();
     let open = |identity| SnapshotOptions::new().identities([identity]).open(&root);
@@ -82,9 +82,54 @@ fn recipients_are_opened_by_identities() {
         assert_eq!(vmsnap::recipients_of(&identity).unwrap(), [recipient.as_str()]);
         assert_eq!(open(identity).unwrap().read_fragment::<u8>("a").unwrap(), 1);
     }
-    assert!(
-        matches!(vmsnap::key_wrapping(&root).unwrap(), Some(vmsnap::KeyWrapping::Age { recipients, .. }) if recipients == ["X25519"])
-    );
+    let wrapping = vmsnap::KeyWrapping::Age { recipients: vec!["X25519".to_owned()] };
+    assert_eq!(vmsnap::inspect(&root).unwrap().key_wrapping, Some(wrapping));
+}
+
+/// Set in the child process, whose environment has another home directory: the directory for its snapshots.
+#[cfg(feature = "age")]
+const NEW_IDENTITY: &str = "VMSNAP_TEST_NEW_IDENTITY";
+
+#[cfg(feature = "age")]
+#[test]
+fn a_callback_hears_of_a_new_identity_and_can_prevent_it() {
+    if let Some(directory) = std::env::var_os(NEW_IDENTITY).map(std::path::PathBuf::from) {
+        let identity = directory.join("config/vmsnap/identity.txt");
+        let prevented = SnapshotOptions::new().encrypt(true).on_new_identity(|_| Err(vmsnap::Error::interrupted()));
+        assert!(prevented.create(directory.join("vm1")).unwrap_err().is_interrupted());
+        assert!(!directory.join("config").exists() && !directory.join("vm1").exists());
+
+        let heard = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let (paths, expected) = (Arc::clone(&heard), identity.clone());
+        let told = SnapshotOptions::new().encrypt(true).on_new_identity(move |path| {
+            assert!(path == expected && !path.exists());
+            paths.lock().unwrap().push(path.to_owned());
+            Ok(())
+        });
+        for name in ["vm1", "vm2"] {
+            told.create(directory.join(name)).unwrap().commit().unwrap();
+        }
+        assert_eq!(*heard.lock().unwrap(), [identity]);
+        std::fs::remove_dir_all(directory.join("config")).unwrap();
+        SnapshotOptions::new().encrypt(true).create(directory.join("vm3")).unwrap().commit().unwrap();
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    for name in ["VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE", "CREDENTIALS_DIRECTORY"] {
+        child.env_remove(name);
+    }
+    let done = child
+        .args(["--exact", "keys::a_callback_hears_of_a_new_identity_and_can_prevent_it", "--nocapture"])
+        .env(NEW_IDENTITY, directory.path())
+        .env("XDG_CONFIG_HOME", directory.path().join("config"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{stderr}");
+    // The library itself prints nothing.
+    assert_eq!(stderr, "");
+    assert!(directory.path().join("vm3").exists());
 }
 
 #[cfg(not(feature = "age"))]
@@ -99,12 +144,12 @@ fn a_build_without_age_says_so() {
     for options in age {
         if std::env::var_os("VMSNAP_IDENTITY").is_none() {
             // It does not search for an identity or make one either.
-            let error = options.create(&root).unwrap_err();
+            let error = options.create_in_place(&root).unwrap_err();
             assert!(error.is_unsupported_format() && error.to_string().contains("feature `age`"), "{error}");
             assert!(!root.exists());
         }
     }
-    SnapshotOptions::new().key(SecretKey::from([1; 32])).create(&root).unwrap();
+    SnapshotOptions::new().key(SecretKey::from([1; 32])).create_in_place(&root).unwrap();
     let whole = [b"age-encryption.org/v1\n-> X25519 x\n\n--- x\n".as_slice(), &[0; 32]].concat();
     std::fs::write(root.join("enc_metadata"), whole).unwrap();
     let error = SnapshotOptions::new().open(&root).unwrap_err();
@@ -152,7 +197,7 @@ const MASK: u8 = 0x5a;
 #[inline(never)]
 fn use_a_snapshot(writing: &SnapshotOptions, reading: &SnapshotOptions) -> [u8; 32] {
     let (_directory, root) = place();
-    let writer = writing.create(&root).unwrap();
+    let writer = writing.create_in_place(&root).unwrap();
     let masked = data_key_of(&writer);
     for (name, bytes) in [("small", 100), ("large", 5 << 20)] {
         let mut fragment = writer.raw_fragment_with_chunk_size(name, 65536).unwrap();

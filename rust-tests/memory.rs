@@ -132,13 +132,13 @@ proptest! {
                     .detect_zeros(detect)
                     .min_gap_bytes([0, 4096, 65536][gap]);
                 let report = if staged {
-                    let mut snapshot = options.stage(&root).unwrap();
+                    let mut snapshot = options.create(&root).unwrap();
                     let report = snapshot.writer().write_memory(&regions, &how).unwrap();
                     snapshot.commit().unwrap();
                     assert!(options.verify(&root).unwrap().is_ok());
                     report
                 } else {
-                    options.create(&root).unwrap().write_memory(&regions, &how).unwrap()
+                    options.create_in_place(&root).unwrap().write_memory(&regions, &how).unwrap()
                 };
                 let memory = options.open(&root).unwrap().memory().unwrap();
                 assert_eq!(report.logical_bytes, (one.len() + other.len()) as u64);
@@ -213,7 +213,7 @@ fn golden_memory_of_crosvm_comes_back() {
 fn wrong_destinations_are_refused_and_nothing_is_written() {
     let directory = tempfile::tempdir().unwrap();
     let options = SnapshotOptions::new();
-    let writer = options.create(directory.path().join("vm1")).unwrap();
+    let writer = options.create_in_place(directory.path().join("vm1")).unwrap();
     writer.write_memory(&[GuestRegion::new(0x1000, vec![7; 8192])], &MemoryOptions::new()).unwrap();
     let memory = options.open(directory.path().join("vm1")).unwrap().memory().unwrap();
     let file = tempfile::tempfile().unwrap();
@@ -280,7 +280,7 @@ impl GuestMemorySource for Broken {
 #[test]
 fn memory_that_cannot_be_read_is_told_with_its_address() {
     let directory = tempfile::tempdir().unwrap();
-    let writer = SnapshotOptions::new().create(directory.path().join("vm1")).unwrap();
+    let writer = SnapshotOptions::new().create_in_place(directory.path().join("vm1")).unwrap();
     let regions = [GuestRegion::new(0x1000_0000, Broken)];
     let error = writer.write_memory(&regions, &MemoryOptions::new()).unwrap_err();
     assert!(error.raw_os_error() == Some(14) && error.to_string().contains("0x10300000"), "{error}");
@@ -293,7 +293,7 @@ fn memory_that_cannot_be_read_is_told_with_its_address() {
 fn a_region_of_an_exabyte_takes_no_memory() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("vm1");
-    let writer = SnapshotOptions::new().create(&root).unwrap();
+    let writer = SnapshotOptions::new().create_in_place(&root).unwrap();
     writer.write_memory(&[GuestRegion::new(0, vec![7; 8192])], &MemoryOptions::new()).unwrap();
     let ranges = [(1_u64 << 41, (1_u64 << 41) + 4096), ((1 << 41) + (9 << 20), (1 << 41) + (9 << 20) + 4096)];
     let ranges: Vec<_> = ranges.iter().map(|(start, end)| serde_json::json!({"start": start, "end": end})).collect();
@@ -325,7 +325,7 @@ fn a_region_of_an_exabyte_takes_no_memory() {
 fn regions_that_overlap_are_refused_and_a_cancelled_dump_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("vm1");
-    let writer = SnapshotOptions::new().create(&root).unwrap();
+    let writer = SnapshotOptions::new().create_in_place(&root).unwrap();
     let page = vec![7; 4096];
     for bases in [[0, 4095], [0, u64::MAX - 4094]] {
         let error =

@@ -1,32 +1,32 @@
 #!/bin/sh
-# Names every missing tool at once, with how to get it; says nothing when all are there.
-# Usage, in the repository's root: scripts/check-tools.sh PYTHON [lint]
+# check-tools.sh PYTHON [lint]: report every missing tool at once, and how to install it. Prints nothing if all exist.
+# Run it in the root of the repository.
 set -u
 python=$1
 purpose=${2:-build}
 rust_floor=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
 missing=0
 
-lacks() { # what, how to get it
+lacks() { # the tool, how to install it
     printf 'vmsnap needs %s\n    %s\n' "$1" "$2" >&2
     missing=1
 }
 
 if [ "$(uname -s)" != Linux ]; then
-    lacks "Linux: this is $(uname -s)" "a virtual machine or a container does"
+    lacks "Linux: this is $(uname -s)" "use a virtual machine or a container with Linux"
 fi
 
 if ! "$python" -c '' 2>/dev/null; then
     lacks "Python 3.11 or newer: '$python' does not run" \
-        "apt install python3 python3-venv, dnf install python3, or name yours: make PYTHON=/path/to/python3"
+        "apt install python3 python3-venv, dnf install python3, or pass the path: make PYTHON=/path/to/python3"
 elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     lacks "Python 3.11 or newer: '$python' is $("$python" -c 'import platform; print(platform.python_version())')" \
-        "if a newer one is there under another name: make PYTHON=python3.12"
+        "if a newer one is installed under another name, pass it: make PYTHON=python3.12"
 elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-    lacks "Python's modules venv and ensurepip" "apt install python3-venv"
+    lacks "the Python modules venv and ensurepip" "apt install python3-venv"
 fi
 
-rustup='rustup installs it: https://rustup.rs (or the packages rustc and cargo, where they are new enough)'
+rustup='install it with rustup: https://rustup.rs (or the packages rustc and cargo, if they are new enough)'
 if ! rustc --version >/dev/null 2>&1; then
     lacks "rustc $rust_floor or newer" "$rustup"
 else
@@ -44,7 +44,7 @@ fi
 
 if ! printf '#include <stdlib.h>\nint main(void) { return EXIT_SUCCESS; }\n' |
     "${CC:-cc}" -x c -o /dev/null - 2>/dev/null; then
-    lacks "a C compiler with the C library's headers ('${CC:-cc}' is absent or cannot compile)" \
+    lacks "a C compiler with the headers of the C library ('${CC:-cc}' is missing or cannot compile)" \
         "apt install gcc libc6-dev, or dnf install gcc"
 fi
 

@@ -1,7 +1,7 @@
-"""Docstrings, made ready for the site's page of the Python API.
+"""Prepare docstrings for the page of the Python API.
 
-Parameters that are told together (``key, identities``) become an entry each, since griffe would give all of them the
-type of the first. A public name in backquotes becomes a link.
+Parameters that share an entry (``key, identities``) get an entry each, because griffe would give all of them the type
+of the first. A public name in backquotes becomes a link.
 """
 
 import re
@@ -10,18 +10,18 @@ from typing import Any
 
 import griffe
 
-_TOLD_TOGETHER = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)+)\n((?:    .*\n?)+)", re.MULTILINE)
+_SHARED_ENTRY = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)+)\n((?:    .*\n?)+)", re.MULTILINE)
 _IN_BACKQUOTES = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 
 class Docstrings(griffe.Extension):
-    """What mkdocs.yml names."""
+    """The extension that mkdocs.yml names."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite all docstrings of a package."""
         links = {name: f"[`{name}`][{pkg.path}.{name}]" for name in map(str, pkg.exports or ())}
         for docstring in _docstrings(pkg):
-            text = _TOLD_TOGETHER.sub(_one_by_one, docstring.value)
+            text = _SHARED_ENTRY.sub(_one_by_one, docstring.value)
             docstring.value = _IN_BACKQUOTES.sub(lambda name: links.get(name[1], name[0]), text)
 
 

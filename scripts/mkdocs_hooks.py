@@ -1,7 +1,7 @@
-"""What mkdocs.yml has no setting for: links that leave docs/, the changelog as a page, rustdoc as a part of the site.
+"""Hooks of mkdocs: links that leave docs/, the changelog as a page, and rustdoc as a part of the site.
 
-In the sources every link is a relative path, as the code host follows it. On the site one that leaves docs/ leads to
-the code host, except where the site has the same thing (`ON_THE_SITE`).
+In the sources, every link is a relative path, which the code host follows. On the site, a link that leaves docs/ leads
+to the code host, unless the site has the target (`ON_THE_SITE`).
 """
 
 import logging
@@ -26,7 +26,7 @@ ON_THE_SITE = {
     "src/lib.rs": "rust-api/vmsnap/index.html",
 }
 
-# mkdocs counts what its own loggers warn of, and `strict` makes it an error.
+# mkdocs counts the warnings of its own loggers, and `strict` makes them errors.
 log = logging.getLogger("mkdocs.hooks.vmsnap")
 
 _CODE_BLOCK = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -40,16 +40,16 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add what lies elsewhere in the repository: of rustdoc the crate's page, so that the link to it is checked."""
+    """Add the changelog, and the page of the crate from rustdoc, so that mkdocs checks the link to it."""
     files.append(File.generated(config, "changelog.md", abs_src_path=str(REPOSITORY / "CHANGELOG.md")))
     crate = _rustdoc(config) / "vmsnap/index.html"
     if not crate.exists():
-        raise PluginError(f"there is no {crate}: cargo doc --locked --no-deps")
+        raise PluginError(f"{crate} is missing: run cargo doc --locked --no-deps")
     files.append(File.generated(config, ON_THE_SITE["src/lib.rs"], abs_src_path=str(crate)))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Point links that leave docs/ to where the same thing is on the site, or to the code host."""
+    """Point each link that leaves docs/ to its target on the site, or to the code host."""
     source = "CHANGELOG.md" if page.file.src_uri == "changelog.md" else f"docs/{page.file.src_uri}"
 
     def rewritten(link: re.Match[str]) -> str:
@@ -60,18 +60,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
         if target in ON_THE_SITE:
             return f"]({ON_THE_SITE[target]}{anchor})"
         if not (REPOSITORY / target).exists():
-            log.warning("%s links to %s, which is not there", source, link[1])
+            log.warning("%s links to %s, which does not exist", source, link[1])
         kind = "tree" if (REPOSITORY / target).is_dir() else "blob"
         return f"]({CODE_HOST}/{kind}/main/{target}{anchor})"
 
-    # Odd parts are code blocks.
+    # Parts with an odd index are code blocks.
     parts = _CODE_BLOCK.split(markdown)
     parts[::2] = [_LINK.sub(rewritten, part) for part in parts[::2]]
     return "".join(parts)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Add the rest of rustdoc, as it is: mkdocs would take a licence in it for a page."""
+    """Copy the rest of rustdoc unchanged, because mkdocs would make a page of a licence in it."""
     hidden = shutil.ignore_patterns(".*")
     shutil.copytree(_rustdoc(config), Path(config.site_dir, "rust-api"), ignore=hidden, dirs_exist_ok=True)
 
@@ -81,5 +81,5 @@ def _rustdoc(config: MkDocsConfig) -> Path:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    r"""Show `\|` within code in a table as the code host does, where it is how a pipe is written there."""
+    r"""Show `\|` in the code of a table as a pipe, as the code host does."""
     return _INLINE_CODE.sub(lambda code: code[0].replace(r"\|", "|"), html)

@@ -16,8 +16,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Every file with prose that a user or a developer reads.
-SCOPE = ["*.md", "docs/*.md", "examples/**/*.md", ".github/**/*.md", ".github/**/*.yml", "Makefile"]
-SCOPE += ["src/**/*.rs", "python/**/*.py", "python/**/*.pyi"]
+SCOPE = ["*.md", "docs/*.md", "examples/**/*.md", ".github/**/*.md", ".github/**/*.yml", "Makefile", "mkdocs.yml"]
+SCOPE += ["scripts/*.sh", "scripts/*.py", "src/**/*.rs", "python/**/*.py", "python/**/*.pyi"]
 SCOPE += ["benches/**/*.rs", "benches/*.py", "rust-tests/**/*.rs", "fuzz/*.py", "fuzz/parsers/**/*.rs"]
 SCOPE += ["build.rs", "Cargo.toml", "fuzz/parsers/Cargo.toml", "deny.toml"]
 
@@ -46,6 +46,8 @@ RULES = {
 
 # False positives of the rules.
 ALLOWED = [
+    # A product name: "VirtualBox shared folder".
+    r"\b[Ss]hared folders?\b",
     r"\b[Tt]here (is|are|was|were) no\b",
     r"\b(is|are|was|were|be) no (longer|more|less|later|greater|larger|smaller|faster|slower|newer|older)\b",
     # An indirect question, not a clause in place of a noun.

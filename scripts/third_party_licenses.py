@@ -1,9 +1,9 @@
-"""Writes LICENSE-THIRD-PARTY: the licences of all that is linked into the extension module, for the wheel.
+"""Write LICENSE-THIRD-PARTY, which the wheel contains: the licences of all code in the extension module.
 
     make licenses
 
-Of a crate under a choice of licences with MIT in it, MIT is taken. Macros that run while it compiles are named too:
-what they write is in it.
+If a crate offers a choice of licences that includes MIT, MIT is chosen. Procedural macros are included, because the
+module contains their output.
 """
 
 import json
@@ -16,24 +16,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "LICENSE-THIRD-PARTY"
 
-#: What wheels are built for.
+#: The platforms of the wheels.
 PLATFORMS = [f"{machine}-unknown-linux-{libc}" for machine in ("x86_64", "aarch64") for libc in ("gnu", "musl")]
 
 LICENSE_FILE = re.compile(r"(li[cs]en[cs]e|copying|copyright|notice|unlicense)", re.IGNORECASE)
 OTHER_CHOICES = re.compile(r"apache|unlicense|bsl|boost|zlib|copying|copyright", re.IGNORECASE)
 
-# Of what is not in Rust and compiled in with a crate, under a licence of its own: the file in the crate.
+# Libraries in other languages that a crate compiles in, with the file of the crate that has their licence.
 COMPILED_IN = {"lz4-sys": ("LZ4 library (BSD-2-Clause)", "liblz4/lib/LICENSE")}
 
 HEAD = """\
-What is linked into the extension module of vmsnap, beside vmsnap itself: {count} crates of Rust, each with its version,
-and Rust's standard library (MIT or Apache-2.0, Copyright The Rust Project Contributors). Their licences follow. Where
-there is a choice that has MIT, MIT is taken. Written by scripts/third_party_licenses.py.
+The extension module of vmsnap contains, beside vmsnap itself, {count} crates of Rust, listed with their versions, and
+the standard library of Rust (MIT or Apache-2.0, Copyright The Rust Project Contributors). Their licences follow. If a
+crate offers a choice that includes MIT, MIT is chosen. Written by scripts/third_party_licenses.py.
 """
 
 
 def linked_crates() -> list[dict[str, Any]]:
-    """What cargo links for the Python package on any of the platforms, without what only builds it."""
+    """Return the crates in the Python package on any of the platforms, without build and test dependencies."""
     command = ["cargo", "metadata", "--format-version=1", "--locked", "--features=python"]
     command += [f"--filter-platform={platform}" for platform in PLATFORMS]
     metadata = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
@@ -54,28 +54,28 @@ def linked_crates() -> list[dict[str, Any]]:
 
 
 def license_texts(crate: dict[str, Any], mit: str) -> list[str]:
-    """Return what a crate's files say; of one that has none, and may be had under MIT, that with its authors."""
+    """Return the licence texts of a crate. A crate without a file that offers MIT gets MIT with its authors."""
     expression = (crate["license"] or "").replace("/", " OR ")
-    folder = Path(crate["manifest_path"]).parent
-    files = sorted(file for file in folder.iterdir() if LICENSE_FILE.match(file.name) and file.is_file())
+    directory = Path(crate["manifest_path"]).parent
+    files = sorted(file for file in directory.iterdir() if LICENSE_FILE.match(file.name) and file.is_file())
     is_choice = "MIT" in expression.split(" OR ")
     if is_choice:
         files = [file for file in files if not OTHER_CHOICES.search(file.name)] or files
     if files:
         return [file.read_text(encoding="utf-8", errors="replace") for file in files]
     if not is_choice:
-        sys.exit(f"{crate['name']} {crate['version']} ({expression}) has no file with its licence: find out what it is")
+        sys.exit(f"{crate['name']} {crate['version']} ({expression}) has no licence file: add its text by hand")
     authors = ", ".join(re.sub(r" *<.*?>", "", author) for author in crate["authors"])
     return [re.sub(r"(?<=Copyright \(c\) ).*", authors or f"The authors of {crate['name']}", mit)]
 
 
 def rendered(text: str) -> str:
-    """Return a text without blank lines around it and spaces at the ends of its lines."""
+    """Return a text without blank lines around it and without spaces at the ends of lines."""
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 def whole() -> str:
-    """Return the file: each text once, under the names of its crates."""
+    """Return the contents of the file: each text once, below the names of its crates."""
     mit = (ROOT / "LICENSE-MIT").read_text(encoding="utf-8")
     crates = linked_crates()
     by_text: dict[str, tuple[str, list[str]]] = {}
@@ -84,9 +84,9 @@ def whole() -> str:
             _, names = by_text.setdefault(" ".join(text.split()), (rendered(text), []))
             names.append(f"{crate['name']} {crate['version']} ({crate['license']})")
         if crate["name"] in COMPILED_IN:
-            what, file = COMPILED_IN[crate["name"]]
+            library, file = COMPILED_IN[crate["name"]]
             text = Path(crate["manifest_path"]).parent.joinpath(file).read_text(encoding="utf-8")
-            by_text[text] = (rendered(text), [f"{what}, compiled in with {crate['name']} {crate['version']}"])
+            by_text[text] = (rendered(text), [f"{library}, compiled in with {crate['name']} {crate['version']}"])
     sections = ["\n".join([*names, "", text, ""]) for text, names in by_text.values()]
     return f"\n{'=' * 100}\n\n".join([HEAD.format(count=len(crates)), *sections])
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# wheels.sh TARGET OUT: the wheels of a release for a target of Rust, gnu or musl, for CPython's stable ABI and for the
-# free-threaded one. Cross-compiled: zig is the C compiler and linker, whose glibc is as old as manylinux_2_17 wants it.
+# wheels.sh TARGET OUT: build the wheels of a release for a target of Rust (gnu or musl): one for the stable ABI of
+# CPython, one for the free-threaded CPython. zig is the C compiler and linker; its glibc is as old as manylinux_2_17.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,13 +18,13 @@ tools=target/wheels/tools
 "$tools/bin/python" -m pip install --quiet --group build 'ziglang>=0.13'
 rustup target add "$target"
 
-# Panics name files: under folders that are the same whoever builds. Of two prefixes that fit, the last one counts.
+# Panic messages contain paths of source files: map them to paths that are the same everywhere. The last match wins.
 root=$(pwd -P) cargo_home=${CARGO_HOME:-$HOME/.cargo}
 RUSTFLAGS="${RUSTFLAGS-} --remap-path-prefix=$root=/vmsnap --remap-path-prefix=$cargo_home=/cargo"
 export RUSTFLAGS
 
-# One after the other in one folder: what does not depend on Python is compiled once. A bare version is one that maturin
-# knows for each target; of an interpreter by that name it would take the names of its own machine.
+# Both builds share a directory, so that crates without Python are compiled once. maturin knows these versions for each
+# target; from a path to an interpreter it would take the settings of this machine.
 built=target/wheels/built/$target
 rm -rf "$built"
 for interpreter in python3.11 3.14t; do
@@ -36,19 +36,19 @@ done
 import sys
 import zipfile
 
-target, *folders = sys.argv[1:4]
+target, *directories = sys.argv[1:4]
 triple = target.replace("-unknown-", "-")
 for wheel in sys.argv[4:]:
     with zipfile.ZipFile(wheel) as archive:
         modules = {name: archive.read(name) for name in archive.namelist() if name.endswith(".so")}
     if not modules:
-        sys.exit(f"wheels.sh: {wheel} holds no module")
+        sys.exit(f"wheels.sh: {wheel} does not contain an extension module")
     for name, content in modules.items():
         if not name.endswith((".abi3.so", f"-{triple}.so")):
-            sys.exit(f"wheels.sh: {wheel} holds {name}, which no Python on {target} would import")
-        for folder in folders:
-            if folder.encode() in content:
-                sys.exit(f"wheels.sh: {name} in {wheel} names {folder}, a folder of this machine")
+            sys.exit(f"wheels.sh: {wheel} contains {name}, which Python on {target} does not import")
+        for directory in directories:
+            if directory.encode() in content:
+                sys.exit(f"wheels.sh: {name} in {wheel} contains {directory}, a path of this machine")
 end
 mkdir -p "$out"
 cp "$built"/*.whl "$out"

@@ -1,4 +1,4 @@
-//! Memory of a size that a caller or a file says. Where there is none, that is an error, and not the end of the process.
+//! Memory whose size comes from a caller or a file. If there is not enough, the result is an error instead of an abort.
 
 #![allow(unsafe_code, reason = "std has no zeroed vector that may fail")]
 
@@ -7,14 +7,14 @@ use std::{io, ptr};
 
 use crate::error::{Error, Kind, Result};
 
-/// The text of [`Error::is_out_of_memory`] begins so.
+/// The beginning of the text of an [`Error::is_out_of_memory`].
 pub(crate) const OUT_OF_MEMORY: &str = "there is not enough memory";
 
 fn out_of_memory(bytes: usize) -> Error {
     Error::new(Kind::OutOfMemory, format!("{OUT_OF_MEMORY} for {bytes} bytes"))
 }
 
-/// As `vec![0; length]`, which costs nothing before the bytes are used.
+/// Like `vec![0; length]`, but fallible. The memory costs nothing before it is used.
 pub(crate) fn zeros(length: usize) -> Result<Vec<u8>> {
     let layout = Layout::array::<u8>(length).map_err(|_| out_of_memory(length))?;
     if length == 0 {
@@ -25,15 +25,15 @@ pub(crate) fn zeros(length: usize) -> Result<Vec<u8>> {
     if memory.is_null() {
         return Err(out_of_memory(length));
     }
-    // SAFETY: allocated just now by the global allocator with the layout of so many bytes; all of them are zero, and nobody
-    // else knows them.
+    // SAFETY: the global allocator has just allocated it with the layout of `length` bytes. All of them are zero, and
+    // nothing else refers to them.
     Ok(unsafe { Box::from_raw(ptr::slice_from_raw_parts_mut(memory, length)) }.into_vec())
 }
 
-/// Makes a buffer so long; what it held is lost.
+/// Sets the length of a buffer; its contents are lost.
 pub(crate) fn fit(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
     if length > buffer.capacity() {
-        // Not both at a time.
+        // Free the old memory first.
         *buffer = Vec::new();
         *buffer = zeros(length)?;
     } else {
@@ -42,17 +42,17 @@ pub(crate) fn fit(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
     Ok(())
 }
 
-/// Makes a buffer at least so long; where it was not, what it held is lost.
+/// Makes a buffer at least `length` bytes long; if it was shorter, its contents are lost.
 pub(crate) fn at_least(buffer: &mut Vec<u8>, length: usize) -> Result<()> {
     if buffer.len() < length { fit(buffer, length) } else { Ok(()) }
 }
 
-/// Makes room for so many more elements.
+/// Reserves room for `more` elements.
 pub(crate) fn reserve<T>(list: &mut Vec<T>, more: usize) -> Result<()> {
     list.try_reserve(more).map_err(|_| out_of_memory(list.len().saturating_add(more).saturating_mul(size_of::<T>())))
 }
 
-/// As `items.collect()`.
+/// Like `items.collect()`, but fallible.
 pub(crate) fn collect<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>> {
     let mut list = Vec::new();
     reserve(&mut list, items.size_hint().0)?;
@@ -63,16 +63,16 @@ pub(crate) fn collect<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>> {
     Ok(list)
 }
 
-/// Finds out whether there is so much memory, before somebody else's code takes it, which cannot fail.
+/// Checks that this much memory is available, before code of another crate allocates it and would abort.
 pub(crate) fn probe(bytes: usize) -> Result<()> {
     let mut probed: Vec<u8> = Vec::new();
     let found = probed.try_reserve_exact(bytes).map_err(|_| out_of_memory(bytes));
-    // Or the compiler may leave it out.
+    // Keeps the compiler from removing the allocation.
     std::hint::black_box(&probed);
     found
 }
 
-/// Bytes that are written one after the other.
+/// A growing buffer that implements `Write` and reports a lack of memory.
 #[derive(Default)]
 pub(crate) struct Growing(pub(crate) Vec<u8>);
 

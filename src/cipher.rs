@@ -1,7 +1,8 @@
-//! FLOE, the encrypted format: the only module that knows the crate that implements it.
+//! FLOE, the encrypted format. Only this module uses the crate that implements it.
 //!
-//! Specification: <https://c2sp.org/FLOE>. A message is a header and segments; each segment is encrypted by itself, so that
-//! threads can encrypt and decrypt them in any order. Two providers do the arithmetic, and each reads the other's messages.
+//! Specification: <https://c2sp.org/FLOE>. A message is a header and segments. Each segment is encrypted by itself, so
+//! threads can encrypt and decrypt them in any order. There are two AEAD providers, and each reads the other's
+//! messages.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -18,22 +19,22 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 use crate::buffer;
 use crate::error::{Error, Kind, Result};
 
-/// Bytes of every key: AES-256.
+/// The length of every key, in bytes: AES-256.
 pub const KEY_BYTES: usize = 32;
-/// The smallest plaintext of a full segment: what the crate fast-floe accepts.
+/// The smallest chunk size: the minimum of the crate fast-floe.
 pub const MIN_CHUNK_SIZE_BYTES: usize = 32;
-/// The largest plaintext of a full segment: crosvm's chunk for guest memory.
+/// The largest chunk size: crosvm uses it for guest memory.
 pub const MAX_CHUNK_SIZE_BYTES: usize = 64 << 20;
-/// crosvm's chunk where nothing else is said; a page of guest memory is one segment.
+/// The default chunk size, the same as in crosvm: each page of guest memory is one segment.
 pub const DEFAULT_CHUNK_SIZE_BYTES: usize = 4096;
 
-/// Parameters 10, IV 32, header tag 32.
+/// The length of the header: parameters 10, IV 32, header tag 32.
 pub(crate) const HEADER_BYTES: usize = Header::LEN;
 pub(crate) const HEADER_TAG_BYTES: usize = 32;
-/// What encryption adds to a chunk: length word 4, nonce 12, tag 16.
+/// The bytes that encryption adds to a chunk: length word 4, nonce 12, tag 16.
 pub(crate) const SEGMENT_OVERHEAD_BYTES: usize = 32;
 
-/// Chooses the AEAD provider: `aes-gcm` or `aws-lc`.
+/// The variable that chooses the AEAD provider: `aes-gcm` or `aws-lc`.
 const PROVIDER_VARIABLE: &str = "VMSNAP_AEAD";
 
 /// The providers compiled in, by the names users know, fastest first.
@@ -43,13 +44,14 @@ const PROVIDERS: &[(&str, Provider)] = &[
     ("aes-gcm", Provider::RUSTCRYPTO),
 ];
 
-/// The name of the AEAD provider this process uses: `aws-lc` or `aes-gcm`.
+/// The name of the AEAD provider that this process uses: `aws-lc` or `aes-gcm`.
 ///
-/// The fastest one compiled in, unless the environment variable `VMSNAP_AEAD` names another; chosen once a process.
+/// It is the fastest one compiled in, unless the environment variable `VMSNAP_AEAD` names another. Each process chooses
+/// once.
 ///
 /// # Errors
 ///
-/// [`Error::is_invalid_argument`] where `VMSNAP_AEAD` names none that was compiled in.
+/// [`Error::is_invalid_argument`] if `VMSNAP_AEAD` does not name a provider that was compiled in.
 ///
 /// ```
 /// assert!(["aws-lc", "aes-gcm"].contains(&vmsnap::aead_provider()?));
@@ -69,9 +71,9 @@ fn provider() -> Result<Provider> {
                 PROVIDERS.iter().find(|(name, _)| wanted == *name).map(|(_, provider)| *provider).ok_or_else(|| {
                     let known: Vec<_> = PROVIDERS.iter().map(|(name, _)| *name).collect();
                     format!(
-                        "{PROVIDER_VARIABLE}={} is none of the providers in this build ({})",
+                        "{PROVIDER_VARIABLE}={} is not an AEAD provider of this build; set one of {}, or unset it",
                         wanted.display(),
-                        known.join(", ")
+                        known.join(" and ")
                     )
                 })
             }
@@ -80,9 +82,10 @@ fn provider() -> Result<Provider> {
         .map_err(Error::invalid_argument)
 }
 
-/// A 32-byte secret: a snapshot's data key, or the caller's key that wraps it. Wiped when dropped, never shown.
+/// A secret of 32 bytes: the data key of a snapshot, or the caller's key that wraps it. It is wiped when it is dropped,
+/// and `Debug` does not show it.
 ///
-/// On the heap: what is on the stack leaves a copy behind wherever it is moved from.
+/// It lives on the heap, because a move on the stack leaves a copy behind.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
 pub struct SecretKey(Box<[u8; KEY_BYTES]>);
 
@@ -91,7 +94,7 @@ impl SecretKey {
     ///
     /// # Errors
     ///
-    /// An error where the operating system has no randomness to give.
+    /// An error if the operating system returns no random bytes.
     pub fn generate() -> Result<Self> {
         let mut key = Self(Box::new([0; KEY_BYTES]));
         fill_random(&mut *key.0)?;
@@ -102,12 +105,12 @@ impl SecretKey {
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] where it is not 32 bytes long.
+    /// [`Error::is_invalid_argument`] if the key is not 32 bytes long.
     pub fn from_slice(bytes: &[u8]) -> Result<Self> {
         let mut key = Self(Box::new([0; KEY_BYTES]));
         if bytes.len() != KEY_BYTES {
             return Err(Error::invalid_argument(format!(
-                "a key has {KEY_BYTES} bytes, this one {}; generate_key() makes one",
+                "a key must be {KEY_BYTES} bytes long, not {}; generate_key() makes one",
                 bytes.len()
             )));
         }
@@ -115,7 +118,7 @@ impl SecretKey {
         Ok(key)
     }
 
-    /// The secret itself, to be stored where only its owner can read it.
+    /// The secret itself. Store it where only its owner can read it.
     #[must_use]
     pub fn expose(&self) -> &[u8; KEY_BYTES] {
         &self.0
@@ -168,12 +171,12 @@ impl<'de> Deserialize<'de> for SecretKey {
     }
 }
 
-/// Overwrites the part of the stack that calls from here have used: code of others moves keys about in it. To be called
-/// after such calls, from where they were made.
+/// Overwrites the stack that calls from here have used, because other crates leave copies of keys in it. Call it after
+/// such calls, from the function that made them.
 #[inline(never)]
-#[expect(clippy::large_stack_arrays, reason = "the stack is what it is for")]
+#[expect(clippy::large_stack_arrays, reason = "it overwrites the stack")]
 pub(crate) fn wipe_stack() {
-    // More than such calls need, in a build without optimisation too; it takes a microsecond.
+    // More than such calls need, even in a build without optimisation; it takes a microsecond.
     let zeros = [0_u8; 64 << 10];
     std::hint::black_box(&zeros);
 }
@@ -184,46 +187,47 @@ impl fmt::Debug for SecretKey {
     }
 }
 
-/// Random bytes of the operating system's.
+/// Fills `bytes` with random bytes of the operating system.
 pub(crate) fn fill_random(mut bytes: &mut [u8]) -> Result<()> {
     while !bytes.is_empty() {
         match rustix::rand::getrandom(&mut *bytes, rustix::rand::GetRandomFlags::empty()) {
             Ok(count) => bytes = &mut bytes[count..],
             Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(Error::io("no random bytes from the operating system", error)),
+            Err(error) => return Err(Error::io("the operating system returned no random bytes", error)),
         }
     }
     Ok(())
 }
 
-/// Checks a chunk size of the caller's.
+/// Checks a chunk size that the caller passed.
 pub(crate) fn check_chunk_size(chunk_size_bytes: usize) -> Result<()> {
     if (MIN_CHUNK_SIZE_BYTES..=MAX_CHUNK_SIZE_BYTES).contains(&chunk_size_bytes) {
         return Ok(());
     }
     Err(Error::invalid_argument(format!(
-        "chunk_size_bytes must be from {MIN_CHUNK_SIZE_BYTES} to {MAX_CHUNK_SIZE_BYTES} (64 MiB), not {chunk_size_bytes}"
+        "chunk_size_bytes must be from {MIN_CHUNK_SIZE_BYTES} to {MAX_CHUNK_SIZE_BYTES} (64 MiB), not \
+         {chunk_size_bytes}"
     )))
 }
 
-/// Bytes a full segment takes in the file.
+/// The length of a full segment.
 pub(crate) fn segment_size(chunk_size_bytes: usize) -> usize {
     chunk_size_bytes + SEGMENT_OVERHEAD_BYTES
 }
 
-/// The tag at the header's end.
+/// The tag at the end of the header.
 pub(crate) fn header_tag(header: &[u8; HEADER_BYTES]) -> [u8; HEADER_TAG_BYTES] {
     let mut tag = [0; HEADER_TAG_BYTES];
     tag.copy_from_slice(&header[HEADER_BYTES - HEADER_TAG_BYTES..]);
     tag
 }
 
-/// Where segment `index` begins in the file.
+/// The offset of segment `index` in the file.
 pub(crate) fn segment_offset(index: u64, chunk_size_bytes: usize) -> u64 {
     HEADER_BYTES as u64 + index * segment_size(chunk_size_bytes) as u64
 }
 
-/// Whether a message of `size` bytes takes `stored_size`; one more empty segment at the end may be there.
+/// Whether a message of `size` bytes is stored in `stored_size` bytes. There may be one more, empty segment at the end.
 pub(crate) fn is_stored_size(stored_size: u64, size: u64, chunk_size_bytes: usize) -> bool {
     let Some(overhead) = stored_size.checked_sub(size).and_then(|bytes| bytes.checked_sub(HEADER_BYTES as u64)) else {
         return false;
@@ -234,14 +238,14 @@ pub(crate) fn is_stored_size(stored_size: u64, size: u64, chunk_size_bytes: usiz
         || (size > 0 && size.is_multiple_of(chunk_size_bytes as u64) && overhead_of(segments + 1) == Some(overhead))
 }
 
-/// A message being written: makes [`Encryptor`]s, one a thread.
+/// A message being written: makes an [`Encryptor`] for each thread.
 pub(crate) struct Encryption {
     context: SharedEncryptionContext,
     chunk_size_bytes: usize,
 }
 
 impl Encryption {
-    /// Begins a message with chunks of a size checked before; returns its header too.
+    /// Begins a message with a chunk size that was checked before; also returns its header.
     pub(crate) fn start(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize) -> Result<(Self, [u8; HEADER_BYTES])> {
         Self::start_with(provider()?, key, aad, chunk_size_bytes)
     }
@@ -268,22 +272,22 @@ impl Encryption {
     }
 }
 
-/// Encrypts segments of one message, in any order but each once. Holds nonces drawn in batches: never to be used after a
-/// fork.
+/// Encrypts segments of one message, each once, in any order. It holds nonces drawn in batches, so it must not be used
+/// after a fork.
 pub(crate) struct Encryptor {
     state: Box<EncryptionState>,
     chunk_size_bytes: usize,
 }
 
 impl Encryptor {
-    /// Encrypts the full chunk `index`, which is not the last, into `out` (chunk + 32 bytes).
+    /// Encrypts the full chunk `index`, which must not be the last, into `out` (chunk + 32 bytes).
     pub(crate) fn encrypt(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
-        // The crate wants a layout of the whole message, whose length is not known yet: one more chunk will follow.
+        // The crate needs the layout of the whole message. Its length is unknown, so assume that one more byte follows.
         let layout = self.layout(index, self.chunk_size_bytes, 1)?.segment_for_position(index);
         self.encrypt_segment(layout, chunk, out)
     }
 
-    /// Encrypts the last chunk, `index`, of up to a chunk of bytes, into `out` (its length + 32 bytes).
+    /// Encrypts the last chunk, `index`, which may be short, into `out` (its length + 32 bytes).
     pub(crate) fn encrypt_last(&mut self, index: u64, chunk: &[u8], out: &mut [u8]) -> Result<()> {
         let layout = self.layout(index, chunk.len(), 0)?.final_segment();
         self.encrypt_segment(Some(layout), chunk, out)
@@ -304,15 +308,15 @@ impl Encryptor {
     }
 }
 
-/// A message being read, its header verified: makes [`Decryptor`]s, one a thread.
+/// A message being read, with a verified header: makes a [`Decryptor`] for each thread.
 pub(crate) struct Decryption {
     context: SharedDecryptionContext,
     layout: MessageLayout,
 }
 
 impl Decryption {
-    /// Verifies the header of a message that takes `stored_size` bytes. Whether it was truncated or extended shows when
-    /// the last segment is decrypted, which has to come next.
+    /// Verifies the header of a message that is stored in `stored_size` bytes. The caller must decrypt the last segment
+    /// next, which shows whether the message was truncated or extended.
     pub(crate) fn start(key: &SecretKey, aad: &[u8], header: [u8; HEADER_BYTES], stored_size: u64) -> Result<Self> {
         Self::start_with(provider()?, key, aad, header, stored_size)
     }
@@ -329,7 +333,7 @@ impl Decryption {
         let started = start_decryption_inferred(&key.bound(provider), aad, &header);
         wipe_stack();
         let state = started.map_err(|_| not_authentic())?;
-        // The header is authentic from here on, so a length that fits no message is a truncated one.
+        // The header is authentic here, so a length that no message has means truncation.
         let layout = parameters.ciphertext_layout(stored_size).map_err(|_| not_authentic())?;
         Ok(Self { context: state.into_shared(), layout })
     }
@@ -350,7 +354,7 @@ impl Decryption {
         self.layout.segment_count() - 1
     }
 
-    /// Plaintext bytes of the last chunk.
+    /// The length of the last chunk.
     pub(crate) fn last_chunk_bytes(&self) -> usize {
         self.layout.final_segment().plaintext_length()
     }
@@ -360,7 +364,7 @@ impl Decryption {
 ///
 /// # Errors
 ///
-/// [`Error::is_corrupt`] where this is no FLOE header, or one with segments no snapshot has.
+/// [`Error::is_corrupt`] if the header is not a FLOE header, or its segment length is not allowed.
 pub(crate) fn check_declared_chunk_size(header: [u8; HEADER_BYTES]) -> Result<()> {
     let parameters = Header::from(header).unverified_parameters().map_err(|_| not_floe())?;
     check_chunk_size(parameters.plaintext_segment_length()).map_err(|_| not_floe())
@@ -373,8 +377,8 @@ pub(crate) struct Decryptor {
 }
 
 impl Decryptor {
-    /// Verifies and decrypts segment `index` into `out`, which must have its plaintext's length; zeroes `out` where the
-    /// segment does not verify.
+    /// Verifies and decrypts segment `index` into `out`, which must have the length of its plaintext. If the segment
+    /// does not verify, `out` is filled with zeros.
     pub(crate) fn decrypt(&mut self, index: u64, segment: &[u8], out: &mut [u8]) -> Result<()> {
         let decrypted = self
             .layout
@@ -385,7 +389,7 @@ impl Decryptor {
             Ok(written) if written == out.len() => Ok(()),
             Ok(_) => {
                 out.fill(0);
-                Err(Error::new(Kind::Provider, "a segment is shorter than its place"))
+                Err(Error::new(Kind::Provider, "a segment is shorter than expected"))
             }
             Err(error) => {
                 out.fill(0);
@@ -395,14 +399,14 @@ impl Decryptor {
     }
 }
 
-/// Encrypts a short message whole.
+/// Encrypts a whole short message.
 pub(crate) fn encrypt_message(key: &SecretKey, aad: &[u8], chunk_size_bytes: usize, message: &[u8]) -> Result<Vec<u8>> {
     let segments = message.len() / chunk_size_bytes + 1;
     buffer::probe(HEADER_BYTES + segments.saturating_mul(segment_size(chunk_size_bytes)))?;
     fast_floe::encrypt(&key.bound(provider()?), aad, parameters(chunk_size_bytes)?, message).map_err(provider_failure)
 }
 
-/// Decrypts a short message whole, which must have been encrypted with that chunk size.
+/// Decrypts a whole short message, which must have been encrypted with this chunk size.
 pub(crate) fn decrypt_message(
     key: &SecretKey,
     aad: &[u8],
@@ -415,7 +419,7 @@ pub(crate) fn decrypt_message(
         .map_err(|_| not_authentic())
 }
 
-/// The first bytes of every message encrypted with that chunk size: AEAD 0, KDF 0, segment length, IV length.
+/// The first bytes of every message with this chunk size: AEAD 0, KDF 0, segment length, IV length.
 pub(crate) fn message_prefix(chunk_size_bytes: usize) -> [u8; 10] {
     let mut prefix = [0; 10];
     let segment_size = u32::try_from(segment_size(chunk_size_bytes)).unwrap_or(u32::MAX);
@@ -429,7 +433,7 @@ fn parameters(chunk_size_bytes: usize) -> Result<Parameters> {
     u32::try_from(segment_size(chunk_size_bytes))
         .ok()
         .and_then(|size| Parameters::with_segment_length(size).ok())
-        .ok_or_else(|| Error::new(Kind::Provider, "FLOE has no segments of that size"))
+        .ok_or_else(|| Error::new(Kind::Provider, "FLOE does not support segments of this size"))
 }
 
 fn not_authentic() -> Error {
@@ -440,11 +444,11 @@ fn not_authentic() -> Error {
 }
 
 fn not_floe() -> Error {
-    Error::corrupt("not encrypted by vmsnap: its header is no FLOE header (a plain file in an encrypted snapshot?)")
+    Error::corrupt("not encrypted by vmsnap: it has no FLOE header (is it a plain file in an encrypted snapshot?)")
 }
 
 fn too_long() -> Error {
-    Error::invalid_argument("a fragment has at most 2^40 chunks; use larger ones")
+    Error::invalid_argument("the fragment is too long: it can have at most 2^40 chunks; use larger chunks")
 }
 
 fn provider_failure(error: fast_floe::Error) -> Error {

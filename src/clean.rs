@@ -1,4 +1,4 @@
-//! Removing what killed processes left behind.
+//! Removal of files that killed processes left behind.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,22 @@ use crate::error::{Error, Result};
 use crate::fragment::folder;
 use crate::fragment::lock::LockedRoot;
 
-/// What [`clean`] did.
+/// The result of [`clean`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cleaned {
-    /// What was removed.
+    /// The removed files and directories.
     pub removed: Vec<PathBuf>,
-    /// What is left because a living process holds it.
+    /// Files and directories that were left, because a running process uses them.
     pub held: Vec<PathBuf>,
 }
 
-/// Removes what killed processes left behind in `parent`: the hidden folders of snapshots that were never committed, and, where
-/// `parent` is itself a snapshot, files that were to replace one of its own. What a living process holds stays.
+/// Removes the files and directories that killed processes left in `parent`: the hidden directories of snapshots that
+/// were never committed and, if `parent` is itself a snapshot, unfinished replacements of its files. Files and
+/// directories that a running process uses stay.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
-/// let staged = vmsnap::SnapshotOptions::new().stage(folder.path().join("vm1"))?;
+/// let staged = vmsnap::SnapshotOptions::new().create(folder.path().join("vm1"))?;
 /// let cleaned = vmsnap::clean(folder.path())?;
 /// assert_eq!((cleaned.removed.len(), cleaned.held.len()), (0, 1));
 /// # Ok::<(), vmsnap::Error>(())
@@ -29,9 +30,9 @@ pub struct Cleaned {
 ///
 /// # Errors
 ///
-/// [`Error::is_io`] where `parent` is no folder, or something in it cannot be removed; [`Error::is_state`] where the file system
-/// has no locks that would tell whether somebody holds it: on NFS, SMB, 9p, FUSE and others that several hosts write to, a lock on
-/// a directory does not reach the other hosts. What is left there is for the user to remove.
+/// [`Error::is_io`] if `parent` is not a directory, or a file in it cannot be removed. [`Error::is_state`] if locks of
+/// the file system cannot show whether a directory is in use: on NFS, SMB, 9p, FUSE and other file systems that several
+/// hosts write to, a lock on a directory does not reach the other hosts. Remove abandoned directories there by hand.
 pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
     let parent = folder::absolute(parent.as_ref())?;
     let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);
@@ -45,11 +46,11 @@ pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => folders.push(entry.path()),
             Ok(kind) if kind.is_file() => files.push(entry.path()),
-            // Whatever it is, it is not of ours; or it went meanwhile.
+            // vmsnap does not make other kinds of files; or the entry was removed meanwhile.
             Ok(_) | Err(_) => {}
         }
     }
-    // A hidden file is of whoever uses the folder it lies in, a hidden folder a snapshot being made.
+    // A hidden directory is a snapshot that is being made. A hidden file belongs to the process that locks `parent`.
     let jobs = folders.into_iter().map(|path| (path.clone(), vec![path]));
     for (locked, paths) in jobs.chain((!files.is_empty()).then(|| (parent.clone(), files))) {
         let _locked = match LockedRoot::abandoned(&locked) {

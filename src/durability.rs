@@ -1,4 +1,4 @@
-//! What reaches the disk, and what a file system that cannot promise that is taken to mean.
+//! Syncing files and directories, and file systems that cannot sync them.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -8,11 +8,11 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
-/// Syncs a file. There is no durable snapshot where that fails.
+/// Syncs a file. If that fails, the snapshot is not durable.
 pub(crate) fn sync_file(file: &File) -> Result<()> {
     fsync(file).map_err(|errno| {
         let text = if cannot_sync(errno) {
-            "its file system cannot sync files, and can hold only what is written without (durable=False, --no-durable)"
+            "its file system cannot sync files; write without syncing (durable=False, --no-durable)"
         } else {
             "it may not have reached the disk"
         };
@@ -20,10 +20,10 @@ pub(crate) fn sync_file(file: &File) -> Result<()> {
     })
 }
 
-/// Syncs the names in a directory, as far as its file system can.
+/// Syncs the names in a directory, if its file system can.
 ///
-/// Some cannot (CIFS, vboxsf, virtiofs and 9p of old), and see to names in their own time. That is no reason to give up what was
-/// written and synced itself: `PostgreSQL` (`fsync_fname`) and `SQLite` (`unixSync`) go on as well.
+/// Some cannot (CIFS, vboxsf, old versions of virtiofs and 9p). The files themselves are synced, so this is not an
+/// error; `PostgreSQL` (`fsync_fname`) and `SQLite` (`unixSync`) continue in this case, too.
 pub(crate) fn sync_directory(directory: impl AsFd) -> std::result::Result<(), Errno> {
     match fsync(directory) {
         Err(errno) if cannot_sync(errno) => Ok(()),
@@ -31,7 +31,7 @@ pub(crate) fn sync_directory(directory: impl AsFd) -> std::result::Result<(), Er
     }
 }
 
-/// Whether a file system says that it does not know how to sync this, and not that it failed.
+/// Whether the errno means that the file system does not support the sync, not that the sync failed.
 fn cannot_sync(errno: Errno) -> bool {
     matches!(errno, Errno::INVAL | Errno::NOTSUP | Errno::BADF | Errno::NOSYS)
 }

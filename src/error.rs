@@ -6,10 +6,10 @@ use std::io;
 /// Shorthand for results of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong, and where.
+/// An error of vmsnap.
 ///
-/// The kind is asked for by the `is_*` predicates, the text names the snapshot, the fragment and the remedy, and
-/// [`std::error::Error::source`] keeps the cause. No key and no plaintext is ever part of an error.
+/// The `is_*` predicates tell its kind. The text names the snapshot, the fragment and the remedy, and
+/// [`std::error::Error::source`] returns the cause. An error never contains a key or plaintext.
 ///
 /// An `Error` converts into a [`std::io::Error`] (so that fragments are [`std::io::Read`] and [`std::io::Write`]) and
 /// back without loss.
@@ -32,29 +32,31 @@ struct Inner {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// The operating system refused; the errno is the source's.
+    /// An error of the operating system; the source has the errno.
     Io,
-    /// A name, a size or a key that no snapshot can have.
+    /// A name, a size or a key that is not allowed.
     InvalidArgument,
     /// A tag did not verify.
     Authentication,
-    /// Encrypted, and no key was given.
+    /// The snapshot is encrypted, and no key was given.
     KeyUnavailable,
-    /// Encryption was asked for, and the snapshot is plain.
+    /// Encryption was required, and the snapshot is plain.
     NotEncrypted,
-    /// A sealed snapshot was asked for, and this one has no manifest.
+    /// A sealed snapshot was required, and this one has no manifest.
     NotSealed,
-    /// What is on disk is not a snapshot's.
+    /// The files on disk are not a valid snapshot.
     Corrupt,
-    /// Newer than this version, or wrapped in a way it does not open.
+    /// The format is newer than this version, or this version cannot unwrap such a key.
     Unsupported,
-    /// A fragment after a failed write, or in another process than its own.
+    /// A fragment or a snapshot that cannot be used in its current state.
     State,
+    /// The snapshot is sealed already.
+    Sealed,
     /// A value that serde cannot write or read in the format at hand.
     Serialization,
     /// A callback asked to stop.
     Interrupted,
-    /// The cryptographic provider failed (no randomness, say).
+    /// The cryptographic provider failed, for example for lack of randomness.
     Provider,
     /// There is not enough memory for a buffer.
     OutOfMemory,
@@ -73,10 +75,10 @@ impl Error {
         Self(Box::new(Inner { kind, message: message.into(), source: Some(source.into()) }))
     }
 
-    /// An operating system's error with what was tried, errno kept.
+    /// An error of the operating system with its errno; `message` names the failed operation.
     pub(crate) fn io(message: impl Into<String>, source: impl Into<io::Error>) -> Self {
         let source = source.into();
-        // std's own, of a buffer: the system's has an errno.
+        // std reports a buffer without an errno; the system's own error has one.
         let is_memory = source.kind() == io::ErrorKind::OutOfMemory && source.raw_os_error().is_none();
         Self::with_source(if is_memory { Kind::OutOfMemory } else { Kind::Io }, message, source)
     }
@@ -89,14 +91,13 @@ impl Error {
         Self::new(Kind::Corrupt, message)
     }
 
-    /// A long call that its caller asked to stop, from the callback of [`crate::Fragment::write_all_interruptible`] and its
-    /// like.
+    /// The error with which a callback stops a long call, for example [`crate::Fragment::write_all_interruptible`].
     #[must_use]
     pub fn interrupted() -> Self {
         Self::new(Kind::Interrupted, "interrupted by the caller")
     }
 
-    /// The same error, its text preceded by where it happened, unless it begins with that already.
+    /// Puts the place of the error before its text, unless the text begins with it already.
     #[must_use]
     pub(crate) fn context(mut self, place: impl fmt::Display) -> Self {
         let place = format!("{place}: ");
@@ -106,38 +107,38 @@ impl Error {
         self
     }
 
-    /// The text without the place that it begins with, for a report that names the place itself.
+    /// The text without the place at its beginning, for a report that names the place itself.
     pub(crate) fn text_without(&self, place: impl fmt::Display) -> String {
         let text = self.to_string();
         text.strip_prefix(&format!("{place}: ")).map(str::to_owned).unwrap_or(text)
     }
 
-    /// An error of the operating system; [`Error::raw_os_error`] tells which.
+    /// The operating system reported an error; [`Error::raw_os_error`] returns its number.
     #[must_use]
     pub fn is_io(&self) -> bool {
         self.0.kind == Kind::Io
     }
 
-    /// A name, chunk size, key length or thread count that is not allowed.
+    /// A name, chunk size, key length or thread count is not allowed.
     #[must_use]
     pub fn is_invalid_argument(&self) -> bool {
         self.0.kind == Kind::InvalidArgument
     }
 
-    /// A tag did not verify: the key is wrong, or the file is damaged, truncated, moved or another snapshot's. The two
-    /// cannot be told apart by cryptography.
+    /// A tag did not verify: the key is wrong, or the file is damaged, truncated, moved or from another snapshot.
+    /// Cryptography cannot tell these cases apart.
     #[must_use]
     pub fn is_authentication(&self) -> bool {
         self.0.kind == Kind::Authentication
     }
 
-    /// The snapshot is (or is to be) encrypted and no key was given.
+    /// The snapshot is or must be encrypted, and no usable key was given.
     #[must_use]
     pub fn is_key_unavailable(&self) -> bool {
         self.0.kind == Kind::KeyUnavailable
     }
 
-    /// An encrypted snapshot was required, or a key given, and the snapshot is plain.
+    /// An encrypted snapshot was required or a key was given, and the snapshot is plain.
     #[must_use]
     pub fn is_not_encrypted(&self) -> bool {
         self.0.kind == Kind::NotEncrypted
@@ -149,23 +150,29 @@ impl Error {
         self.0.kind == Kind::NotSealed
     }
 
-    /// What is on disk cannot be a snapshot's: a link, a special file, a header that is not one, a value that does not
-    /// parse.
+    /// The files on disk are not a valid snapshot: a link, a special file, an invalid header, a malformed value.
     #[must_use]
     pub fn is_corrupt(&self) -> bool {
         self.0.kind == Kind::Corrupt
     }
 
-    /// A newer format, an unknown requirement, or a key wrapped in a way this version does not open.
+    /// The format is newer, a required feature is unknown, or this version cannot unwrap such a key.
     #[must_use]
     pub fn is_unsupported_format(&self) -> bool {
         self.0.kind == Kind::Unsupported
     }
 
-    /// The fragment cannot be used: a write failed earlier, or it was opened in another process.
+    /// The fragment or the snapshot cannot be used in its current state: an earlier write failed, a fragment is still
+    /// being written or was never finished, or this is not the process that opened it.
     #[must_use]
     pub fn is_state(&self) -> bool {
         self.0.kind == Kind::State
+    }
+
+    /// The snapshot is sealed already: nothing can be added to it, and it cannot be sealed again.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        self.0.kind == Kind::Sealed
     }
 
     /// serde could not write or read the value.
@@ -180,18 +187,18 @@ impl Error {
         self.0.kind == Kind::Interrupted
     }
 
-    /// There is not enough memory for what is asked: a chunk, a block, a list of ranges, a passphrase's scrypt. Nothing was
-    /// changed, or it was undone, as after any other error.
+    /// There is not enough memory: for a chunk, a block, a list of ranges, or the scrypt of a passphrase. As after any
+    /// other error, nothing has changed, or the change was undone.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
         self.0.kind == Kind::OutOfMemory
     }
 
-    /// The errno, where the operating system was the cause.
+    /// The errno, if the operating system is the cause.
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
         let error = self.0.source.as_ref()?.downcast_ref::<io::Error>()?;
-        // One of ours may have come through a trait that has io::Error.
+        // An error of vmsnap may have come through a trait that returns io::Error.
         error.raw_os_error().or_else(|| error.get_ref()?.downcast_ref::<Self>()?.raw_os_error())
     }
 
@@ -213,7 +220,7 @@ impl Error {
             }
             Kind::KeyUnavailable | Kind::NotEncrypted | Kind::NotSealed => io::ErrorKind::PermissionDenied,
             // Not io::ErrorKind::Interrupted: std's loops would try again, and a stop was asked for.
-            Kind::State | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,
+            Kind::State | Kind::Sealed | Kind::Interrupted | Kind::Provider => io::ErrorKind::Other,
             Kind::OutOfMemory => io::ErrorKind::OutOfMemory,
         }
     }
@@ -222,7 +229,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.message)?;
-        // The operating system's words belong to the text: "…: No space left on device (os error 28)".
+        // The message of the operating system belongs to the text: "…: No space left on device (os error 28)".
         match &self.0.source {
             Some(source) if matches!(self.0.kind, Kind::Io | Kind::Serialization | Kind::OutOfMemory) => {
                 write!(f, ": {source}")

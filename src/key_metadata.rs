@@ -11,24 +11,10 @@ use crate::key::{self, KeyPayload, KeyWrapping};
 use crate::name::KEY_METADATA;
 use crate::options::SnapshotOptions;
 
-/// How the data key of the snapshot at `root` is wrapped, none where the snapshot is plain. Nothing is opened with any key.
-///
-/// ```
-/// # let folder = tempfile::tempdir()?;
-/// # let path = folder.path().join("vm1");
-/// let options = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
-/// options.create(&path)?;
-/// assert_eq!(vmsnap::key_wrapping(&path)?, Some(vmsnap::KeyWrapping::RawKey));
-/// # Ok::<(), vmsnap::Error>(())
-/// ```
-///
-/// # Errors
-///
-/// [`Error::is_io`] where there is no snapshot, [`Error::is_corrupt`] where `enc_metadata` is there and is no wrapped key.
-pub fn key_wrapping(root: impl AsRef<Path>) -> Result<Option<KeyWrapping>> {
-    let root = folder::absolute(root.as_ref())?;
-    let wrapped = read(&root)?;
-    wrapped.map(|wrapped| key::wrapping(&wrapped).map_err(|error| error.context(place(&root)))).transpose()
+/// How the data key of the snapshot at `root` is wrapped; none if the snapshot is not encrypted. No key is used.
+pub(crate) fn wrapping(root: &Path) -> Result<Option<KeyWrapping>> {
+    let wrapped = read(root)?;
+    wrapped.map(|wrapped| key::wrapping(&wrapped).map_err(|error| error.context(place(root)))).transpose()
 }
 
 /// What `enc_metadata` of the snapshot at `root` holds, none where it is plain and may be.
@@ -50,19 +36,19 @@ pub(crate) fn unlock(
     }
 }
 
-/// Wraps the data key of the snapshot at `root` anew: opened with `old`, wrapped with what `new` says, or for the user's own
-/// identity where that says nothing but [`SnapshotOptions::encrypt`]. Only `enc_metadata` is written, so it takes no longer for a
-/// larger snapshot; after a crash there is the one or the other.
+/// Wraps the data key of the snapshot at `location` anew: opens it with `old`, and wraps it with the key of `new`, or
+/// for the user's own identity if `new` has only [`SnapshotOptions::encrypt`]. Only `enc_metadata` is replaced, so this
+/// takes no longer for a larger snapshot; after a crash it is the old or the new one.
 ///
-/// What opened the snapshot before does not open it any more. That takes back nothing: whoever has opened it, or kept a copy of
-/// `enc_metadata`, can go on reading its fragments, and forge them, because the data key stays what it is. To lock somebody out,
-/// copy the snapshot into a new one.
+/// The previous key no longer opens the snapshot. This does not revoke access: the data key stays the same, so anyone
+/// who has opened the snapshot, or kept a copy of `enc_metadata`, can still read its fragments and forge them. To lock
+/// somebody out, copy the snapshot into a new one.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("vm1");
 /// let old = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
-/// old.create(&path)?.write_fragment("clock", &12_u64)?;
+/// old.create_in_place(&path)?.write_fragment("clock", &12_u64)?;
 /// let new = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
 /// vmsnap::rekey(&path, &old, &new)?;
 /// assert_eq!(new.open(&path)?.read_fragment::<u64>("clock")?, 12);
@@ -72,32 +58,35 @@ pub(crate) fn unlock(
 ///
 /// # Errors
 ///
-/// As [`SnapshotOptions::open`] with `old` and [`SnapshotOptions::create`] with `new`; [`Error::is_not_encrypted`] where the
-/// snapshot is plain, [`Error::is_invalid_argument`] where `new` says nothing. The snapshot is as it was then.
-pub fn rekey(root: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
-    rekey_interruptible(root, old, new, &mut || Ok(()))
+/// [`Error::is_not_encrypted`] if the snapshot is not encrypted, [`Error::is_invalid_argument`] if `new` has no key,
+/// the errors of [`SnapshotOptions::open`] with `old`, and the errors of [`SnapshotOptions::create`] with the key of
+/// `new`. After an error the snapshot is unchanged.
+pub fn rekey(location: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOptions) -> Result<()> {
+    rekey_interruptible(location, old, new, &mut || Ok(()))
 }
 
 /// [`rekey`], which may be interrupted.
 pub(crate) fn rekey_interruptible(
-    root: impl AsRef<Path>,
+    location: impl AsRef<Path>,
     old: &SnapshotOptions,
     new: &SnapshotOptions,
     interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
     if !new.is_encrypted() {
-        return Err(Error::invalid_argument("nothing says what the key is to be wrapped with: recipients, say"));
+        return Err(Error::invalid_argument(
+            "no new key was given: pass recipients, a key, a passphrase or a key provider",
+        ));
     }
-    let root = &folder::absolute(root.as_ref())?;
+    let location = &folder::absolute(location.as_ref())?;
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
-    let wrapped = read(root)?.ok_or_else(|| plain(root))?;
-    let context = |error: Error| error.context(place(root));
+    let wrapped = read(location)?.ok_or_else(|| plain(location))?;
+    let context = |error: Error| error.context(place(location));
     let payload = unwrapper.unwrap(&wrapped, interrupt).map_err(context)?;
     let wrapped = wrapper.wrap(&payload, interrupt);
     wipe_stack();
     let wrapped = wrapped.map_err(context)?;
     interrupt()?;
-    replace(root, &wrapped, &mut || ())
+    replace(location, &wrapped, &mut || ())
 }
 
 /// Puts new contents in the place of the old. `between` is called between the steps.
@@ -108,8 +97,10 @@ fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()>
 }
 
 fn plain(root: &Path) -> Error {
-    let text =
-        format!("the snapshot {} is not encrypted, and was required to be (it has no {KEY_METADATA})", root.display());
+    let text = format!(
+        "the snapshot {} is not encrypted (it has no {KEY_METADATA}), but encryption is required or a key was given",
+        root.display()
+    );
     Error::new(Kind::NotEncrypted, text)
 }
 

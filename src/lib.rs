@@ -10,9 +10,9 @@
 //!
 //! To write:
 //!
-//! - [`SnapshotOptions::stage`] creates a snapshot that is complete or absent. It returns a [`StagedSnapshot`]: write
+//! - [`SnapshotOptions::create`] creates a snapshot that is complete or absent. It returns a [`StagedSnapshot`]: write
 //!   through its [`writer`](StagedSnapshot::writer), then [`commit`](StagedSnapshot::commit).
-//! - [`SnapshotOptions::create`] creates a snapshot in place, as crosvm does, and returns a [`SnapshotWriter`].
+//! - [`SnapshotOptions::create_in_place`] creates a snapshot in place, as crosvm does, and returns a [`SnapshotWriter`].
 //! - [`SnapshotOptions::append`] adds to a snapshot that is not sealed; [`SnapshotOptions::seal`] seals it.
 //! - [`SnapshotWriter::raw_fragment`] returns a [`Fragment`], which is a [`Write`](std::io::Write).
 //! - [`SnapshotWriter::write_fragment`] writes a serde value.
@@ -32,7 +32,7 @@
 //! - A snapshot is encrypted for a [`SecretKey`], a [`Passphrase`] or age [recipients](SnapshotOptions::recipients), or
 //!   by a [`KeyProvider`]. [`rekey`] changes that.
 //! - [`SnapshotOptions::verify`] reads everything and returns a [`Verification`].
-//! - [`Outline::read`] and [`key_wrapping`] look at a snapshot without its key.
+//! - [`inspect`](fn@inspect) looks at a snapshot without its key.
 //! - [`clean`] removes the remains of killed processes.
 //!
 //! # Example
@@ -45,7 +45,7 @@
 //! # let location = directory.path().join("vm1");
 //! let options = SnapshotOptions::new().key(SecretKey::generate()?);
 //!
-//! let mut staged = options.stage(&location)?;
+//! let mut staged = options.create(&location)?;
 //! let writer = staged.writer();
 //! writer.write_fragment("clock", &12_u64)?;
 //! let ram = vec![0xa5; 1 << 20];
@@ -86,6 +86,8 @@
 //! Linux only, for now.
 
 #![deny(unsafe_code)]
+// Whether and where to print is for the program to decide; clippy.toml forbids the streams themselves.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 // The map of the rooms. A room imports from its own row and from the rows below; `docs/design.md` explains each.
 //
@@ -93,7 +95,7 @@
 //     memory, verify                                guest memory; verification
 //     staging                                       StagedSnapshot: commit, seal
 //     writer, reader, any_snapshot                  the handles
-//     open_manifest, key_metadata, outline, clean            the files at the root of a snapshot
+//     open_manifest, key_metadata, inspect, clean   the files at the root of a snapshot
 //     options                                       SnapshotOptions
 //     fragment, key, serialization                  files; wrapped keys; values
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
@@ -111,6 +113,7 @@ mod fragment;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod inspect;
 mod key;
 mod key_metadata;
 mod manifest;
@@ -118,7 +121,6 @@ mod memory;
 mod name;
 mod open_manifest;
 mod options;
-mod outline;
 mod pool;
 mod process;
 #[cfg(feature = "python")]
@@ -144,16 +146,16 @@ pub use cipher::{
 pub use clean::{Cleaned, clean};
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
+pub use inspect::{InspectedFragment, Inspection, inspect};
 pub use key::{
     Identity, KeyProvider, KeyWrapping, Passphrase, ProviderError, generate_identity, identity_file, recipients_of,
 };
-pub use key_metadata::{key_wrapping, rekey};
+pub use key_metadata::rekey;
 pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
     MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
 pub use options::SnapshotOptions;
-pub use outline::{Outline, OutlinedFragment};
 pub use reader::SnapshotReader;
 pub use serialization::Format;
 pub use staging::{SealId, StagedSnapshot};

@@ -1,4 +1,4 @@
-//! The manifest: the list of everything in a sealed snapshot, `docs/format.md` has its bytes.
+//! The manifest: the list of everything in a sealed snapshot. `docs/format.md` describes its bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
@@ -16,17 +16,17 @@ use crate::strict_cbor::{Schema, byte_string, text_set};
 const SCHEMA: Schema =
     Schema { name: "manifest", format: "vmsnap-manifest", version: 1, malformed: "the manifest is malformed" };
 
-/// A larger one is neither written nor read: some two million fragments.
+/// A larger manifest is neither written nor read. This is enough for about two million fragments.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
-/// A manifest in memory takes at most so many times its bytes: a path and some numbers, in two maps while it is checked.
+/// A manifest in memory takes at most this many times its encoded size: two maps of paths and numbers during the check.
 const MEMORY_PER_BYTE: usize = 4;
 
-/// In an encrypted snapshot the manifest is a FLOE message with chunks of this size.
+/// The chunk size of an encrypted manifest, which is a FLOE message.
 const CHUNK_SIZE_BYTES: usize = 64 << 10;
 const AAD: &[u8] = b"vmsnap/1/manifest";
 
-/// What a sealed snapshot holds.
+/// The contents of a sealed snapshot.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Manifest {
     pub(crate) snapshot_id: [u8; 16],
@@ -48,12 +48,13 @@ pub(crate) struct Entry {
     pub(crate) proof: Proof,
 }
 
-/// What tells one content of a fragment from every other.
+/// A value that identifies the contents of a fragment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Proof {
-    /// Of a plain fragment's file.
+    /// The BLAKE3 of a plain fragment's file.
     Blake3([u8; 32]),
-    /// Of an encrypted one: its random IV and its path are in the tag, and its segments hang on it.
+    /// The header tag of an encrypted fragment. It covers the random IV and the path, from which the segment keys
+    /// derive.
     HeaderTag { chunk_size_bytes: u64, tag: [u8; 32] },
 }
 
@@ -102,13 +103,13 @@ impl Manifest {
             Some(key) => cipher::encrypt_message(key, AAD, CHUNK_SIZE_BYTES, &bytes)?,
         };
         if stored.len() as u64 > MAX_MANIFEST_BYTES {
-            let text = format!("the manifest would have {} bytes, more than the format allows (2^28)", stored.len());
+            let text = format!("the manifest would be {} bytes long; the limit of the format is 2^28", stored.len());
             return Err(Error::invalid_argument(text + ": use fewer fragments, or shorter names"));
         }
         Ok((stored, digest))
     }
 
-    /// Reads the contents of the file, and tells the seal digest.
+    /// Reads the contents of the file; returns the manifest and the seal digest.
     pub(crate) fn decode(stored: &[u8], data_key: Option<&SecretKey>) -> Result<(Self, [u8; 32])> {
         let opened;
         let bytes = match data_key {
@@ -118,11 +119,11 @@ impl Manifest {
                 &opened[..]
             }
         };
-        // What serde makes of it is many small things, which cannot fail one by one.
+        // serde makes many small allocations, which would abort.
         buffer::probe(bytes.len().saturating_mul(MEMORY_PER_BYTE))?;
         let manifest = Self::check(SCHEMA.decode(bytes)?)?;
         if manifest.encrypted != data_key.is_some() {
-            return Err(SCHEMA.malformed("it is that of another kind of snapshot: one is encrypted, the other is not"));
+            return Err(SCHEMA.malformed("it belongs to another snapshot: only one of the two is encrypted"));
         }
         Ok((manifest, *blake3::hash(bytes).as_bytes()))
     }
@@ -135,7 +136,7 @@ impl Manifest {
             check_path(&path)?;
             let entry = entry
                 .checked(body.encrypted)
-                .map_err(|reason| SCHEMA.malformed(format!("of {}, {reason}", shown(&path))))?;
+                .map_err(|reason| SCHEMA.malformed(format!("{}: {reason}", shown(&path))))?;
             fragments.insert(path, entry);
         }
         for path in namespaces.iter().map(|path| &**path).chain(fragments.keys().map(String::as_str)) {
@@ -149,7 +150,7 @@ impl Manifest {
             return Err(SCHEMA.malformed(format!("{} is both a fragment and a namespace", shown(path))));
         }
         if !is_moment(&body.created) {
-            return Err(SCHEMA.malformed("'created' is no date of RFC 3339 in UTC, with Z"));
+            return Err(SCHEMA.malformed("'created' is not an RFC 3339 date in UTC with Z"));
         }
         Ok(Self {
             snapshot_id: body.snapshot_id,
@@ -172,7 +173,7 @@ impl Manifest {
     }
 }
 
-/// Names right below `namespace`, of paths that `from` gives in order beginning at a path.
+/// Names directly in `namespace`; `from` returns sorted paths from a given one on.
 fn names_in<'a, I: Iterator<Item = &'a str>>(namespace: &SnapshotPath, from: impl FnOnce(String) -> I) -> Vec<String> {
     let prefix = match namespace.as_str() {
         "" => String::new(),
@@ -185,7 +186,7 @@ fn names_in<'a, I: Iterator<Item = &'a str>>(namespace: &SnapshotPath, from: imp
         .collect()
 }
 
-/// Whether it is a date and time of RFC 3339 in UTC, with Z. humantime is more lenient about its end.
+/// Whether a text is a date and time of RFC 3339 in UTC with Z. humantime is more lenient about the end.
 fn is_moment(text: &str) -> bool {
     let Some(local) = text.strip_suffix('Z') else { return false };
     let (seconds, fraction) = local.split_once('.').unwrap_or((local, "0"));
@@ -200,7 +201,7 @@ fn check_path(path: &str) -> Result<()> {
     path.split('/').try_for_each(name::check).map_err(|error| SCHEMA.malformed(error))
 }
 
-/// What is written, in the order of the format.
+/// The fields to write, in the order of the format.
 #[derive(Serialize)]
 struct Fields<'a> {
     format: &'static str,
@@ -237,7 +238,7 @@ impl<'a> FieldsOfEntry<'a> {
     }
 }
 
-/// The keys of this version.
+/// The keys of this format version.
 #[derive(Deserialize)]
 struct Body {
     #[serde(deserialize_with = "byte_string")]
@@ -262,7 +263,7 @@ struct BodyOfEntry {
     floe_header_tag: Option<[u8; 32]>,
 }
 
-/// A key that is there has a value; serde's own `Option` would take a null for its absence.
+/// Requires a value for an existing key; serde's own `Option` would treat null as absence.
 fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
@@ -277,8 +278,12 @@ impl BodyOfEntry {
         let proof = match (encrypted, chunk_size, blake3, floe_header_tag) {
             (false, None, Some(digest), None) => Proof::Blake3(digest),
             (true, Some(chunk_size_bytes), None, Some(tag)) => Proof::HeaderTag { chunk_size_bytes, tag },
-            (false, ..) => return Err("a plain fragment has 'blake3', and neither 'chunk_size' nor 'floe_header_tag'"),
-            (true, ..) => return Err("an encrypted fragment has 'chunk_size' and 'floe_header_tag', and no 'blake3'"),
+            (false, ..) => {
+                return Err("a plain fragment must have only 'blake3', not 'chunk_size' or 'floe_header_tag'");
+            }
+            (true, ..) => {
+                return Err("an encrypted fragment must have 'chunk_size' and 'floe_header_tag', not 'blake3'");
+            }
         };
         let fits = match proof {
             Proof::Blake3(_) => stored_size == size,
@@ -287,7 +292,7 @@ impl BodyOfEntry {
                 .filter(|chunk| check_chunk_size(*chunk).is_ok())
                 .is_some_and(|chunk| cipher::is_stored_size(stored_size, size, chunk)),
         };
-        if fits { Ok(Entry { size, stored_size, proof }) } else { Err("the sizes do not fit each other") }
+        if fits { Ok(Entry { size, stored_size, proof }) } else { Err("the sizes contradict each other") }
     }
 }
 

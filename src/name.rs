@@ -1,4 +1,4 @@
-//! Names of fragments and namespaces, and where one lies below the root.
+//! Names of fragments and namespaces, and their paths in a snapshot.
 
 use std::fmt;
 
@@ -6,19 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// A name is one file name on every file system of interest: 255 bytes.
+/// A name must fit one file name on every common file system: 255 bytes.
 const NAME_MAX_BYTES: usize = 255;
 
-/// Whatever begins so is vmsnap's own: staged trees, temporary files, and what later versions need.
+/// The prefix of vmsnap's own names: staged directories, temporary files, and files of later versions.
 const RESERVED_PREFIX: &str = ".vmsnap";
 
-/// The data key, wrapped, at the root of an encrypted snapshot.
+/// The file with the wrapped data key, at the root of an encrypted snapshot.
 pub(crate) const KEY_METADATA: &str = "enc_metadata";
 
-/// The list of all fragments, at the root of a sealed snapshot.
+/// The file with the list of all fragments, at the root of a sealed snapshot.
 pub(crate) const MANIFEST: &str = "vmsnap_manifest";
 
-/// Whether `name` is kept for vmsnap's own files: listings leave it out, and no fragment may have it.
+/// Whether `name` is reserved for vmsnap's own files: lists leave it out, and fragments cannot have it.
 pub(crate) fn is_reserved(name: &str) -> bool {
     name.starts_with(RESERVED_PREFIX) || name.eq_ignore_ascii_case(KEY_METADATA) || name.eq_ignore_ascii_case(MANIFEST)
 }
@@ -27,8 +27,8 @@ pub(crate) fn is_reserved(name: &str) -> bool {
 ///
 /// # Errors
 ///
-/// [`Error::is_invalid_argument`] for a name that is empty, `.`, `..`, over 255 bytes of UTF-8, reserved, or that holds
-/// `/`, `\` or NUL.
+/// [`Error::is_invalid_argument`] if the name is empty, `.`, `..`, longer than 255 bytes of UTF-8 or reserved, or
+/// contains `/`, `\` or NUL.
 pub(crate) fn check(name: &str) -> Result<()> {
     let reason = if name.is_empty() {
         "it is empty"
@@ -39,15 +39,15 @@ pub(crate) fn check(name: &str) -> Result<()> {
     } else if name.contains(['/', '\\', '\0']) {
         "it contains '/', '\\' or NUL; nest with add_namespace()"
     } else if is_reserved(name) {
-        "vmsnap keeps it for its own files ('.vmsnap…', 'enc_metadata', 'vmsnap_manifest')"
+        "it is reserved for vmsnap's own files ('.vmsnap…', 'enc_metadata', 'vmsnap_manifest')"
     } else {
         return Ok(());
     };
-    let text = format!("{} cannot be the name of a fragment or a namespace: {reason}", shown(name));
+    let text = format!("{} cannot be the name of a fragment or namespace: {reason}", shown(name));
     Err(Error::invalid_argument(text))
 }
 
-/// A text in quotes, for errors: of one longer than any name its beginning, since it may be somebody's gigabyte.
+/// A text in quotes, for errors. A text longer than any name is cut off, because it may be a gigabyte long.
 pub(crate) fn shown(text: &str) -> String {
     match text.char_indices().nth(NAME_MAX_BYTES) {
         None => format!("{text:?}"),
@@ -55,9 +55,9 @@ pub(crate) fn shown(text: &str) -> String {
     }
 }
 
-/// A namespace or a fragment by its path from the root: checked names joined with `/`, empty for the root itself.
+/// The path of a fragment or namespace: checked names joined with `/`, empty for the root itself.
 ///
-/// This text, in UTF-8, is what an encrypted fragment is bound to.
+/// An encrypted fragment is bound to this text, in UTF-8.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct SnapshotPath(String);
@@ -72,7 +72,7 @@ impl SnapshotPath {
         &self.0
     }
 
-    /// The namespace this lies in, and its own name.
+    /// The path of the namespace that contains it, and its own name.
     pub(crate) fn split(&self) -> (&str, &str) {
         self.0.rsplit_once('/').unwrap_or(("", &self.0))
     }
@@ -81,7 +81,7 @@ impl SnapshotPath {
 impl TryFrom<String> for SnapshotPath {
     type Error = Error;
 
-    /// A path from outside (a deserialized handle) is no more trusted than a name.
+    /// Checks a path from outside, of a deserialized handle, like a name.
     fn try_from(text: String) -> Result<Self> {
         if !text.is_empty() {
             text.split('/').try_for_each(check)?;
@@ -96,7 +96,7 @@ impl From<SnapshotPath> for String {
     }
 }
 
-/// As error messages say it: `fragment "sda" in namespace "disks"`.
+/// The form in error messages: `fragment "sda" in namespace "disks"`.
 impl fmt::Display for SnapshotPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (namespace, name) = self.split();

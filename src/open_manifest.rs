@@ -12,7 +12,8 @@ use crate::key::KeyPayload;
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest};
 use crate::name::MANIFEST;
 
-/// The manifest of an open snapshot. It travels with a handle as its digest alone, and is read again where it is needed.
+/// The manifest of an open snapshot. A serialized handle contains only its digest; the manifest is read again when
+/// needed.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct OpenManifest {
     digest: [u8; 32],
@@ -21,13 +22,13 @@ pub(crate) struct OpenManifest {
 }
 
 impl OpenManifest {
-    /// Reads the manifest of the snapshot at `root`; none where it has none and needs none.
+    /// Reads the manifest of the snapshot at `root`; `None` if the snapshot does not have one and does not need one.
     pub(crate) fn read(root: &Path, payload: Option<&KeyPayload>) -> Result<Option<Self>> {
         let Some((manifest, digest)) = read(root, payload.map(KeyPayload::data_key))? else {
             return if payload.is_some_and(KeyPayload::is_sealed) { Err(incomplete(root)) } else { Ok(None) };
         };
         if payload.is_some_and(|payload| payload.snapshot_id() != manifest.snapshot_id) {
-            let text = "its snapshot id is not that of the key: it is another snapshot's";
+            let text = "its snapshot id differs from the id in the key metadata: it belongs to another snapshot";
             return Err(Error::corrupt(text).context(place(root)));
         }
         Ok(Some(Self { digest, manifest: OnceLock::from(Arc::new(manifest)) }))
@@ -39,7 +40,10 @@ impl OpenManifest {
         }
         let (manifest, digest) = read(root, data_key)?.ok_or_else(|| incomplete(root))?;
         if digest != self.digest {
-            let text = format!("the snapshot {} was replaced by another since it was opened", root.display());
+            let text = format!(
+                "the snapshot {} was replaced by another one after it was opened; open it again",
+                root.display()
+            );
             return Err(Error::corrupt(text));
         }
         Ok(self.manifest.get_or_init(|| Arc::new(manifest)))
@@ -62,29 +66,30 @@ fn place(root: &Path) -> String {
     format!("{MANIFEST} of {}", root.display())
 }
 
-/// A snapshot that was to be sealed and is not.
+/// The error for a snapshot that must have a manifest and does not have one.
 pub(crate) fn incomplete(root: &Path) -> Error {
     let text = format!(
-        "the snapshot {} is not complete: it has no {MANIFEST}, and was written to be worth nothing without (it was never \
-         committed, or the file was removed)",
+        "the snapshot {} is not complete: it has no {MANIFEST}, so it was never committed, or the file was removed; \
+         restore the file from a copy",
         root.display()
     );
     Error::corrupt(text)
 }
 
-/// A snapshot that was required to be sealed.
+/// The error for a snapshot that is required to be sealed and is not.
 pub(crate) fn unsealed(root: &Path) -> Error {
     let text = format!(
-        "the snapshot {} is not sealed (it has no {MANIFEST}), and was required to be; seal() seals it as it is now",
+        "the snapshot {} is not sealed (it has no {MANIFEST}), so nothing shows whether it is complete; `vmsnap seal` \
+         or seal() seals it in its present state",
         root.display()
     );
     Error::new(Kind::NotSealed, text)
 }
 
-/// A snapshot whose seal is not the one that was pinned.
+/// The error for a snapshot with another seal digest than the expected one.
 pub(crate) fn another(root: &Path) -> Error {
     let text = format!(
-        "the snapshot {} is not the one expected: its seal digest is another one (rolled back, replaced or forged)",
+        "the snapshot {} is not the expected one: its seal digest differs (it was rolled back, replaced or forged)",
         root.display()
     );
     Error::new(Kind::Authentication, text)

@@ -1,9 +1,11 @@
 //! What a snapshot is written or read with.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::cipher::SecretKey;
-use crate::key::{Credentials, Identity, KeyProvider, Passphrase};
+use crate::error::Result;
+use crate::key::{Credentials, Identity, KeyProvider, OnNewIdentity, Passphrase};
 use crate::serialization::Format;
 
 /// What a snapshot is written or read with, where [`crate::SnapshotWriter::new`] and [`crate::SnapshotReader::new`] do not
@@ -13,7 +15,9 @@ use crate::serialization::Format;
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("vm1");
 /// let options = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?).threads(2);
-/// options.create(&path)?.write_fragment("clock", &12_u64)?;
+/// let mut staged = options.create(&path)?;
+/// staged.writer().write_fragment("clock", &12_u64)?;
+/// staged.commit()?;
 /// assert_eq!(options.open(&path)?.read_fragment::<u64>("clock")?, 12);
 /// # Ok::<(), vmsnap::Error>(())
 /// ```
@@ -72,9 +76,12 @@ impl SnapshotOptions {
         self
     }
 
-    /// Encrypts a new snapshot, and refuses to open a plain one. Where nothing says what the key is wrapped with, that is the
-    /// user's own age identity: from `VMSNAP_IDENTITY` (the text), `VMSNAP_IDENTITY_FILE`,
-    /// `$CREDENTIALS_DIRECTORY/vmsnap-identity` or `$XDG_CONFIG_HOME/vmsnap/identity.txt`, which is made by the first that writes.
+    /// Encrypts a new snapshot, and refuses to open a plain one.
+    ///
+    /// Without a key, recipients, a passphrase or a key provider, the snapshot is encrypted to the user's own age
+    /// identity: from `VMSNAP_IDENTITY` (the text), `VMSNAP_IDENTITY_FILE`, `$CREDENTIALS_DIRECTORY/vmsnap-identity` or
+    /// `$XDG_CONFIG_HOME/vmsnap/identity.txt`. If none of these exists, creating a snapshot makes the last one; see
+    /// [`SnapshotOptions::on_new_identity`].
     #[must_use]
     pub fn encrypt(mut self, encrypt: bool) -> Self {
         self.encrypt = encrypt;
@@ -114,6 +121,22 @@ impl SnapshotOptions {
     #[must_use]
     pub fn key_provider(mut self, provider: Arc<dyn KeyProvider>) -> Self {
         self.credentials.key_provider = Some(provider);
+        self
+    }
+
+    /// Calls `callback` with the path of the user's own identity before vmsnap makes it there, so that the user can be
+    /// told to back it up: snapshots encrypted to it cannot be opened without it. An error of the callback prevents the
+    /// identity and the snapshot, and is returned. Without a callback the identity is made silently.
+    ///
+    /// ```
+    /// let options = vmsnap::SnapshotOptions::new().encrypt(true).on_new_identity(|path| {
+    ///     eprintln!("Creating the identity {}. Back it up.", path.display());
+    ///     Ok(())
+    /// });
+    /// ```
+    #[must_use]
+    pub fn on_new_identity(mut self, callback: impl Fn(&Path) -> Result<()> + Send + Sync + 'static) -> Self {
+        self.credentials.on_new_identity = OnNewIdentity::new(callback);
         self
     }
 

@@ -1,11 +1,11 @@
-//! The process's threads, and the jobs that they take turns at.
+//! The thread pool of the process, and the jobs that its threads take turns at.
 //!
-//! Each thread takes the job that has waited longest, gives it one turn, and puts it back behind the others where there is
-//! more to do. So every job gets on, however long the others are. A job whose turn has not begun can be withdrawn: nobody
-//! ever waits for a thread that is busy elsewhere.
+//! Each thread takes the job that has waited longest, gives it one turn, and queues it again if there is more to do. So
+//! every job makes progress, even beside long ones. A job whose turn has not begun can be withdrawn, so a caller never
+//! waits for a thread that is busy with another job.
 //!
-//! The pool is made on first use, and anew in a forked child, which has none of its parent's threads. Where the system
-//! allows fewer threads than wanted, or none at all, there are fewer turns, and callers do the rest themselves.
+//! The pool is made on first use, and again in a forked child, which does not have its parent's threads. If the system
+//! allows fewer threads, or none, there are fewer turns, and callers do the rest of the work themselves.
 
 #![allow(unsafe_code, reason = "a shared call lends its closure to threads that outlive it")]
 
@@ -25,22 +25,23 @@ thread_local! {
     static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Something that threads of the pool do in turns.
+/// Work that threads of the pool do in turns.
 pub(crate) trait Job: Send + Sync {
-    /// Does some of it, and says whether there is more. A turn does not panic, and ends soon once [`Pool::is_wanted`].
+    /// Does a part of the work; returns whether there is more. A turn must not panic, and ends soon once
+    /// [`Pool::is_wanted`].
     fn turn(&self) -> bool;
 }
 
 pub(crate) struct Pool {
     most: usize,
     state: Mutex<State>,
-    /// A job was added.
+    /// Notified when a job is added.
     added: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// Turns to be taken, in this order.
+    /// The queue of turns.
     jobs: VecDeque<Arc<dyn Job>>,
     threads: usize,
 }
@@ -54,13 +55,13 @@ pub(crate) fn pool() -> &'static Pool {
     pool
 }
 
-/// The number of this thread in the pool, from 1 on; 0 for a thread that is not one of the pool's.
+/// The number of this thread in the pool, from 1 on; 0 for a thread outside the pool.
 pub(crate) fn thread_number() -> usize {
     NUMBER.get()
 }
 
 impl Pool {
-    /// Asks up to `count` threads for turns at a job; returns how many were asked, 0 where no thread can be started.
+    /// Asks up to `count` threads for turns at a job; returns how many were asked: 0 if no thread can be started.
     pub(crate) fn invite(&'static self, job: &Arc<dyn Job>, count: usize) -> usize {
         let mut state = lock(&self.state);
         while state.threads < self.most && self.start(state.threads) {
@@ -73,7 +74,7 @@ impl Pool {
         count
     }
 
-    /// Takes back all invitations to turns that have not begun.
+    /// Withdraws all turns at a job that have not begun.
     pub(crate) fn withdraw(&self, job: &Arc<dyn Job>) {
         lock(&self.state).jobs.retain(|other| !Arc::ptr_eq(other, job));
     }
@@ -106,16 +107,16 @@ impl Pool {
         }
     }
 
-    /// Calls `own` on this thread and, meanwhile, `help` on up to `helpers` threads of the pool, again and again while it
-    /// returns true. When this returns, or panics, no thread is in `help`, nor will be.
+    /// Calls `own` on this thread and, at the same time, `help` on up to `helpers` threads of the pool, repeatedly
+    /// while it returns true. When this function returns or panics, no thread runs `help` any more.
     ///
     /// # Panics
     ///
-    /// With the panic of `own`, or of a call of `help`.
+    /// If `own` or a call of `help` panics, with the same panic.
     pub(crate) fn share(&'static self, helpers: usize, help: &(dyn Fn() -> bool + Sync), own: impl FnOnce(&Helpers)) {
-        // SAFETY: only the lifetime changes. `Call::turn` alone uses the reference, between counting itself as running and
-        // counting itself out, and begins only while `Lent::help` is there. `Helpers::wait` takes that away and returns when
-        // nobody is running; dropping `helpers` calls it, so this function is not left, by a panic either, before that.
+        // SAFETY: only the lifetime changes. Only `Call::turn` uses the reference. It begins only while `Lent::help` is
+        // set, and counts itself as running meanwhile. `Helpers::wait` clears `Lent::help`, and returns when no thread
+        // is running. The drop of `helpers` calls it, so this function does not end before that, not even by a panic.
         let help =
             unsafe { std::mem::transmute::<&(dyn Fn() -> bool + Sync), &'static (dyn Fn() -> bool + Sync)>(help) };
         let lent = Lent { help: Some(help), running: 0, panic: None };
@@ -140,7 +141,7 @@ pub(crate) struct Helpers {
 }
 
 impl Helpers {
-    /// Withdraws the turns that have not begun, and waits for those that have; calls `meanwhile` again and again.
+    /// Withdraws the turns that have not begun, and waits for the others; calls `meanwhile` repeatedly.
     pub(crate) fn wait(&self, mut meanwhile: impl FnMut()) {
         lock(&self.call.lent).help = None;
         self.pool.withdraw(&self.job);
@@ -164,14 +165,14 @@ impl Drop for Helpers {
 /// A closure that [`Pool::share`] lends to threads of the pool.
 struct Call {
     lent: Mutex<Lent>,
-    /// A turn ended.
+    /// Notified when a turn ends.
     ended: Condvar,
 }
 
 struct Lent {
-    /// Of a shorter life than it says: until [`Helpers::wait`] takes it away.
+    /// The closure. Its real lifetime is shorter than `'static`: it ends when [`Helpers::wait`] clears this field.
     help: Option<&'static (dyn Fn() -> bool + Sync)>,
-    /// Threads that are in it.
+    /// The number of threads that run the closure.
     running: usize,
     panic: Option<Box<dyn Any + Send>>,
 }

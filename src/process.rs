@@ -1,9 +1,9 @@
-//! This process, as against the one it was forked from.
+//! The owner process: distinguishes a process from the parent that it was forked from.
 //!
-//! A forked child inherits nonce batches, locks and pools whose threads do not exist in it. A value that holds such state
-//! remembers its [`OwnerProcess`] and asks whether it is the current one. The process id would not do: the first process
-//! of a PID namespace has the number 1 in each of them. Linux empties a page marked `MADV_WIPEONFORK` in every forked
-//! child, which costs one load to look at.
+//! A forked child inherits nonce batches, locks, and pools whose threads do not exist in it. A value with such state
+//! remembers its [`OwnerProcess`] and asks whether it is the current one. The process ID cannot identify the owner,
+//! because the first process of every PID namespace has the number 1. Linux clears a page marked `MADV_WIPEONFORK` in
+//! every forked child, so a check costs one load.
 
 #![allow(unsafe_code, reason = "maps a page, and hands out references to values that are never freed")]
 
@@ -16,19 +16,19 @@ use crate::error::{self, Error, Kind};
 
 const PAGE_BYTES: usize = 4096;
 
-/// The page emptied by a fork; null before it was mapped.
+/// The page that a fork clears; null before it is mapped.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
 
-/// There can be no such page.
+/// Set if such a page cannot be mapped.
 static NO_PAGE: AtomicBool = AtomicBool::new(false);
 
 /// The last token given out. A child inherits it, so its own tokens differ from those of all its ancestors.
 static LAST_TOKEN: AtomicU64 = AtomicU64::new(0);
 
-/// A number that is the same for as long as this process lives, and another one in a child forked from it.
+/// A number that stays the same while this process lives, and differs in a child forked from it.
 fn token() -> u64 {
     let Some(cell) = page() else {
-        // A kernel, sandbox or emulator without MADV_WIPEONFORK (Linux before 4.14): the process id is what is left.
+        // The kernel, sandbox or emulator lacks MADV_WIPEONFORK (Linux before 4.14): use the process ID.
         return u64::from(std::process::id());
     };
     match cell.load(Ordering::Acquire) {
@@ -43,7 +43,7 @@ fn token() -> u64 {
     }
 }
 
-/// The process that made a value, where its cipher state, locks and threads may be used.
+/// The process that made a value. Only there its cipher state, locks and threads may be used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OwnerProcess(u64);
 
@@ -62,7 +62,8 @@ impl OwnerProcess {
         if self.is_current() {
             return Ok(());
         }
-        let text = "the snapshot was begun in the process this one was forked from, which alone commits or discards it";
+        let text =
+            "the snapshot was created before this process was forked; only its own process can commit or discard it";
         Err(Error::new(Kind::State, text))
     }
 
@@ -73,7 +74,7 @@ impl OwnerProcess {
         }
         Err(Error::new(
             Kind::State,
-            "the fragment was opened in the process this one was forked from; open it again in this process",
+            "the fragment was opened before this process was forked; open it again in this process",
         ))
     }
 }
@@ -88,7 +89,7 @@ fn page() -> Option<&'static AtomicU64> {
             NO_PAGE.store(true, Ordering::Relaxed);
             return None;
         };
-        // Two threads at once: the page of the second is left unused, one page in a process's life.
+        // If two threads map at once, one page stays unused while the process lives.
         mapped = match PAGE.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => fresh,
             Err(theirs) => theirs,
@@ -100,32 +101,32 @@ fn page() -> Option<&'static AtomicU64> {
 }
 
 fn map_page() -> Option<*mut AtomicU64> {
-    // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no memory of ours.
+    // SAFETY: the kernel chooses the address of a new private anonymous mapping, so it touches no other memory.
     let page = unsafe {
         mmap_anonymous(ptr::null_mut(), PAGE_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?
     };
-    // SAFETY: the range is exactly the mapping made above, which nobody else knows yet; the first is no advice at all, which
-    // has to be refused, as `BoringSSL` and its kin ask it.
+    // SAFETY: the range is exactly the mapping made above, and nothing else refers to it yet. The first call passes
+    // invalid advice, which must be refused; BoringSSL makes the same check.
     let wiped = unsafe {
         libc::madvise(page, PAGE_BYTES, -1) != 0 && madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork).is_ok()
     };
     if wiped {
         return Some(page.cast());
     }
-    // SAFETY: as above; and nobody will know it.
+    // SAFETY: the range is the mapping made above, and nothing refers to it.
     let _ = unsafe { munmap(page, PAGE_BYTES) };
     None
 }
 
-/// Whether `madvise` does what it is told, where it reports success. QEMU does not, when it runs the program of another
-/// processor: it takes for a hint what it does not know, and lets everything pass.
+/// Whether `madvise` does its work if it reports success. QEMU's user-mode emulation does not: it reports success for
+/// advice that it does not know.
 pub(crate) fn advice_is_taken() -> bool {
     page().is_some()
 }
 
-/// A value of which every process has its own: a forked child leaks its parent's and makes it anew.
+/// A value that each process makes for itself: a forked child leaks its parent's value and makes a new one.
 ///
-/// No lock is involved, as a lock that another thread holds during the fork stays held in the child for ever.
+/// It uses no lock, because a lock that another thread holds during the fork stays held in the child forever.
 pub(crate) struct PerProcess<T: 'static>(AtomicPtr<(u64, T)>);
 
 impl<T: Send + Sync> PerProcess<T> {
@@ -133,7 +134,7 @@ impl<T: Send + Sync> PerProcess<T> {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// The value of this process, made by `make` if it has none yet.
+    /// The value of this process, made by `make` on first use.
     pub(crate) fn get<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<&'static T, E> {
         let token = token();
         let current = self.0.load(Ordering::Acquire);
@@ -150,7 +151,7 @@ impl<T: Send + Sync> PerProcess<T> {
             Err(theirs) => {
                 // SAFETY: `fresh` was not published, so this is its only owner.
                 drop(unsafe { Box::from_raw(fresh) });
-                // SAFETY: as `current` above: published by another thread of this process, never freed.
+                // SAFETY: another thread of this process published it, and it is never freed.
                 Ok(unsafe { &(*theirs).1 })
             }
         }
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_takes_advice_and_refuses_what_is_none() {
+    fn the_kernel_takes_advice_and_refuses_invalid_advice() {
         assert!(advice_is_taken());
     }
 

@@ -28,11 +28,11 @@ const VALUE_BUFFER_BYTES: usize = 64 << 10;
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
-/// # let root = folder.path().join("vm1");
-/// # let writer = vmsnap::SnapshotWriter::new(root.clone(), false)?;
+/// # let location = folder.path().join("vm1");
+/// # let writer = vmsnap::SnapshotWriter::new(location.clone(), false)?;
 /// # writer.write_fragment("clock", &12_u64)?;
 /// # writer.add_namespace("disks")?;
-/// let reader = vmsnap::SnapshotReader::new(&root, false)?;
+/// let reader = vmsnap::SnapshotReader::new(&location, false)?;
 /// assert_eq!(reader.list_fragments()?, ["clock"]);
 /// assert_eq!(reader.list_namespaces()?, ["disks"]);
 /// assert_eq!(reader.read_fragment::<u64>("clock")?, 12);
@@ -41,7 +41,7 @@ const VALUE_BUFFER_BYTES: usize = 64 << 10;
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SnapshotReader {
     #[serde(with = "folder::root_path")]
-    root: PathBuf,
+    location: PathBuf,
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
     threads: usize,
@@ -50,14 +50,15 @@ pub struct SnapshotReader {
 }
 
 impl SnapshotReader {
-    /// Opens the snapshot at `root`.
+    /// Opens the snapshot at `location`.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is none, [`Error::is_not_encrypted`] where `require_encrypted` and it is plain,
-    /// [`Error::is_key_unavailable`] where it is encrypted: [`SnapshotOptions::key`] gives the key.
-    pub fn new(root: impl AsRef<Path>, require_encrypted: bool) -> Result<Self> {
-        SnapshotOptions::new().encrypt(require_encrypted).open(root)
+    /// [`Error::is_io`] if there is no such directory, [`Error::is_not_encrypted`] if `require_encrypted` and the
+    /// snapshot is not encrypted, [`Error::is_key_unavailable`] if it is encrypted and the user's own identity cannot
+    /// be found; and the other errors of [`SnapshotOptions::open`].
+    pub fn new(location: impl AsRef<Path>, require_encrypted: bool) -> Result<Self> {
+        SnapshotOptions::new().encrypt(require_encrypted).open(location)
     }
 
     /// Opens a fragment.
@@ -73,19 +74,19 @@ impl SnapshotReader {
             None => None,
             Some(manifest) => Some(manifest.fragments.get(path.as_str()).ok_or_else(|| self.not_listed(&path))?),
         };
-        FragmentReader::open(&self.root, &path, self.data_key.as_ref(), self.threads(), entry)
+        FragmentReader::open(&self.location, &path, self.data_key.as_ref(), self.threads(), entry)
     }
 
     /// The manifest, where the snapshot is sealed.
     fn manifest(&self) -> Result<Option<&Manifest>> {
         self.manifest
             .as_ref()
-            .map(|open_manifest| open_manifest.manifest(&self.root, self.data_key.as_ref()))
+            .map(|open_manifest| open_manifest.manifest(&self.location, self.data_key.as_ref()))
             .transpose()
     }
 
     fn not_listed(&self, path: &SnapshotPath) -> Error {
-        let text = format!("{path} of {} is not in its manifest", self.root.display());
+        let text = format!("{path} of {} is not in its manifest", self.location.display());
         Error::io(text, rustix::io::Errno::NOENT)
     }
 
@@ -111,7 +112,7 @@ impl SnapshotReader {
 
     /// A fragment as errors name it.
     pub(crate) fn place(&self, name: &str) -> Result<String> {
-        Ok(format!("{} of {}", self.namespace.join(name)?, self.root.display()))
+        Ok(format!("{} of {}", self.namespace.join(name)?, self.location.display()))
     }
 
     /// Opens a fragment that is to be read whole, if it is not larger than that.
@@ -133,7 +134,7 @@ impl SnapshotReader {
     pub fn list_fragments(&self) -> Result<Vec<String>> {
         match self.manifest()? {
             Some(manifest) => Ok(manifest.fragments_in(&self.namespace)),
-            None => folder::list(&self.root, self.namespace.as_str()).map(|(fragments, _)| fragments),
+            None => folder::list(&self.location, self.namespace.as_str()).map(|(fragments, _)| fragments),
         }
     }
 
@@ -145,7 +146,7 @@ impl SnapshotReader {
     pub fn list_namespaces(&self) -> Result<Vec<String>> {
         match self.manifest()? {
             Some(manifest) => Ok(manifest.namespaces_in(&self.namespace)),
-            None => folder::list(&self.root, self.namespace.as_str()).map(|(_, namespaces)| namespaces),
+            None => folder::list(&self.location, self.namespace.as_str()).map(|(_, namespaces)| namespaces),
         }
     }
 
@@ -160,18 +161,18 @@ impl SnapshotReader {
             Some(manifest) if manifest.namespaces.contains(namespace.as_str()) => {}
             Some(_) => {
                 let text =
-                    format!("namespace {:?} of {} is not in its manifest", namespace.as_str(), self.root.display());
+                    format!("namespace {:?} of {} is not in its manifest", namespace.as_str(), self.location.display());
                 return Err(Error::io(text, rustix::io::Errno::NOENT));
             }
-            None => drop(folder::open(&self.root, namespace.as_str())?),
+            None => drop(folder::open(&self.location, namespace.as_str())?),
         }
         Ok(Self { namespace, ..self.clone() })
     }
 
-    /// The snapshot's folder, absolute.
+    /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
-    pub fn root(&self) -> &Path {
-        &self.root
+    pub fn location(&self) -> &Path {
+        &self.location
     }
 
     /// The namespace read from: names joined with `/`, empty at the root.
@@ -203,36 +204,39 @@ impl SnapshotReader {
 }
 
 impl SnapshotOptions {
-    /// Opens the snapshot at `root`, as [`SnapshotReader::new`]. A key implies that it must be encrypted.
+    /// Opens the snapshot at `location` to read it. A key implies that the snapshot must be encrypted.
     ///
     /// # Errors
     ///
-    /// As there; [`Error::is_authentication`] where the key is not the one, or `enc_metadata` is damaged;
-    /// [`Error::is_unsupported_format`] where it is of a newer version or wrapped in a way this one does not open.
-    pub fn open(&self, root: impl AsRef<Path>) -> Result<SnapshotReader> {
-        self.open_interruptible(root, &mut || Ok(()))
+    /// [`Error::is_io`] if there is no such directory, [`Error::is_not_encrypted`] if the snapshot is required to be
+    /// encrypted and is not, [`Error::is_key_unavailable`] if it is encrypted and no fitting key is given,
+    /// [`Error::is_authentication`] if the key is wrong, `enc_metadata` is damaged or the seal digest is not the
+    /// expected one, [`Error::is_not_sealed`] if it is required to be sealed and is not, [`Error::is_corrupt`] if its
+    /// manifest is damaged or missing, and [`Error::is_unsupported_format`] if it needs a newer version of vmsnap.
+    pub fn open(&self, location: impl AsRef<Path>) -> Result<SnapshotReader> {
+        self.open_interruptible(location, &mut || Ok(()))
     }
 
     pub(crate) fn open_interruptible(
         &self,
-        root: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, interrupt)?;
-        let manifest = OpenManifest::read(&root, payload.as_ref())?;
+        let location = folder::absolute(location.as_ref())?;
+        let payload = key_metadata::unlock(&location, self, interrupt)?;
+        let manifest = OpenManifest::read(&location, payload.as_ref())?;
         match (&manifest, &self.seal_digest) {
             (None, expected) if self.require_sealed || expected.is_some() => {
-                return Err(open_manifest::unsealed(&root));
+                return Err(open_manifest::unsealed(&location));
             }
             (Some(manifest), Some(expected)) if manifest.digest() != expected => {
-                return Err(open_manifest::another(&root));
+                return Err(open_manifest::another(&location));
             }
             _ => {}
         }
         Ok(SnapshotReader {
-            root,
+            location,
             namespace: SnapshotPath::default(),
             data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
@@ -245,7 +249,7 @@ impl SnapshotOptions {
 impl fmt::Debug for SnapshotReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SnapshotReader")
-            .field("root", &self.root)
+            .field("location", &self.location)
             .field("namespace", &self.namespace.as_str())
             .field("encrypted", &self.is_encrypted())
             .finish_non_exhaustive()

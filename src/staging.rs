@@ -42,7 +42,7 @@ pub struct SealId {
 /// ```
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("vm1");
-/// let mut staged = vmsnap::SnapshotOptions::new().stage(&path)?;
+/// let mut staged = vmsnap::SnapshotOptions::new().create(&path)?;
 /// staged.writer().write_fragment("clock", &12_u64)?;
 /// assert!(!path.exists());
 /// let id = staged.commit()?;
@@ -52,7 +52,7 @@ pub struct SealId {
 /// ```
 pub struct StagedSnapshot {
     writer: SnapshotWriter,
-    path: PathBuf,
+    location: PathBuf,
     parent: OwnedFd,
     snapshot_id: [u8; 16],
     durable: bool,
@@ -68,42 +68,49 @@ enum State {
 }
 
 impl SnapshotOptions {
-    /// Begins a snapshot that is to be at `path` when it is complete, and not before.
+    /// Begins a snapshot that is complete or absent: nothing is at `location` until [`StagedSnapshot::commit`].
     ///
     /// # Errors
     ///
-    /// As [`SnapshotOptions::create`]. Nothing is left behind.
-    pub fn stage(&self, path: impl AsRef<Path>) -> Result<StagedSnapshot> {
-        self.stage_interruptible(path, &mut || Ok(()))
+    /// [`Error::is_io`] if something exists at `location` or the parent directory does not exist,
+    /// [`Error::is_invalid_argument`] if an option or the file name is not allowed, and [`Error::is_key_unavailable`]
+    /// if the data key cannot be wrapped. After an error nothing is left behind.
+    pub fn create(&self, location: impl AsRef<Path>) -> Result<StagedSnapshot> {
+        self.create_interruptible(location, &mut || Ok(()))
     }
 
-    /// [`SnapshotOptions::stage`], which may be interrupted.
-    pub(crate) fn stage_interruptible(
+    /// Begins a snapshot as [`SnapshotOptions::create`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn create_interruptible(
         &self,
-        path: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<StagedSnapshot> {
-        let path = folder::absolute(path.as_ref())?;
-        let (Some(parent_path), Some(_)) = (path.parent(), path.file_name()) else {
-            return Err(Error::invalid_argument(format!("{} cannot be the path of a new snapshot", path.display())));
+        let location = folder::absolute(location.as_ref())?;
+        let (Some(parent_path), Some(_)) = (location.parent(), location.file_name()) else {
+            return Err(Error::invalid_argument(format!(
+                "{} cannot be the location of a new snapshot",
+                location.display()
+            )));
         };
-        if path.file_name().and_then(|name| name.to_str()).is_some_and(folder::is_temporary) {
-            let text =
-                format!("{} cannot be the path of a snapshot: clean() removes what is called so", path.display());
+        if location.file_name().and_then(|name| name.to_str()).is_some_and(folder::is_temporary) {
+            let text = format!(
+                "{} cannot be the location of a snapshot: clean() removes what is called so",
+                location.display()
+            );
             return Err(Error::invalid_argument(text));
         }
-        let prepared = self.prepare(&path, true, interrupt)?;
+        let prepared = self.prepare(&location, true, interrupt)?;
         let snapshot_id = match &prepared.payload {
             Some((payload, _)) => payload.snapshot_id(),
             None => random_id()?,
         };
-        let failed = |error: Error| error.context(format!("cannot create the snapshot {}", path.display()));
+        let failed = |error: Error| error.context(format!("cannot create the snapshot {}", location.display()));
         let parent = folder::open(parent_path, "").map_err(failed)?;
-        let (root, locked) = new_staged_root(parent_path, &path).map_err(failed)?;
+        let (root, locked) = new_staged_root(parent_path, &location).map_err(failed)?;
         let writer = prepared.write_at(root).map_err(failed)?;
         Ok(StagedSnapshot {
             writer,
-            path,
+            location,
             parent,
             snapshot_id,
             durable: self.durable,
@@ -112,45 +119,46 @@ impl SnapshotOptions {
         })
     }
 
-    /// Seals the snapshot at `root`, which was written in place: from then on it does not change any more, and what is
-    /// changed nevertheless is found. All of it is read back for that. Returns what to pin it by.
+    /// Seals the snapshot at `location`, which was written in place: writes the manifest that lists its fragments and
+    /// their digests. From then on vmsnap refuses to change the snapshot, and finds changes that others make. Sealing
+    /// reads the whole snapshot. Returns the snapshot's id and seal digest.
     ///
     /// # Errors
     ///
-    /// As [`SnapshotOptions::open`]; [`Error::is_unsupported_format`] where it is sealed already, [`Error::is_state`] where
-    /// a fragment is still being written. It is as it was then, and only where the very last sync fails it is sealed, and the
-    /// text says so.
-    pub fn seal(&self, root: impl AsRef<Path>) -> Result<SealId> {
-        self.seal_interruptible(root, &mut || Ok(()))
+    /// [`Error::is_sealed`] if the snapshot is sealed already, [`Error::is_state`] if a fragment is still being
+    /// written, and the errors of [`SnapshotOptions::open`]. After an error the snapshot is unchanged, with one
+    /// exception: if only the last sync fails, the snapshot is sealed, and the error's text says so.
+    pub fn seal(&self, location: impl AsRef<Path>) -> Result<SealId> {
+        self.seal_interruptible(location, &mut || Ok(()))
     }
 
     pub(crate) fn seal_interruptible(
         &self,
-        root: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, interrupt)?;
-        let locked = LockedRoot::exclusive(&root)?;
+        let location = folder::absolute(location.as_ref())?;
+        let payload = key_metadata::unlock(&location, self, interrupt)?;
+        let locked = LockedRoot::exclusive(&location)?;
         if payload.as_ref().is_some_and(crate::key::KeyPayload::is_sealed) {
-            return Err(open_manifest::incomplete(&root));
+            return Err(open_manifest::incomplete(&location));
         }
         let snapshot_id = match &payload {
             Some(payload) => payload.snapshot_id(),
             None => random_id()?,
         };
         let data_key = payload.as_ref().map(crate::key::KeyPayload::data_key);
-        let scanned = Scanned::of(&root, data_key, None, threads, interrupt)?;
+        let scanned = Scanned::of(&location, data_key, None, threads, interrupt)?;
         if self.durable {
-            scanned.sync(&root, threads, interrupt)?;
+            scanned.sync(&location, threads, interrupt)?;
         }
-        let id = scanned.write_manifest(locked.folder(), &root, data_key, snapshot_id, self.durable)?;
+        let id = scanned.write_manifest(locked.folder(), &location, data_key, snapshot_id, self.durable)?;
         if self.durable {
             // The name of the snapshot itself.
             folder::parent_of(locked.folder())
                 .and_then(durability::sync_directory)
-                .map_err(|errno| not_durable(&root, errno))?;
+                .map_err(|errno| not_durable(&location, errno))?;
         }
         Ok(id)
     }
@@ -168,12 +176,12 @@ fn not_durable(path: &Path, errno: Errno) -> Error {
 /// What was staged cannot be renamed to its path.
 fn not_placed(errno: Errno) -> Error {
     let text = match errno {
-        Errno::EXIST => "a snapshot needs a path at which nothing is yet",
+        Errno::EXIST => "the path already exists",
         Errno::XDEV => {
-            "the file system does not rename what was staged into place, as if both were on different ones; create the \
-             snapshot in another directory"
+            "the file system cannot rename the staged directory into place, as if both were on different file systems; \
+             create the snapshot in another directory"
         }
-        _ => "what was staged cannot be renamed into place",
+        _ => "the staged directory cannot be renamed into place",
     };
     Error::io(text, errno)
 }
@@ -217,10 +225,11 @@ impl StagedSnapshot {
         &self.writer
     }
 
-    /// Where the snapshot will be.
+    /// Where the snapshot will be, as an absolute path. The location of [`StagedSnapshot::writer`] is the hidden
+    /// directory.
     #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn location(&self) -> &Path {
+        &self.location
     }
 
     /// Completes the snapshot: lists all its fragments in the manifest, syncs them unless
@@ -236,14 +245,14 @@ impl StagedSnapshot {
     }
 
     pub(crate) fn commit_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
-        let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.path.display()));
+        let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.location.display()));
         self.owner.check_snapshot().map_err(context)?;
         let locked = match &self.state {
             State::Staged(locked) => locked,
             State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
             State::Discarded => return Err(context(Error::new(Kind::State, "it was discarded"))),
         };
-        locked.take_alone(self.writer.root()).map_err(context)?;
+        locked.take_alone(self.writer.location()).map_err(context)?;
         let id = self.complete(locked, interrupt).map_err(|error| {
             // As it was: not sealed, and open to its writers. The cause says more than what goes wrong here.
             let _ = rustix::fs::unlinkat(locked.folder(), MANIFEST, rustix::fs::AtFlags::empty());
@@ -253,13 +262,13 @@ impl StagedSnapshot {
         // From here on it is there. The lock's descriptor is that of the same folder, under its new name.
         self.state = State::Committed;
         if self.durable {
-            durability::sync_directory(&self.parent).map_err(|errno| not_durable(&self.path, errno))?;
+            durability::sync_directory(&self.parent).map_err(|errno| not_durable(&self.location, errno))?;
         }
         Ok(id)
     }
 
     fn complete(&self, locked: &LockedRoot, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
-        let root = self.writer.root();
+        let root = self.writer.location();
         let threads = self.writer.threads();
         let data_key = self.writer.data_key();
         let scanned = Scanned::of(root, data_key, self.writer.ledger(), threads, interrupt)?;
@@ -268,7 +277,7 @@ impl StagedSnapshot {
         }
         let id = scanned.write_manifest(locked.folder(), root, data_key, self.snapshot_id, self.durable)?;
         interrupt()?;
-        let name = self.path.file_name().unwrap_or_default();
+        let name = self.location.file_name().unwrap_or_default();
         folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, name)
             .map_err(not_placed)?;
         Ok(id)
@@ -290,8 +299,8 @@ impl StagedSnapshot {
             return Ok(());
         }
         // Under another name first, where no writer in another process adds to it; still locked while it goes.
-        let (root, parent) = (self.writer.root(), self.path.parent().unwrap_or(Path::new("/")));
-        let failed = |error| Error::io(format!("cannot remove what was staged in {}", root.display()), error);
+        let (root, parent) = (self.writer.location(), self.location.parent().unwrap_or(Path::new("/")));
+        let failed = |error| Error::io(format!("cannot remove the staged directory {}", root.display()), error);
         let name = folder::temporary_name()?;
         let renamed = folder::rename_new(&self.parent, root.file_name().unwrap_or_default(), &self.parent, &name);
         let removed = match renamed {
@@ -321,7 +330,10 @@ impl fmt::Debug for StagedSnapshot {
             State::Committed => "committed",
             State::Discarded => "discarded",
         };
-        f.debug_struct("StagedSnapshot").field("path", &self.path).field("state", &state).finish_non_exhaustive()
+        f.debug_struct("StagedSnapshot")
+            .field("location", &self.location)
+            .field("state", &state)
+            .finish_non_exhaustive()
     }
 }
 
@@ -351,7 +363,9 @@ impl Scanned {
                 let stat = folder::stat(&opened, &name)
                     .map_err(|errno| Error::io(format!("{path} cannot be examined"), errno))?;
                 if folder::is_unfinished(&stat) {
-                    let text = format!("{path} was begun and never finished, so the snapshot would not be complete");
+                    let text = format!(
+                        "{path} was never finished, so the snapshot would not be complete; discard it and write it again"
+                    );
                     return Err(Error::new(Kind::State, text));
                 }
                 let known = ledger.and_then(|ledger| ledger.get(path.as_str()));

@@ -1,5 +1,5 @@
-//! The CBOR that vmsnap's own metadata may be made of: `docs/format.md` allows one way to write each thing, so that readers
-//! in all languages refuse the same. Decoders, serde's among them, are more lenient, each in its own way.
+//! The CBOR of vmsnap's own metadata. `docs/format.md` allows exactly one encoding of each value, so that readers in
+//! all languages refuse the same input. Decoders, also serde's, are more lenient, each in its own way.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -14,20 +14,20 @@ use crate::name::shown;
 /// The outermost item is the first level.
 const MAX_DEPTH: usize = 16;
 
-/// What ciborium copies texts and bytes through.
+/// The size of the buffer that ciborium copies texts and bytes through.
 const SCRATCH_BYTES: usize = 4096;
 
-/// A map of vmsnap's own metadata, by what each version of it begins with.
+/// A map of vmsnap's own metadata, identified by the keys that every version has.
 pub(crate) struct Schema {
-    /// As errors call it.
+    /// The name in errors.
     pub(crate) name: &'static str,
     pub(crate) format: &'static str,
     pub(crate) version: u64,
-    /// What errors call one that is not as the format says.
+    /// The beginning of an error about a malformed map.
     pub(crate) malformed: &'static str,
 }
 
-/// The keys every version has.
+/// The keys that every version has.
 #[derive(Deserialize)]
 struct Head {
     format: String,
@@ -36,14 +36,14 @@ struct Head {
 }
 
 impl Schema {
-    /// Reads what has to be such a map. Keys that `T` does not know are ignored.
+    /// Decodes a map of this schema. Keys that `T` does not have are ignored.
     ///
     /// # Errors
     ///
-    /// [`Error::is_corrupt`] and [`Error::is_unsupported_format`].
+    /// [`Error::is_corrupt`] if the map is malformed, [`Error::is_unsupported_format`] if a later version wrote it.
     pub(crate) fn decode<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
         check(bytes).map_err(|reason| self.malformed(reason))?;
-        // Version and requirements first: what follows may look different in a later version.
+        // Version and requirements first: a later version may encode the rest differently.
         let Head { format, version, requires } = self.parse(bytes)?;
         if format != self.format {
             return Err(self.malformed(format!("its format is {}, not {:?}", shown(&format), self.format)));
@@ -58,7 +58,7 @@ impl Schema {
     }
 
     fn parse<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
-        // Of our own, to be wiped: ciborium's default is a buffer on the stack, and a key may go through it.
+        // A key may pass through this buffer, so it is wiped. ciborium's default is a buffer on the stack.
         let mut scratch = Zeroizing::new(vec![0; SCRATCH_BYTES]);
         ciborium::de::from_reader_with_buffer(bytes, &mut scratch).map_err(|error| self.malformed(error))
     }
@@ -69,18 +69,19 @@ impl Schema {
 }
 
 fn unsupported(what: &str) -> Error {
-    let text = format!("the snapshot needs {what}, which this version of vmsnap does not know: use a newer one");
+    let text = format!("the snapshot needs {what}, which this version of vmsnap does not support; install a newer one");
     Error::new(Kind::Unsupported, text)
 }
 
-/// Checks that `bytes` are one item of definite lengths, shortest forms, no tags, and maps with text keys, none twice.
+/// Checks that `bytes` are one item with definite lengths, shortest forms, no tags, and maps whose keys are distinct
+/// texts.
 pub(crate) fn check(bytes: &[u8]) -> Scan<()> {
     let mut scanner = Scanner { rest: bytes };
     scanner.item(1)?;
     if scanner.rest.is_empty() { Ok(()) } else { Err("bytes follow its end".to_owned()) }
 }
 
-/// What was scanned, or what is wrong with it.
+/// The scanned value, or the reason why it is malformed.
 type Scan<T> = std::result::Result<T, String>;
 
 struct Scanner<'a> {
@@ -90,21 +91,21 @@ struct Scanner<'a> {
 impl<'a> Scanner<'a> {
     fn take(&mut self, count: u64) -> Scan<&'a [u8]> {
         let split = usize::try_from(count).ok().and_then(|count| self.rest.split_at_checked(count));
-        let (taken, rest) = split.ok_or("it is cut off")?;
+        let (taken, rest) = split.ok_or("it is truncated")?;
         self.rest = rest;
         Ok(taken)
     }
 
     /// Major type and argument (RFC 8949, 3).
     fn head(&mut self) -> Scan<(u8, u64)> {
-        let [first] = self.take(1)? else { return Err("it is cut off".to_owned()) };
+        let [first] = self.take(1)? else { return Err("it is truncated".to_owned()) };
         let (major, info) = (first >> 5, first & 0x1f);
         let argument = match info {
             0..24 => return Ok((major, u64::from(info))),
             24..28 => self.take(1 << (info - 24))?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)),
-            _ => return Err("an item has no definite length, or is not well-formed".to_owned()),
+            _ => return Err("an item is not well-formed, or its length is indefinite".to_owned()),
         };
-        // A float's argument is its bits, whatever they are.
+        // The argument of a float is its bits, which have no shortest form.
         let shortest = match info {
             24 => argument >= 24,
             25 => argument > 0xff,
@@ -155,7 +156,7 @@ impl<'a> Scanner<'a> {
     }
 }
 
-/// The first of an array of texts. The others are not kept: there may be as many as the file has bytes.
+/// The first text of an array. The others are dropped, because there may be as many as the file has bytes.
 struct FirstText(Option<String>);
 
 impl<'de> Deserialize<'de> for FirstText {
@@ -169,7 +170,7 @@ impl<'de> Deserialize<'de> for FirstText {
     }
 }
 
-/// The texts of an array, none twice; nothing is kept of one that is.
+/// The texts of an array, which must be distinct.
 pub(crate) fn text_set<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<BTreeSet<Box<str>>, D::Error> {
@@ -181,7 +182,7 @@ pub(crate) fn text_set<'de, D: Deserializer<'de>>(
     Ok(texts)
 }
 
-/// An array of texts; ciborium's own would take an empty byte string for an empty one.
+/// Calls `take` for each text of an array; ciborium itself would accept an empty byte string as an empty array.
 fn each_text<'de, D: Deserializer<'de>>(
     deserializer: D,
     take: impl FnMut(String) -> Scan<()>,
@@ -206,7 +207,7 @@ fn each_text<'de, D: Deserializer<'de>>(
     deserializer.deserialize_any(Texts(take))
 }
 
-/// A byte string of exactly that length; serde's own arrays would take a list of numbers too.
+/// A byte string of exactly `N` bytes; serde's own arrays would accept a list of numbers, too.
 pub(crate) fn byte_string<'de, D: Deserializer<'de>, const N: usize>(
     deserializer: D,
 ) -> std::result::Result<[u8; N], D::Error> {
@@ -232,7 +233,7 @@ mod tests {
     use super::check;
 
     #[test]
-    fn one_way_to_write_each_thing_is_accepted() {
+    fn the_one_encoding_of_each_value_is_accepted() {
         for good in [
             &b"\x00"[..],
             b"\x18\x18",
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn any_other_way_is_refused() {
+    fn any_other_encoding_is_refused() {
         for bad in [
             &b""[..],
             b"\x18",

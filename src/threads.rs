@@ -1,9 +1,8 @@
-//! Items handed out one after the other to whoever is free: the calling thread, and threads of the [pool](crate::pool).
+//! A parallel loop: each item goes to the next free thread, the calling thread or one of the [pool](crate::pool).
 //!
-//! The calling thread always works too, so that a call ends however busy the pool is, and it is the caller that looks for an
-//! interruption. A helper gives its thread back after an item for which others wait.
+//! The calling thread always works too, so a call ends even if the pool is busy, and only the calling thread checks for
+//! an interruption. A helper returns its thread to the pool after an item if another job waits for a thread.
 
-use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,15 +11,15 @@ use crate::error::{Error, Kind, Result};
 use crate::pool::pool;
 use crate::process::OwnerProcess;
 
-/// How many threads to use where nothing else is said.
+/// The variable with the default number of threads.
 const THREADS_VARIABLE: &str = "VMSNAP_THREADS";
 
 const ALLOWED: std::ops::RangeInclusive<usize> = 1..=1024;
 
-/// A callback is asked this often at most: well within the 200 ms in which Ctrl-C is to work.
+/// The shortest time between two calls of a callback, well within the 200 ms in which Ctrl-C must work.
 pub(crate) const INTERRUPT_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The number of threads to use: as many as the pool has, or `wanted` if that is less.
+/// The number of threads to use: `wanted`, but at most the size of the pool.
 pub(crate) fn resolve(wanted: Option<usize>) -> Result<usize> {
     match wanted {
         None => most(),
@@ -29,12 +28,12 @@ pub(crate) fn resolve(wanted: Option<usize>) -> Result<usize> {
     }
 }
 
-/// A number from a handle that may come from another machine.
+/// Limits the number of threads of a handle, which may come from another machine.
 pub(crate) fn clamp(threads: usize) -> usize {
     most().map_or(threads, |most| threads.min(most)).max(1)
 }
 
-/// The size of the pool: `VMSNAP_THREADS`, or as many threads as the process may run on. Looked at once a process.
+/// The size of the pool: `VMSNAP_THREADS`, or the number of processors that the process may use. Read once per process.
 fn most() -> Result<usize> {
     static MOST: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
     MOST.get_or_init(|| match std::env::var_os(THREADS_VARIABLE) {
@@ -49,7 +48,7 @@ fn most() -> Result<usize> {
     .map_err(Error::invalid_argument)
 }
 
-/// Asks a caller's callback whether to go on, from time to time.
+/// Calls the caller's callback from time to time, which may stop the work.
 pub(crate) struct Interrupt<'a> {
     callback: &'a mut dyn FnMut() -> Result<()>,
     next: Instant,
@@ -71,28 +70,30 @@ impl<'a> Interrupt<'a> {
         self.next = now + INTERRUPT_INTERVAL;
         let result = (self.callback)();
         if !self.owner.is_current() {
-            // The callback forked, and this is the child: cipher state must not be used here.
+            // The callback forked, and this is the child, where cipher state must not be used.
             if self.accompanied {
                 // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.
-                let text = "forked in the middle of a call that uses several threads; this child cannot go on";
-                let _ = writeln!(std::io::stderr(), "vmsnap: {text}");
+                // The panic hook tells why: it is the application's to set. Nothing is unwound but this closure.
+                let _ = std::panic::catch_unwind(|| {
+                    panic!("forked in the middle of a call that uses several threads; this child cannot go on")
+                });
                 std::process::abort();
             }
-            return Err(Error::new(Kind::State, "the process was forked in the middle of the call"));
+            return Err(Error::new(Kind::State, "the process was forked during the call"));
         }
         result
     }
 }
 
-/// Does `work` for every item, one worker a thread: the first on the calling thread, the others in the pool.
+/// Calls `work` for every item, with one worker per thread: the first on the calling thread, the others in the pool.
 ///
 /// # Errors
 ///
-/// The first error of `work` or of the interrupt; items not begun by then are left out.
+/// The first error of `work` or of the interrupt. Items that were not begun by then are skipped.
 ///
 /// # Panics
 ///
-/// Where `work` does, in whatever thread.
+/// If `work` panics in any thread.
 pub(crate) fn for_each<W, I>(
     workers: &mut [W],
     items: I,
@@ -107,7 +108,7 @@ where
     for_each_interruptible(workers, items, interrupt, |worker, item, _| work(worker, item))
 }
 
-/// As [`for_each`], for work that waits: it is to ask, from time to time, whether to go on.
+/// Like [`for_each`], for work that waits: `work` must check the interrupt from time to time.
 pub(crate) fn for_each_interruptible<W, I>(
     workers: &mut [W],
     items: I,
@@ -121,7 +122,7 @@ where
 {
     let helpers = items.size_hint().1.map_or(workers.len(), |most| workers.len().min(most)).saturating_sub(1);
     let Some((own, others)) = workers.split_first_mut() else {
-        // Only a forged handle has no threads; its work must not count as done.
+        // Only a forged handle has 0 threads; its work must not count as done.
         return match items.into_iter().next() {
             None => Ok(()),
             Some(_) => Err(Error::invalid_argument("there is no thread to do the work")),
@@ -143,7 +144,7 @@ where
         lock(&failure).get_or_insert(error);
         stop.store(true, Ordering::Relaxed);
     };
-    // Works until there is nothing to do, or the thread is to be given back; whether it stopped for that.
+    // Works until no item is left or the thread must be returned; returns whether the latter was the reason.
     let run = |worker: &mut W, interrupt: &mut Interrupt<'_>, give_back: &dyn Fn() -> bool| {
         let _guard = PanicGuard(|| stop.store(true, Ordering::Relaxed));
         while !stop.load(Ordering::Relaxed) {
@@ -183,7 +184,7 @@ where
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Does something where the thread panics.
+/// Calls a function if the thread panics.
 pub(crate) struct PanicGuard<F: Fn()>(pub(crate) F);
 
 impl<F: Fn()> Drop for PanicGuard<F> {
@@ -194,7 +195,7 @@ impl<F: Fn()> Drop for PanicGuard<F> {
     }
 }
 
-/// Takes a lock whose holder cannot leave half-done state behind.
+/// Takes a lock, also after a panic of its holder: the protected state is always consistent.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -242,7 +243,7 @@ mod tests {
         }
     }
 
-    /// Does `work` for each of the items with as many workers as it takes to have all threads of the pool.
+    /// Calls `work` for each item, with enough workers to occupy all threads of the pool.
     fn by_all_threads(items: impl Iterator<Item = usize> + Send, work: impl Fn(usize) + Sync) {
         let mut go_on = || Ok(());
         let mut workers = vec![(); most().unwrap() + 1];
@@ -284,7 +285,7 @@ mod tests {
                 });
             });
             is_begun.recv().unwrap();
-            // Two of its items have to be done at the same time.
+            // Two items must be done at the same time.
             let both = Barrier::new(2);
             by_all_threads(0..2, |_| {
                 both.wait();
@@ -330,7 +331,7 @@ mod tests {
             })
         });
         assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"a helper's"));
-        // And the thread lives on.
+        // The thread itself survives.
         let (result, _) = squares(2, 100, None);
         result.unwrap();
     }

@@ -38,7 +38,7 @@ use crate::threads;
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SnapshotWriter {
     #[serde(with = "folder::root_path")]
-    root: PathBuf,
+    location: PathBuf,
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
     threads: usize,
@@ -47,23 +47,24 @@ pub struct SnapshotWriter {
 }
 
 impl SnapshotWriter {
-    /// Creates a snapshot at `root`, which must not exist; its parent must.
+    /// Creates a snapshot in place at `location`; shorthand for [`SnapshotOptions::create_in_place`].
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where something is at `root` or its parent is missing. With `encrypt`, as
-    /// [`SnapshotOptions::create`]. Nothing is left behind.
-    pub fn new(root: impl Into<PathBuf>, encrypt: bool) -> Result<Self> {
-        SnapshotOptions::new().encrypt(encrypt).create(root.into())
+    /// [`Error::is_io`] if something exists at `location` or the parent directory does not exist. With `encrypt`,
+    /// [`Error::is_key_unavailable`] if the user's own identity cannot be used or made. After an error nothing is left
+    /// behind.
+    pub fn new(location: impl Into<PathBuf>, encrypt: bool) -> Result<Self> {
+        SnapshotOptions::new().encrypt(encrypt).create_in_place(location.into())
     }
 
-    /// Opens the snapshot at `root`, which is plain, to add to it. What is there already is never written over.
+    /// Opens the plain snapshot at `location` to add to it. Existing fragments are never overwritten.
     ///
     /// # Errors
     ///
-    /// As [`SnapshotOptions::append`].
-    pub fn open(root: impl AsRef<Path>) -> Result<Self> {
-        SnapshotOptions::new().append(root)
+    /// The errors of [`SnapshotOptions::append`].
+    pub fn open(location: impl AsRef<Path>) -> Result<Self> {
+        SnapshotOptions::new().append(location)
     }
 
     /// Creates a fragment, encrypted in chunks of 4 KiB where the snapshot is encrypted.
@@ -91,7 +92,7 @@ impl SnapshotWriter {
             threads: threads::clamp(self.threads),
             staging: self.staging.clone(),
         };
-        Fragment::create(&self.root, &path, &writing)
+        Fragment::create(&self.location, &path, &writing)
     }
 
     /// Writes a fragment with the serialized `value`. It is serialized before any file exists.
@@ -108,7 +109,7 @@ impl SnapshotWriter {
     pub(crate) fn encode<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<Vec<u8>> {
         let path = self.namespace.join(name)?;
         serialization::encode(value, self.format).map_err(|error| {
-            let place = format!("{path} of {}", self.root.display());
+            let place = format!("{path} of {}", self.location.display());
             let error = match error.downcast::<Error>() {
                 Ok(own) => return own.context(place),
                 Err(error) => error,
@@ -136,12 +137,12 @@ impl SnapshotWriter {
     /// [`Error::is_invalid_argument`] for a name that is not allowed, [`Error::is_io`] where it exists.
     pub fn add_namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
-        let locked = LockedRoot::shared(&self.root)?;
+        let locked = LockedRoot::shared(&self.location)?;
         let root_folder = locked.folder().try_clone().map_err(|error| {
-            let (name, root) = (namespace.as_str(), self.root.display());
-            Error::io(format!("namespace {name:?} of {root} cannot be created"), error)
+            let (name, location) = (namespace.as_str(), self.location.display());
+            Error::io(format!("namespace {name:?} of {location} cannot be created"), error)
         })?;
-        folder::create(root_folder, &self.root, &namespace)?;
+        folder::create(root_folder, &self.location, &namespace)?;
         Ok(Self { namespace, ..self.clone() })
     }
 
@@ -152,14 +153,14 @@ impl SnapshotWriter {
     /// [`Error::is_io`] where there is none of that name.
     pub fn namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
-        folder::open(&self.root, namespace.as_str())?;
+        folder::open(&self.location, namespace.as_str())?;
         Ok(Self { namespace, ..self.clone() })
     }
 
-    /// The snapshot's folder, absolute.
+    /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
-    pub fn root(&self) -> &Path {
-        &self.root
+    pub fn location(&self) -> &Path {
+        &self.location
     }
 
     /// The namespace written into: names joined with `/`, empty at the root.
@@ -191,22 +192,22 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    pub(crate) fn create_at(&self, root: PathBuf) -> Result<SnapshotWriter> {
-        folder::create_root(&root, &root)?;
-        self.write_at(root)
+    pub(crate) fn create_at(&self, location: PathBuf) -> Result<SnapshotWriter> {
+        folder::create_root(&location, &location)?;
+        self.write_at(location)
     }
 
-    /// The same in an empty folder of ours, which goes where this fails.
-    pub(crate) fn write_at(&self, root: PathBuf) -> Result<SnapshotWriter> {
+    /// Writes the key metadata into an empty directory of ours, which is removed if this fails.
+    pub(crate) fn write_at(&self, location: PathBuf) -> Result<SnapshotWriter> {
         if let Some((_, wrapped)) = &self.payload {
-            key_metadata::write(&root, wrapped).inspect_err(|_| {
+            key_metadata::write(&location, wrapped).inspect_err(|_| {
                 // Ours and empty but for what was just being written; an error here would hide the cause.
-                let _ = std::fs::remove_file(root.join(KEY_METADATA));
-                let _ = std::fs::remove_dir(&root);
+                let _ = std::fs::remove_file(location.join(KEY_METADATA));
+                let _ = std::fs::remove_dir(&location);
             })?;
         }
         Ok(SnapshotWriter {
-            root,
+            location,
             namespace: SnapshotPath::default(),
             data_key: self.payload.as_ref().map(|(payload, _)| payload.data_key().clone()),
             threads: self.threads,
@@ -232,42 +233,48 @@ impl SnapshotWriter {
 }
 
 impl SnapshotOptions {
-    /// Creates a snapshot at `root`, as [`SnapshotWriter::new`].
+    /// Creates a snapshot in place: it is visible at `location` from the start, whether or not it is ever finished.
+    ///
+    /// Use [`SnapshotOptions::create`] for a snapshot that is complete or absent. A snapshot created in place is not
+    /// sealed; [`SnapshotOptions::seal`] seals it.
     ///
     /// # Errors
     ///
-    /// As there, and [`Error::is_invalid_argument`] for a thread count of zero.
-    pub fn create(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        self.create_interruptible(root, &mut || Ok(()))
+    /// [`Error::is_io`] if something exists at `location` or the parent directory does not exist,
+    /// [`Error::is_invalid_argument`] if an option is not allowed, and [`Error::is_key_unavailable`] if the data key
+    /// cannot be wrapped. After an error nothing is left behind.
+    pub fn create_in_place(&self, location: impl AsRef<Path>) -> Result<SnapshotWriter> {
+        self.create_in_place_interruptible(location, &mut || Ok(()))
     }
 
-    /// [`SnapshotOptions::create`], which may be interrupted.
-    pub(crate) fn create_interruptible(
+    /// Creates a snapshot as [`SnapshotOptions::create_in_place`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn create_in_place_interruptible(
         &self,
-        root: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
-        let root = folder::absolute(root.as_ref())?;
-        self.prepare(&root, false, interrupt)?.create_at(root)
+        let location = folder::absolute(location.as_ref())?;
+        self.prepare(&location, false, interrupt)?.create_at(location)
     }
 
-    /// Does all that comes before anything is created for a snapshot at `root`.
+    /// Does all that comes before anything is created for a snapshot at `location`.
     pub(crate) fn prepare(
         &self,
-        root: &Path,
+        location: &Path,
         staged: bool,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Prepared> {
         let threads = threads::resolve(self.threads)?;
         let wrapper = self.credentials.wrapper()?;
         // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
-        folder::check_new(root)?;
+        folder::check_new(location)?;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate(staged)?;
             let wrapped = wrapper.wrap(&payload, interrupt);
             wipe_stack();
-            let wrapped = wrapped
-                .map_err(|error| error.context(format!("cannot create the encrypted snapshot {}", root.display())))?;
+            let wrapped = wrapped.map_err(|error| {
+                error.context(format!("cannot create the encrypted snapshot {}", location.display()))
+            })?;
             Some((payload, wrapped))
         } else {
             None
@@ -275,14 +282,14 @@ impl SnapshotOptions {
         Ok(Prepared { payload, threads, format: self.format.unwrap_or_default(), staged })
     }
 
-    /// Opens the snapshot at `root` to add fragments and namespaces to it, with the key it was written with. A key implies
-    /// that it must be encrypted.
+    /// Opens the snapshot at `location` to add fragments and namespaces to it, with the key that it was written with. A
+    /// key implies that the snapshot must be encrypted.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;
     /// # let path = folder.path().join("vm1");
     /// let options = vmsnap::SnapshotOptions::new().key(vmsnap::SecretKey::generate()?);
-    /// options.create(&path)?.add_namespace("cpu")?.write_fragment("clock", &12_u64)?;
+    /// options.create_in_place(&path)?.add_namespace("cpu")?.write_fragment("clock", &12_u64)?;
     /// options.append(&path)?.namespace("cpu")?.write_fragment("timer", &13_u64)?;
     /// assert_eq!(options.open(&path)?.namespace("cpu")?.list_fragments()?, ["clock", "timer"]);
     /// # Ok::<(), vmsnap::Error>(())
@@ -290,26 +297,25 @@ impl SnapshotOptions {
     ///
     /// # Errors
     ///
-    /// As [`SnapshotOptions::open`], and [`Error::is_unsupported_format`] where the snapshot has a manifest: a sealed
-    /// snapshot does not change any more.
-    pub fn append(&self, root: impl AsRef<Path>) -> Result<SnapshotWriter> {
-        self.append_interruptible(root, &mut || Ok(()))
+    /// [`Error::is_sealed`] if the snapshot is sealed, and the errors of [`SnapshotOptions::open`].
+    pub fn append(&self, location: impl AsRef<Path>) -> Result<SnapshotWriter> {
+        self.append_interruptible(location, &mut || Ok(()))
     }
 
     pub(crate) fn append_interruptible(
         &self,
-        root: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        let payload = key_metadata::unlock(&root, self, interrupt)?;
-        lock::check_unsealed(&root, &folder::open(&root, "")?)?;
+        let location = folder::absolute(location.as_ref())?;
+        let payload = key_metadata::unlock(&location, self, interrupt)?;
+        lock::check_unsealed(&location, &folder::open(&location, "")?)?;
         if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
-            return Err(open_manifest::incomplete(&root));
+            return Err(open_manifest::incomplete(&location));
         }
         Ok(SnapshotWriter {
-            root,
+            location,
             namespace: SnapshotPath::default(),
             data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
@@ -322,7 +328,7 @@ impl SnapshotOptions {
 impl fmt::Debug for SnapshotWriter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SnapshotWriter")
-            .field("root", &self.root)
+            .field("location", &self.location)
             .field("namespace", &self.namespace.as_str())
             .field("encrypted", &self.is_encrypted())
             .finish_non_exhaustive()

@@ -1,4 +1,4 @@
-"""A process whose memory is known: what several test modules dump."""
+"""A process with known memory, which several test modules dump."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def serve():
         fcntl.ioctl(uffd, 0xC028AA03, bytearray(copy))
 threading.Thread(target=serve, daemon=True).start()
 """
-# Pages 3 and 4 are guards (MADV_GUARD_INSTALL), one of them over what was there before.
+# Pages 3 and 4 are guards (MADV_GUARD_INSTALL), one of them where pages existed before.
 GUARDED = (
     ANONYMOUS
     + """

@@ -15,7 +15,7 @@ def write_private(path: Path, content: bytes) -> Path:
 def run(
     *arguments: str | Path | int, status: int = 0, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `vmsnap` in pipes and hold it to an exit status; what it prints has no escape code and no traceback."""
+    """Run `vmsnap` in pipes and check its exit status. Its output must not contain an escape code or a traceback."""
     command = [sys.executable, "-m", "vmsnap", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, cwd=cwd, env=os.environ | (env or {}), check=False, timeout=300)
     assert done.returncode == status, done.stderr.decode()

@@ -1,4 +1,4 @@
-"""What all tests share.
+"""Fixtures and checks that all tests share.
 
 A test that lacks something optional says so with `pytest.skip(reason)`. Where VMSNAP_REQUIRE_ALL=1 is set, as in CI,
 nothing may be missing: every skip, of one test or of a whole module, becomes a failure that names its reason.
@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("vmsnap")
 
 @pytest.fixture(scope="session", autouse=True)
 def no_identity(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
-    """Return the folder for settings, in which no test finds the identity of whoever runs it, nor makes one."""
+    """Return a directory for settings, so that no test finds or creates the identity of the user."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE", "CREDENTIALS_DIRECTORY"):
@@ -62,17 +62,17 @@ def encrypted_place(tmp_path: Path, key: bytes) -> Place:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder `shared` beside the checkout: known answers and other files that several programs test with."""
+    """The directory `shared` beside the checkout: known answers and other files that several programs test with."""
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("there is no folder `shared` beside the checkout")
+        pytest.skip("there is no directory `shared` beside the checkout")
     return folder
 
 
 @pytest.fixture(scope="session")
 def guest_ram() -> Path:
     """The memory of a real Linux guest: a sparse file of 1 GiB, made where it is not there, that no test may change."""
-    # Only here: it needs what only QEMU's tests need.
+    # Imported here, because it needs packages that only the tests of QEMU need.
     from guest_ram import made
 
     return made()

@@ -1,4 +1,4 @@
-"""Encrypted files made by hand, from docs/format.md alone: what vmsnap has to read, and what it has to refuse.
+"""Encrypted files made by hand, from docs/format.md alone: files that vmsnap must read, and files that it must refuse.
 
 The opposite of examples/readers/python, and as independent of the library.
 """

@@ -31,7 +31,7 @@ CACHE = Path(__file__).resolve().parents[1] / "target/guest"
 HELD = pattern(8 * MIB, seed=8)
 HELD_DIGEST = hashlib.sha256(HELD).hexdigest()
 
-# What a guest on a busy machine may take for anything, in seconds; a guest that hangs fails its test after that.
+# The limit for any step of a guest on a busy machine, in seconds. A test fails if its guest takes longer.
 PATIENCE = 120
 
 _INIT = """#!/bin/busybox sh
@@ -60,7 +60,7 @@ def need_qemu() -> None:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Wait until nobody else makes what has that name in the cache, and keep others from it meanwhile."""
+    """Hold the lock of a name in the cache, so that only one process creates that file at a time."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / f"{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -121,7 +121,7 @@ def busybox() -> Path:
 
 @functools.cache
 def initramfs(random_mib: int = 0) -> Path:
-    """Return an archive with the init, and with what it is to hold; or which makes as many MiB of noise to hold."""
+    """Return an archive with the init and the data for it to hold, or with an init that creates MiB of noise."""
     noise = f"/bin/busybox dd if=/dev/urandom of=/held bs=1M count={random_mib}" if random_mib else ""
     path = CACHE / f"initramfs-{random_mib}"
     write_initramfs(path, _INIT.replace("NOISE", noise), held=b"" if random_mib else HELD)
@@ -188,7 +188,7 @@ class Console:
         return self.boot_from(initramfs(random_mib))
 
     def boot_from(self, initrd: Path, parameters: str = "") -> list[str]:
-        """Return the options for a QEMU with Debian's kernel and what is in an initramfs."""
+        """Return the options for a QEMU with the kernel of Debian and an initramfs."""
         return [
             *("-serial", f"pipe:{self.path}"),
             *("-kernel", str(kernel()), "-initrd", str(initrd)),

@@ -90,7 +90,7 @@ def _files() -> bytes:
 
 
 def _recipe() -> str:
-    """Return what tells one image from another."""
+    """Return a digest that differs between images."""
     return hashlib.sha256(f"{kernel().name} {SIZE} {PARAMETERS} {_INIT}".encode()).hexdigest()
 
 
@@ -156,7 +156,7 @@ def data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def _copied(source: io.BufferedReader, copy: io.BufferedWriter) -> dict[str, object]:
-    """Copy a sparse file; returns what there is to say of it."""
+    """Copy a sparse file, and return a description of it."""
     size, at = os.fstat(source.fileno()).st_size, 0
     copy.truncate(size)
     ranges = list(data_ranges(source.fileno()))

@@ -1,4 +1,4 @@
-"""Types whose annotations are texts until somebody asks, and one that names what is not there."""
+"""Types whose annotations are evaluated later, and one whose annotation names an undefined type."""
 
 from __future__ import annotations
 

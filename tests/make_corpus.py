@@ -1,13 +1,13 @@
-"""Writes tests/corpus: snapshots of every kind, sound and damaged, and what a reader in any language must make of each.
+"""Write tests/corpus: snapshots of every kind, sound and damaged, with the result that every reader must have for each.
 
     make corpus
 
-The snapshots are in an archive, for not every file system and tool keeps what some of them are about: folders with
-nothing in them, pipes, links, names that are not UTF-8.
+The snapshots are in an archive, because some file systems and tools do not keep empty directories, pipes, links, or
+names that are not UTF-8.
 
-What is sound is written by vmsnap, what is damaged is that with a change, and what vmsnap would never write is sealed
-by hand (`floe`). Keys, IVs and nonces are random, so the files differ from run to run; `index.json` does not, and is
-what docs/errors.md and docs/format.md promise, not what some reader gave.
+vmsnap writes the sound snapshots. Damaged ones are copies with a change. Snapshots that vmsnap would never write are
+encrypted by hand (`floe`). Keys, IVs and nonces are random, so the files differ from run to run. `index.json` does not
+differ: it has the results that docs/errors.md and docs/format.md promise, not those of some reader.
 """
 
 import json
@@ -22,7 +22,7 @@ CORPUS = Path(__file__).resolve().parent / "corpus"
 
 
 def make(folder: Path) -> dict[str, Any]:
-    """Make the snapshots in a folder; return the index."""
+    """Create the snapshots in a directory, and return the index."""
     corpus = Corpus(folder)
     for add in PARTS:
         add(corpus)

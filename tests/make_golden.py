@@ -1,9 +1,9 @@
-"""Writes the golden snapshots of this version, once; what they hold, and how that is told in expected.json.
+"""Write the golden snapshots of this version, once, with their contents in expected.json.
 
     python tests/make_golden.py
 
-makes ``tests/golden/<version>/`` with the vmsnap that is installed. What was released is never made again: later
-versions go on reading it (`test_golden.py`), and have a folder of their own where they write something new.
+creates ``tests/golden/<version>/`` with the installed vmsnap. Golden snapshots of a release are never written again:
+later versions must read them (`test_golden.py`), and get a directory of their own if they write something new.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ class Mask:
     unwrap = wrap
 
 
-#: What `rekey` is told, and what opens what it makes then.
+#: Arguments of `rekey`, and the arguments that open the snapshot afterwards.
 WRAPPINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "age": ({"recipients": vmsnap.recipients_of(IDENTITY)}, {"identities": IDENTITY}),
     "passphrase": ({"new_passphrase": PASSPHRASE}, {"passphrase": PASSPHRASE}),
@@ -116,7 +116,7 @@ class Vcpu:
 
 @dataclass(frozen=True)
 class Value:
-    """What is written, and what is read in each format; None where it cannot be written."""
+    """A written value, and the value read in each format; None if the format cannot express it."""
 
     written: Any
     cbor: Any
@@ -204,7 +204,7 @@ VALUES = {
 def described(value: Any) -> Any:
     """Return a value that was read in JSON's terms, where every two that are not the same differ.
 
-    What JSON has not is an object with one key that begins with ``$``.
+    A value that JSON cannot express is an object with one key that begins with ``$``.
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -237,7 +237,7 @@ def described(value: Any) -> Any:
 
 
 def written_values(format: str) -> dict[str, tuple[Any, Any]]:
-    """By name, what is written and what is read, of the values that a format has."""
+    """Return the written and the read values that a format can express, by name."""
     return {
         name: (value.written, getattr(value, format))
         for name, value in VALUES.items()
@@ -246,7 +246,7 @@ def written_values(format: str) -> dict[str, tuple[Any, Any]]:
 
 
 def make(root: Path, golden: Golden) -> dict[str, Any]:
-    """Write a snapshot; return what expected.json says of it."""
+    """Write a snapshot, and return its entry for expected.json."""
     fragments: dict[str, Any] = {}
 
     def raw(writer: vmsnap.SnapshotWriter, name: str, data: bytes, chunk_size_bytes: int = 4096) -> None:
@@ -304,7 +304,7 @@ def as_text(expected: dict[str, Any]) -> str:
 def main() -> None:
     folder = GOLDEN / vmsnap.__version__
     if folder.exists():
-        sys.exit(f"{folder} exists: what was released stays as it is")
+        sys.exit(f"{folder} exists: golden snapshots are never written again")
     folder.mkdir(parents=True)
     expected = {
         "values": {

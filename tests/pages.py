@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# `vmsnap` and `python3` are those of the environment that the tests run in.
+# `vmsnap` and `python3` come from the environment that the tests run in.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -40,14 +40,14 @@ def shell(script: str, folder: Path, status: int = 0) -> subprocess.CompletedPro
 
 
 def python(script: str, folder: Path) -> str:
-    """Run blocks in Python; returns what they print."""
+    """Run blocks in Python, and return their output."""
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def at_a_terminal(script: str, folder: Path, answers: list[str]) -> str:
-    """Run a line of sh on a terminal of its own, and type an answer at each prompt; returns what it printed."""
+    """Run a line of sh on a terminal of its own, type an answer at each prompt, and return the output."""
     child, terminal = pty.fork()
     if not child:
         os.chdir(folder)
@@ -56,7 +56,7 @@ def at_a_terminal(script: str, folder: Path, answers: list[str]) -> str:
     try:
         while piece := _typed_on(terminal):
             printed += piece
-            # What is typed before a prompt has been shown is thrown away.
+            # Input typed before a prompt has been shown is discarded.
             if left and printed.endswith(b": "):
                 os.write(terminal, left.pop(0).encode() + b"\n")
     finally:

@@ -1,8 +1,8 @@
-"""A model of a disk that loses its power: it forgets what POSIX lets it forget, and nothing else.
+"""A model of a disk after a power failure: it loses the changes that POSIX allows it to lose, and nothing else.
 
-Syncing a file keeps what was written to it until then, syncing a folder the names in it. Of everything else each
-operation may have reached the disk or not, whatever became of those before it; of a write there may be the length
-alone, or half.
+A sync of a file keeps all earlier writes to it, and a sync of a directory keeps the names in it. Any other operation
+may have reached the disk or not, independently of earlier ones. A write may have changed only the length of the file,
+or only half of the bytes.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# What strace has to record for it, and how: with paths, and every byte in hex.
+# Options of strace: the system calls to record, with paths, and every byte in hexadecimal.
 STRACE = [
     "-y",
     "-xx",
@@ -64,14 +64,14 @@ class Sync:
 
 Operation = Make | Write | Mode | Rename | Remove | Sync
 
-# Paths from the folder: contents and mode, none for folders.
+# Relative paths, with contents and mode; None for a directory.
 Tree = dict[bytes, tuple[bytes, int] | None]
 
 ROOT = 0
 
 
 class Disk:
-    """What is on it after some operations."""
+    """The contents of the disk after some operations."""
 
     def __init__(self, operations: Iterable[Operation] = ()) -> None:
         self.names: dict[int, dict[bytes, int]] = {ROOT: {}}
@@ -97,7 +97,7 @@ class Disk:
                 self.modes[inode] = mode
             case Rename(folder, old, new):
                 names = self.names.setdefault(folder, {})
-                if old in names:  # else what made it was forgotten
+                if old in names:  # else the operation that created it was lost
                     names[new] = names.pop(old)
             case Remove(folder, name):
                 self.names.setdefault(folder, {}).pop(name, None)
@@ -126,7 +126,7 @@ def _unhex(text: str) -> bytes:
 
 
 def recorded_operations(log: str, folder: Path) -> list[Operation]:
-    """Read what strace recorded of one process without threads, as far as it happened below a folder."""
+    """Read the strace record of a process without threads, limited to operations below a directory."""
     top = bytes(folder)
     disk = Disk()
     operations: list[Operation] = []
@@ -187,10 +187,10 @@ def _variants(operation: Operation) -> list[Operation | None]:
 
 
 def after_power_loss(done: Sequence[Operation], most: int) -> Iterator[Tree]:
-    """List what may be on the disk if the power fails after these operations.
+    """List the possible contents of the disk if the power fails after these operations.
 
-    All combinations, if they are no more than `most`; otherwise all or nothing of what was not synced, but for one
-    operation.
+    These are all combinations, if there are at most `most`. Otherwise all or none of the operations that were not
+    synced have reached the disk, except for one.
     """
     synced: set[int] = set()
     loose = []
@@ -223,7 +223,7 @@ def after_power_loss(done: Sequence[Operation], most: int) -> Iterator[Tree]:
 
 
 def put(tree: Tree, folder: Path) -> None:
-    """Make the files and folders of `tree` below a folder that is there."""
+    """Create the files and directories of `tree` below an existing directory."""
     for path, held in tree.items():
         place = folder / path.decode()
         if held is None:

@@ -1,4 +1,4 @@
-"""The readers in examples/readers, built and run: what each makes of a snapshot, in the terms of the corpus' index.
+"""Build and run the readers in examples/readers, with the result of each in the terms of the index of the corpus.
 
 As a program, run with vmsnap installed, prints the table of all cases and readers.
 """
@@ -35,19 +35,19 @@ class UnavailableError(Exception):
 
 
 def unpack_corpus(folder: Path) -> Path:
-    """Return the folder with all snapshots of the corpus."""
+    """Return the directory with all snapshots of the corpus."""
     # By the program: tarfile before 3.11.4 and after differ in how they are told to keep links and pipes.
     subprocess.run(["tar", "-xzf", CORPUS / "snapshots.tar.gz", "-C", folder], check=True)
     return folder / "snapshots"
 
 
 def expected(case: Mapping[str, Any]) -> Result:
-    """What a reader has to make of a case."""
+    """Return the result that a reader must have for a case."""
     return {key: case[key] for key in ("result", "memory") if key in case}
 
 
 def unescaped(path: str) -> str:
-    """A path as it was before a reader escaped what a terminal would obey."""
+    """Return a path as it was before a reader escaped control characters."""
     head, *rest = path.split("\\u")
     return head + "".join(chr(int(part[:4], 16)) + part[4:] for part in rest)
 
@@ -57,7 +57,7 @@ def unescaped(path: str) -> str:
 
 @dataclass(frozen=True)
 class Program:
-    """A reader that is a program: its command, and what it takes beside a raw key, with the option for it."""
+    """A reader that is a program: its command, and its options for other keys than a raw one."""
 
     name: str
     command: tuple[str, ...]
@@ -70,7 +70,7 @@ class Program:
         return done
 
     def open_with(self, case: Mapping[str, Any], folder: Path) -> list[str | Path]:
-        """The options that open a case; of a kind that it has not, a key in vain."""
+        """Return the options that open a case. For a kind of key without an option, it is a wrong raw key."""
         content, option = case.get("key"), "--key-file"
         for kind in ("identity", "passphrase", "key_provider"):
             if kind in case:
@@ -89,7 +89,7 @@ class Program:
         return all(kind in self.credentials for kind in ("identity", "passphrase", "key_provider") if kind in case)
 
     def result(self, root: Path, case: Mapping[str, Any], folder: Path) -> Result:
-        """What it makes of a case."""
+        """Return the result of the program for a case."""
         options = self.open_with(case, folder)
         done = self.run(root, *options, "check")
         error = self._error(done)
@@ -132,7 +132,7 @@ class Program:
         return {"error": kinds[0]} if kinds else None
 
 
-#: What tools that fetch packages print where they reach nobody.
+#: Errors of tools that fetch packages, without a network.
 OFFLINE = (
     *("dial tcp", "proxyconnect", "no such host", "i/o timeout", "connection refused"),  # Go
     *("Could not transfer", "Unknown host", "Connection refused", "Network is unreachable"),  # Maven
@@ -177,7 +177,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def _copied(name: str) -> Path:
-    """A copy of a reader's sources to build in, which keeps what was built there before, and nothing else."""
+    """Return a copy of the sources of a reader to build in. It keeps earlier build results, and nothing else."""
     built = ("target", "node_modules")
     (BUILT / name).mkdir(parents=True, exist_ok=True)
     for entry in (BUILT / name).iterdir():
@@ -217,7 +217,7 @@ def _node() -> Program:
 
 
 def _python() -> Program:
-    # -E and -s: nothing but the packages of this Python, and the folder of the program.
+    # -E and -s: only the packages of this Python, and the directory of the program.
     return Program("python", (sys.executable, "-E", "-s", str(READER_PROGRAM)), {})
 
 
@@ -244,7 +244,7 @@ def _kind(error: Exception) -> str:
 
 
 def library_credentials(case: Mapping[str, Any]) -> dict[str, Any]:
-    """What opens a case, as vmsnap takes it."""
+    """Return the keyword arguments that open a case in vmsnap."""
     if "key_provider" in case:
         return {"key_provider": Mask()}
     if "identity" in case:
@@ -255,7 +255,7 @@ def library_credentials(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def library_result(root: Path, case: Mapping[str, Any], folder: Path) -> Result:
-    """What vmsnap makes of a case."""
+    """Return the result of vmsnap for a case."""
     try:
         found = all_fragments(vmsnap.SnapshotReader(root, **library_credentials(case)))
     except (vmsnap.VmsnapError, OSError) as error:
@@ -293,12 +293,12 @@ def _library_restored(root: Path, case: Mapping[str, Any], namespace: str, into:
 
 
 def expected_of(program: Program, case: Mapping[str, Any]) -> Result:
-    """What a program has to make of a case: where it cannot open such keys at all, that it is not supported."""
+    """Return the result that a program must have for a case: "unsupported" for a key that it cannot use."""
     return expected(case) if program.knows(case) else {"result": {"error": "unsupported"}}
 
 
 def results_of(program: Program, snapshots: Path, folder: Path) -> dict[str, Result | Exception]:
-    """What a program makes of every case, by its name."""
+    """Return the results of a program for all cases, by name."""
 
     def one(name: str) -> Result | Exception:
         try:

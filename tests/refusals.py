@@ -69,7 +69,7 @@ def _check(expected: Row, exception: str, number: int | None, text: str, message
 
 @contextmanager
 def refused(row_name: str, message: str, folder: Path) -> Iterator[None]:
-    """The block raises exactly what the row says, with `message` in its text, and changes nothing in `folder`.
+    """Expect exactly the exception of the row from the block, with `message` in its text, and no change in `folder`.
 
     `message` is a regular expression.
     """
@@ -86,7 +86,7 @@ def refused(row_name: str, message: str, folder: Path) -> Iterator[None]:
 def refused_elsewhere(
     row_name: str, message: str, folder: Path, script: str, *arguments: object, **environment: str
 ) -> str:
-    """The script, in a process of its own, raises exactly what the row says; returns what it printed.
+    """Expect exactly the exception of the row from a script in a process of its own, and return its output.
 
     `message` is a regular expression, and nothing in `folder` may change.
     """

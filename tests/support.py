@@ -1,4 +1,4 @@
-"""What several test modules use: known bytes, places for snapshots, a folder's state to compare, other processes."""
+"""Helpers of several test modules: known bytes, places for snapshots, the state of a directory, other processes."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ def pattern(length: int, seed: int = 0) -> bytes:
 
 
 def stored_size(length: int, chunk_size_bytes: int | None) -> int:
-    """Bytes of the file of a fragment: header, what was written, and an overhead for each of at least one segment."""
+    """Return the size of the file of a fragment: header, plaintext, and the overhead of at least one segment."""
     if chunk_size_bytes is None:
         return length
     return HEADER_BYTES + length + SEGMENT_OVERHEAD_BYTES * max(1, -(-length // chunk_size_bytes))
@@ -40,7 +40,7 @@ def segment_offset(index: int, chunk_size_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a snapshot is, or is to be, and its key; without one it is plain."""
+    """The location of a snapshot that exists or will exist, and its key. Without a key it is plain."""
 
     location: Path
     key: bytes | None
@@ -52,19 +52,19 @@ class Place:
         return vmsnap.SnapshotReader(self.location, key=self.key, threads=threads)
 
     def file(self, path: str) -> Path:
-        """Return the file that holds a fragment, or what is beside the fragments."""
+        """Return the file of a fragment, or another file of the snapshot."""
         return self.location / path
 
     def stored(self, path: str) -> bytes:
-        """Return what is stored of a fragment, or of what is beside the fragments."""
+        """Return the contents of the file of a fragment, or of another file of the snapshot."""
         return self.file(path).read_bytes()
 
     def store(self, path: str, content: bytes | bytearray) -> None:
-        """Replace what is stored."""
+        """Replace the contents of a file."""
         self.file(path).write_bytes(content)
 
     def damage(self, path: str, at: int, bit: int = 0) -> None:
-        """Flip one bit of what is stored, in the byte at `at`. A second call repairs it."""
+        """Flip one bit of a file, in the byte at `at`. A second call repairs it."""
         changed = bytearray(self.stored(path))
         changed[at] ^= 1 << bit
         self.store(path, changed)
@@ -98,7 +98,7 @@ def read(reader: vmsnap.SnapshotReader, name: str) -> bytes:
 
 
 def let_others_in(path: Path) -> None:
-    """Let other users through to a path of pytest's, however deep that is."""
+    """Let other users access a path below a directory of pytest."""
     for parent in path.parents:
         if parent == Path(tempfile.gettempdir()):
             break
@@ -109,7 +109,7 @@ Entry = tuple[int, int, bytes]
 
 
 def tree(folder: Path) -> dict[str, Entry]:
-    """Everything below a folder: kind and mode, inode, and contents or the link's target. Opens regular files only."""
+    """Return the tree below a directory: kind, mode, inode, and contents or link target. Opens only regular files."""
     entries: dict[str, Entry] = {}
     for place, folders, files in os.walk(folder):
         for name in folders + files:
@@ -135,7 +135,7 @@ def run_python(script: str, *arguments: object, **environment: str) -> subproces
 
 
 def run_python_well(script: str, *arguments: object, **environment: str) -> str:
-    """Run a script that has to succeed; returns what it printed."""
+    """Run a script that must succeed, and return its output."""
     result = run_python(script, *arguments, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout

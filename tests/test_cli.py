@@ -53,7 +53,7 @@ class Victim:
         return self.child.stdout.readline()
 
     def answers(self) -> bool:
-        """Whether it runs, as its state says and as it shows; a stopped one is not asked, for it would never answer."""
+        """Return whether the process runs, by its state and by its answer. A stopped one would never answer."""
         assert self.child.stdin is not None
         if self.state() in "Tt":
             return False
@@ -83,14 +83,14 @@ def victim() -> Iterator[Victim]:
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Path:
-    """A raw RAM file, of a length that is no multiple of anything."""
+    """A raw RAM file, of a length that is not a multiple of anything."""
     path = tmp_path / "ram.bin"
     path.write_bytes(os.urandom(2 * MIB + 4321))
     return path
 
 
 def listing(*arguments: str | Path) -> dict[str, int]:
-    """What `vmsnap ls` prints into a pipe."""
+    """Return the output of `vmsnap ls` in a pipe."""
     lines = run("ls", *arguments).stdout.decode().splitlines()
     return {path: int(size) for path, size in (line.split("\t") for line in lines)}
 
@@ -129,7 +129,7 @@ def test_chunk_size_and_threads_reach_the_library(tmp_path: Path, ram: Path, key
 def test_every_mapping_of_a_process_equals_its_memory(
     tmp_path: Path, victim: Victim, key_file: Path, key: bytes
 ) -> None:
-    victim.stop()  # so that what is compared afterwards is what was dumped
+    victim.stop()  # so that its memory does not change after the dump
     run("dump-process", victim.pid, tmp_path / "vm", "--key-file", key_file)
     snapshot = vmsnap.SnapshotReader(tmp_path / "vm", True, key=key)
     with snapshot.raw_fragment("maps") as fragment:
@@ -215,7 +215,7 @@ def test_a_signal_during_a_copy_leaves_nothing(tmp_path: Path, number: signal.Si
         "ns/ram",
         "--create",
     ]
-    # Whoever runs the tests in the background has these signals ignored, and children inherit that.
+    # These signals are ignored if the tests run in the background, and children inherit that.
     heed = functools.partial(signal.signal, number, signal.SIG_DFL)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as put:
         with open(tmp_path / "endless", "wb", buffering=0) as pipe:

@@ -46,14 +46,14 @@ def json_of(*arguments: str | Path | int) -> Any:
 
 
 def shown(writer: vmsnap.SnapshotWriter, value: object, *options: str) -> str:
-    """What `vmsnap show` makes of a value."""
-    name = f"value {len(os.listdir(writer.root))}"
+    """Return the output of `vmsnap show` for a value."""
+    name = f"value {len(os.listdir(writer.path))}"
     writer.write_fragment(name, value)
-    return text_of("show", writer.root, name, *options)
+    return text_of("show", writer.path, name, *options)
 
 
 def screen(columns: int, *arguments: str | Path) -> str:
-    """What a terminal of so many columns is sent, without colours."""
+    """Return the output on a terminal of so many columns, without colours."""
     parent, child = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm-256color"}
     with subprocess.Popen(
@@ -107,8 +107,8 @@ def test_ls_of_a_namespace_lists_that_one_by_full_paths(place: Place, key_file: 
 
 def test_a_plain_snapshot_has_no_chunk_sizes(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "a", b"12")
-    assert re.fullmatch(rf"a\t2\t2\t-\t{TIME.pattern}\n", text_of("ls", plain.root, "-l"))
-    assert json_of("ls", plain.root)[0]["chunk_size_bytes"] is None
+    assert re.fullmatch(rf"a\t2\t2\t-\t{TIME.pattern}\n", text_of("ls", plain.path, "-l"))
+    assert json_of("ls", plain.path)[0]["chunk_size_bytes"] is None
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -116,7 +116,7 @@ def test_on_a_terminal_columns_line_up_and_long_paths_stay_whole(plain: vmsnap.S
     names = ["x" * 255, "世界" * 20, "[red]name", "short"]
     for name in names:
         write(plain, name, bytes(2000))
-    header, *lines = screen(columns, "ls", "-l", plain.root).splitlines()
+    header, *lines = screen(columns, "ls", "-l", plain.path).splitlines()
     assert header.split() == ["size", "stored", "chunk", "modified", "path"]
     assert [line[header.index("path") :] for line in lines] == sorted(names)
 
@@ -151,11 +151,11 @@ def test_tree_as_json_nests_objects(place: Place, key_file: Path) -> None:
 
 
 def test_an_empty_snapshot_is_shown_as_empty(plain: vmsnap.SnapshotWriter) -> None:
-    assert text_of("tree", plain.root) == f"{plain.root}  0 fragments, 0 bytes\n"
-    assert json_of("tree", plain.root) == {"name": "", "path": "", "fragments": [], "namespaces": []}
-    assert text_of("ls", "-l", plain.root) == ""
-    assert json_of("ls", plain.root) == []
-    assert "fragments\t0\n" in text_of("info", plain.root)
+    assert text_of("tree", plain.path) == f"{plain.path}  0 fragments, 0 bytes\n"
+    assert json_of("tree", plain.path) == {"name": "", "path": "", "fragments": [], "namespaces": []}
+    assert text_of("ls", "-l", plain.path) == ""
+    assert json_of("ls", plain.path) == []
+    assert "fragments\t0\n" in text_of("info", plain.path)
 
 
 def test_nothing_of_a_long_or_deep_tree_is_cut_off(plain: vmsnap.SnapshotWriter) -> None:
@@ -163,7 +163,7 @@ def test_nothing_of_a_long_or_deep_tree_is_cut_off(plain: vmsnap.SnapshotWriter)
     for level in range(100):
         namespace = namespace.add_namespace(f"level{level}")
     write(namespace, "x" * 255, b"")
-    for drawn in (text_of("tree", plain.root), screen(80, "tree", plain.root)):
+    for drawn in (text_of("tree", plain.path), screen(80, "tree", plain.path)):
         assert "─ level99/  1 fragment" in drawn
         assert "x" * 255 + "  0 bytes" in drawn
         assert all(len(line) < 800 for line in drawn.splitlines())
@@ -173,7 +173,7 @@ def test_nothing_of_a_long_or_deep_tree_is_cut_off(plain: vmsnap.SnapshotWriter)
 def test_a_long_name_goes_on_below_itself_on_a_terminal(plain: vmsnap.SnapshotWriter, columns: int) -> None:
     write(plain, "x" * 255, b"")
     write(plain, "世" * 80, b"")
-    text = screen(columns, "tree", plain.root)
+    text = screen(columns, "tree", plain.path)
     assert "\n├── " + "x" * (columns - 4) + "\n│   " + "x" * (columns - 4) + "\n" in text
     assert "\n└── " + "世" * (columns // 2 - 2) + "\n    世" in text
 
@@ -323,10 +323,10 @@ def test_show_as_json_keeps_to_what_is_documented(plain: vmsnap.SnapshotWriter) 
 def test_a_format_that_is_given_is_held_to(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "number", b"5")
     write(plain, "raw", b"\xff\xff")
-    assert text_of("show", plain.root, "number") == "-22\n"
-    assert text_of("show", plain.root, "number", "--format", "json") == "5\n"
-    assert '"raw"' in error_of(run("show", plain.root, "raw", "--format", "cbor", status=4))
-    assert b"cannot be combined with" in run("show", plain.root, "raw", "--format", "cbor", "--hex", status=2).stderr
+    assert text_of("show", plain.path, "number") == "-22\n"
+    assert text_of("show", plain.path, "number", "--format", "json") == "5\n"
+    assert '"raw"' in error_of(run("show", plain.path, "raw", "--format", "cbor", status=4))
+    assert b"cannot be combined with" in run("show", plain.path, "raw", "--format", "cbor", "--hex", status=2).stderr
 
 
 # show: bytes ---------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_format_that_is_given_is_held_to(plain: vmsnap.SnapshotWriter) -> None
 
 def test_bytes_are_shown_as_hexdump_does(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "raw", b"\xff" + bytes(range(0x40, 0x80)) + bytes(50))
-    assert text_of("show", plain.root, "raw") == (
+    assert text_of("show", plain.path, "raw") == (
         "00000000  ff 40 41 42 43 44 45 46  47 48 49 4a 4b 4c 4d 4e  |.@ABCDEFGHIJKLMN|\n"
         "00000010  4f 50 51 52 53 54 55 56  57 58 59 5a 5b 5c 5d 5e  |OPQRSTUVWXYZ[\\]^|\n"
         "00000020  5f 60 61 62 63 64 65 66  67 68 69 6a 6b 6c 6d 6e  |_`abcdefghijklmn|\n"
@@ -345,10 +345,10 @@ def test_bytes_are_shown_as_hexdump_does(plain: vmsnap.SnapshotWriter) -> None:
         "00000070  00 00 00                                          |...|\n"
         "00000073\n"
     )
-    part = run("show", plain.root, "raw", "--offset", 65, "--size", 9)
+    part = run("show", plain.path, "raw", "--offset", 65, "--size", 9)
     assert part.stdout.splitlines()[0] == (b"00000041  00 00 00 00 00 00 00 00  00                       |.........|")
     assert part.stderr == b"vmsnap: 41 more bytes: --offset 74 shows the next ones, --size N more at once\n"
-    assert run("show", plain.root, "raw", "--offset", 200).stdout == b""
+    assert run("show", plain.path, "raw", "--offset", 200).stdout == b""
 
 
 def test_of_many_bytes_the_first_are_shown_and_how_to_see_more(place: Place, key_file: Path) -> None:
@@ -369,17 +369,17 @@ def test_bytes_as_json_tell_where_they_are(place: Place, key_file: Path) -> None
 
 def test_a_large_value_is_shown_where_its_format_is_given(plain: vmsnap.SnapshotWriter) -> None:
     plain.write_fragment("large", b"x" * (17 * MIB))
-    assert text_of("show", plain.root, "large").startswith("00000000  5a 01 10 00 00 78")
-    assert text_of("show", plain.root, "large", "--format", "cbor").startswith("17825792 bytes\n")
+    assert text_of("show", plain.path, "large").startswith("00000000  5a 01 10 00 00 78")
+    assert text_of("show", plain.path, "large", "--format", "cbor").startswith("17825792 bytes\n")
 
 
 def test_a_large_fragment_is_not_read_whole_to_be_shown(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "ram", b"")
-    os.truncate(plain.root / "ram", 1 << 40)
-    done = run("show", plain.root, "ram")
+    os.truncate(plain.path / "ram", 1 << 40)
+    done = run("show", plain.path, "ram")
     assert done.stdout == b"00000000" + b"  00 00 00 00 00 00 00 00" * 2 + b"  |................|\n*\n00001000\n"
     assert b"longer than 16 MiB" in done.stderr
-    far = run("show", plain.root, "ram", "--offset", 1 << 39, "--size", 1).stdout.decode()
+    far = run("show", plain.path, "ram", "--offset", 1 << 39, "--size", 1).stdout.decode()
     assert far.splitlines()[1] == f"{(1 << 39) + 1:x}"
 
 
@@ -415,11 +415,11 @@ def test_a_name_that_is_left_out_is_the_other_one(place: Place, image: Path, key
 
 
 def test_put_reads_standard_input(plain: vmsnap.SnapshotWriter) -> None:
-    command = [sys.executable, "-m", "vmsnap", "put", "-", plain.root, "in"]
+    command = [sys.executable, "-m", "vmsnap", "put", "-", plain.path, "in"]
     subprocess.run(command, input=pattern(5000), check=True)
-    assert (plain.root / "in").read_bytes() == pattern(5000)
-    assert b"name the fragment" in run("put", "-", plain.root, status=2).stderr
-    assert b"name the fragment" in run("put", "-", plain.root, "ns/", status=2).stderr
+    assert (plain.path / "in").read_bytes() == pattern(5000)
+    assert b"name the fragment" in run("put", "-", plain.path, status=2).stderr
+    assert b"name the fragment" in run("put", "-", plain.path, "ns/", status=2).stderr
 
 
 def test_put_never_overwrites_a_fragment(place: Place, image: Path, key_file: Path) -> None:
@@ -476,7 +476,7 @@ def test_options_that_do_not_apply_are_refused(place: Place, image: Path, tmp_pa
 def test_a_closed_standard_output_is_an_error(plain: vmsnap.SnapshotWriter, command: str) -> None:
     write(plain, "sda", b"x")
     done = subprocess.run(
-        ["sh", "-c", f"'{sys.executable}' -m vmsnap {command} '{plain.root}' >&-"], capture_output=True, text=True
+        ["sh", "-c", f"'{sys.executable}' -m vmsnap {command} '{plain.path}' >&-"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (1, "vmsnap: error: standard output is closed\n")
 
@@ -534,16 +534,16 @@ def test_the_exit_code_tells_what_kind_of_error_it_was(
     wrong = write_private(tmp_path / "wrong.key", vmsnap.generate_key())
     for command in (["tree"], ["ls"], ["show", "clock"]):
         arguments = [command[0], place.location, *command[1:]]
-        assert "pass the key it was written with" in error_of(run(*arguments, status=3))
+        assert "pass the key that it was written with" in error_of(run(*arguments, status=3))
         assert "enc_metadata" in error_of(run(*arguments, "--key-file", wrong, status=3))
-        assert "not encrypted" in error_of(run(command[0], plain.root, *command[1:], "--key-file", wrong, status=3))
+        assert "not encrypted" in error_of(run(command[0], plain.path, *command[1:], "--key-file", wrong, status=3))
     assert "enc_metadata" in error_of(run("info", place.location, "--key-file", wrong, status=3))
-    (plain.root / "link").symlink_to("nowhere")
-    assert "symbolic link" in error_of(run("info", plain.root, status=4))
+    (plain.path / "link").symlink_to("nowhere")
+    assert "symbolic link" in error_of(run("info", plain.path, status=4))
     place.file("enc_metadata").write_bytes(b"age-encryption.org/v2\n")
-    assert "use a newer vmsnap" in error_of(run("ls", place.location, "--key-file", key_file, status=4))
+    assert "install a newer vmsnap" in error_of(run("ls", place.location, "--key-file", key_file, status=4))
     place.file("enc_metadata").write_bytes(b"foreign")
-    assert "no wrapped key" in error_of(run("info", place.location, status=4))
+    assert "does not contain a wrapped vmsnap key" in error_of(run("info", place.location, status=4))
     assert "No such file" in error_of(run("info", tmp_path / "none", status=1))
     help_text = text_of("--help")
     for code in (0, 1, 2, 3, 4, 130, 141):
@@ -553,7 +553,7 @@ def test_the_exit_code_tells_what_kind_of_error_it_was(
 @pytest.mark.parametrize("command", [["cat", "ram"], ["show", "ram", "--hex", "--full"], ["get", "ram", "-"]])
 def test_a_reader_that_goes_away_ends_a_command_quietly(plain: vmsnap.SnapshotWriter, command: list[str]) -> None:
     write(plain, "ram", pattern(MIB))
-    arguments = [command[0], plain.root, *command[1:]]
+    arguments = [command[0], plain.path, *command[1:]]
     done = subprocess.Popen(
         [sys.executable, "-m", "vmsnap", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -568,23 +568,23 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(plain: vmsnap.SnapshotWr
 
 def test_all_is_written_where_standard_output_has_no_buffer(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "ram", pattern(3 * MIB))
-    for arguments in (["cat", plain.root, "ram"], ["get", plain.root, "ram", "-"]):
+    for arguments in (["cat", plain.path, "ram"], ["get", plain.path, "ram", "-"]):
         assert run(*arguments, env={"PYTHONUNBUFFERED": "1"}).stdout == pattern(3 * MIB)
 
 
 def test_what_the_encoding_has_not_is_shown_escaped(plain: vmsnap.SnapshotWriter) -> None:
     write(plain, "世", b"")
     latin = {"PYTHONIOENCODING": "iso8859-1"}
-    assert run("ls", plain.root, env=latin).stdout == b"\\u4e16\t0\n"
-    assert run("tree", plain.root, env=latin).stdout.splitlines()[1].endswith(b" \\u4e16  0 bytes")
-    assert run("show", plain.root, "世", "--hex", env=latin).stdout == b""
+    assert run("ls", plain.path, env=latin).stdout == b"\\u4e16\t0\n"
+    assert run("tree", plain.path, env=latin).stdout.splitlines()[1].endswith(b" \\u4e16  0 bytes")
+    assert run("show", plain.path, "世", "--hex", env=latin).stdout == b""
 
 
 # Completion ----------------------------------------------------------------------------------------------------------
 
 
 def completed(*words: str | Path) -> list[str]:
-    """What bash is given for the last of these words."""
+    """Return the completions that bash gets for the last of these words."""
     environment = {
         "_VMSNAP_COMPLETE": "bash_complete",
         "COMP_WORDS": " ".join(["vmsnap", *map(str, words)]),
@@ -612,7 +612,7 @@ def test_what_cannot_be_completed_gives_nothing_and_no_error(place: Place) -> No
 
 def test_a_name_with_a_newline_is_not_offered(plain: vmsnap.SnapshotWriter) -> None:
     write(write(plain, "a\nplain,evil", b""), "a", b"")
-    assert completed("cat", plain.root, "a") == ["plain,a"]
+    assert completed("cat", plain.path, "a") == ["plain,a"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -1,4 +1,4 @@
-"""The corpus: vmsnap and the readers in examples/readers make of each snapshot what its index says."""
+"""The corpus: vmsnap and the readers in examples/readers get the results of the index for each snapshot."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ from support import pattern, read, tree
 
 @pytest.fixture(scope="session")
 def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with all snapshots of the corpus."""
+    """The directory with all snapshots of the corpus."""
     return unpack_corpus(tmp_path_factory.mktemp("corpus"))
 
 
@@ -93,7 +93,7 @@ def program(request: pytest.FixtureRequest) -> Program:
 
 @pytest.fixture(scope="session")
 def results(program: Program, snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What it makes of every case."""
+    """Return the result for every case."""
     return results_of(program, snapshots, tmp_path_factory.mktemp(program.name))
 
 
@@ -121,7 +121,7 @@ def test_a_reader_writes_a_fragment_out(program: Program, snapshots: Path, tmp_p
         done = program.run(snapshots / "encrypted", *options, "cat", missing)
         assert (done.returncode, done.stdout) == (1, b""), missing
         assert done.stderr.startswith(b"refused: ")
-    # Of a sealed snapshot what the manifest does not list, be there a file or not.
+    # In a sealed snapshot, a name that is not in the manifest, with or without a file.
     for name in ("unlisted-fragment", "small-sealed"):
         done = program.run(snapshots / name, *program.open_with(CASES[name], tmp_path), "cat", "more")
         assert done.stderr.startswith(b"refused: missing: ")
@@ -172,7 +172,7 @@ def test_a_reader_changes_the_segment_key_after_2_to_the_20_positions(
 
 @pytest.fixture(scope="session")
 def many_segments(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A fragment of 2^20 + 2 segments, and what it holds."""
+    """A fragment of 2^20 + 2 segments, and its contents."""
     root = tmp_path_factory.mktemp("segments") / "vm1"
     data = pattern(32 * ((1 << 20) + 1) + 5)
     with vmsnap.SnapshotWriter(root, key=bytes(32)).raw_fragment("mem", chunk_size_bytes=32) as fragment:
@@ -180,7 +180,7 @@ def many_segments(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, hashlib.sha256(data).hexdigest()
 
 
-# What they write -----------------------------------------------------------------------------------------------------
+# Written snapshots ----------------------------------------------------------------------------------------------------
 
 
 WRITERS = [name for name in PROGRAMS if name in ("go", "python")]
@@ -195,7 +195,7 @@ def writer(request: pytest.FixtureRequest) -> Program:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder with files of many lengths, a folder in a folder, and one with nothing in it."""
+    """A directory with files of many lengths, nested directories, and an empty directory."""
     folder = tmp_path / "source"
     for path in ("disks/żółć ☃", "holds nothing"):
         (folder / path).mkdir(parents=True)

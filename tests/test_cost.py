@@ -1,4 +1,4 @@
-"""What a dump or a restore costs grows no faster than the memory: counted in system calls and pages, not in seconds.
+"""The cost of a dump or a restore is linear in the size of the memory: counted in system calls and pages, not seconds.
 
 A process does one thing between two marks, and strace writes down its system calls. Its cost is how many these are, how
 many pages they read and write, and how many pages the kernel steps through to find the end of data: on tmpfs SEEK_HOLE
@@ -16,7 +16,7 @@ import pytest
 
 PAGE = 4096
 
-# How often these are called depends on what else the machine does.
+# The number of these calls depends on the load of the machine.
 _BY_CHANCE = "futex,sched_yield,restart_syscall,rt_sigreturn,clock_nanosleep"
 _COPYING = {"read", "pread64", "write", "pwrite64", "process_vm_readv", "copy_file_range", "sendfile"}
 
@@ -50,7 +50,7 @@ def measured(work):
     os.access("/END", 0)
 """
 
-# What guests look like: each is made of n, and has n pages of data or half as many.
+# Shapes of guest memory: each is made from n, and has n pages of data or half as many.
 _GUESTS = {
     # A real one and a bad one: half of it never touched, then half of it touched page by page.
     "half-hole-half-data": "regions = [GuestRegion(0, memfd(2 * n * PAGE, range(n, 2 * n)))]",
@@ -97,7 +97,7 @@ def _restore(guest: str, place: str) -> str:
 
 
 class Cost(NamedTuple):
-    """What was done between the marks."""
+    """Return the calls between the marks."""
 
     calls: int
     copied_pages: int
@@ -105,7 +105,7 @@ class Cost(NamedTuple):
 
 
 def _cost(folder: Path) -> Cost:
-    """Add up what strace wrote, a file for each thread."""
+    """Add up the output of strace, which is a file for each thread."""
     calls = copied_bytes = walked_bytes = 0
     for log in folder.glob("log.*"):
         text = log.read_text()
@@ -143,7 +143,7 @@ def cost(folder: Path, script: str, n: int, threads: int = 1) -> Cost:
 
 
 def check_linear(tmp_path: Path, script: str, n: int) -> list[Cost]:
-    """Hold the cost of n, 2n and 4n to a beginning, and a part that grows with n; what is quadratic grows faster.
+    """Check that the cost of n, 2n and 4n is a constant plus a part that grows with n. A quadratic part grows faster.
 
     One thread, so that the same is done in every run.
     """
@@ -158,7 +158,7 @@ def check_linear(tmp_path: Path, script: str, n: int) -> list[Cost]:
 def test_a_dump_costs_what_there_is_of_data(tmp_path: Path, guest: str) -> None:
     n = _SIZES.get(guest, 4096)
     costs = check_linear(tmp_path, _dump(guest), n)
-    # Nothing is looked at twice, whatever lies before it.
+    # No range is examined twice, for any data before it.
     assert costs[0].walked_pages <= n
     # A second thread may look for the end of the same data.
     two = cost(tmp_path / "two", _dump(guest), n, threads=2)

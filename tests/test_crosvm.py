@@ -129,7 +129,7 @@ def test_every_value_reads_as_a_decoder_that_knows_no_types_sees_it(golden: Gold
     assert count == sum(entry["path"] not in RAW for entry in golden.expected["fragments"])
 
 
-# As a program in Python would declare what crosvm's crate has as structs and enums ------------------------------------
+# Structs and enums of the crosvm crate, as a Python program declares them ---------------------------------------------
 
 
 @dataclass

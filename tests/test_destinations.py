@@ -174,7 +174,7 @@ def test_a_destination_whose_file_was_cut_is_an_error_and_no_signal(memory: vmsn
 
 
 def cut_mapping(descriptor: int, length: int, rest: int) -> mmap.mmap:
-    """Map a file that is cut afterwards: touching what is gone is a SIGBUS."""
+    """Map a file that is truncated afterwards: touching the missing pages raises SIGBUS."""
     os.truncate(descriptor, length)
     mapping = mmap.mmap(descriptor, length)
     mapping[:PAGE] = b"\7" * PAGE
@@ -304,7 +304,7 @@ def test_memory_in_huge_pages_is_stored_and_restored(tmp_path: Path) -> None:
         with mmap.mmap(target, 6 * MIB) as mapping:
             mapping[:] = b"x" * 6 * MIB
             memory.restore([target])
-            assert os.fstat(target).st_blocks * 512 < 6 * MIB, "what is zero has no pages"
+            assert os.fstat(target).st_blocks * 512 < 6 * MIB, "zeros do not have pages"
             assert mapping[:] == pattern
         os.close(target)
 

@@ -1,4 +1,4 @@
-"""The pages of docs/: what they have a reader copy is run, and they become a site without a warning.
+"""The pages of docs/: their code blocks run, and the site builds without a warning.
 
 `test_readme.py`, `test_keys.py`, `test_qemu.py`, `test_recovery.py` and `test_independent_reader.py` run blocks, too:
 `BLOCKS` says which.
@@ -32,10 +32,10 @@ from pages import REPOSITORY, at_a_terminal, blocks, commands, python, shell, te
 
 DOCS = sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
 
-# How many blocks of which language there are, and what runs them. A new one is run by a test before it is counted here.
+# The number of blocks of each language, and the tests that run them. Count a new block only when a test runs it.
 BLOCKS = {
-    ("README.md", "sh"): 2,  # test_readme; of the one with `make` it tells only that there are such targets
-    ("README.md", "python"): 4,  # test_readme
+    ("README.md", "sh"): 3,  # test_readme; of the one with `make` it tells only that there are such targets
+    ("README.md", "python"): 3,  # test_readme
     ("README.md", "rust"): 1,  # cargo test: src/lib.rs includes the README
     ("docs/cli.md", "sh"): 6,  # below
     ("docs/design.md", "text"): 3,  # diagrams
@@ -61,7 +61,7 @@ def test_every_code_block_is_one_that_a_test_knows() -> None:
     assert found == BLOCKS
 
 
-# What is run ---------------------------------------------------------------------------------------------------------
+# Code blocks ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_two_minutes_of_the_first_page_are_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_the_commands_with_guest_memory_do_what_their_page_says(tmp_path: Path, 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
         assert guest.stdout is not None
         addresses = guest.stdout.readline().strip()
-        # The number and the addresses are those of a process on another machine.
+        # The number and the addresses belong to a process on another machine.
         for written, here in (("4711", str(guest.pid)), ("7f3a00000000-7f3a40000000", addresses)):
             assert process.count(written) == 1
             process = process.replace(written, here)
@@ -228,7 +228,7 @@ def test_the_versions_on_the_page_on_compatibility_are_those_of_the_tests(shared
     assert f'"pyrage>={rows["pyrage"].split()[0]}"' in (REPOSITORY / "pyproject.toml").read_text()
     versions = [path.name for path in (REPOSITORY / "tests/golden").iterdir() if path.is_dir()]
     assert rows["vmsnap"] == ", ".join(sorted(versions))
-    assert f"QEMU {rows['QEMU']} of Debian" in text_of("docs/qemu.md", "What was tried")
+    assert f"QEMU {rows['QEMU']} of Debian" in text_of("docs/qemu.md", "Tested versions")
 
 
 # The worked example of the format ------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_the_payload_of_the_worked_example_is_right() -> None:
 
 
 class Site(NamedTuple):
-    """The folder of the site, and what mkdocs said."""
+    """The directory of the site, and the output of mkdocs."""
 
     root: Path
     said: str
@@ -332,7 +332,7 @@ LOADING = ("script", "link", "img", "iframe", "source", "video", "audio", "objec
 
 
 def loaded_from_elsewhere(root: Path) -> tuple[list[str], int]:
-    """What pages and style sheets of a site load from other hosts; and how many things they load in all."""
+    """Return the URLs on other hosts that pages and style sheets of a site load, and the number of all loaded URLs."""
     found, count = [], 0
     for page in root.rglob("*.html"):
         for address in Elements(page.read_text()).addresses(*LOADING):
@@ -354,7 +354,7 @@ def test_nothing_is_loaded_from_another_host(site: Site) -> None:
     assert count > 2 * len(DOCS)
     for page in site.root.glob("*.html"):
         text = page.read_text()
-        # What the theme's script would ask other hosts for: stars of a repository, and what draws diagrams.
+        # Requests of the theme's script to other hosts: the stars of a repository, and the library for diagrams.
         assert 'data-md-component="source"' not in text, page.name
         assert 'class="mermaid"' not in text, page.name
 

@@ -25,13 +25,13 @@ BAD_NAMES = {
     "a\0b": "NUL",
     "x" * 256: "255 bytes",
     "é" * 128: "255 bytes",
-    ".vmsnap": "its own files",
-    ".vmsnap-0123456789abcdef": "its own files",
-    ".vmsnapshot": "its own files",
-    "enc_metadata": "its own files",
-    "ENC_metadata": "its own files",
-    "vmsnap_manifest": "its own files",
-    "VMSNAP_MANIFEST": "its own files",
+    ".vmsnap": "vmsnap's own files",
+    ".vmsnap-0123456789abcdef": "vmsnap's own files",
+    ".vmsnapshot": "vmsnap's own files",
+    "enc_metadata": "vmsnap's own files",
+    "ENC_metadata": "vmsnap's own files",
+    "vmsnap_manifest": "vmsnap's own files",
+    "VMSNAP_MANIFEST": "vmsnap's own files",
 }
 
 
@@ -41,7 +41,7 @@ def test_a_bad_name_is_refused_by_writers_and_readers(place: Place, name: str) -
     writer = place.create()
     inner = writer.add_namespace("disks")
     reader = place.open()
-    message = f"cannot be the name of a fragment or a namespace: .*{BAD_NAMES[name]}"
+    message = f"cannot be the name of a fragment or namespace: .*{BAD_NAMES[name]}"
     for refusing in (
         writer.raw_fragment,
         writer.add_namespace,
@@ -91,17 +91,17 @@ def test_a_chunk_size_out_of_range_is_refused(place: Place, size: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 16, 31, 33, 64])
 def test_a_key_of_another_length_is_refused(encrypted_place: Place, tmp_path: Path, length: int) -> None:
     encrypted_place.create()
-    with refused("key-length", f"32 bytes, this one {length}; generate_key", tmp_path):
+    with refused("key-length", f"32 bytes long, not {length}; generate_key", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", key=bytes(length))
-    with refused("key-length", f"32 bytes, this one {length}; generate_key", tmp_path):
+    with refused("key-length", f"32 bytes long, not {length}; generate_key", tmp_path):
         vmsnap.SnapshotReader(tmp_path / "vm1", key=bytes(length))
 
 
 @row("key-length")
 def test_the_length_of_a_key_is_counted_in_bytes(tmp_path: Path) -> None:
-    with refused("key-length", "this one 256", tmp_path):
+    with refused("key-length", "not 256", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", key=np.zeros(32).data)
-    with refused("key-length", "this one 128", tmp_path):
+    with refused("key-length", "not 128", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", key=array.array("i", [0] * 32))
 
 
@@ -122,7 +122,7 @@ def test_a_bad_number_of_threads_in_the_environment_is_refused(tmp_path: Path, v
     message = f"VMSNAP_THREADS={re.escape(value)} must be a number from 1 to 1024"
     for call in ("vmsnap.SnapshotWriter(sys.argv[1] + '/vm2')", "vmsnap.SnapshotReader(sys.argv[1] + '/vm1')"):
         refused_elsewhere("threads-variable", message, tmp_path, call, tmp_path, VMSNAP_THREADS=value)
-    # What the caller says goes first.
+    # An argument takes precedence.
     call = "import sys, vmsnap; vmsnap.SnapshotWriter(sys.argv[1], threads=2)"
     run_python_well(call, tmp_path / "vm3", VMSNAP_THREADS=value)
 
@@ -131,7 +131,7 @@ def test_a_bad_number_of_threads_in_the_environment_is_refused(tmp_path: Path, v
 @pytest.mark.parametrize("value", ["", "openssl", "AES-GCM", "aws-lc-rs"])
 def test_an_unknown_provider_in_the_environment_is_refused(tmp_path: Path, value: str) -> None:
     write(vmsnap.SnapshotWriter(tmp_path / "encrypted", key=bytes(32)), "mem", b"x")
-    message = f"VMSNAP_AEAD={value} is none of the providers in this build .*aes-gcm"
+    message = f"VMSNAP_AEAD={value} is not an AEAD provider of this build; .*aes-gcm"
     for call in (
         "vmsnap.aead_provider()",
         "vmsnap.SnapshotWriter(sys.argv[1] + '/vm2', key=bytes(32))",
@@ -165,7 +165,7 @@ def test_an_offset_that_no_fragment_has_is_refused(place: Place) -> None:
                 call()
             assert fragment.tell() == 10
         assert buffer == b"\xaa" * 10
-        # Beyond the end is no error.
+        # An offset beyond the end is not an error.
         assert fragment.read_at((1 << 64) - 1, 10) == b""
         assert fragment.seek((1 << 63) - 1) == (1 << 63) - 1
         assert fragment.read(10) == b""

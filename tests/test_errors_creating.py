@@ -34,14 +34,14 @@ def something_at(path: Path, what: str) -> None:
 @pytest.mark.parametrize("what", ["a snapshot", "an empty folder", "a file", "a link that leads nowhere", "a FIFO"])
 def test_nothing_is_written_over(place: Place, tmp_path: Path, what: str) -> None:
     something_at(place.location, what)
-    with refused("root-exists", r"vm1: a snapshot needs a path at which nothing is yet", tmp_path):
+    with refused("root-exists", r"vm1: the path already exists", tmp_path):
         place.create()
 
 
 @row("root-exists")
 def test_two_snapshots_cannot_have_one_path(place: Place, tmp_path: Path) -> None:
     writer = write(place.create(), "mem", b"x")
-    with refused("root-exists", "nothing is yet", tmp_path):
+    with refused("root-exists", "the path already exists", tmp_path):
         vmsnap.SnapshotWriter(place.location, key=bytes(32))
     write(writer, "more", b"y")
     check_independently(place.location, place.key, {"mem": b"x", "more": b"y"})
@@ -49,7 +49,7 @@ def test_two_snapshots_cannot_have_one_path(place: Place, tmp_path: Path) -> Non
 
 @row("parent-missing")
 def test_the_folder_it_lies_in_must_exist(place: Place, tmp_path: Path) -> None:
-    with refused("parent-missing", "absent/vm1: the folder it is to lie in does not exist", tmp_path):
+    with refused("parent-missing", "absent/vm1: the parent directory does not exist", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "absent/vm1", key=place.key)
 
 
@@ -177,7 +177,7 @@ def test_an_identity_that_cannot_be_read_or_made_is_told_and_nothing_is_written_
     create = "os.environ['XDG_CONFIG_HOME'] = sys.argv[1]\n{}vmsnap.SnapshotWriter(sys.argv[1] + '/vm1', True)"
     named = create.format("os.environ['VMSNAP_IDENTITY_FILE'] = sys.argv[1] + '/id.txt'\n")
     missing = (
-        f"cannot make the identity file {open_folder}/vmsnap/identity.txt; set .VMSNAP_IDENTITY_FILE, or pass a key"
+        f"cannot create the identity file {open_folder}/vmsnap/identity.txt; set .VMSNAP_IDENTITY_FILE, or pass a key"
     )
     for call, mode, message in ((named, 0o777, f"{file}.*cannot be read"), (create.format(""), 0o555, missing)):
         open_folder.chmod(mode)

@@ -75,7 +75,7 @@ def test_a_fragment_cut_off_anywhere_does_not_open(segmented: Place) -> None:
     for length in range(len(stored)):
         segmented.store("disks/sda", stored[:length])
         if length < HEADER_BYTES + 32:
-            with refused("no-header", f"{WHERE}: has {length} bytes, fewer than any", segmented.location):
+            with refused("no-header", f"{WHERE}: is {length} bytes long, shorter than any", segmented.location):
                 reader.raw_fragment("sda")
         else:
             with refused("changed", NOT_AUTHENTIC, segmented.location):
@@ -260,7 +260,7 @@ def test_segments_open_nowhere_but_in_their_own_place(encrypted_place: Place) ->
                     continue
                 with refused("segments-misplaced", "authentication failed", encrypted_place.location):
                     fragment.read_at(at, CHUNK)
-    # What moves the last one shows at once.
+    # A change that moves the last one shows immediately.
     for segments in ([first, second, third], [first, second, third, third], [first, second, last], [last]):
         encrypted_place.store("mem", header + b"".join(segments))
         with refused("segments-misplaced", "authentication failed", encrypted_place.location):
@@ -284,7 +284,7 @@ def test_a_fragment_that_gets_shorter_while_it_is_open_fails_the_read(place: Pla
             with refused("plain-cut-while-open", 'fragment "mem" of .*vm1: became shorter', place.location):
                 fragment.readinto_at(0, buffer)
         assert not any(buffer)
-        # What is still there reads on.
+        # Data that still exists can be read.
         if keep:
             assert fragment.read_at(0, 40_000) == pattern(100_000)[:40_000]
 

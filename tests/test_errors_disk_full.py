@@ -61,7 +61,7 @@ def test_a_disk_that_gets_full_fails_the_write_and_poisons_the_fragment(
     for call in (lambda: fragment.write(b"x"), lambda: fragment.write(pattern(MIB)), fragment.flush):
         with refused("after-failed-write", message, small_place.file("others")):
             call()
-    with pytest.raises(vmsnap.FragmentStateError, match=message):
+    with pytest.raises(vmsnap.StateError, match=message):
         fragment.close()
     assert fragment.closed
     assert tree(small_place.location) == before
@@ -145,7 +145,7 @@ def test_a_buffered_writer_over_a_full_disk_leaves_nothing(small_place: Place) -
     stream = io.BufferedWriter(small_place.create().raw_fragment("mem"), buffer_size=1 << 17)
     stream.write(pattern(100_000))
     fill(small_place.location.parent)
-    with pytest.raises((OSError, vmsnap.FragmentStateError)):
+    with pytest.raises((OSError, vmsnap.StateError)):
         stream.close()
     assert not small_place.file("mem").exists()
 
@@ -175,7 +175,7 @@ def test_a_full_disk_has_no_room_for_a_snapshot(small_disk: Path, key: bytes) ->
     for each in (None, key):
         with refused("disk-full", "cannot create the snapshot .*vm1: .*No space", small_disk):
             vmsnap.SnapshotWriter(small_disk / "vm1", key=each)
-    # Room for the folder, and not for the file in it.
+    # Room for the directory, but not for the file in it.
     (small_disk / "empty 0").unlink()
     with refused("disk-full", "cannot write enc_metadata of .*vm1: No space", small_disk):
         vmsnap.SnapshotWriter(small_disk / "vm1", key=key)

@@ -95,7 +95,7 @@ def in_forked_child(check: Callable[[], None]) -> None:
 def test_a_forked_child_cannot_use_a_fragment_and_the_parent_goes_on(place: Place, before: int) -> None:
     data = pattern(before + 700_000)
     writer = place.create(threads=2)
-    # The fragment's own file still grows by what the parent's threads have to do, so that it is not compared.
+    # Threads of the parent still write to the file of the fragment, so it is not compared.
     writer.add_namespace("others")
     others = place.file("others")
     fragment = writer.raw_fragment("mem")
@@ -104,12 +104,12 @@ def test_a_forked_child_cannot_use_a_fragment_and_the_parent_goes_on(place: Plac
 
     def child() -> None:
         for call in [*writer_calls(fragment), fragment.discard]:
-            with refused("forked", "forked from", others):
+            with refused("forked", "before this process was forked", others):
                 call()
             assert place.file("mem").exists()
 
     def child_closes() -> None:
-        with refused("forked", "forked from", others):
+        with refused("forked", "before this process was forked", others):
             fragment.close()
 
     def child_drops() -> None:
@@ -136,7 +136,7 @@ def test_a_forked_child_cannot_read_a_fragment_and_the_parent_goes_on(place: Pla
 
     def child() -> None:
         for call in reader_calls(fragment):
-            with refused("forked", "forked from", place.location):
+            with refused("forked", "before this process was forked", place.location):
                 call()
         fragment.close()
         # By the handle it reads as ever.

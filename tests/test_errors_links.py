@@ -41,7 +41,7 @@ SPECIAL = ["a FIFO", "a socket", "a device"]
 def test_a_special_file_among_the_fragments_is_refused_and_not_waited_for(place: Place, kind: str) -> None:
     inner = write(place.create().add_namespace("disks"), "sda", b"x")
     special_file(place.file("disks/sdb"), kind)
-    message = f"is {kind}, which a snapshot never holds"
+    message = f"is {kind}, but a snapshot contains only files and directories"
     reader = place.open().namespace("disks")
     with refused("special-file", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.location):
         reader.raw_fragment("sdb")
@@ -101,7 +101,7 @@ def test_key_metadata_that_is_a_folder_is_refused(encrypted_place: Place) -> Non
 def test_a_link_in_a_fragments_place_is_not_followed(place: Place, target: str) -> None:
     inner = write(place.create().add_namespace("disks"), "real", b"x")
     place.file("disks/sdb").symlink_to(target)  # to itself in the last case
-    message = "is a symbolic link, which a snapshot never holds and vmsnap never follows"
+    message = "is a symbolic link, but a snapshot contains only files and directories"
     reader = place.open().namespace("disks")
     with refused("link", f'fragment "sdb" in namespace "disks" of .*vm1: {message}', place.location):
         reader.raw_fragment("sdb")
@@ -124,7 +124,7 @@ def test_a_link_in_a_namespaces_place_is_not_followed(place: Place, tmp_path: Pa
     inner = write(writer.add_namespace("disks").add_namespace("deep"), "sda", b"x")
     reader = place.open()
     inner_reader = reader.namespace("disks").namespace("deep")
-    # The same folder, still with the right contents, but behind a link.
+    # The directory still has the right contents, but is behind a link.
     destinations = {"inside": place.file("moved"), "outside": tmp_path / "moved", "nowhere": tmp_path / "nowhere"}
     moved = destinations["outside" if target == "nowhere" else target]
     place.file(level).rename(moved)
@@ -158,7 +158,7 @@ def test_an_entry_that_no_snapshot_can_hold_is_told(place: Place, name: bytes) -
     reader = place.open()
     assert reader.list_namespaces() == ["disks"]
     for listing in (reader.namespace("disks").list_fragments, reader.namespace("disks").list_namespaces):
-        message = "disks of .*vm1: .*(is not UTF-8|is not a name that a snapshot can hold)"
+        message = "disks of .*vm1: .*(is not UTF-8|a snapshot cannot contain the name)"
         with refused("foreign-entry", message, place.location):
             listing()
     assert read(reader.namespace("disks"), "sda") == b"x"

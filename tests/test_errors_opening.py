@@ -27,7 +27,9 @@ def test_a_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
 def test_an_encrypted_snapshot_needs_its_key(encrypted_place: Place) -> None:
     write(encrypted_place.create(), "mem", b"x")
     for require_encrypted in (False, True):
-        with refused("no-key", "enc_metadata of .*vm1: .*pass the key it was written with", encrypted_place.location):
+        with refused(
+            "no-key", "enc_metadata of .*vm1: .*pass the key that it was written with", encrypted_place.location
+        ):
             vmsnap.SnapshotReader(encrypted_place.location, require_encrypted)
 
 
@@ -35,7 +37,9 @@ def test_an_encrypted_snapshot_needs_its_key(encrypted_place: Place) -> None:
 def test_a_plain_snapshot_is_refused_where_an_encrypted_one_is_required(tmp_path: Path, key: bytes) -> None:
     write(vmsnap.SnapshotWriter(tmp_path / "vm1"), "mem", b"x")
     for require_encrypted, given_key in ((True, None), (False, key), (True, key)):
-        with refused("not-encrypted", "vm1 is not encrypted, and was required to be", tmp_path):
+        with refused(
+            "not-encrypted", "vm1 is not encrypted .*, but encryption is required or a key was given", tmp_path
+        ):
             vmsnap.SnapshotReader(tmp_path / "vm1", require_encrypted, key=given_key)
 
 
@@ -67,7 +71,7 @@ def test_any_changed_bit_of_the_key_metadata_is_found(encrypted_place: Place) ->
         for bit in range(8):
             encrypted_place.damage("enc_metadata", position, bit)
             if position < 10:
-                with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
+                with refused("key-metadata-foreign", "does not contain a wrapped vmsnap key", encrypted_place.location):
                     encrypted_place.open()
             else:
                 with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
@@ -84,7 +88,7 @@ def test_key_metadata_cut_off_or_extended_anywhere_is_found(encrypted_place: Pla
     for length in range(len(stored)):
         encrypted_place.store("enc_metadata", stored[:length])
         if length < 10:
-            with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
+            with refused("key-metadata-foreign", "does not contain a wrapped vmsnap key", encrypted_place.location):
                 encrypted_place.open()
         else:
             with refused("key-metadata-damaged", "authentication failed", encrypted_place.location):
@@ -101,7 +105,7 @@ def test_what_does_not_begin_as_key_metadata_is_refused(encrypted_place: Place, 
     encrypted_place.create()
     encrypted_place.store("enc_metadata", contents)
     for key in (encrypted_place.key, None):
-        with refused("key-metadata-foreign", "no wrapped key of vmsnap's", encrypted_place.location):
+        with refused("key-metadata-foreign", "does not contain a wrapped vmsnap key", encrypted_place.location):
             vmsnap.SnapshotReader(encrypted_place.location, key=key)
 
 
@@ -111,15 +115,17 @@ def test_key_metadata_of_megabytes_is_not_even_read(encrypted_place: Place) -> N
     stored = encrypted_place.stored("enc_metadata")
     for length in (MIB + 1, 2 * MIB):
         encrypted_place.store("enc_metadata", stored.ljust(length, b"\0"))
-        with refused("key-metadata-too-long", f"{length} bytes are too many", encrypted_place.location):
+        with refused(
+            "key-metadata-too-long", f"is {length} bytes long; the limit is 1048576", encrypted_place.location
+        ):
             encrypted_place.open()
-    os.truncate(encrypted_place.file("enc_metadata"), 1 << 40)  # a hole: whoever reads it runs out of memory
-    with pytest.raises(vmsnap.CorruptSnapshotError, match="too many"):
+    os.truncate(encrypted_place.file("enc_metadata"), 1 << 40)  # a hole: a program that reads it runs out of memory
+    with pytest.raises(vmsnap.CorruptSnapshotError, match="the limit is"):
         encrypted_place.open()
 
 
 def with_payload(place: Place, payload: object) -> Place:
-    """A snapshot made by hand: with a payload of ours, and one fragment."""
+    """A snapshot made by hand: with the given payload, and one fragment."""
     assert place.key is not None
     place.location.mkdir()
     place.store("enc_metadata", floe.key_metadata(place.key, payload))
@@ -149,7 +155,7 @@ def test_unknown_keys_of_the_payload_are_ignored_and_the_order_means_nothing(enc
 )
 def test_what_a_newer_version_wrote_is_told(encrypted_place: Place, changes: dict[str, object], message: str) -> None:
     with_payload(encrypted_place, floe.payload_fields() | changes)
-    message = f"enc_metadata of .*vm1: the snapshot needs .*{message}.* use a newer one"
+    message = f"enc_metadata of .*vm1: the snapshot needs .*{message}.* install a newer one"
     with refused("newer-format", message, encrypted_place.location):
         encrypted_place.open()
 

@@ -46,13 +46,14 @@ def test_the_table_names_exceptions_and_predicates_that_belong_together() -> Non
     classes = {
         "AuthenticationError": "is_authentication",
         "CorruptSnapshotError": "is_corrupt",
-        "FragmentStateError": "is_state",
         "InvalidArgumentError": "is_invalid_argument",
         "KeyUnavailableError": "is_key_unavailable",
         "MemoryError": "is_out_of_memory",
         "NotEncryptedError": "is_not_encrypted",
         "NotSealedError": "is_not_sealed",
+        "SealedError": "is_sealed",
         "SerializationError": "is_serialization",
+        "StateError": "is_state",
         "UnsupportedFormatError": "is_unsupported_format",
         "KeyboardInterrupt": "is_interrupted",
     }

@@ -31,16 +31,16 @@ def test_a_value_that_cannot_be_written_is_refused(place: Place) -> None:
 
 
 NO_VALUES = {
-    b"": "it is cut off, at byte 0",
-    b"\x82\x01": "a container declares 2 items, and 1 bytes are left, at byte 0",
-    b"\x81\x19\x01": "it is cut off, at byte 3",
+    b"": "it is truncated, at byte 0",
+    b"\x82\x01": "a container declares 2 items, but only 1 bytes are left, at byte 0",
+    b"\x81\x19\x01": "it is truncated, at byte 3",
     b"\x01\x01": "bytes follow its end, at byte 1",
     b"{}{}": "trailing characters, at byte 2",
     b"[1,": "EOF while parsing a value",
-    b"\x9b" + b"\xff" * 8: "a container declares 18446744073709551615 items, and 0 bytes are left, at byte 0",
+    b"\x9b" + b"\xff" * 8: "a container declares 18446744073709551615 items, but only 0 bytes are left, at byte 0",
     b"\xa2\x01\x02\x01\x03": "a key of a map comes twice, before byte 5",
     b'{"a":1,"a":2}': "a key of a map comes twice, at byte 9",
-    b"\xd8\x1c\x80": "tag 28 is none that vmsnap knows",
+    b"\xd8\x1c\x80": "tag 28 is unknown",
     b"\x81" * 128 + b"\x01": "deeper than 127 levels, at byte 127",
     bytes(8): "bytes follow its end",
 }
@@ -51,7 +51,7 @@ NO_VALUES = {
 def test_a_fragment_that_holds_no_value_is_refused(place: Place, content: bytes) -> None:
     write(place.create().add_namespace("vcpus"), "0", content)
     reader = place.open().namespace("vcpus")
-    message = rf'"0" in namespace "vcpus" of .*/vm1 does not hold a serialized value: .*{NO_VALUES[content]}'
+    message = rf'"0" in namespace "vcpus" of .*/vm1 does not contain a serialized value: .*{NO_VALUES[content]}'
     with refused("no-value", message, place.location):
         reader.read_fragment("0")
     with refused("no-value", message, place.location):
@@ -63,7 +63,7 @@ def test_a_fragment_that_holds_no_value_is_refused(place: Place, content: bytes)
 def test_a_value_of_another_type_is_refused(place: Place) -> None:
     place.create().write_fragment("cpu", {"rip": 1, "gdt": [1, "hunter2"]})
     reader = place.open()
-    message = r"cpu.* is not of the type asked for: at gdt\[1\]: expected int, found str$"
+    message = r"cpu.* does not have the requested type: at gdt\[1\]: expected int, found str$"
     with refused("value-of-another-type", message, place.location):
         reader.read_fragment("cpu", Regs)
     assert reader.read_fragment("cpu")["rip"] == 1
@@ -82,7 +82,7 @@ def test_a_fragment_that_is_too_large_for_a_value_is_refused(place: Place) -> No
 @pytest.mark.parametrize("kind", [5, "Regs", list["Regs"], Callable[[int], int], io.RawIOBase | Iterator[int]])
 def test_a_type_that_cannot_be_built_is_refused(place: Place, kind: object) -> None:
     place.create().write_fragment("cpu", 1)
-    with refused("unbuildable-type", "there is no way to build .*: give a class", place.location):
+    with refused("unbuildable-type", "cannot build .* from a value: pass a class", place.location):
         place.open().read_fragment("cpu", kind)
 
 
@@ -114,6 +114,6 @@ print(len(vmsnap.serialization.encode([bytearray(1), {1}, 2j], default=str)))
 reader.read_fragment("array")
 """
     key = "" if place.key is None else place.key.hex()
-    message = r"array.* has typed arrays, which need numpy: pip install 'vmsnap\[numpy\]'"
+    message = r"array.* contains typed arrays, which need numpy: pip install 'vmsnap\[numpy\]'"
     printed = refused_elsewhere("arrays-without-numpy", message, place.location, script, place.location, key)
     assert printed.startswith("{'a': [1, b'x']}\n")

@@ -19,7 +19,7 @@ import vmsnap
 KEY = bytes(range(32))
 BOTH = pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 
-# A whole run: created, two fragments in two folders, committed.
+# A whole run: created, two fragments in two directories, committed.
 RUN = """
 import os, sys, vmsnap
 path, key = sys.argv[1], bytes.fromhex(sys.argv[2]) or None
@@ -31,7 +31,7 @@ with vmsnap.create(path, key=key, threads=1) as snap:
 os.path.exists("/END")
 """
 
-# Those that look at or change files; the others take no error that a disk would give.
+# Calls that read or change files. A disk error cannot occur in the others.
 FILE_CALLS = {
     "mkdirat",
     "openat",
@@ -46,7 +46,7 @@ FILE_CALLS = {
 }
 
 
-# The same, not durable; and written in place, then sealed.
+# The run without durability, and the run in place with a seal at the end.
 CARELESS_RUN = RUN.replace("threads=1)", "threads=1, durable=False)")
 SEALING_RUN = """
 import sys, vmsnap
@@ -277,7 +277,7 @@ def test_processes_killed_at_random_times_leave_all_or_nothing_for_long(tmp_path
     assert outcomes["complete"] > 50
 
 
-# Every read and write of libc's takes a part of what it is given.
+# Every read and write of libc transfers only a part of its buffer.
 SHORT = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -316,7 +316,7 @@ def test_short_reads_and_writes_change_nothing(tmp_path: Path, key: bytes | None
 
 @BOTH
 def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path, key: bytes | None) -> None:
-    """Short writes, then an error: what a file's limit makes of them."""
+    """Short writes, then an error, as a limit on the size of a file causes them."""
     script = """
 import resource, sys, vmsnap
 path, key, limit = sys.argv[1], bytes.fromhex(sys.argv[2]) or None, int(sys.argv[3])

@@ -12,7 +12,7 @@ from commands import error_of
 from refusals import refused_elsewhere, row
 from support import pattern, run_python_well
 
-# What a file system answers that does not know how to sync.
+# The error of a file system that does not support sync.
 CANNOT_SYNC = ["EINVAL", "EOPNOTSUPP", "EBADF", "ENOSYS"]
 
 # Syncs, in this order: the fragment, its directory, the root; the manifest, the root again, the parent directory.
@@ -30,7 +30,7 @@ LOCAL = {"ext4": 0xEF53, "XFS": 0x58465342, "tmpfs": 0x01021994, "overlayfs": 0x
 
 
 def injected(injection: str) -> list[str]:
-    """Return what a command begins with whose system calls are to fail."""
+    """Return the prefix of a command whose system calls fail."""
     program = shutil.which("strace")
     if program is None:
         pytest.skip("there is no strace")
@@ -131,7 +131,7 @@ def test_a_sync_that_fails_is_an_error_of_what_was_synced(folder: Path, ram: Pat
 def test_the_command_line_leaves_the_syncs_out_where_told(
     folder: Path, ram: Path, tmp_path: Path, command: str
 ) -> None:
-    """No sync is tried, be it that none can be."""
+    """No sync is tried, even if it could not succeed."""
     key = tmp_path / "key"
     key.touch(0o600)
     key.write_bytes(bytes(32))
@@ -226,7 +226,7 @@ CLEAN = "vmsnap.clean(sys.argv[1])"
 def test_clean_removes_nothing_where_other_hosts_may_write(folder: Path, inject: Inject, name: str) -> None:
     (folder / LEFT).mkdir()
     inject(f_type(NETWORK[name]))
-    message = f"whether somebody uses .*{LEFT} cannot be known: it lies on {name}, .* other hosts; .* by hand"
+    message = f"cannot tell whether .*{LEFT} is in use: it is on {name}, .* other hosts; .* by hand"
     refused_elsewhere("clean-among-hosts", message, folder, CLEAN, folder)
 
 
@@ -260,5 +260,5 @@ def test_clean_goes_on_where_a_lock_tells_everybody(folder: Path, name: str) -> 
 
 def test_a_file_system_that_cannot_be_asked_is_not_cleaned(folder: Path) -> None:
     (folder / LEFT).mkdir()
-    assert "cannot be asked what it is" in error_of(command_line("fstatfs:error=ENOSYS", "clean", folder))
+    assert "the type of its file system is unknown" in error_of(command_line("fstatfs:error=ENOSYS", "clean", folder))
     assert os.listdir(folder) == [LEFT]

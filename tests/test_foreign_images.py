@@ -25,7 +25,7 @@ def number(magic: int, form: str = "<I") -> bytes:
     return struct.pack(form, magic)
 
 
-# How a file of each format begins, in the words of whoever specifies it; each with what the command line calls it.
+# The first bytes of a file of each format, from its specification, and the name that the command line uses.
 BEGINNINGS = {
     "LiME": (number(0x4C694D45) + number(1), "a LiME image"),
     "AVML": (number(0x4C4D5641) + number(2), "an AVML image"),
@@ -96,7 +96,7 @@ BEGINNINGS["zip"] = (zipped(), "a zip archive")
 BEGINNINGS["tar of GNU"] = (tarred(tarfile.GNU_FORMAT), "a tar archive")
 BEGINNINGS["tar of POSIX"] = (tarred(tarfile.PAX_FORMAT), "a tar archive")
 
-# What memory may well begin with.
+# Bytes that raw memory may begin with.
 RAW = {
     "noise": RAM,
     "zeros": bytes(1 << 16),
@@ -170,7 +170,7 @@ def test_a_fragment_of_a_snapshot_is_not_raw(tmp_path: Path, key: bytes) -> None
 
 def test_a_format_is_for_a_file(tmp_path: Path) -> None:
     done = run("dump", os.getpid(), tmp_path / "vm", "--format", "raw", status=2)
-    assert b"--format is for a file, and SOURCE is a process" in done.stderr
+    assert b"--format applies to files, but SOURCE is a process" in done.stderr
 
 
 def test_the_library_does_as_it_is_told(tmp_path: Path) -> None:

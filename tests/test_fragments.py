@@ -1,4 +1,4 @@
-"""Fragments: what is written is read back, however it is written, whatever it is read into, and as the format says."""
+"""Fragments: written data is read back, for every way of writing and reading, and files follow the format."""
 
 import array
 import contextlib
@@ -34,7 +34,7 @@ from support import (
     write,
 )
 
-# What one thread takes at a time, and from where on a write is sealed where it lies: src/fragment/.
+# The batch of one thread, and the size from which a write is encrypted in the caller's buffer: src/fragment/.
 STRIP_BYTES = 256 << 10
 DIRECT_BYTES = 4 * MIB
 
@@ -388,7 +388,7 @@ def test_numpy_saves_and_loads(place: Place) -> None:
         assert np.array_equal(np.load(reader), values)
 
 
-# What lies on disk ---------------------------------------------------------------------------------------------------
+# Files on disk --------------------------------------------------------------------------------------------------------
 
 
 def test_a_plain_fragment_is_the_bytes_themselves(tmp_path: Path) -> None:

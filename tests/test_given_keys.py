@@ -13,7 +13,7 @@ import vmsnap
 from commands import error_of, run, write_private
 from refusals import refused, refused_elsewhere, row
 from support import pattern, run_python, tree
-from vmsnap._vmsnap import key_wrapping
+from vmsnap.keys import KeyWrapping, key_wrapping
 
 ECDSA = (
     "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlzdHAyNTYAAABBBHFliOyIZs1gxGF3fmDxFykQhE88wy6AKDGFBfn0R6"
@@ -93,7 +93,7 @@ def test_a_file_of_recipients_that_names_nobody_is_refused_by_every_command(
     before = tree(tmp_path)
     for given in ("-R empty.txt", "-R <(false)"):
         line = error_of(shell(tmp_path, f"vmsnap {WRITING[command].format(given)}", status=1))
-        assert ": the file contains no recipients; write one a line into it" in line
+        assert ": the file contains no recipients; write one per line" in line
         assert tree(tmp_path) == before
 
 
@@ -115,7 +115,7 @@ def test_each_file_of_recipients_has_to_name_somebody(tmp_path: Path, ram: Path,
         assert ": the file contains no recipients; " in line
         assert tree(tmp_path) == before
     shell(tmp_path, "vmsnap dump ram.img vm2 -R good.txt -R <(cat good.txt)")
-    assert key_wrapping(str(tmp_path / "vm2")) == ("age", ["X25519", "X25519"])
+    assert key_wrapping(tmp_path / "vm2") == KeyWrapping("age", None, ["X25519", "X25519"])
 
 
 @pytest.mark.parametrize("command", WRITING)
@@ -176,9 +176,11 @@ def test_no_recipients_are_refused_by_the_library(tmp_path: Path, home: Path, ma
     nobody: list[Any] = [[], (), iter([]), {}, set()]
     for recipients in nobody:
         for encrypt in (False, True):
-            with refused("unparsable-recipient", "there are no recipients: nobody could open the snapshot", tmp_path):
+            with refused(
+                "unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path
+            ):
                 make(tmp_path / "vm2", encrypt, recipients=recipients)
-        with refused("unparsable-recipient", "there are no recipients", tmp_path):
+        with refused("unparsable-recipient", "the list of recipients is empty", tmp_path):
             vmsnap.rekey(tmp_path / "vm1", key=key, recipients=recipients)
     for text in ("", " ", "\n"):
         with refused("unparsable-recipient", '"" is not an age recipient', tmp_path):
@@ -199,15 +201,15 @@ def test_no_identities_open_nothing(tmp_path: Path, home: Path, recipient: str, 
     assert vmsnap.SnapshotReader(tmp_path / "vm1").encrypted
     nothing: list[Any] = [[], (), iter([])]
     for identities in nothing:
-        with refused("unparsable-identity", "there are no identities", tmp_path):
+        with refused("unparsable-identity", "the list of identities is empty", tmp_path):
             vmsnap.SnapshotReader(tmp_path / "vm1", identities=identities)
     with refused("not-encrypted", "is not encrypted", tmp_path):
         vmsnap.SnapshotReader(tmp_path / "plain", identities=[])
     empty = write_private(tmp_path / "empty", b"")
     for path in (empty, Path("/dev/null")):
-        assert "it holds no identity" in error_of(run("ls", tmp_path / "vm1", "-i", path, status=1))
-        assert "it holds no identity" in error_of(run("ls", tmp_path / "vm1", "-i", home, "-i", path, status=1))
-        with refused("unparsable-identity", f"{path}: it holds no identity", tmp_path):
+        assert "it contains no identity" in error_of(run("ls", tmp_path / "vm1", "-i", path, status=1))
+        assert "it contains no identity" in error_of(run("ls", tmp_path / "vm1", "-i", home, "-i", path, status=1))
+        with refused("unparsable-identity", f"{path}: it contains no identity", tmp_path):
             vmsnap.recipients_of(path)
 
 
@@ -220,7 +222,7 @@ def test_a_variable_for_an_identity_that_is_empty_is_refused(
     write_private(home, identity.encode())
     vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=recipient)
     monkeypatch.setenv(name, "")
-    message = rf"\${name} is set, but empty: set it to an identity, or unset it"
+    message = rf"\${name} is set but empty; set it to an identity, or unset it"
     with refused("unparsable-identity", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm2", True)
     with refused("unparsable-identity", message, tmp_path):
@@ -251,7 +253,7 @@ def test_recipients_are_read_as_editors_write_them(tmp_path: Path, ram: Path, re
     (tmp_path / "team.txt").write_text(form.format(recipient), newline="")
     done = run("dump", ram, tmp_path / "vm1", "-R", tmp_path / "team.txt")
     assert b"ignored" not in done.stderr
-    kinds = [kind.split()[0] for kind in key_wrapping(str(tmp_path / "vm1"))[1]]  # type: ignore[index]
+    kinds = [kind.split()[0] for kind in key_wrapping(tmp_path / "vm1").recipients]  # type: ignore[union-attr]
     assert kinds == ["X25519", "ssh-ed25519"][: 1 + ("ssh-" in form)]
 
 
@@ -261,14 +263,14 @@ def test_ssh_keys_that_age_cannot_encrypt_to_are_ignored_with_a_warning(
     team = tmp_path / "team.txt"
     team.write_text(f"# the team\n{ECDSA}\n{recipient}\n{SECURITY_KEY}\n")
     told = run("dump", ram, tmp_path / "vm1", "-R", team).stderr.decode()
-    assert f"vmsnap: {team}: line 2 is ignored: age encrypts to SSH keys of the types" in told
+    assert f"vmsnap: {team}: line 2 is ignored: age supports SSH keys of the types" in told
     assert f"{team}: line 4 is ignored: " in told
-    assert "and not sk-ssh-ed25519@openssh.com\n" in told
-    assert key_wrapping(str(tmp_path / "vm1")) == ("age", ["X25519"])
+    assert "not sk-ssh-ed25519@openssh.com\n" in told
+    assert key_wrapping(tmp_path / "vm1") == KeyWrapping("age", None, ["X25519"])
     team.write_text(f"{ECDSA}\n")
     before = tree(tmp_path)
     line = error_of(run("dump", ram, tmp_path / "vm2", "-R", team, status=1))
-    assert f"{team}: the file contains no recipients that age can encrypt to; line 1 is ignored: " in line
+    assert f"{team}: the file contains no recipients that age supports; line 1 is ignored: " in line
     # Given as such it is an error.
     assert "cannot be used as a recipient" in error_of(run("dump", ram, tmp_path / "vm2", "-r", ECDSA, status=1))
     assert tree(tmp_path) == before
@@ -294,7 +296,7 @@ def test_a_line_that_is_not_a_recipient_is_named_with_its_file_and_not_quoted(
     assert "hunter2" not in told.lower()
     assert tree(tmp_path) == before
     team.write_bytes(recipient.encode("utf-16"))
-    assert f"{team}: the file is in UTF-16: save it in UTF-8" in error_of(
+    assert f"{team}: the file is encoded in UTF-16; save it in UTF-8" in error_of(
         run("dump", ram, tmp_path / "vm1", "-R", team, status=1)
     )
     assert "cannot be read" in error_of(run("dump", ram, tmp_path / "vm1", "-R", tmp_path, status=1))
@@ -310,10 +312,10 @@ def test_identities_are_read_as_editors_write_them(tmp_path: Path, recipient: st
     write_private(file, file.read_bytes() + b"\r\nhunter2\r\n")
     number = 1 + file.read_bytes().split(b"\n").index(b"hunter2\r")
     for call in (vmsnap.recipients_of, lambda file: vmsnap.SnapshotReader(tmp_path / "vm1", identities=file)):
-        with refused("unparsable-identity", f"{file}: line {number} is no identity", tmp_path):
+        with refused("unparsable-identity", f"{file}: line {number} is not an identity", tmp_path):
             call(file)
     write_private(file, identity.encode("utf-16"))
-    with refused("unparsable-identity", f"{file}: it is in UTF-16: save it in UTF-8", tmp_path):
+    with refused("unparsable-identity", f"{file}: it is encoded in UTF-16; save it in UTF-8", tmp_path):
         vmsnap.recipients_of(file)
 
 
@@ -356,8 +358,11 @@ def test_secrets_that_others_may_use_are_refused_whatever_they_are(
         for mode in (0o644, 0o640, 0o444, 0o440, 0o602):
             secrets[option].chmod(mode)
             told = error_of(run("ls", root, option, secrets[option], status=3 if option == "-i" else 1))
-            assert f"{secrets[option]}: others may use it (mode {mode:04o}): chmod 600 '{secrets[option]}'" in told
-            assert f"give its content instead, in a shell as <(cat '{secrets[option]}')" in told
+            assert (
+                f"{secrets[option]}: other users may read or change it (mode {mode:04o}): chmod 600 '{secrets[option]}'"
+                in told
+            )
+            assert f"pass its contents, in a shell as <(cat '{secrets[option]}')" in told
         secrets[option].chmod(0o400)
         run("ls", root, option, secrets[option])
 
@@ -413,7 +418,9 @@ def test_on_a_read_only_file_system_secrets_may_be_readable(
     for option, root in roots.items():
         for index in range(3):
             run("ls", root, option, small_disk / f"{option}{index}")
-    assert "others may use it" in error_of(run("ls", roots["--key-file"], "--key-file", small_disk / "bad", status=1))
+    assert "other users may read or change it" in error_of(
+        run("ls", roots["--key-file"], "--key-file", small_disk / "bad", status=1)
+    )
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(small_disk))
     assert vmsnap.SnapshotReader(roots["-i"]).encrypted
 
@@ -427,7 +434,7 @@ def test_of_another_owner_s_secret_a_group_may_read(tmp_path: Path, secrets: dic
         run("ls", root, option, secrets[option])
         for mode in (0o444, 0o460):
             secrets[option].chmod(mode)
-            assert "others may use it" in error_of(
+            assert "other users may read or change it" in error_of(
                 run("ls", root, option, secrets[option], status=3 if option == "-i" else 1)
             )
 
@@ -446,7 +453,7 @@ def test_where_the_warning_of_a_new_identity_is_an_error_nothing_is_made(
     tmp_path: Path, home: Path, maker: str
 ) -> None:
     script = f"import warnings; warnings.simplefilter('error'); {MAKERS[maker]}"
-    message = f"a new identity was made in {home}"
+    message = f"creating the identity {home}"
     for _ in range(2):  # the second time too: there is no identity yet
         refused_elsewhere("new-identity", message, tmp_path, script, tmp_path)
     # What was there before stays.
@@ -465,5 +472,5 @@ def test_the_command_line_tells_of_a_new_identity_whatever_python_is_told_of_war
         shutil.rmtree(home.parent, ignore_errors=True)
         root = tmp_path / f"vm{number}"
         done = run("dump", ram, root, "--encrypt", env={"PYTHONWARNINGS": setting})
-        assert done.stderr.decode().count(f"vmsnap: a new identity was made in {home}: keep a copy of it") == 1
+        assert done.stderr.decode().count(f"vmsnap: creating the identity {home}: back it up") == 1
         assert vmsnap.verify(root).ok

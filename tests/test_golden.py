@@ -20,7 +20,7 @@ VERSIONS = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 
 @cache
 def expected(version: str) -> dict[str, Any]:
-    """What the snapshots of a version hold."""
+    """The expected contents of the snapshots of a version."""
     found: dict[str, Any] = json.loads((GOLDEN / version / "expected.json").read_text(encoding="utf-8"))
     return found
 
@@ -35,7 +35,7 @@ def key_of(version: str, name: str) -> bytes | None:
 
 
 def check(root: Path, version: str, name: str) -> None:
-    """The snapshot holds what its expected.json says, nothing missing and nothing besides."""
+    """The snapshot has exactly the contents that its expected.json lists."""
     holds = expected(version)["snapshots"][name]
     found = all_fragments(vmsnap.SnapshotReader(root, key=key_of(version, name)))
     assert sorted(found) == sorted(holds["fragments"])

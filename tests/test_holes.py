@@ -15,7 +15,7 @@ PAGE = 4096
 MIB = 1 << 20
 
 
-# Holes that are wrong here and there only nobody can find: that is what --no-sparse is for.
+# vmsnap cannot detect wrong holes in a few places: --no-sparse exists for them.
 @pytest.mark.parametrize(
     ("fault", "option"),
     [

@@ -1,4 +1,4 @@
-"""Values of a stranger's: whatever bytes there are, an error that says where and why, in bounded time and memory."""
+"""Values from untrusted sources: for any bytes, an error with place and reason, in bounded time and memory."""
 
 import json
 import struct
@@ -51,23 +51,23 @@ CBOR: dict[str, tuple[bytes, str, int]] = {
     "nested maps": (b"\xa1\x00" * 127 + b"\xa0", "deeper than 127 levels", 254),
     "nested sets": ((SET + b"\x81") * 64 + b"\x00", "deeper than 127 levels", 63 * 4 + 3),
     "nested keys": (b"\xa1" + b"\x81" * 127 + b"\x00\x00", "deeper than 127 levels", 127),
-    "a huge list": (b"\x82\x00\x9b" + b"\xff" * 8, "declares 18446744073709551615 items, and 0 bytes are left", 2),
+    "a huge list": (b"\x82\x00\x9b" + b"\xff" * 8, "declares 18446744073709551615 items, but only 0 bytes are left", 2),
     "a huge map": (b"\xbb" + b"\xff" * 8 + b"\x00", "declares 18446744073709551615 pairs", 0),
     "a huge set": (SET + b"\x9b\x00\xff" + bytes(6), "declares 71776119061217280 items", 3),
-    "a huge text": (b"\x81\x7b\x7f" + b"\xff" * 7, "declares 9223372036854775807 bytes, and 0 are left", 1),
-    "huge bytes": (b"\x5a\xff\xff\xff\xff1", "declares 4294967295 bytes, and 1 are left", 0),
+    "a huge text": (b"\x81\x7b\x7f" + b"\xff" * 7, "declares 9223372036854775807 bytes, but only 0 are left", 1),
+    "huge bytes": (b"\x5a\xff\xff\xff\xff1", "declares 4294967295 bytes, but only 1 are left", 0),
     "a huge piece": (b"\x5f\x41a\x5b" + b"\xff" * 8, "declares 18446744073709551615 bytes", 3),
-    "a cut number": (b"\x81\x19\x01", "cut off", 3),
-    "a cut list": (b"\x9f\x01", "cut off", 2),
-    "cut pieces": (b"\x7f\x61a", "cut off", 3),
-    "a cut tag": (b"\xc1", "cut off", 1),
-    "nothing": (b"", "cut off", 0),
+    "a cut number": (b"\x81\x19\x01", "truncated", 3),
+    "a cut list": (b"\x9f\x01", "truncated", 2),
+    "cut pieces": (b"\x7f\x61a", "truncated", 3),
+    "a cut tag": (b"\xc1", "truncated", 1),
+    "nothing": (b"", "truncated", 0),
     "trailing bytes": (b"\x81\x00\x00", "bytes follow its end", 2),
     "a key twice": (b"\xa2\x01\x00\x01\x00", "a key of a map comes twice", 5),
     "a key as int and float": (b"\xa2\x01\x00\xf9\x3c\x00\x00", "a key of a map comes twice", 7),
     "a key as int and bool": (b"\x81\xbf\x01\x00\xf5\x00\xff", "a key of a map comes twice", 6),
-    "a member twice": (SET + b"\x82\x01\x01", "a set has a member twice", 6),
-    "a member as int and big number": (SET + b"\x82\x01\xc2\x41\x01", "a set has a member twice", 8),
+    "a member twice": (SET + b"\x82\x01\x01", "a member of a set comes twice", 6),
+    "a member as int and big number": (SET + b"\x82\x01\xc2\x41\x01", "a member of a set comes twice", 8),
     "a cyclic reference": (b"\xd8\x1c\x81\xd8\x1d\x00", "tag 28", 0),
     "a shared reference": (b"\x81\xd8\x1d\x00", "tag 29", 1),
     "a decimal": (b"\xc4\x82\x1b\x7f" + b"\xff" * 7 + b"\x01", "tag 4", 0),
@@ -88,11 +88,11 @@ CBOR: dict[str, tuple[bytes, str, int]] = {
     "a map as a key": (b"\xa1\xa0\x00", "a key is a map", 1),
     "a map in a set": (SET + b"\x81\x81\xa0", "a key is a map", 5),
     "an array as a key": (b"\xa1\xd8\x40\x41\x00\x00", "a key has tag 64", 1),
-    "a break in a list": (b"\x81\xff", "a break ends nothing", 1),
-    "a key without a value": (b"\xbf\x01\xff", "a break ends nothing", 2),
-    "undefined": (b"\xf7", "none of false, true and null", 0),
-    "a reserved head": (b"\x1c", "no item begins with the byte 0x1c", 0),
-    "a number without a length": (b"\x1f", "no item begins with the byte 0x1f", 0),
+    "a break in a list": (b"\x81\xff", "a break is at the wrong place", 1),
+    "a key without a value": (b"\xbf\x01\xff", "a break is at the wrong place", 2),
+    "undefined": (b"\xf7", "not false, true or null", 0),
+    "a reserved head": (b"\x1c", "the byte 0x1c does not begin an item", 0),
+    "a number without a length": (b"\x1f", "the byte 0x1f does not begin an item", 0),
     "a date that is none": (b"\x82\x00\xd9\x03\xec\x6a2024-02-30", "error decoding string-form date", 16),
     "a date in the terminal": (b"\xc0\x65\x1b[2J\x07", "Invalid isoformat string", 7),
     "a moment beyond time": (b"\xc1\xfb\x7e\x37\xe4\x3c\x88\x00\x75\x9c", "error decoding epoch-form datetime", 10),
@@ -104,7 +104,7 @@ CBOR: dict[str, tuple[bytes, str, int]] = {
     "endless rows": (b"\xd8\x28\x82\x82\x1b\x40" + bytes(7) + b"\x00\xd8\x40\x40", "4611686018427387904 rows", 3),
     "a shape beyond size_t": (b"\xd8\x28\x82\x81\x1b\x80" + bytes(7) + b"\xd8\x40\x41\x00", "error decoding", 17),
     "too many dimensions": (b"\xd8\x28\x82\x98\x80" + b"\x01" * 128 + b"\xd8\x40\x41\x00", "error decoding", 137),
-    "a negative dimension": (b"\xd8\x28\x82\x81\x20\xd8\x40\x40", "a dimension is no unsigned integer", 4),
+    "a negative dimension": (b"\xd8\x28\x82\x81\x20\xd8\x40\x40", "a dimension is not an unsigned integer", 4),
     "half an element": (b"\xd8\x45\x43\x00\x00\x00", "elements of 2 bytes", 0),
 }
 
@@ -157,7 +157,7 @@ def check_both_levels(place: Place, data: bytes, reason: str, offset: int | tupl
         with pytest.raises(vmsnap.CorruptSnapshotError) as raised:
             level.read_fragment("state")
         message = str(raised.value)
-        assert message.startswith(f"fragment {name} of {place.location} does not hold a serialized value: ")
+        assert message.startswith(f"fragment {name} of {place.location} does not contain a serialized value: ")
         assert reason in message
         assert message.endswith(ends)
         assert len(message) < 500
@@ -282,7 +282,7 @@ MODULUS = sys.hash_info.modulus
     ],
 )
 def test_keys_that_share_a_hash_value_are_refused(value: Any, type: Any) -> None:
-    assert "one hash value" in refusal(encode(value), type)
+    assert "the same hash value" in refusal(encode(value), type)
 
 
 def keys_that_meet(bits: int = 13) -> list[int]:
@@ -316,11 +316,11 @@ def test_keys_that_meet_in_a_dict_are_refused() -> None:
     keys = keys_that_meet()
     numbers = [b"\x1b" + key.to_bytes(8, "big") for key in keys]
     for data in (SET + array(numbers), b"\xba" + array(numbers)[1:5] + b"\0".join(numbers) + b"\0"):
-        assert "hash values that collide" in refusal(data)
+        assert "hash values collide" in refusal(data)
     for value, type in ([keys, set[int]], [keys, frozenset], [{str(key): 0 for key in keys}, dict[int, int]]):
         assert "hash values that collide" in refusal(encode(value, format="json"), type)
-    # What would not be read is not written.
-    with pytest.raises(vmsnap.SerializationError, match=r"would not read back: .*collide"):
+    # A value that could not be read is not written.
+    with pytest.raises(vmsnap.SerializationError, match=r"could not be read back: .*collide"):
         encode(dict.fromkeys(keys))
 
 
@@ -342,7 +342,7 @@ def test_keys_of_a_map_that_share_a_hash_value_are_refused() -> None:
     assert "too many" in refusal(SET + array(keys))
 
 
-# Whatever bytes there are --------------------------------------------------------------------------------------------
+# Arbitrary bytes ------------------------------------------------------------------------------------------------------
 
 VALUES: list[Any] = [
     [None, True, False, 0, -1, 2**64, -(2**80), 1.5, float("inf"), "täxt", b"bytes", [], {}],
@@ -358,7 +358,7 @@ ENCODED: list[tuple[bytes, Format]] = [
 
 
 def check(data: bytes, format: Format | None = None) -> None:
-    """Decode to what encodes again, or to the one exception."""
+    """Decode a value that can be encoded again, or raise the one exception."""
     try:
         value = decode(data, format=format)
     except vmsnap.CorruptSnapshotError:
@@ -445,7 +445,7 @@ def test_the_fuzz_target_finds_nothing(recipe: bytes) -> None:
 
 
 def fuzz_target() -> Callable[[bytes], None]:
-    """Return what `make fuzz` calls."""
+    """Return the function that `make fuzz` calls."""
     folder = str(Path(__file__).resolve().parents[1] / "fuzz")
     if folder not in sys.path:
         sys.path.append(folder)

@@ -127,7 +127,7 @@ def test_the_independent_reader_needs_nothing_but_cryptography() -> None:
     assert imported - sys.stdlib_module_names - own == {"cryptography"}
 
 
-# Who reads whose -----------------------------------------------------------------------------------------------------
+# Readers and writers --------------------------------------------------------------------------------------------------
 
 CHUNKS = [32, 33, 4096, 65536, MIB, MIB + 1]
 
@@ -434,7 +434,7 @@ def test_names_kept_for_vmsnap_are_left_out_by_both(place: Place) -> None:
 
 
 def run_reader(*arguments: object) -> subprocess.CompletedProcess[bytes]:
-    # Isolated but for its own folder: what it needs it has to bring along.
+    # Isolated except for its own directory, which must have all that it needs.
     command = [sys.executable, "-E", "-s", str(READER_PROGRAM), *map(str, arguments)]
     return subprocess.run(command, capture_output=True)
 

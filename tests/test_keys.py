@@ -22,7 +22,7 @@ from commands import error_of, run, write_private
 from key_provider import SocketProvider, key_service
 from refusals import refused, refused_elsewhere, row
 from support import pattern, read, run_python, run_python_well, tree, write
-from vmsnap._vmsnap import key_wrapping
+from vmsnap.keys import KeyWrapping, key_wrapping
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = REPOSITORY / "tests/programs"
@@ -110,7 +110,7 @@ def write_some(root: Path, **credentials: Any) -> vmsnap.SnapshotWriter:
 
 def test_recipients_are_opened_by_their_identities(tmp_path: Path, pair: Pair) -> None:
     other, third = Pair.new(), Pair.new()
-    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, other.recipient]).root
+    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, other.recipient]).path
     several = write_private(tmp_path / "several.txt", f"# mine\n{third.identity}\n\n{other.identity}\n".encode())
     forms: list[Any] = [
         pair.identity,
@@ -123,7 +123,7 @@ def test_recipients_are_opened_by_their_identities(tmp_path: Path, pair: Pair) -
     ]
     for identities in forms:
         check_opens(root, identities=identities)
-    assert key_wrapping(str(root)) == ("age", ["X25519", "X25519"])
+    assert key_wrapping(root) == KeyWrapping("age", None, ["X25519", "X25519"])
     assert vmsnap.recipients_of(several) == [third.recipient, other.recipient]
 
 
@@ -132,31 +132,31 @@ def test_recipients_are_opened_by_their_identities(tmp_path: Path, pair: Pair) -
 def test_ssh_keys_are_recipients_and_identities(tmp_path: Path, kind: str, passphrase: str, pair: Pair) -> None:
     file = ssh_key(tmp_path / "key", kind, passphrase)
     public = (tmp_path / "key.pub").read_text()
-    root = write_some(tmp_path / "vm1", recipients=[public, pair.recipient]).root
+    root = write_some(tmp_path / "vm1", recipients=[public, pair.recipient]).path
     identity: Any = vmsnap.IdentityFile(file, passphrase) if passphrase else file
     check_opens(root, identities=identity)
     if not passphrase:
         check_opens(root, identities=file.read_text())
     check_opens(root, identities=pair.identity)
-    [first, second] = key_wrapping(str(root))[1]  # type: ignore[index]
+    [first, second] = key_wrapping(root).recipients  # type: ignore[union-attr]
     assert first.startswith(f"ssh-{kind} ")
     assert second == "X25519"
     assert public.startswith(vmsnap.recipients_of(identity)[0])
 
 
 def test_a_plugin_wraps_and_unwraps(tmp_path: Path, plugin: None, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, PLUGIN_RECIPIENT]).root
+    root = write_some(tmp_path / "vm1", recipients=[pair.recipient, PLUGIN_RECIPIENT]).path
     check_opens(root, identities=PLUGIN_IDENTITY)
     check_opens(root, identities=write_private(tmp_path / "id.txt", PLUGIN_IDENTITY.encode()))
     check_opens(root, identities=pair.identity)
-    assert key_wrapping(str(root)) == ("age", ["X25519", "vmsnaptest"])
+    assert key_wrapping(root) == KeyWrapping("age", None, ["X25519", "vmsnaptest"])
 
 
 @pytest.mark.parametrize("form", [PASSPHRASE, PASSPHRASE.encode(), lambda: PASSPHRASE, lambda: PASSPHRASE.encode()])
 def test_a_passphrase_opens_what_it_was_written_with(tmp_path: Path, form: Any) -> None:
-    root = write_some(tmp_path / "vm1", passphrase=form).root
+    root = write_some(tmp_path / "vm1", passphrase=form).path
     check_opens(root, passphrase=form)
-    assert key_wrapping(str(root)) == ("passphrase", [])
+    assert key_wrapping(root) == KeyWrapping("passphrase", None, [])
 
 
 def test_a_bytearray_is_taken_and_cleared(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_what_asks_for_a_passphrase_may_raise(tmp_path: Path) -> None:
 def test_a_key_service_opens_what_it_wrapped(tmp_path: Path) -> None:
     with key_service(tmp_path) as socket:
         provider = SocketProvider(socket)
-        root = write_some(tmp_path / "vm1", key_provider=provider).root
+        root = write_some(tmp_path / "vm1", key_provider=provider).path
         check_opens(root, key_provider=provider)
-        assert key_wrapping(str(root)) == ("key-provider", ["socket-service"])
+        assert key_wrapping(root) == KeyWrapping("key-provider", "socket-service", [])
         content = (root / "enc_metadata").read_bytes()
         assert content.startswith(b"\xd9\xd9\xf7")  # tag 55799, self-described CBOR
         envelope = cbor2.loads(content[3:])
@@ -225,7 +225,7 @@ def test_a_provider_may_return_any_buffer_and_is_called_without_the_interpreter_
 
     event = threading.Event()
     threading.Timer(0.1, event.set).start()
-    root = write_some(tmp_path / "vm1", key_provider=Provider()).root
+    root = write_some(tmp_path / "vm1", key_provider=Provider()).path
     check_opens(root, key_provider=Provider())
 
 
@@ -247,7 +247,7 @@ def mode(path: Path) -> int:
 
 
 def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home: Path) -> None:
-    with pytest.warns(vmsnap.NewIdentityWarning, match=f"{home}: keep a copy of it elsewhere") as caught:
+    with pytest.warns(vmsnap.NewIdentityWarning, match=f"creating the identity {home}: back it up") as caught:
         write_some(tmp_path / "vm1", encrypt=True)
     assert caught[0].filename == write_some.__code__.co_filename
     assert (mode(home), mode(home.parent)) == (0o600, 0o700)
@@ -266,8 +266,8 @@ def test_the_first_writer_makes_an_identity_and_all_use_it(tmp_path: Path, home:
 
 @row("no-identity")
 def test_a_reader_makes_no_identity(tmp_path: Path, home: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
-    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}: pass what it was written", tmp_path):
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
+    with refused("no-identity", rf"no identity in \$VMSNAP_IDENTITY, .* or {home}; pass the key that", tmp_path):
         vmsnap.SnapshotReader(root)
     assert not home.parent.exists()
 
@@ -328,17 +328,19 @@ def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_
     else:
         monkeypatch.setenv(where, f"# ok\n{secret}" if where == "VMSNAP_IDENTITY" else str(file))
     place = r"\$VMSNAP_IDENTITY: " if where == "VMSNAP_IDENTITY" else f"{file}.*: "
-    with refused("unparsable-identity", f"{place}line 2 is no identity", tmp_path) as _:
+    with refused("unparsable-identity", f"{place}line 2 is not an identity", tmp_path) as _:
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     if where == "VMSNAP_IDENTITY":
         return
     file.write_text(vmsnap.generate_identity())
     file.chmod(0o644)
-    with refused("identity-for-all", rf"{file}.*others may use it \(mode 0644\): chmod 600 '{file}'", tmp_path):
+    with refused(
+        "identity-for-all", rf"{file}.*other users may read or change it \(mode 0644\): chmod 600 '{file}'", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.write_text("")
     file.chmod(0o600)
-    with refused("unparsable-identity", "it holds no identity", tmp_path):
+    with refused("unparsable-identity", "it contains no identity", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.unlink()
     file.mkdir()
@@ -351,7 +353,7 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("VMSNAP_IDENTITY_FILE", str(tmp_path / "absent.txt"))
     with refused("identity-missing", r"absent.txt \(from \$VMSNAP_IDENTITY_FILE\).*cannot be read", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
-    root = write_some(tmp_path / "vm1", recipients=Pair.new().recipient).root
+    root = write_some(tmp_path / "vm1", recipients=Pair.new().recipient).path
     with refused("identity-missing", "absent.txt: cannot be read", tmp_path):
         vmsnap.SnapshotReader(root, identities=Path("absent.txt"))
 
@@ -359,7 +361,7 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
 @row("unwritable-home")
 def test_a_home_that_cannot_be_written_to_is_an_error(tmp_path: Path, home: Path) -> None:
     (tmp_path / "settings").write_text("a file")
-    with refused("unwritable-home", f"cannot make the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
+    with refused("unwritable-home", f"cannot create the identity file {home}; set .VMSNAP_IDENTITY_FILE", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
 
 
@@ -368,7 +370,7 @@ def test_without_a_home_nothing_is_made(tmp_path: Path) -> None:
     script = (
         "[os.environ.pop(name, None) for name in ('HOME', 'XDG_CONFIG_HOME')]; vmsnap.SnapshotWriter(sys.argv[1], True)"
     )
-    message = r"neither \$XDG_CONFIG_HOME nor \$HOME says where an identity may be kept: set \$VMSNAP_IDENTITY_FILE"
+    message = r"there is no place for an identity: set \$XDG_CONFIG_HOME, \$HOME or \$VMSNAP_IDENTITY_FILE"
     refused_elsewhere("no-home", message, tmp_path, script, tmp_path / "vm1")
 
 
@@ -376,7 +378,7 @@ def test_without_a_home_nothing_is_made(tmp_path: Path) -> None:
 
 
 def test_age_in_go_and_vmsnap_open_each_other_s(tmp_path: Path, go_age: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     identity = pair.file(tmp_path / "id.txt")
     command = [go_age / "age", "-d", "-i", identity, root / "enc_metadata"]
     payload = subprocess.run(command, check=True, capture_output=True).stdout
@@ -400,7 +402,7 @@ def test_age_in_go_and_vmsnap_open_each_other_s(tmp_path: Path, go_age: Path, pa
 def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     identity = pyrage.x25519.Identity.from_str(pair.identity)
     payload = pyrage.decrypt(file.read_bytes(), [identity])
@@ -416,7 +418,7 @@ def test_pyrage_and_vmsnap_open_each_other_s(tmp_path: Path, pair: Pair) -> None
 def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     for armored in (False, True):
         file = tmp_path / f"{armored}.age"
         file.write_bytes(pyrage.passphrase.encrypt(pair.identity.encode(), PASSPHRASE, armored=armored))
@@ -424,7 +426,7 @@ def test_an_identity_file_that_age_encrypted_opens_with_its_passphrase(tmp_path:
         assert vmsnap.SnapshotReader(root, identities=vmsnap.IdentityFile(file, lambda: PASSPHRASE)).encrypted
     with refused("wrong-passphrase", f"{file}: the passphrase or identity is wrong", tmp_path):
         vmsnap.SnapshotReader(root, identities=vmsnap.IdentityFile(file, "wrong"))
-    with refused("identity-encrypted", f"{file} is encrypted: give its passphrase with it", tmp_path):
+    with refused("identity-encrypted", f"{file} is encrypted; pass its passphrase with it", tmp_path):
         vmsnap.SnapshotReader(root, identities=file)
 
 
@@ -447,7 +449,7 @@ def test_in_an_emergency_age_and_a_script_are_enough(tmp_path: Path, go_age: Pat
 
 
 def test_rekey_changes_what_opens_and_nothing_else(tmp_path: Path, key: bytes, pair: Pair, home: Path) -> None:
-    root = write_some(tmp_path / "vm1", key=key).root
+    root = write_some(tmp_path / "vm1", key=key).path
     fragments = {path: entry for path, entry in tree(root).items() if path != "enc_metadata"}
     other = Pair.new()
     with key_service(tmp_path) as socket:
@@ -473,7 +475,7 @@ def test_rekey_changes_what_opens_and_nothing_else(tmp_path: Path, key: bytes, p
 def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path, pair: Pair) -> None:
     pyrage = pytest.importorskip("pyrage", reason=NO_PYRAGE)
 
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     identity = pyrage.x25519.Identity.from_str(pair.identity)
     file = root / "enc_metadata"
     payload = cbor2.loads(pyrage.decrypt(file.read_bytes(), [identity])) | {"note": ["later", {"a": 1}]}
@@ -484,10 +486,10 @@ def test_rekey_keeps_what_a_later_version_wrote_into_the_payload(tmp_path: Path,
 
 @row("rekey-for-nobody", "two-kinds", "wrong-key", "unparsable-recipient", "not-encrypted")
 def test_rekey_that_cannot_be_done_leaves_everything(tmp_path: Path, key: bytes, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", key=key).root
-    with refused("rekey-for-nobody", "nothing says what the key is to be wrapped with", tmp_path):
+    root = write_some(tmp_path / "vm1", key=key).path
+    with refused("rekey-for-nobody", "no new key was given", tmp_path):
         vmsnap.rekey(root, key=key)
-    with refused("two-kinds", "a key and recipients were passed together", tmp_path):
+    with refused("two-kinds", "a key and recipients cannot be passed together", tmp_path):
         vmsnap.rekey(root, key=key, new_key=key, recipients=pair.recipient)
     with refused("wrong-key", "enc_metadata of .*vm1", tmp_path):
         vmsnap.rekey(root, key=key[::-1], recipients=pair.recipient)
@@ -508,24 +510,26 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
         ("age1", "expected age1"),
         (pair.recipient[:-1] + ("p" if pair.recipient.endswith("q") else "q"), "expected age1"),
         ("ssh-ed25519 AAAA", "expected age1… or an SSH public key"),
-        (pair.identity, r"what was given is an identity \(AGE-…\), a secret, and not the recipient"),
+        (pair.identity, r"the given recipient is an identity \(AGE-…\), which is secret; pass the recipient"),
     ]
     for recipient, message in cases:
         with refused("unparsable-recipient", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
     missing = {
         "age1nosuchplugin10q5t30u5": "age-plugin-nosuchplugin is not on the PATH: install it",
-        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(age1pq… are post-quantum",
+        POST_QUANTUM_RECIPIENT: r"age-plugin-pq is not on the PATH \(post-quantum recipients, age1pq…, need",
     }
     for recipient, message in missing.items():
         with refused("plugin-missing", f"cannot create the encrypted snapshot .*vm1: .*{message}", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[pair.recipient, recipient])
-    with refused("unparsable-recipient", "there are no recipients: nobody could open the snapshot", tmp_path):
+    with refused(
+        "unparsable-recipient", "the list of recipients is empty, so nobody could open the snapshot", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=[])
     ecdsa = ssh_key(tmp_path / "key", "ecdsa").with_suffix(".pub").read_text()
     with refused(
         "unparsable-recipient",
-        "types ssh-ed25519 and ssh-rsa, and not ecdsa-sha2",
+        "types ssh-ed25519 and ssh-rsa, not ecdsa-sha2",
         tmp_path,
     ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", recipients=ecdsa)
@@ -533,31 +537,31 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
 
 @row("unparsable-identity", "identity-for-all")
 def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     cases: list[tuple[Any, str]] = [
         ("hunter2", "an identity begins with AGE-SECRET-KEY-"),
         ("id.txt", "a file is given as a Path"),
         (pair.recipient, "an identity begins with"),
-        ("AGE-SECRET-KEY-1HUNTER2", "line 1 is no identity"),
-        (f"{pair.identity}\nhunter2", "line 2 is no identity"),
-        (f"# me\n\n{pair.recipient}", "line 3 is a recipient, and no identity"),
+        ("AGE-SECRET-KEY-1HUNTER2", "line 1 is not an identity"),
+        (f"{pair.identity}\nhunter2", "line 2 is not an identity"),
+        (f"# me\n\n{pair.recipient}", "line 3 is a recipient, not an identity"),
         ("AGE-SECRET-KEY-PQ-1QQQQ", "line 1 is a post-quantum identity"),
-        ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "no SSH key that age can read"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2", "not an SSH key that age can read"),
         (ssh_key(tmp_path / "key", "ecdsa"), "SSH key"),
-        ([], "there are no identities"),
-        ("# nothing", "it holds no identity"),
+        ([], "the list of identities is empty"),
+        ("# nothing", "it contains no identity"),
     ]
     for identity, message in cases:
         with refused("unparsable-identity", message, tmp_path) as _:
             vmsnap.SnapshotReader(root, identities=identity)
     (tmp_path / "key").chmod(0o640)
-    with refused("identity-for-all", "others may use it", tmp_path):
+    with refused("identity-for-all", "other users may read or change it", tmp_path):
         vmsnap.SnapshotReader(root, identities=tmp_path / "key")
 
 
 def test_no_secret_is_in_an_error_or_a_repr(tmp_path: Path, pair: Pair, key: bytes) -> None:
     secret = pair.identity[16:40]
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     shown = [
         repr(vmsnap.IdentityFile("id.txt", "hunter2")),
         repr(vmsnap.SnapshotReader(root, identities=pair.identity)),
@@ -584,7 +588,7 @@ def test_no_secret_is_in_an_error_or_a_repr(tmp_path: Path, pair: Pair, key: byt
 def test_a_plugin_that_fails_is_told_with_what_it_said(
     tmp_path: Path, plugin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = write_some(tmp_path / "vm1", recipients=PLUGIN_RECIPIENT).root
+    root = write_some(tmp_path / "vm1", recipients=PLUGIN_RECIPIENT).path
     for behaviour, message in (("refuse", r"the \[31mcard\[0m is not in the reader"), ("garbage", "the plugin failed")):
         monkeypatch.setenv("AGE_PLUGIN_VMSNAPTEST", behaviour)
         with refused("plugin-failed", message, tmp_path):
@@ -635,10 +639,12 @@ def test_what_is_no_passphrase_is_a_type_error(tmp_path: Path, given: Any) -> No
 
 @row("two-kinds")
 def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -> None:
-    with refused("two-kinds", "a key and recipients were passed together: a snapshot has one kind of key", tmp_path):
+    with refused(
+        "two-kinds", "a key and recipients cannot be passed together: a snapshot has one kind of key", tmp_path
+    ):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, recipients=pair.recipient)
-    root = write_some(tmp_path / "vm1", key=key).root
-    with refused("two-kinds", "a key and a passphrase were passed together", tmp_path):
+    root = write_some(tmp_path / "vm1", key=key).path
+    with refused("two-kinds", "a key and a passphrase cannot be passed together", tmp_path):
         vmsnap.SnapshotReader(root, key=key, passphrase="x")
 
 
@@ -646,13 +652,13 @@ def test_two_kinds_of_keys_are_refused(tmp_path: Path, key: bytes, pair: Pair) -
 def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, pair: Pair) -> None:
     with key_service(tmp_path) as socket:
         kinds: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-            "raw": ({"key": key}, {"key": key}, "with a 32-byte key.*: pass the key it was written with"),
+            "raw": ({"key": key}, {"key": key}, "with a 32-byte key.*: pass the key that it was written with"),
             "age": (
                 {"recipients": pair.recipient},
                 {"identities": pair.identity},
-                "for age recipients.*: pass identities",
+                "to age recipients.*: pass identities",
             ),
-            "passphrase": ({"passphrase": "x"}, {"passphrase": "x"}, "with a passphrase.*: pass it"),
+            "passphrase": ({"passphrase": "x"}, {"passphrase": "x"}, "with a passphrase.*: pass the passphrase"),
             "provider": (
                 {"key_provider": SocketProvider(socket)},
                 {"key_provider": SocketProvider(socket)},
@@ -670,19 +676,19 @@ def test_a_key_of_another_kind_is_told_what_to_pass(tmp_path: Path, key: bytes, 
 
 @row("wrong-identity", "wrong-passphrase")
 def test_a_wrong_identity_or_passphrase_is_not_told_from_damage(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "age", recipients=pair.recipient).root
+    root = write_some(tmp_path / "age", recipients=pair.recipient).path
     with refused(
-        "wrong-identity", "none of the identities opens it: it was written for others, or it is damaged", root
+        "wrong-identity", "none of the identities opens it: it is encrypted to other recipients, or it is damaged", root
     ):
         vmsnap.SnapshotReader(root, identities=[Pair.new().identity, Pair.new().identity])
-    root = write_some(tmp_path / "passphrase", passphrase="right").root
-    with refused("wrong-passphrase", "the passphrase or identity is wrong, or it is damaged", root):
+    root = write_some(tmp_path / "passphrase", passphrase="right").path
+    with refused("wrong-passphrase", "the passphrase or identity is wrong, or the file is damaged", root):
         vmsnap.SnapshotReader(root, passphrase="wrong")
 
 
 @row("key-metadata-damaged")
 def test_damaged_key_metadata_is_refused_wherever_the_damage_is(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     whole = file.read_bytes()
     for position in range(0, len(whole), 3):
@@ -702,7 +708,7 @@ def test_damaged_key_metadata_is_refused_wherever_the_damage_is(tmp_path: Path, 
 
 @row("wrong-data-key")
 def test_key_metadata_of_another_snapshot_opens_no_fragment(tmp_path: Path, pair: Pair) -> None:
-    roots = [write_some(tmp_path / name, recipients=pair.recipient).root for name in ("one", "two")]
+    roots = [write_some(tmp_path / name, recipients=pair.recipient).path for name in ("one", "two")]
     shutil.copy(roots[0] / "enc_metadata", roots[1] / "enc_metadata")
     reader = vmsnap.SnapshotReader(roots[1], identities=pair.identity)
     with refused("wrong-data-key", "sda", roots[1]):
@@ -711,23 +717,23 @@ def test_key_metadata_of_another_snapshot_opens_no_fragment(tmp_path: Path, pair
 
 @row("work-factor")
 def test_a_work_factor_that_takes_minutes_is_refused_at_once(tmp_path: Path) -> None:
-    root = write_some(tmp_path / "vm1", passphrase="x").root
+    root = write_some(tmp_path / "vm1", passphrase="x").path
     file = root / "enc_metadata"
     content = file.read_bytes()
     assert b" 18\n" in content  # as age's own
     file.write_bytes(content.replace(b" 18\n", b" 30\n"))
     began = time.monotonic()
-    with refused("work-factor", r"scrypt with a work factor of 2\^30, and no more than 2\^22 is accepted", root):
+    with refused("work-factor", r"its scrypt work factor is 2\^30, which could take hours; the limit is 2\^22", root):
         vmsnap.SnapshotReader(root, passphrase="x")
     assert time.monotonic() - began < 5
 
 
 @row("newer-format")
 def test_a_later_version_of_age_or_of_a_wrapped_key_is_told(tmp_path: Path, pair: Pair) -> None:
-    root = write_some(tmp_path / "vm1", recipients=pair.recipient).root
+    root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     file = root / "enc_metadata"
     file.write_bytes(file.read_bytes().replace(b"org/v1", b"org/v2"))
-    with refused("newer-format", "a version of age that is not known", root):
+    with refused("newer-format", "an unknown version of age", root):
         vmsnap.SnapshotReader(root, identities=pair.identity)
     envelope = {"format": "vmsnap-wrapped-key", "version": 2, "provider": "x", "wrapped": b"x"}
     file.write_bytes(b"\xd9\xd9\xf7" + cbor2.dumps(envelope))
@@ -760,10 +766,10 @@ class Xor:
 @row("provider-failed")
 def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
     error = RuntimeError("the tunnel is down")
-    message = 'the key service "xor" failed: RuntimeError: the tunnel is down: see whether it can be reached'
+    message = 'the key service "xor" failed: RuntimeError: the tunnel is down; check that it is reachable'
     with refused("provider-failed", message, tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=Xor(error))
-    root = write_some(tmp_path / "vm1", key_provider=Xor()).root
+    root = write_some(tmp_path / "vm1", key_provider=Xor()).path
     with refused("provider-failed", message, tmp_path):
         vmsnap.SnapshotReader(root, key_provider=Xor(None, error))
     with pytest.raises(vmsnap.KeyUnavailableError) as caught:
@@ -780,9 +786,9 @@ def test_a_provider_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
         (5, "TypeError: wrap returned int instead of bytes"),
         (None, "wrap returned"),
         ("text", "wrap returned str instead of bytes"),
-        (b"", "returned nothing as the wrapped key"),
-        (bytes(100_000), "returned 100000 bytes as the wrapped key, more than 65536"),
-        (lambda payload: b"wrapped:" + payload, "returned the key as it is, and not wrapped"),
+        (b"", "returned an empty wrapped key"),
+        (bytes(100_000), "returned a wrapped key of 100000 bytes; the limit is 65536"),
+        (lambda payload: b"wrapped:" + payload, "returned the key unwrapped"),
     ],
 )
 def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, message: str) -> None:
@@ -793,17 +799,17 @@ def test_a_provider_that_wraps_rubbish_is_refused(tmp_path: Path, answer: Any, m
 @row("provider-rubbish")
 @pytest.mark.parametrize("answer", [b"", b"rubbish", cbor2.dumps({"format": "vmsnap-key"}), bytes(1 << 20)])
 def test_a_provider_that_unwraps_rubbish_is_refused(tmp_path: Path, answer: bytes) -> None:
-    root = write_some(tmp_path / "vm1", key_provider=Xor()).root
-    with refused("provider-rubbish", 'what the key service "xor" returned is no key of vmsnap\'s', tmp_path):
+    root = write_some(tmp_path / "vm1", key_provider=Xor()).path
+    with refused("provider-rubbish", 'the key service "xor" returned bytes that are not a vmsnap key', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=Xor(None, lambda _: answer))
 
 
 @row("other-provider")
 def test_another_provider_than_the_one_it_was_written_with_is_refused(tmp_path: Path) -> None:
-    root = write_some(tmp_path / "vm1", key_provider=Xor()).root
+    root = write_some(tmp_path / "vm1", key_provider=Xor()).path
     other = Xor()
     other.name = "vault"
-    with refused("other-provider", 'wrapped by the key service "xor", and "vault" was passed', tmp_path):
+    with refused("other-provider", 'wrapped by the key service "xor", but "vault" was passed', tmp_path):
         vmsnap.SnapshotReader(root, key_provider=other)
 
 
@@ -816,7 +822,7 @@ def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
     for bad in ("", "a\nb", "x" * 256):
         provider = Xor()
         provider.name = bad
-        with refused("provider-name", "the name of a key service is a text of 1 to 255 bytes", tmp_path):
+        with refused("provider-name", "the name of a key service must have 1 to 255 bytes", tmp_path):
             vmsnap.SnapshotWriter(tmp_path / "vm1", key_provider=provider)
 
 
@@ -824,7 +830,7 @@ def test_what_is_no_provider_is_a_type_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("behaviour", "message"), [("slow", "did not answer within 0.5 s"), ("rude", "failed: ")])
 def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: str, message: str) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, behaviour) as bad:
-        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).root
+        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).path
         began = time.monotonic()
         with refused("provider-failed", message, tmp_path):
             vmsnap.SnapshotReader(root, key_provider=SocketProvider(bad, timeout_seconds=0.5))
@@ -837,8 +843,8 @@ def test_a_service_that_is_slow_or_hangs_up_is_told(tmp_path: Path, behaviour: s
 @row("provider-rubbish", "provider-failed")
 def test_a_service_that_answers_with_something_else_is_told(tmp_path: Path) -> None:
     with key_service(tmp_path) as good, key_service(tmp_path, "wrong") as bad:
-        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).root
-        with refused("provider-rubbish", "is no key of vmsnap's", tmp_path):
+        root = write_some(tmp_path / "vm1", key_provider=SocketProvider(good)).path
+        with refused("provider-rubbish", "that are not a vmsnap key", tmp_path):
             vmsnap.SnapshotReader(root, key_provider=SocketProvider(bad))
     with refused("provider-failed", "failed: (ConnectionRefused|FileNotFound)Error", tmp_path):
         vmsnap.SnapshotReader(root, key_provider=SocketProvider(good))
@@ -863,7 +869,7 @@ def told(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def test_the_default_identity_from_an_empty_home_twice(tmp_path: Path, ram: Path, home: Path) -> None:
-    assert "a new identity was made in" in told(run("dump", ram, tmp_path / "vm1", "--encrypt"))
+    assert "creating the identity" in told(run("dump", ram, tmp_path / "vm1", "--encrypt"))
     assert "identity" not in told(run("dump", ram, tmp_path / "vm2", "--encrypt"))
     for name in ("vm1", "vm2"):
         assert vmsnap.open(tmp_path / name).memory().read(0, 300_000) == ram.read_bytes()

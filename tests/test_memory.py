@@ -305,7 +305,7 @@ def test_a_forked_child_is_refused(tmp_path: Path) -> None:
             status = 1
             try:
                 call()
-            except vmsnap.FragmentStateError:
+            except vmsnap.StateError:
                 status = 0
             finally:
                 os._exit(status)

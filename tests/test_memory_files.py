@@ -1,5 +1,5 @@
 # ruff: noqa: SIM115 (files are opened here to be given away)
-"""Files as guest memory: which objects are one, what Python still buffers, and what does not tell its size."""
+"""Files as guest memory: accepted objects, data that Python still buffers, and files without a size."""
 
 import bz2
 import gc
@@ -34,7 +34,7 @@ RAM = pattern(4 * PAGE, seed=21)
 
 
 def stored(folder: Path, *sources: object) -> GuestMemory:
-    """What a snapshot of these sources, each one region, holds."""
+    """Return the memory in a snapshot of these sources, each one region."""
     root = folder / f"vm{len(list(folder.glob('vm*')))}"
     regions = [GuestRegion(number << 32, source) for number, source in enumerate(sources)]  # type: ignore[arg-type]
     vmsnap.SnapshotWriter(root).write_memory(regions)
@@ -198,7 +198,7 @@ def connection(folder: Path, stack: ExitStack) -> socket.socket:
     return stack.enter_context(here)
 
 
-# Each with what the error says it is.
+# Each with the name in its error.
 NO_FILES: dict[str, tuple[Callable[[Path, ExitStack], Any], str]] = {
     "gzip": (compressed(gzip), "GzipFile"),
     "bz2": (compressed(bz2), "BZ2File"),
@@ -250,7 +250,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path, ram: Path, memory: GuestM
 def test_bytes_are_memory_and_not_a_path(tmp_path: Path, ram: Path, memory: GuestMemory) -> None:
     assert bytes_of(stored(tmp_path, b"name")) == b"name"
     for destination in (b"name", GuestRegion(0, b"name")):
-        with refused("read-only-buffer", r"a path is a str or an os\.PathLike", tmp_path):
+        with refused("read-only-buffer", r"a path as a str or an os\.PathLike", tmp_path):
             memory.restore([destination])  # type: ignore[list-item]
 
 
@@ -258,15 +258,15 @@ def test_bytes_are_memory_and_not_a_path(tmp_path: Path, ram: Path, memory: Gues
 def test_a_process_is_not_a_destination(tmp_path: Path, memory: GuestMemory) -> None:
     own = vmsnap.ProcessMemory(os.getpid())
     for destination in (own, GuestRegion(0, own)):
-        with refused("destinations", "not restored into a process", tmp_path):
+        with refused("destinations", "cannot be restored into a process", tmp_path):
             memory.restore([destination])  # type: ignore[list-item]
 
 
-# What does not tell its size -----------------------------------------------------------------------------------------
+# Files without a size -------------------------------------------------------------------------------------------------
 
 
 def unsized(folder: Path) -> dict[str, str]:
-    """Return paths of what has no size, each with what the error says of it."""
+    """Return paths of files without a size, each with the text of its error."""
     os.mkfifo(folder / "fifo")
     (folder / "directory").mkdir()
     (folder / "empty").touch()

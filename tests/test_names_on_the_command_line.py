@@ -1,4 +1,4 @@
-"""An argument is bytes and a name is UTF-8: what is not is one line, and what is reads the same in every locale."""
+"""Names as arguments: a name that is not UTF-8 is an error of one line, others are the same in every locale."""
 
 import os
 import re

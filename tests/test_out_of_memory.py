@@ -50,7 +50,7 @@ def try_with_less_and_less(
     afterwards: Callable[[str], object] = lambda _: None,
     rooms: Sequence[int] = ROOM,
 ) -> None:
-    """Try it, look each time what is left; it is done, or there is the right error."""
+    """Run the call, which succeeds or raises the right error, and check the leftovers each time."""
     outcomes = {}
     for mib in rooms:
         outcomes[mib] = outcome(work, mib * MIB)
@@ -176,7 +176,7 @@ def test_passphrases(tmp_path: Path) -> None:
 
 
 def test_long_lists_of_ranges(tmp_path: Path) -> None:
-    """A list of two million ranges, in a snapshot of crosvm's; its memory is not there, but as long as it has to be."""
+    """A list of two million ranges in a snapshot from crosvm. The memory is a hole of the right length."""
     count = 2_000_000
     ranges = b"".join(
         b"\xa2\x65start\x1b" + (8192 * at).to_bytes(8, "big") + b"\x63end\x1b" + (8192 * at + 4096).to_bytes(8, "big")

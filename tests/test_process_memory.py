@@ -1,4 +1,4 @@
-"""The memory of a live process as a source: all it has is stored, and what it never touched stays untouched."""
+"""The memory of a live process as a source: all data is stored, and untouched pages stay untouched."""
 
 import ctypes
 import os
@@ -85,7 +85,7 @@ def test_what_was_never_touched_costs_nothing_however_long_it_is(tmp_path: Path)
 )
 def test_a_dump_of_all_mappings_touches_nothing_either(tmp_path: Path, setup: str) -> None:
     with child(tmp_path, setup) as process:
-        # Once before: what is the kernel's own, like the vdso, is made there when it is first read.
+        # Once before, because the kernel creates its own pages, like the vdso, when they are first read.
         run("dump-process", process.pid, tmp_path / "vm0")
         before = process.resident(), page_tables(process.pid)
         run("dump-process", process.pid, tmp_path / "vm1")
@@ -120,7 +120,7 @@ def test_of_a_very_long_hole_there_is_no_fragment(tmp_path: Path) -> None:
 def test_guard_pages_hold_nothing(tmp_path: Path) -> None:
     version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
     if version < (6, 15):
-        return  # the kernel has none, or does not tell which they are
+        return  # the kernel does not have them, or does not report them
     with child(tmp_path, GUARDED) as process:
         memory, report = stored(tmp_path, process)
         assert memory == expected()
@@ -162,7 +162,7 @@ def test_the_owner_alone_gets_the_same_bytes(tmp_path: Path, setup: str) -> None
 
 @row("memory-unreadable")
 def test_pages_that_cannot_be_read_are_told_by_address(tmp_path: Path) -> None:
-    # The end of a file that was cut after it was mapped, and what is mapped nowhere.
+    # The end of a file that was truncated after it was mapped, and an address without a mapping.
     setup = """
 with open(path, "w+b") as file:
     file.truncate(8 << 20)

@@ -1,4 +1,4 @@
-"""What the system refuses while a process is read: that is never taken for a page that cannot be read."""
+"""System errors while a process is read, which must not be taken for an unreadable page."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ from child import ANONYMOUS, PRIVATE_FILE, USERFAULT, Child, child, expected
 from refusals import refused, refused_elsewhere, row
 from seccomp import refusing
 from vmsnap import GuestRegion
+from vmsnap.process import StoppedProcess
 
 COMMAND = "import sys\nfrom vmsnap.cli import main\nmain()\n"
 SIZE = 8 << 20
@@ -95,7 +96,7 @@ def test_without_a_page_map_the_memory_is_read(tmp_path: Path, calls: list[str],
 
 
 def fragments_of(root: Path, process: Child) -> bytes:
-    """What the fragment that has the child's memory holds of it."""
+    """Return the memory of the child from its fragment."""
     memory = vmsnap.open(root).namespace("mem")
     for name in memory.list_fragments():
         start, end = (int(part, 16) for part in name.split("-"))
@@ -120,7 +121,7 @@ def test_who_may_not_trace_is_told_what_to_do(tmp_path: Path) -> None:
 def test_pages_that_a_stopped_process_would_bring_itself_are_an_error(tmp_path: Path) -> None:
     with child(tmp_path, USERFAULT) as process:
         writer = vmsnap.SnapshotWriter(tmp_path / "vm1")
-        held = vmsnap._vmsnap.StoppedProcess(process.pid, 60)
+        held = StoppedProcess(process.pid, 60)
         region = GuestRegion(0, vmsnap.ProcessMemory(process.pid), offset=process.address, size=SIZE)
         with refused("process-awaited", "is stopped: let it run during the dump", tmp_path):
             writer.write_memory([region])

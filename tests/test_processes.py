@@ -131,7 +131,7 @@ def test_no_nonce_and_no_iv_is_drawn_in_two_processes(tmp_path: Path, key: bytes
     def work(name: str) -> None:
         write(writer, name, bytes(chunk * count), chunk)
 
-    # Whatever state the libraries hold after the first is in every child.
+    # Every child inherits the state of the libraries after the first.
     work("parent")
     names = [f"child {number}" for number in range(8)]
     for name in names:
@@ -172,7 +172,7 @@ def test_a_fork_while_threads_are_sealing_harms_nobody(place: Place) -> None:
         gc.collect()
         write(writer, f"child of {os.getppid()} {os.getpid()}", data)
 
-    # Pieces that fill one strip after the other, so that the pool is at work at each fork.
+    # Writes that fill one batch after the other, so that the pool works during each fork.
     for at in range(0, len(data), 100_000):
         for fragment in fragments:
             fragment.write(data[at : at + 100_000])
@@ -221,7 +221,7 @@ def test_many_threads_read_one_fragment(place: Place) -> None:
                         assert fragment.readinto_at(offset, buffer) == len(expected)
                         assert buffer[: len(expected)] == expected
                     case 2:
-                        # Others move the position too: wherever it was, what comes is in one piece.
+                        # Other threads move the position too. At any position, the returned bytes are contiguous.
                         fragment.seek(offset)
                         assert fragment.read(size) in data
                     case 3:
@@ -284,7 +284,7 @@ def test_one_of_many_threads_creates_a_fragment(place: Place) -> None:
     check_independently(place.location, place.key, {name: name.encode() for name in map(str, range(20))})
 
 
-# Below and above what is copied while the interpreter is kept, and what is sealed where it lies.
+# Below and above the sizes that are copied with the interpreter lock, and that are encrypted in the caller's buffer.
 @pytest.mark.parametrize("record", [100, 3000, 300_000, 4 * MIB + 8])
 def test_each_write_of_many_threads_to_one_fragment_is_in_one_piece(place: Place, record: int) -> None:
     threads, each = 8, max(1, min(200, 6 * MIB // record // 8))
@@ -373,11 +373,11 @@ def test_threads_that_close_one_fragment_at_once_do_it_once(place: Place) -> Non
 
 # In all of these a thread of the process itself watches the long call begin, which shows that the interpreter is free
 # meanwhile, and then sends the signal. The calls are long because chunks are small or data many, and the provider the
-# slower one; what is asserted is how far a call came, not how long it took.
+# slower one; the assertion is about the progress of a call, not how long it took.
 LONG_CALLS = """
 import mmap, os, pickle, signal, sys, threading, vmsnap
 handle, number = pickle.loads(bytes.fromhex(sys.argv[1])), signal.Signals[sys.argv[2]]
-path = handle.root / "mem"
+path = handle.path / "mem"
 ones = b"\\1" * (128 << 20)
 
 def send_when(begun):
@@ -406,7 +406,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=65536) as fragment:
         print("size", os.stat(path).st_size)
         try:
             fragment.write(b"more")
-        except vmsnap.FragmentStateError as error:
+        except vmsnap.StateError as error:
             print("then", error)
 """
     handle = pickle.dumps(write(place.create(threads=1), "other", b"kept")).hex()
@@ -431,7 +431,7 @@ def test_ctrl_c_stops_a_long_read_in_the_middle_and_the_buffer_is_emptied(tmp_pa
     script = """
 with handle.raw_fragment("mem", chunk_size_bytes=32) as fragment:
     fragment.write(ones)
-with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3]), threads=1).raw_fragment("mem") as fragment:
+with vmsnap.SnapshotReader(handle.path, key=bytes.fromhex(sys.argv[3]), threads=1).raw_fragment("mem") as fragment:
     for read in (lambda into: fragment.readinto_at(0, into), fragment.readinto):
         into = bytearray(len(ones))
         send_when(lambda: into[0])
@@ -464,7 +464,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=32) as fragment:
         print("interrupted")
     other.join()
     fragment.write(b"three")
-with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
+with vmsnap.SnapshotReader(handle.path, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
     print(fragment.read() == ones + b"three")
 """
     writer = vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, threads=1)
@@ -482,7 +482,7 @@ with handle.raw_fragment("mem", chunk_size_bytes=32) as fragment:
     send_when(lambda: os.stat(path).st_size > 1 << 20)
     fragment.write(ones)
 assert 1 << 20 < sizes[0] < os.stat(path).st_size - (1 << 20), (sizes, os.stat(path).st_size)
-with vmsnap.SnapshotReader(handle.root, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
+with vmsnap.SnapshotReader(handle.path, key=bytes.fromhex(sys.argv[3])).raw_fragment("mem") as fragment:
     print(fragment.read() == ones)
 """
     writer = vmsnap.SnapshotWriter(tmp_path / "vm1", key=key, threads=1)
@@ -498,7 +498,7 @@ def handler(*_):
     for call in (lambda: fragment.write(b"x"), lambda: fragment.write(ones), fragment.tell, fragment.flush):
         try:
             call()
-        except vmsnap.FragmentStateError:
+        except vmsnap.StateError:
             refusals.append(call)
     fragment.tell()
 signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A running QEMU guest, saved and resumed: a real one that counts, and QEMUs without a guest for what is refused."""
+"""Saving and resuming a running QEMU guest: a real guest that counts, and QEMUs without a guest for the errors."""
 
 import asyncio
 import hashlib
@@ -90,7 +90,7 @@ def test_a_guest_goes_on_where_it_stopped_five_times_in_a_row(
             assert process.wait(PATIENCE) == 0
     with ended(vmsnap.qemu.load(folder / "vm5", command, key=key).process):
         counts += console.counts(20)
-    # What was counted before a save and read only after it is in order too.
+    # Numbers that the guest counted before a save, and that are read only afterwards, must be in order too.
     assert [each.number for each in counts] == list(range(len(counts)))
     assert {each.digest for each in counts} == {HELD_DIGEST}
     assert report.memory.logical_bytes == SIZE
@@ -142,10 +142,10 @@ def test_a_changed_page_is_refused_and_shows_where_it_is_forced(folder: Path, qm
     content = memory.read_bytes()
     assert page in content
     memory.write_bytes(content.replace(page, changed_page))
-    with refused("qemu-changed", "is not what was saved: .*mem", folder):
+    with refused("qemu-changed", "is damaged or was changed: .*mem", folder):
         vmsnap.qemu.load(folder / "vm1", command)
     line = error_of(run("qemu", "load", folder / "vm1", "--", *command, status=4))
-    assert "is not what was saved" in line
+    assert "is damaged or was changed" in line
     changed = hashlib.sha256(HELD.replace(page, changed_page)).hexdigest()
     with ended(vmsnap.qemu.load(folder / "vm1", command, verify=False).process):
         # The first line may have begun with a sum from before.
@@ -167,7 +167,7 @@ def test_with_share_off_the_guest_leaves_the_file_as_it_is(
     with ended(vmsnap.qemu.load(folder / "vm1", command, key=key).process):
         counts += console.counts(20)
         # A guest whose memory is its own cannot be saved.
-        with refused("qemu-not-shared", "'mem' of this guest is not shared: .*share=on", folder):
+        with refused("qemu-not-shared", "'mem' is not shared: .*share=on", folder):
             vmsnap.qemu.save(qmp, folder / "vm2", key=key)
         assert state(qmp) == "running"
     assert [each.number for each in counts] == list(range(len(counts)))
@@ -221,7 +221,7 @@ def test_a_guest_with_a_disk_goes_on_and_comes_back(tmp_path: Path, folder: Path
 
 
 def test_the_page_on_qemu_says_what_works(tmp_path: Path, no_identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block; what runs a guest is left running until it is told to quit."""
+    """Run the blocks one by one. A QEMU that one of them started runs until it is told to quit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     text = (Path(__file__).resolve().parents[1] / "docs/qemu.md").read_text()
@@ -258,7 +258,7 @@ def wait_for(qmp: Path, process: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.05)
 
 
-# What is stored ------------------------------------------------------------------------------------------------------
+# The stored -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_snapshot_says_what_the_guest_ran_on(folder: Path, qmp: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_paused_guest_stays_paused_or_continues_where_told(folder: Path, qmp: 
         vmsnap.qemu.save(qmp, folder / "vm2")
         # QEMU's word for it; and it refuses a second one before `cont`.
         assert state(qmp) == "postmigrate"
-        with refused("qemu-not-now", "was saved or migrated before .*'cont' it first", folder):
+        with refused("qemu-not-now", "was saved or migrated before .*with 'cont' first", folder):
             vmsnap.qemu.save(qmp, folder / "vm3")
         ask(qmp, "cont")
         vmsnap.qemu.save(qmp, folder / "vm3")
@@ -366,26 +366,26 @@ def test_without_the_package_the_extra_is_named(folder: Path, qmp: Path) -> None
     assert done.stderr == "vmsnap: error: vmsnap qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'\n"
 
 
-# What is refused when saving ------------------------------------------------------------------------------------------
+# Errors when saving ---------------------------------------------------------------------------------------------------
 
 
 @row("qemu-no-socket", "qemu-other-file", "qemu-ended-before", "qemu-silent")
 def test_a_socket_that_is_none_is_refused(folder: Path, qmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with refused("qemu-no-socket", "no QMP socket is there: .*-qmp unix:", folder):
+    with refused("qemu-no-socket", "there is no QMP socket: .*-qmp unix:", folder):
         vmsnap.qemu.save(qmp, folder / "vm1")
-    assert "no QMP socket is there" in error_of(run("qemu", "save", "--qmp", qmp, folder / "vm1", status=1))
+    assert "there is no QMP socket" in error_of(run("qemu", "save", "--qmp", qmp, folder / "vm1", status=1))
     qmp.touch()
-    with refused("qemu-other-file", "is no socket", folder):
+    with refused("qemu-other-file", "is not a socket", folder):
         vmsnap.qemu.save(qmp, folder / "vm1")
     qmp.unlink()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(qmp))
-        with refused("qemu-ended-before", "nobody listens", folder):
+        with refused("qemu-ended-before", "no process listens", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         server.listen()
         # Connected, and never greeted: so is a second client of a QEMU.
         monkeypatch.setattr(monitor, "_GREETING_SECONDS", 0.1)
-        with refused("qemu-silent", "is another one connected", folder):
+        with refused("qemu-silent", "disconnect any other one", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         monkeypatch.setattr(monitor, "_GREETING_SECONDS", PATIENCE)
 
@@ -397,7 +397,7 @@ def test_a_socket_that_is_none_is_refused(folder: Path, qmp: Path, monkeypatch: 
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with refused("qemu-silent", "does not answer as QEMU's monitor does", folder):
+        with refused("qemu-silent", "is not a QMP monitor of QEMU", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         thread.join()
 
@@ -423,7 +423,7 @@ def test_memory_that_is_not_shared_is_refused(folder: Path, qmp: Path) -> None:
 @row("qemu-no-file")
 def test_memory_that_is_in_no_file_is_refused(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp, memory="memory-backend-ram,id=mem,size=256M,share=on"), qmp):
-        with refused("qemu-no-file", "lies in no file .*memory-backend-memfd", folder):
+        with refused("qemu-no-file", "is not in a file .*memory-backend-memfd", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         assert is_as_before(qmp)
 
@@ -432,7 +432,7 @@ def test_memory_that_is_in_no_file_is_refused(folder: Path, qmp: Path) -> None:
 def test_memory_that_qemu_chose_itself_is_refused(folder: Path, qmp: Path) -> None:
     command = [QEMU, "-accel", "tcg", "-nodefaults", "-display", "none", "-qmp", f"unix:{qmp},server=on,wait=off"]
     with running(command, qmp):
-        with refused("qemu-not-shared", "'pc.ram' of this guest is not shared", folder):
+        with refused("qemu-not-shared", "'pc.ram' is not shared", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         assert is_as_before(qmp)
 
@@ -445,9 +445,10 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
     with running(qemu_command(qmp), qmp):
         let_others_in(qmp)
         qmp.chmod(0o700)
-        refused_elsewhere("qemu-not-permitted", "may not connect to it: be root", folder, as_other, qmp, folder / "vm1")
+        message = "no permission to connect: run as root"
+        refused_elsewhere("qemu-not-permitted", message, folder, as_other, qmp, folder / "vm1")
         qmp.chmod(0o777)
-        message = "may not look into QEMU: be root, or the user"
+        message = "no permission to access QEMU: run as root, or as the user"
         refused_elsewhere("qemu-not-permitted", message, folder, as_other, qmp, folder / "vm1")
         assert is_as_before(qmp)
 
@@ -457,7 +458,7 @@ def test_a_guest_that_is_being_migrated_is_refused(folder: Path, qmp: Path) -> N
     with running(qemu_command(qmp), qmp):
         # Into a pipe that nobody reads, so that it does not end.
         ask(qmp, "migrate", uri="exec:sleep 1000")
-        with refused("qemu-not-now", "is being migrated or saved already", folder):
+        with refused("qemu-not-now", "is already being migrated or saved", folder):
             vmsnap.qemu.save(qmp, folder / "vm1")
         assert state(qmp) == "running"
         ask(qmp, "migrate_cancel")
@@ -511,7 +512,7 @@ def test_qemu_may_die_at_any_point_and_leaves_no_snapshot(folder: Path, qmp: Pat
             def dying(_done: int, _total: int) -> None:
                 process.kill()
 
-            with refused("qemu-ends", "QEMU ended, or closed the connection|QEMU cannot be asked", folder):
+            with refused("qemu-ends", "QEMU ended or closed the connection|cannot send .* to QEMU", folder):
                 vmsnap.qemu.save(qmp, folder / "vm1", key_provider=Killing(), progress=dying)
 
 
@@ -550,7 +551,7 @@ def test_a_save_that_is_cancelled_leaves_the_guest_running(folder: Path, qmp: Pa
 
 
 def canceller() -> Callable[[], None]:
-    """Return what cancels this task from another thread, and returns when it is cancelled."""
+    """Return a function that cancels this task from another thread, and returns when the task is cancelled."""
     loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
     assert task is not None
 
@@ -613,7 +614,7 @@ def test_a_save_that_is_cancelled_before_it_stops_the_guest_leaves_nothing(folde
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_guest_running(folder: Path, qmp: Path, number: signal.Signals) -> None:
-    """As the command line treats them: SIGTERM by what its handler raises."""
+    """Handle signals like the command line: the handler of SIGTERM raises an exception."""
     script = """
 import os, signal, sys, time
 import vmsnap.qemu
@@ -643,7 +644,7 @@ def test_what_a_callback_raises_leaves_the_guest_running(folder: Path, qmp: Path
     assert list(folder.iterdir()) == []
 
 
-# What is refused when loading ----------------------------------------------------------------------------------------
+# Errors when loading --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -661,7 +662,7 @@ def no_process_with(text: Path) -> bool:
 
 @row("qemu-other-machine")
 def test_another_machine_is_refused(saved: Path, folder: Path, qmp: Path) -> None:
-    with refused("qemu-other-machine", "machine type of the saved guest is pc-i440fx-.*was started pc-q35-", folder):
+    with refused("qemu-other-machine", "type of the saved guest is pc-i440fx-.*started QEMU is pc-q35-", folder):
         vmsnap.qemu.load(saved, qemu_command(qmp, machine="q35"))
     with refused("qemu-other-machine", "256 MiB of backend 'mem' at 0x0, .* 512 MiB of backend 'mem'", folder):
         vmsnap.qemu.load(saved, qemu_command(qmp, size="512M"))
@@ -684,9 +685,9 @@ def copy_of(saved: Path, target: Path, **change: object) -> Path:
 @row("qemu-other-machine")
 def test_an_older_qemu_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     newer = copy_of(saved, folder / "vm2", qemu_version="99.1.0")
-    with refused("qemu-other-machine", "saved by QEMU 99.1.0, and .* take the same or a newer", folder):
+    with refused("qemu-other-machine", "saved by QEMU 99.1.0, but .* use the same version or a newer", folder):
         vmsnap.qemu.load(newer, qemu_command(qmp))
-    # What a later one saved is loaded by a later one; and this one is later than the first that there was.
+    # A newer QEMU loads the state of an older one; the installed one is newer than version 1.
     older = copy_of(saved, folder / "vm3", qemu_version="4.0.0")
     with ended(vmsnap.qemu.load(older, qemu_command(qmp)).process):
         assert state(qmp) == "running"
@@ -695,7 +696,7 @@ def test_an_older_qemu_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
 @row("qemu-later-format")
 def test_a_later_format_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     later = copy_of(saved, folder / "vm2", version=2)
-    with refused("qemu-later-format", "of version 2: it needs a newer vmsnap", folder):
+    with refused("qemu-later-format", "version 2: use a newer vmsnap", folder):
         vmsnap.qemu.load(later, qemu_command(qmp))
     assert no_process_with(qmp)
 
@@ -704,12 +705,12 @@ def test_a_later_format_is_refused(folder: Path, qmp: Path, saved: Path) -> None
 def test_a_snapshot_of_no_guest_is_refused(folder: Path, qmp: Path, saved: Path) -> None:
     with vmsnap.create(folder / "vm2") as writer:
         writer.write_memory([vmsnap.GuestRegion(0, bytearray(MIB))])
-    with refused("qemu-no-guest", "is of no QEMU guest: it has no fragment 'machine'", folder):
+    with refused("qemu-no-guest", "does not contain a QEMU guest: it has no fragment 'machine'", folder):
         vmsnap.qemu.load(folder / "vm2", qemu_command(qmp))
     with vmsnap.create(folder / "vm3") as writer:
         writer.write_fragment("machine", vmsnap.open(saved).read_fragment("machine"))
         writer.write_memory([vmsnap.GuestRegion(0, bytearray(MIB))])
-    with refused("qemu-no-guest", "has no state of devices: it has no fragment 'device_state'", folder):
+    with refused("qemu-no-guest", "contains no device state: it has no fragment 'device_state'", folder):
         vmsnap.qemu.load(folder / "vm3", qemu_command(qmp))
 
 
@@ -731,13 +732,13 @@ def test_a_load_that_fails_says_what_qemu_said(tmp_path: Path, folder: Path, qmp
         process.wait(PATIENCE)
     memory = f"memory-backend-file,id=mem,size=256M,share=on,mem-path={tmp_path}/ram"
     without = qemu_command(qmp, memory=memory)
-    with refused("qemu-ends", "QEMU said: .*virtio-rng", folder):
+    with refused("qemu-ends", "QEMU printed: .*virtio-rng", folder):
         vmsnap.qemu.load(folder / "vm1", without)
     line = error_of(run("qemu", "load", folder / "vm1", "--", *without, status=1))
     assert "virtio-rng" in line
     # The memory of a guest is not left behind in a file that was not there.
     assert not (tmp_path / "ram").exists()
-    with refused("qemu-ends", "QEMU said: .*no-such-option", folder):
+    with refused("qemu-ends", "QEMU printed: .*no-such-option", folder):
         vmsnap.qemu.load(folder / "vm1", [*without, "-no-such-option"])
     assert no_process_with(qmp)
 
@@ -753,7 +754,7 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
     ram.touch()
     os.truncate(ram, SIZE)
     for memory in (json.dumps(backend), f"memory-backend-file,id=mem,size=256M,share=on,mem-path={ram}"):
-        with refused("qemu-ends", "QEMU said: .*virtio-rng", folder):
+        with refused("qemu-ends", "QEMU printed: .*virtio-rng", folder):
             vmsnap.qemu.load(folder / "vm1", qemu_command(qmp, memory=memory))
         assert ram.stat().st_size == SIZE
         assert ram.stat().st_blocks == 0
@@ -762,18 +763,21 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
 @row("qemu-no-file")
 def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
     shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    # What QEMU has mapped is looked for in the shell.
-    with refused("qemu-no-file", "lies in no file that process", folder):
+    # vmsnap looks in the shell for the files that QEMU has mapped.
+    with refused("qemu-no-file", "is not in a file that process", folder):
         vmsnap.qemu.load(saved, [*shell, *qemu_command(qmp)])
     assert no_process_with(qmp)
 
 
 @row("qemu-command", "qemu-command-missing")
 def test_arguments_that_cannot_be_are_refused(saved: Path, folder: Path, qmp: Path) -> None:
-    for more, message in ((["-incoming", "defer"], "-incoming is vmsnap's"), (["-daemonize"], "leave -daemonize out")):
+    for more, message in (
+        (["-incoming", "defer"], "not contain -incoming"),
+        (["-daemonize"], "not contain -daemonize"),
+    ):
         with refused("qemu-command", message, folder):
             vmsnap.qemu.load(saved, qemu_command(qmp, *more))
-    with refused("qemu-command", "there is no command", folder):
+    with refused("qemu-command", "is empty", folder):
         vmsnap.qemu.load(saved, [])
     with refused("qemu-command-missing", "no-such-qemu", folder):
         vmsnap.qemu.load(saved, ["no-such-qemu"])
@@ -783,10 +787,10 @@ def test_arguments_that_cannot_be_are_refused(saved: Path, folder: Path, qmp: Pa
 def test_a_file_that_holds_something_is_not_overwritten(tmp_path: Path, saved: Path, folder: Path, qmp: Path) -> None:
     memory = f"memory-backend-file,id=mem,size=256M,share=on,mem-path={tmp_path}/ram"
     (tmp_path / "ram").write_bytes(bytes(MIB) + b"another guest" + bytes(SIZE - MIB - 13))
-    with refused("qemu-file-in-use", "holds something, and another guest may run on it", tmp_path):
+    with refused("qemu-file-in-use", "is not empty, and another guest may use it", tmp_path):
         vmsnap.qemu.load(saved, qemu_command(qmp, memory=memory))
     command = qemu_command(qmp, memory=memory)
-    assert "holds something" in error_of(run("qemu", "load", saved, "--", *command, status=1))
+    assert "is not empty" in error_of(run("qemu", "load", saved, "--", *command, status=1))
     with ended(vmsnap.qemu.load(saved, command, overwrite=True, paused=True).process):
         assert b"another guest" not in (tmp_path / "ram").read_bytes()
     # Resident, and zero: that is nothing.

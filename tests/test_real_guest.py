@@ -1,4 +1,4 @@
-"""The memory of a real Linux guest, in every form and by every way: what comes back is what was there, byte by byte."""
+"""The memory of a real Linux guest, in every form and by every way, is restored byte for byte."""
 
 import filecmp
 import json
@@ -38,7 +38,7 @@ class Ram:
         return self.words.nbytes
 
     def is_same(self, buffer: Any) -> bool:
-        """Whether a buffer holds the same; compared in pieces, as numpy makes a byte for each word."""
+        """Return whether a buffer is equal. It is compared in parts, because numpy needs a byte for each word."""
         other = np.frombuffer(buffer, np.uint64)
         step = 16 * MIB // 8
         return other.size == self.words.size and all(
@@ -114,7 +114,7 @@ def test_it_comes_back_to_a_file(stored: Stored, ram: Ram, place: Path) -> None:
 def test_it_comes_back_to_a_memfd(stored: Stored, ram: Ram) -> None:
     descriptor = os.memfd_create("guest")
     os.truncate(descriptor, ram.size)
-    # What was there has to go.
+    # The old contents must go.
     os.pwrite(descriptor, b"\xee" * MIB, ram.size // 2)
     stored.memory().restore([descriptor])
     blocks = os.fstat(descriptor).st_blocks

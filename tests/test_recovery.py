@@ -1,4 +1,4 @@
-"""docs/recovery.md: each of its commands after the damage that it is for, and what it says of them."""
+"""docs/recovery.md: each of its commands runs after the damage that it is for, with the described result."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ RAM = b"".join(pattern(2048, seed) * 2 for seed in range(256)) + bytes(MIB)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with `vm1` as the page has it, its key, and somebody else's identity."""
+    """A directory with `vm1` from the page, its key, and the identity of another person."""
     write_private(tmp_path / "vm.key", KEY)
     identity = vmsnap.generate_identity()
     write_private(tmp_path / "id.txt", identity.encode())
@@ -62,7 +62,7 @@ def flip(path: Path, offset: int = -1) -> None:
 
 
 class Damage(NamedTuple):
-    """What is done to a snapshot, the problems that `verify` then names, and what the page says to do."""
+    """A change to a snapshot, the problems that `verify` then reports, and the remedy of the page."""
 
     do: Callable[[Path], object]
     told: list[str]
@@ -98,7 +98,7 @@ def append(path: Path) -> None:
 
 def cut_to_the_size_in_the_text(root: Path) -> None:
     text = run("verify", root, "--key-file", root.parent / "vm.key", status=1).stderr.decode()
-    [size] = re.findall(r"bytes, and (\d+) in the manifest", text)
+    [size] = re.findall(r"bytes long, and (\d+) bytes in the manifest", text)
     shell(f"truncate -s {size} vm1/disks/sda", root.parent)
 
 
@@ -176,7 +176,7 @@ DAMAGES = {
 
 def told(root: Path, key: bytes | None) -> tuple[int, list[str]]:
     """The exit status of the page's `vmsnap verify`, and the problems that it names."""
-    [command] = commands(blocks(PAGE, "sh", "What is wrong?")[0])
+    [command] = commands(blocks(PAGE, "sh")[0])
     command = command.replace("vm1", root.name)
     if key is None:
         command = command.replace(" --key-file vm.key", "")
@@ -196,7 +196,7 @@ def test_verify_names_the_damage_and_the_remedy_is_one(folder: Path, name: str) 
     assert told(root, damage.key) == (0, [])
     damage.do(root)
     assert told(root, damage.key) == (1, damage.told)
-    # Each is a row of the table: the problem, and what it is of.
+    # Each is a row of the table: the problem and its subject.
     table = text_of(PAGE, "What is wrong?")
     for problem in damage.told:
         assert f"`{problem.partition(': ')[0]}`" in table
@@ -260,7 +260,7 @@ def test_of_a_damaged_fragment_all_but_one_segment_is_saved(damaged: Path) -> No
     assert printed == f"lost, as zeros: [{offset}]\n"
     rest = DISK[offset + DEFAULT_CHUNK_SIZE_BYTES :]
     assert (damaged / "sda.img").read_bytes() == DISK[:offset] + bytes(DEFAULT_CHUNK_SIZE_BYTES) + rest
-    # What the page says of the sizes of segments.
+    # The statements of the page on the sizes of segments.
     assert DEFAULT_CHUNK_SIZE_BYTES == 4096
     (damaged / "ram.img").write_bytes(RAM)
     run("dump", damaged / "ram.img", damaged / "vm5", "--key-file", damaged / "vm.key")
@@ -352,7 +352,7 @@ def test_key_metadata_is_brought_back_from_its_copy(folder: Path) -> None:
     assert "is not encrypted" in error_of(run("ls", folder / "vm1", *opened, status=3))
     shell(restore, folder)
     assert told(folder / "vm1", KEY) == (0, [])
-    # After a rekey the copy is what it was: it opens by the key of before.
+    # After a rekey the copy is unchanged: it opens with the old key.
     other = vmsnap.generate_key()
     vmsnap.rekey(folder / "vm1", key=KEY, new_key=other)
     assert vmsnap.open(folder / "vm1", key=other).read_fragment("clock") == 12
@@ -467,7 +467,7 @@ def test_one_written_in_place_stays_as_far_as_it_came(folder: Path) -> None:
         with writing(folder, f"vmsnap.SnapshotWriter({root.name!r}, key={key!r})"):
             pass
         assert vmsnap.open(root, key=key).read_fragment("clock") == 12
-    # What there is of it depends on when the process was killed: perhaps only a header.
+    # The stored part depends on when the process was killed: perhaps only a header.
     not_finished = (vmsnap.AuthenticationError, vmsnap.CorruptSnapshotError)
     with pytest.raises(not_finished):
         vmsnap.open(folder / "vm3", key=KEY).raw_fragment("ram")
@@ -485,13 +485,13 @@ def test_a_newer_format_says_so(folder: Path) -> None:
     make(folder / "vm2", None)
     manifest = folder / "vm2/vmsnap_manifest"
     manifest.write_bytes(cbor2.dumps(cbor2.loads(manifest.read_bytes()) | {"version": 2}))
-    assert "use a newer one" in error_of(run("ls", folder / "vm2", status=4))
+    assert "install a newer one" in error_of(run("ls", folder / "vm2", status=4))
 
 
 def test_the_reader_in_python_needs_no_vmsnap(folder: Path) -> None:
     for module in (REPOSITORY / "examples/readers/python").glob("*.py"):
         shutil.copy(module, folder)
-    # Beside the script it comes first, so that nothing of ours could be imported.
+    # It is beside the script and found first, so that vmsnap could not be imported.
     (folder / "vmsnap.py").write_text("raise ImportError('there is no vmsnap')")
     check, cat, restore = commands(blocks(PAGE, "sh", "Without vmsnap")[0])
     printed = shell(check, folder).stdout

@@ -142,7 +142,7 @@ def test_a_relative_root_stays_where_it_was(place: Place, monkeypatch: pytest.Mo
     writer = vmsnap.SnapshotWriter("vm1", key=place.key)
     reader = vmsnap.SnapshotReader("vm1", key=place.key)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert writer.root == reader.root == tmp_path / "vm1"
+    assert writer.path == reader.path == tmp_path / "vm1"
     write(writer.add_namespace("disks"), "sda", b"x")
     assert read(reader.namespace("disks"), "sda") == b"x"
     assert os.listdir() == []
@@ -172,10 +172,10 @@ def test_a_root_need_not_be_utf_8(place: Place, tmp_path: Path) -> None:
     root = os.fsencode(tmp_path) + b"/vm\xff\xfe"
     writer = vmsnap.SnapshotWriter(root, key=place.key)
     assert os.listdir(os.fsencode(tmp_path)) == [b"vm\xff\xfe"]
-    assert os.fsencode(writer.root) == root
+    assert os.fsencode(writer.path) == root
     write(pickle.loads(pickle.dumps(writer)).add_namespace("disks"), "sda", b"x")
     reader = pickle.loads(pickle.dumps(vmsnap.SnapshotReader(root, key=place.key)))
-    assert os.fsencode(reader.root) == root
+    assert os.fsencode(reader.path) == root
     assert read(reader.namespace("disks"), "sda") == b"x"
     assert "vm\\udcff\\udcfe" in repr(writer)
 
@@ -226,7 +226,7 @@ def test_adding_needs_what_reading_needs(tmp_path: Path, key: bytes) -> None:
     with refused("root-missing", "cannot open the snapshot", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1")
     vmsnap.SnapshotWriter(tmp_path / "vm1", key=key)
-    with refused("no-key", "pass the key it was written with", tmp_path):
+    with refused("no-key", "pass the key that it was written with", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1")
     with refused("wrong-key", "enc_metadata of .*vm1", tmp_path):
         vmsnap.SnapshotWriter.open(tmp_path / "vm1", key=vmsnap.generate_key())
@@ -241,7 +241,7 @@ def test_nothing_is_added_to_a_sealed_snapshot(place: Place) -> None:
     place.file("vmsnap_manifest").write_bytes(b"whatever it holds")
     with refused(
         "sealed",
-        r"nothing can be added to the snapshot .*vm1: it is sealed \(it has a vmsnap_manifest\)",
+        r"cannot change the snapshot .*vm1: it is sealed \(it has a vmsnap_manifest\); write a new snapshot",
         place.location,
     ):
         vmsnap.SnapshotWriter.open(place.location, key=place.key)
@@ -331,8 +331,8 @@ def test_handles_are_copied_and_pickled_and_go_on_in_the_same_snapshot(place: Pl
         copied = COPIES[how](each)
         assert type(copied) is vmsnap.SnapshotWriter
         assert copied is not each
-        assert (copied.root, copied.namespace_path, copied.encrypted) == (
-            each.root,
+        assert (copied.path, copied.namespace_path, copied.encrypted) == (
+            each.path,
             each.namespace_path,
             each.encrypted,
         )

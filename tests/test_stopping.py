@@ -18,7 +18,7 @@ import pytest
 import vmsnap
 from child import ANONYMOUS, USERFAULT, Child, child, expected
 from commands import error_of, run
-from vmsnap._vmsnap import StoppedProcess
+from vmsnap.process import StoppedProcess
 
 PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 8 << 20
@@ -91,7 +91,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def start(*arguments: object, before: str = "", **options: Any) -> subprocess.Popen[bytes]:
     """Start `vmsnap`, in a process in which other code has run before."""
-    # Whoever runs the tests in the background has SIGINT ignored.
+    # SIGINT is ignored if the tests run in the background.
     heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
     script = f"{heed}\n{before}\nfrom vmsnap.cli import main\nmain()\n"
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -214,7 +214,7 @@ def test_where_nothing_moves_the_process_goes_on_and_it_is_an_error(tmp_path: Pa
 
 
 def test_a_process_goes_on_before_the_terminal_is_written_to(tmp_path: Path) -> None:
-    # As after Ctrl-S: whoever writes to the terminal waits.
+    # As after Ctrl-S: a process that writes to the terminal waits.
     leader, follower = os.openpty()
     with child(tmp_path, HELPED) as process:
         options = {"stdin": follower, "stdout": follower, "stderr": follower}
@@ -250,8 +250,8 @@ memory = os.urandom(32 << 20)
 process = subprocess.Popen(arguments, stdin=follower, stdout=follower, stderr=follower, start_new_session=True)
 os.close(follower)
 try:
-    while piece := os.read(leader, 1000):
-        os.write(1, piece)
+    while output := os.read(leader, 1000):
+        os.write(1, output)
 except OSError:  # all others have closed it
     pass
 sys.exit(process.wait())
@@ -290,7 +290,7 @@ def test_pages_that_it_would_bring_itself_are_not_waited_for(tmp_path: Path, com
 
 
 # A file system of one file of 8 MiB, each page of which is filled with its number; mounted (where nobody else sees it),
-# mapped and served by one process. What may wait for the server must not hold the interpreter.
+# mapped and served by one process. Code that may wait for the server must not hold the interpreter lock.
 FUSE = """
 import struct, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -342,7 +342,7 @@ def test_files_that_it_serves_itself_are_not_waited_for(tmp_path: Path) -> None:
     with child(tmp_path, FUSE) as process:
         done = run("dump", process.pid, tmp_path / "vm1")
         memory = vmsnap.open(tmp_path / "vm1").memory().read(process.address, SIZE)
-        # What it has read before is there; how much that is, the kernel decides.
+        # The bytes read before are returned; the kernel decides how many.
         assert memory[:PAGE] == whole[:PAGE]
         assert memory[-PAGE:] == bytes(PAGE)
         assert f"-{process.address + SIZE:#x}\n" in done.stderr.decode()

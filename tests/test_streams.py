@@ -22,7 +22,7 @@ KEY = bytes(range(32))
 
 
 class Made:
-    """What commands read."""
+    """The inputs of commands."""
 
     def __init__(self, folder: Path) -> None:
         self.ram = folder / "ram.img"
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 Arguments = Callable[[Made, Path], list[object]]
 
-# What makes something, and has nothing to print on standard output.
+# Commands that create something, and print nothing on standard output.
 MAKING: dict[str, Arguments] = {
     "dump": lambda made, out: ["dump", made.ram, out],
     "dump, for a new identity": lambda made, out: ["dump", made.ram, out, "--encrypt"],
@@ -56,7 +56,7 @@ MAKING: dict[str, Arguments] = {
     "keygen": lambda made, out: ["keygen", "-o", out],
 }
 
-# What prints what it is for.
+# Commands whose purpose is their output.
 PRINTING: dict[str, Arguments] = {
     "ls": lambda made, out: ["ls", made.base],
     "info": lambda made, out: ["info", made.base],

@@ -73,7 +73,7 @@ def with_threads(allowed: int, *command: str | Path) -> list[str | Path]:
 
 
 def outcome(command: list[str | Path]) -> tuple[int, str]:
-    """Run a command with four threads wanted: its status, and what it wrote to standard error."""
+    """Run a command that wants four threads, and return its status and standard error."""
     environment = os.environ | {"VMSNAP_THREADS": "4", "TERM": "xterm"}
     done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, text=True, check=False)
     if "ptrace" in done.stderr:
@@ -147,7 +147,7 @@ def refuse(_: threading.Thread) -> None:
 def test_a_guest_is_not_touched_where_the_threads_for_it_cannot_be_started(
     tmp_path: Path, allowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Before there is a connection to QEMU: there is none here.
+    # This fails before vmsnap connects to QEMU, which does not run here.
     with monkeypatch.context() as patch, refused("qemu-no-thread", "the system allows no more", tmp_path):
         patch.setattr(threading.Thread, "start", refuse)
         vmsnap.qemu.save(tmp_path / "qmp", tmp_path / "vm1")

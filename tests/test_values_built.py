@@ -1,4 +1,4 @@
-"""Types built of what fragments hold: Python's own, dataclasses and unions, by serde's conventions; their errors."""
+"""Types built from fragments: types of Python, dataclasses and unions, by the conventions of serde; their errors."""
 
 import abc
 import collections
@@ -217,12 +217,12 @@ def built(value: Any, type: Any, format: Any = "cbor") -> Any:
     return decode(encode(value, format=format), type, format=format)
 
 
-# What is built -----------------------------------------------------------------------------------------------------
+# Built types ----------------------------------------------------------------------------------------------------------
 
 SEGMENT = {"base": 1, "limit": 2}
 
 BUILT: list[tuple[Any, Any, Any]] = [
-    # value, type, what is built
+    # value, type, result
     (True, bool, True),
     (2**70, int, 2**70),
     ([SEGMENT], LIST_OF_SEGMENTS, [Segment(1, 2)]),
@@ -387,7 +387,7 @@ def test_arguments_of_the_constructor_alone_are_read_and_what_it_does_not_take_i
     made = built({"a": 1, "seed": 3, "b": 99}, WithInit)
     assert (made.a, made.b) == (1, 6)
     assert built({"a": 1, "seed": 3, "scale": 5}, WithInit).b == 15
-    with pytest.raises(vmsnap.CorruptSnapshotError, match="WithInit lacks 'seed'"):
+    with pytest.raises(vmsnap.CorruptSnapshotError, match="WithInit needs 'seed'"):
         built({"a": 1}, WithInit)
 
 
@@ -496,20 +496,20 @@ def test_what_a_callable_or_constructor_raises_is_passed_on_with_the_fragment_s_
         assert re.search(r"\b0\b", note)
 
 
-# What is not of the type ---------------------------------------------------------------------------------------------
+# Values of other types ------------------------------------------------------------------------------------------------
 
 MISMATCHES: list[tuple[Any, Any, str]] = [
     ({"regs": {"gdt": [{"base": 1}, {"base": "hunter2"}]}}, Cpu, "at regs.gdt[1].base: expected int, found str"),
     ({"regs": {"gdt": [], "by_name": {"hunter2": 5}}}, Cpu, "at regs.by_name[key 0]: expected a map for Segment"),
     ({"regs": {"gdt": []}, "flags": ["hunter2"]}, Cpu, "at flags[0]: expected bool, found str"),
-    ({"flags": []}, Cpu, "Cpu lacks 'regs'"),
-    ({"regs": {"gdt": [{}]}}, Cpu, "at regs.gdt[0]: Segment lacks 'base'"),
-    ({"hunter2": 1}, Segment, "Segment lacks 'base'"),
-    ({"hunter2": 1}, Wrapper, "Wrapper lacks 'inner'"),
+    ({"flags": []}, Cpu, "Cpu needs 'regs', which is missing"),
+    ({"regs": {"gdt": [{}]}}, Cpu, "at regs.gdt[0]: Segment needs 'base', which is missing"),
+    ({"hunter2": 1}, Segment, "Segment needs 'base', which is missing"),
+    ({"hunter2": 1}, Wrapper, "Wrapper needs 'inner', which is missing"),
     ([1, 2, 3], Segment, "expected a map for Segment, found list"),
     (None, Segment, "expected a map for Segment, found nothing (null)"),
     ("hunter2", Segment, "expected a map for Segment, found str"),
-    ({"z": 1}, Whole, "Whole lacks 'a'"),
+    ({"z": 1}, Whole, "Whole needs 'a', which is missing"),
     (True, int, "expected int, found bool"),
     (1.0, int, "expected int, found float"),
     (1, bool, "expected bool, found int"),
@@ -537,16 +537,16 @@ MISMATCHES: list[tuple[Any, Any, str]] = [
     ("hunter2", list[str], "expected a list, found str"),
     ({"hunter2": 1}, list, "expected a list, found dict"),
     ([1, "hunter2"], list[int], "at [1]: expected int, found str"),
-    ([1], tuple[int, str], "expected a list of 2, found one of 1"),
+    ([1], tuple[int, str], "expected a list of 2, found a list of 1"),
     (5, tuple[int, str], "expected a list of 2, found int"),
     ([1, 2], tuple[int, str], "at [1]: expected str, found int"),
-    ([["hunter2"]], set, "a key, or a member of a set, is a list, which is not hashable"),
+    ([["hunter2"]], set, "a map key or set member is a list, which is not hashable"),
     ([1], dict, "expected a map, found list"),
     ({"hunter2": 1}, dict[int, int], "at [key 0]: expected int, found str"),
     ({"01": 1}, dict[int, int], "at [key 0]: expected int, found str"),
     ({"-": 1}, dict[int, int], "at [key 0]: expected int, found str"),
     ({"1" * 1000: 1}, dict[int, int], "at [key 0]: expected int, found str"),
-    ({"LOW": 1, "1": 2}, dict[Level, int], "two keys of a map are the same"),
+    ({"LOW": 1, "1": 2}, dict[Level, int], "two keys of a map are equal"),
     ({"content": "hunter2"}, Box[int], "at content: expected int, found str"),
     ({"content": 1, "more": {"k": [1, None]}}, Box[int], "at more[key 0][1]: expected int, found nothing (null)"),
     ({"content": "hunter2"}, Crate[str], "at content: expected int, found str"),
@@ -570,7 +570,7 @@ def test_what_is_not_of_the_type_is_named_by_its_place_and_never_shown(
     with pytest.raises(vmsnap.CorruptSnapshotError) as caught:
         reader.read_fragment("cpu", type, format=format)
     text = str(caught.value)
-    assert f"is not of the type asked for: {message}" in text
+    assert f"does not have the requested type: {message}" in text
     assert str(tmp_path / "vm1") in text
     assert "cpu" in text
     assert "hunter2" not in text
@@ -581,7 +581,7 @@ def test_what_is_not_of_the_type_is_named_by_its_place_and_never_shown(
     ("value", "type", "message"),
     [
         ({b"ab": 1}, dict[str, int], "at [key 0]: expected str, found bytes"),
-        ({(1, 2): 1}, dict[list[int], int], "a key, or a member of a set, is a list, which is not hashable"),
+        ({(1, 2): 1}, dict[list[int], int], "a map key or set member is a list, which is not hashable"),
         (b"hunter2", str, "expected str, found bytes"),
         (10**400, float, "expected float, found int"),
         (NOON, dt.date, "expected date, found datetime"),
@@ -597,7 +597,7 @@ def test_what_is_not_of_the_type_is_named_by_its_place_and_never_shown(
 def test_what_cbor_alone_has_is_no_other_type_either(value: Any, type: Any, message: str) -> None:
     with pytest.raises(vmsnap.CorruptSnapshotError) as caught:
         built(value, type)
-    assert str(caught.value) == f"the value is not of the type asked for: {message}"
+    assert str(caught.value) == f"the value does not have the requested type: {message}"
 
 
 @pytest.mark.parametrize(
@@ -669,11 +669,11 @@ UNBUILDABLE = [
 
 @pytest.mark.parametrize("type", UNBUILDABLE, ids=repr)
 def test_a_type_that_nobody_can_build_is_refused_before_anything_is_read(tmp_path: Path, type: Any) -> None:
-    reader = vmsnap.SnapshotReader(vmsnap.SnapshotWriter(tmp_path / "vm1").root)
+    reader = vmsnap.SnapshotReader(vmsnap.SnapshotWriter(tmp_path / "vm1").path)
     deeper = dataclasses.make_dataclass("Deeper", [("part", dict[str, list[type] if type is not ... else list[5]])])
     for kind in (type, deeper, list[deeper | None], dict[str, tuple[int, deeper]]):
         # There is no such fragment: nobody looked.
-        with pytest.raises(vmsnap.InvalidArgumentError, match=r"no way to build|cannot be resolved|is a text"):
+        with pytest.raises(vmsnap.InvalidArgumentError, match=r"cannot build|cannot resolve|must be a str"):
             reader.read_fragment("nothing", kind)
         with pytest.raises(vmsnap.InvalidArgumentError):
             decode(b"\xf6", kind)

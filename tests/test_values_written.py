@@ -1,4 +1,4 @@
-"""Values as fragments: what is written for each kind, and that it reads back as the same in both formats."""
+"""Values as fragments: the bytes for each kind, and the same value after reading in both formats."""
 
 import array
 import collections
@@ -99,7 +99,7 @@ def matrix(order: str = "C") -> np.ndarray:
 
 # Bytes that a standard defines ----------------------------------------------------------------------------------------
 
-# RFC 8949, appendix A, without what cbor2 writes in another of the allowed ways (short floats), and our dates.
+# RFC 8949, appendix A, without values that cbor2 writes in another allowed way (short floats), and with dates.
 RFC_8949 = {
     "00": 0,
     "17": 23,
@@ -203,7 +203,7 @@ def test_arrays_are_lists_where_asked_for_and_in_json(value: np.ndarray, expecte
     assert decode(encode({"a": value}, format="json")) == {"a": expected}
 
 
-# What serde_json writes.
+# The output of serde_json.
 JSON = [
     (None, "null"),
     (True, "true"),
@@ -233,7 +233,7 @@ def test_json_is_written_as_serde_json_does(value: Any, expected: str) -> None:
     assert encode(value, format="json").decode() == expected
 
 
-# Kinds that have no form of their own, and what they are written as.
+# Kinds without a form of their own, and the kinds that they are written as.
 ALIKE: list[tuple[Any, Any]] = [
     ((1, (2,)), [1, [2]]),
     (Point(1, 2), [1, 2]),
@@ -346,7 +346,7 @@ ARRAYS = numpy_st.arrays(st.sampled_from(list(TYPED_ARRAYS.values())), numpy_st.
 
 @dataclasses.dataclass
 class Written:
-    """A value, and what reading it gives, by format."""
+    """A value, and the result of reading it, by format."""
 
     value: Any
     cbor: Any
@@ -444,17 +444,17 @@ def test_any_values_are_fragments_of_a_snapshot(values: list[Written], encrypted
         check_independently(place.location, place.key, expected)
 
 
-# What cannot be written -----------------------------------------------------------------------------------------------
+# Values that cannot be written ----------------------------------------------------------------------------------------
 
 
 BOTH, CBOR_ALONE, JSON_ALONE = ("cbor", "json"), ("cbor",), ("json",)
-NO_WAY = "there is no way to write a value of type "
+NO_WAY = "cannot write a value of type "
 TOO_DEEP = "deeper than 127 levels, or contains itself"
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 
 UNWRITABLE: list[tuple[Any, tuple[str, ...], str]] = [
-    (object(), BOTH, NO_WAY + "object: convert it, or give default="),
+    (object(), BOTH, NO_WAY + "object: convert it, or pass default="),
     (1j, BOTH, NO_WAY + "complex"),
     (int, BOTH, NO_WAY + "type"),
     (Segment, BOTH, NO_WAY + "type"),
@@ -462,7 +462,7 @@ UNWRITABLE: list[tuple[Any, tuple[str, ...], str]] = [
     ({}.values(), BOTH, NO_WAY + "dict_values"),
     (dt.timedelta(1), BOTH, NO_WAY + "datetime.timedelta"),
     (Moment(2013, 3, 21, tzinfo=UTC), BOTH, NO_WAY + ".*Moment"),
-    (dt.datetime(2013, 3, 21), BOTH, r"without a time zone is no moment: give it one by replace\(tzinfo="),
+    (dt.datetime(2013, 3, 21), BOTH, r"without a time zone is ambiguous: set one with replace\(tzinfo="),
     (dt.datetime(1, 1, 1, tzinfo=dt.timezone(dt.timedelta(seconds=30))), BOTH, "before the year 1 or after 9999"),
     ((ctypes.c_int * 2)(), BOTH, NO_WAY),
     (Ambiguous(1, 2), BOTH, "two fields of Ambiguous have the same name"),
@@ -475,23 +475,23 @@ UNWRITABLE: list[tuple[Any, tuple[str, ...], str]] = [
     ({np.float32("nan"): 1}, CBOR_ALONE, "NaN cannot be a key"),
     ({math.nan}, CBOR_ALONE, "NaN cannot be a key"),
     ({(math.nan,): 1}, CBOR_ALONE, "NaN cannot be a key"),
-    ({Level.LOW, Colour.ONE}, CBOR_ALONE, "two members of a set are the same"),
-    ({Colour.RED: 1, "red": 2}, BOTH, "two of its keys are the same"),
-    ({1: 1, "1": 2}, JSON_ALONE, "two of its keys are the same"),
-    ({None: 1}, JSON_ALONE, "JSON has texts and whole numbers as keys, and no others: use CBOR"),
-    ({1.5: 1}, JSON_ALONE, "JSON has texts"),
-    ({b"a": 1}, JSON_ALONE, "JSON has texts"),
-    ({(1, 2): 1}, JSON_ALONE, "JSON has texts"),
+    ({Level.LOW, Colour.ONE}, CBOR_ALONE, "two members of a set are equal"),
+    ({Colour.RED: 1, "red": 2}, BOTH, "two keys of a dict are equal"),
+    ({1: 1, "1": 2}, JSON_ALONE, "two keys of a dict are equal"),
+    ({None: 1}, JSON_ALONE, "keys in JSON must be strings or whole numbers: use CBOR"),
+    ({1.5: 1}, JSON_ALONE, "keys in JSON must be"),
+    ({b"a": 1}, JSON_ALONE, "keys in JSON must be"),
+    ({(1, 2): 1}, JSON_ALONE, "keys in JSON must be"),
     ("\ud800", BOTH, "surrogates not allowed"),
     ({"\ud800": 1}, BOTH, "surrogates not allowed"),
     (PurePosixPath("/\udcff"), BOTH, "surrogates not allowed"),
     (math.nan, JSON_ALONE, "JSON"),
     (-math.inf, JSON_ALONE, "JSON"),
     (np.array([1, np.nan]), JSON_ALONE, "JSON"),
-    (10**309, JSON_ALONE, "would not read back.*number out of range"),
-    (-(10**309), JSON_ALONE, "would not read back.*number out of range"),
+    (10**309, JSON_ALONE, "could not be read back.*number out of range"),
+    (-(10**309), JSON_ALONE, "could not be read back.*number out of range"),
     (10**5000, JSON_ALONE, "limit"),
-    (np.array([True]), CBOR_ALONE, "no typed array of bool: convert it, or write it as_list=True"),
+    (np.array([True]), CBOR_ALONE, "no typed array of bool: convert it, or pass as_list=True"),
     (np.array(["a"]), CBOR_ALONE, "no typed array of <U1.*as_list=True"),
     (np.array([None]), CBOR_ALONE, "no typed array of object.*as_list=True"),
     (np.zeros(1, "c8"), BOTH, "numpy.ndarray of complex64"),
@@ -546,7 +546,7 @@ def test_127_levels_are_allowed(format: Any) -> None:
 
 
 def test_levels_of_tags_count_as_well() -> None:
-    """No decoder of ours refuses what was written, whatever cbor2 makes a tag of."""
+    """The decoders accept every written value, for every type that cbor2 writes with a tag."""
     for value in ({1}, np.zeros((1, 1)), np.zeros(1), ID, NOON, 2**70, {(1, 2): 3}):
         for levels in range(NESTED_IN - 4, NESTED_IN + 1):
             with suppress(vmsnap.SerializationError):
@@ -602,7 +602,7 @@ def test_what_default_raises_is_passed_on(tmp_path: Path, error: BaseException) 
     assert caught.value is error
     assert tree(tmp_path) == before
     if isinstance(error, Exception):
-        assert error.__notes__ == [f"while the value for 'cpu' of {writer.root} was serialized"]
+        assert error.__notes__ == [f"while the value for 'cpu' of {writer.path} was serialized"]
 
 
 # Fragments ------------------------------------------------------------------------------------------------------------

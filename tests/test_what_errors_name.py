@@ -1,4 +1,4 @@
-"""An error says what it is of, once: the snapshot, the fragment, the file, the process or the stream."""
+"""An error names its subject once: the snapshot, the fragment, the file, the process or the stream."""
 
 import os
 import re
@@ -60,7 +60,7 @@ def errors(root: Path, key: bytes | None) -> list[str]:
 
 
 def is_named_once(text: str, root: Path, name: str) -> bool:
-    """Whether the snapshot is named once, and what is in it not more often."""
+    """Return whether the snapshot is named once, and its contents not more often."""
     return text.count(str(root)) == 1 and text.count(f'"{name}"') <= 1
 
 
@@ -93,7 +93,7 @@ def test_what_is_in_its_place_is_named_once(
         assert is_named_once(text, root, Path(path).name), text
 
 
-# What the operating system refuses ------------------------------------------------------------------------------------
+# Errors of the operating system ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_what_a_failed_command_leaves_behind_is_said(tmp_path: Path, ram: Path) 
 
 def test_a_staged_directory_that_cannot_be_made_is_one_error_of_the_snapshot(tmp_path: Path, ram: Path) -> None:
     text = error_with("mkdirat:error=EIO", "dump", ram, tmp_path / "out")
-    assert text == f"cannot create the snapshot {tmp_path}/out: the folder cannot be made: Input/output error"
+    assert text == f"cannot create the snapshot {tmp_path}/out: the directory cannot be created: Input/output error"
 
 
 def test_a_descriptor_too_many_is_an_error_of_the_fragment(tmp_path: Path) -> None:

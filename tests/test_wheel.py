@@ -107,9 +107,9 @@ def test_the_wheel_holds_the_package_its_types_and_all_licences(wheel: Path) -> 
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, empty_environment: Path, tmp_path: Path) -> None:
-    # With what it depends on, from where pip takes packages.
+    # With its dependencies, from the index that pip uses.
     run(empty_environment, "-m", "pip", "install", wheel)
-    # -I: neither this folder nor PYTHONPATH can stand in for what was installed.
+    # -I: neither this directory nor PYTHONPATH can replace the installed package.
     printed = run(empty_environment, "-I", "-c", WRITE_AND_READ_BACK, tmp_path / "vm1")
     version, installed_at = printed.split()
     assert f"vmsnap-{version}-" in wheel.name
@@ -132,7 +132,7 @@ def test_the_licences_are_those_of_what_is_linked_in() -> None:
 
 @pytest.fixture(scope="module")
 def sdist(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist; what it needs to be built was seen when the wheel was."""
+    """The sdist. Its build dependencies are installed if the wheel was built."""
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "maturin", "sdist", "--out", out)
     (built,) = out.iterdir()
@@ -152,7 +152,7 @@ def test_the_sdist_holds_what_is_built_and_no_more(sdist: Path) -> None:
 def test_the_sdist_builds_and_works_where_there_is_nothing_else(sdist: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", environment)
-    # cargo finds there what it compiled for the wheel, all but vmsnap itself.
+    # cargo finds all crates there that it compiled for the wheel, except vmsnap itself.
     target = os.environ | {"CARGO_TARGET_DIR": str(REPOSITORY / "target")}
     (tmp_path / "empty").mkdir()
     run(environment / "bin/python", "-m", "pip", "install", sdist, cwd=tmp_path / "empty", env=target)
@@ -161,7 +161,7 @@ def test_the_sdist_builds_and_works_where_there_is_nothing_else(sdist: Path, tmp
 
 
 def test_the_crate_is_packaged_and_builds_from_the_package(wheel: Path) -> None:
-    # Not --no-verify: cargo compiles what it packaged. A checkout may have changes; CI's has none.
+    # Not --no-verify: cargo compiles the package. A checkout may have changes; that of CI does not.
     run("cargo", "package", "--locked", "--allow-dirty", "--quiet")
     listed = set(run("cargo", "package", "--locked", "--allow-dirty", "--list").splitlines())
     assert {"src/lib.rs", "build.rs", "README.md", "LICENSE-MIT", "LICENSE-APACHE", "docs/format.md"} <= listed

@@ -141,7 +141,7 @@ impl Bench {
         seconds(work)
     }
 
-    fn options(&self, form: Form, threads: usize) -> SnapshotOptions {
+    pub(crate) fn options(&self, form: Form, threads: usize) -> SnapshotOptions {
         let options = SnapshotOptions::new().threads(threads);
         if form.encrypted { options.key(self.key.clone()) } else { options }
     }
@@ -176,11 +176,11 @@ impl Bench {
                     .collect(),
             };
             if self.arguments.sync {
-                let mut staged = options.stage(&root).unwrap();
+                let mut staged = options.create(&root).unwrap();
                 staged.writer().write_memory(&regions, how).unwrap();
                 staged.commit().unwrap();
             } else {
-                options.create(&root).unwrap().write_memory(&regions, how).unwrap();
+                options.create_in_place(&root).unwrap().write_memory(&regions, how).unwrap();
             }
         })
     }

@@ -6,6 +6,7 @@
 //! reference.rs  write(2), read(2), the C library of LZ4
 //! crosvm.rs     dump and restore as in crosvm
 //! real.rs       the memory of a real Linux guest
+//! disk.rs       the same guest to a disk, past the page cache and through it
 //! shapes.rs     guests that are difficult in one way each
 //! synthetic.rs  guests of random and text-like pages; other tools: cp, tar | lz4 | age
 //! ```
@@ -13,7 +14,7 @@
 //! Reference and vmsnap alternate. The first round is not counted, and a figure is the median of the ratios of the
 //! other rounds. A ratio of 2 means twice as fast as the reference.
 //!
-//! Arguments: `[real] [shapes] [synthetic]`, by default all three, and `[--directory DIR] [--mib N] [--pairs N]
+//! Arguments: `[real] [disk] [shapes] [synthetic]`, by default all of them, and `[--directory DIR] [--mib N] [--pairs N]
 //! [--threads N] [--only TEXT] [--min-gap BYTES] [--sync]`. `VMSNAP_BENCH_RAM` names a raw image of guest memory; by
 //! default it is the one that `make guest` makes.
 
@@ -24,6 +25,7 @@
 
 mod bench;
 mod crosvm;
+mod disk;
 mod guest;
 mod real;
 mod reference;
@@ -33,9 +35,10 @@ mod synthetic;
 use std::path::{Path, PathBuf};
 
 use bench::{Arguments, Bench};
+use guest::Guest;
 use vmsnap::SecretKey;
 
-const PARTS: [&str; 3] = ["real", "shapes", "synthetic"];
+const PARTS: [&str; 4] = ["real", "disk", "shapes", "synthetic"];
 
 fn arguments() -> (Arguments, Vec<String>) {
     let mut parsed = Arguments {
@@ -90,11 +93,19 @@ fn main() {
     );
     let mut bench = Bench::new(arguments, directory.path().to_owned(), SecretKey::generate().unwrap());
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|named| named == part);
-    if wanted("real") {
+    if wanted("real") || wanted("disk") {
         match image() {
-            Some(image) => real::run(&mut bench, &image),
+            Some(image) => {
+                let guest = Guest::of(&image);
+                if wanted("real") {
+                    real::run(&mut bench, &guest, &image);
+                }
+                if wanted("disk") {
+                    disk::run(&mut bench, &guest);
+                }
+            }
             None => {
-                println!("real: skipped: no target/guest/ram.img, which `make guest` makes, and no VMSNAP_BENCH_RAM");
+                println!("skipped: no target/guest/ram.img, which `make guest` makes, and no VMSNAP_BENCH_RAM");
             }
         }
     }

@@ -7,8 +7,7 @@ use crate::crosvm;
 use crate::guest::{Guest, Mapping};
 use crate::reference::{read_data, write_data, write_lz4};
 
-pub(crate) fn run(bench: &mut Bench, image: &Path) {
-    let guest = Guest::of(image);
+pub(crate) fn run(bench: &mut Bench, guest: &Guest, image: &Path) {
     "real".clone_into(&mut bench.title);
     println!(
         "real: {}, {} MiB of memory, {} ranges, {} MiB of data",
@@ -17,13 +16,13 @@ pub(crate) fn run(bench: &mut Bench, image: &Path) {
         guest.ranges.len(),
         guest.data_bytes >> 20
     );
-    to_the_kernel(bench, &guest);
+    to_the_kernel(bench, guest);
     if bench.arguments.sync {
         return;
     }
-    to_crosvm(bench, &guest);
+    to_crosvm(bench, guest);
     for (form, goal) in [(PLAIN, Some(2.0)), (ENCRYPTED, Some(12.0)), (LZ4, None), (LZ4_ENCRYPTED, Some(30.0))] {
-        bench.random_row(&guest, form, goal);
+        bench.random_row(guest, form, goal);
     }
 }
 

@@ -1,64 +1,66 @@
 """Virtual-machine snapshots: encrypted, written in parallel, readable at random.
 
-A snapshot is a folder of fragments (byte blobs: guest memory, a disk, a device's state), nested by namespaces.
+A snapshot is a directory of fragments (byte blobs: guest memory, a disk, the state of a device), nested by namespaces.
 
 >>> import pathlib, tempfile, vmsnap
->>> folder = pathlib.Path(tempfile.mkdtemp())
->>> key = vmsnap.generate_key()
->>> writer = vmsnap.SnapshotWriter(folder / "vm1", key=key)
->>> with writer.add_namespace("disks").raw_fragment("sda", chunk_size_bytes=65536) as fragment:
-...     fragment.write(b"boot sector" * 1000)
+>>> location = pathlib.Path(tempfile.mkdtemp()) / "vm1"
+>>> keys = vmsnap.Keys(key=vmsnap.generate_key())
+>>> with vmsnap.create(location, keys=keys) as snapshot:
+...     with snapshot.add_namespace("disks").raw_fragment("sda", chunk_size_bytes=65536) as fragment:
+...         fragment.write(b"boot sector" * 1000)
 11000
->>> reader = vmsnap.SnapshotReader(folder / "vm1", key=key)
+>>> reader = vmsnap.open(location, keys=keys)
 >>> with reader.namespace("disks").raw_fragment("sda") as fragment:
 ...     fragment.read_at(11, 4), fragment.size
 (b'boot', 11000)
 """
 
 from vmsnap._vmsnap import __version__, aead_provider, generate_key
+from vmsnap.about import BuildInfo, build_info
 from vmsnap.errors import (
     AuthenticationError,
     CorruptSnapshotError,
-    FragmentStateError,
     InvalidArgumentError,
     KeyUnavailableError,
     NewIdentityWarning,
     NotEncryptedError,
     NotSealedError,
     QemuError,
+    SealedError,
     SerializationError,
+    StateError,
     UnsupportedFormatError,
     VmsnapError,
 )
+from vmsnap.inspection import InspectedFragment, Inspection, inspect
 from vmsnap.io import Fragment, FragmentReader
-from vmsnap.keys import IdentityFile, KeyProvider, generate_identity, recipients_of, rekey
+from vmsnap.keys import IdentityFile, KeyProvider, Keys, KeyWrapping, generate_identity, recipients_of, rekey
 from vmsnap.memory import GuestMemory, GuestRegion, MemoryReport, ProcessMemory
-from vmsnap.sealing import (
-    Cleaned,
-    Problem,
-    StagedSnapshot,
-    Verification,
-    clean,
-    create,
-    open,
-    seal,
-    verify,
-)
-from vmsnap.snapshot import SnapshotReader, SnapshotWriter
+from vmsnap.reader import SnapshotReader
+from vmsnap.staging import Cleaned, StagedSnapshot, clean, create, seal
+from vmsnap.verification import Problem, Verification, verify
+from vmsnap.writer import SnapshotWriter
+
+# Opens a snapshot to read it: the class, under the name that goes with `create`.
+open = SnapshotReader
 
 __all__ = [
     "AuthenticationError",
+    "BuildInfo",
     "Cleaned",
     "CorruptSnapshotError",
     "Fragment",
     "FragmentReader",
-    "FragmentStateError",
     "GuestMemory",
     "GuestRegion",
     "IdentityFile",
+    "InspectedFragment",
+    "Inspection",
     "InvalidArgumentError",
     "KeyProvider",
     "KeyUnavailableError",
+    "KeyWrapping",
+    "Keys",
     "MemoryReport",
     "NewIdentityWarning",
     "NotEncryptedError",
@@ -66,19 +68,23 @@ __all__ = [
     "Problem",
     "ProcessMemory",
     "QemuError",
+    "SealedError",
     "SerializationError",
     "SnapshotReader",
     "SnapshotWriter",
     "StagedSnapshot",
+    "StateError",
     "UnsupportedFormatError",
     "Verification",
     "VmsnapError",
     "__version__",
     "aead_provider",
+    "build_info",
     "clean",
     "create",
     "generate_identity",
     "generate_key",
+    "inspect",
     "open",
     "recipients_of",
     "rekey",

@@ -1,4 +1,4 @@
-"""What guest memory is read from and restored to, as Python has it: buffers, descriptors, open files and paths."""
+"""Sources and destinations of guest memory in Python: buffers, descriptors, open files and paths."""
 
 import io
 import os
@@ -14,13 +14,13 @@ from vmsnap.errors import InvalidArgumentError
 
 OpenFile: TypeAlias = io.FileIO | IO[bytes] | IO[str]
 
-# What an open file consists of, from the outside in, and where each has the next.
+# The layers of an open file from the outside in, each with the attribute that holds the next layer.
 _LAYERS = (
     (io.TextIOWrapper, "buffer"),
     *((kind, "raw") for kind in (io.BufferedReader, io.BufferedWriter, io.BufferedRandom)),
 )
 
-# Where a class brings its own of these, what it reads and writes may be other bytes than those of its descriptor.
+# If a class overrides one of these methods, its data may differ from that of its descriptor.
 _OF_BYTES = (
     *("fileno", "seek", "tell", "truncate", "write"),
     *("read", "read1", "readall", "readinto", "readinto1", "readline"),
@@ -28,7 +28,7 @@ _OF_BYTES = (
 
 
 def refuse_special(path: str, mode: int) -> None:
-    """Refuse what has no size, before it is opened: to open a FIFO waits, and to open a device may do anything."""
+    """Refuse a file without a size before it is opened: opening a FIFO blocks, opening a device has side effects."""
     for is_kind, kind in (
         (stat.S_ISDIR, "a directory"),
         (stat.S_ISFIFO, "a FIFO or a pipe"),
@@ -36,7 +36,7 @@ def refuse_special(path: str, mode: int) -> None:
         (stat.S_ISCHR, "a character device"),
     ):
         if is_kind(mode):
-            raise InvalidArgumentError(f"{path}: is {kind}; guest memory is in a file, a memfd or a block device")
+            raise InvalidArgumentError(f"{path}: is {kind}; guest memory must be in a file, a memfd or a block device")
 
 
 def _is(found: object, kind: type) -> bool:
@@ -46,7 +46,7 @@ def _is(found: object, kind: type) -> bool:
 
 
 def _is_file(found: object) -> bool:
-    """Whether an object is a `FileIO`, or buffers one, and has no bytes but those of the file."""
+    """Return whether an object is a `FileIO`, or buffers one, without changing its data."""
     for kind, inner in _LAYERS:
         if _is(found, kind):
             found = getattr(found, inner)
@@ -54,33 +54,33 @@ def _is_file(found: object) -> bool:
 
 
 def _unwrapped(given: object) -> object:
-    """Return the open file in what `tempfile` returns, and anything else as it is."""
+    """Return the open file in an object from `tempfile`, and any other object unchanged."""
     if isinstance(given, tempfile.SpooledTemporaryFile):
         if not getattr(given, "_rolled", False):
-            raise TypeError("a SpooledTemporaryFile is not a file before its rollover()")
+            raise TypeError("a SpooledTemporaryFile is in memory until its rollover(): call that first")
         return getattr(given, "_file", None)
     return given.file if isinstance(given, tempfile._TemporaryFileWrapper) else given
 
 
 class Handles:
-    """What the core takes for what a caller gave, open and alive as long as the block is.
+    """Descriptors and buffers for the core, open and alive until the end of a ``with`` block.
 
-    A path is opened once however often it is given. A file that did not exist is removed again if the block fails.
+    A path that is given several times is opened once. If the block fails, files that it created are removed.
 
     Parameters
     ----------
     writable
-        Whether guest memory is restored, not read.
+        Whether the guest memory is restored instead of read.
     """
 
     def __init__(self, *, writable: bool) -> None:
         self._writable = writable
         self._stack = ExitStack()
-        # By path.
+        # Descriptors by path.
         self._opened: dict[str, int] = {}
-        # New files, and their descriptors.
+        # Files that this object created, with their descriptors.
         self._made: list[tuple[str, int]] = []
-        # By identity. They are held: a file that nobody holds closes its descriptor, and another gets the number.
+        # Open files by identity. Without a reference here a file could close, and another one get its descriptor.
         self._files: dict[int, tuple[object, int]] = {}
 
     def __enter__(self) -> Self:
@@ -92,18 +92,18 @@ class Handles:
         if kind is not None:
             for path, descriptor in self._made:
                 with suppress(OSError):
-                    # Whatever somebody else has put there meanwhile stays.
+                    # A file that another process has put there in the meantime stays.
                     if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
                         os.unlink(path)
         self._stack.__exit__(kind, error, trace)
 
     def of(self, given: object) -> object:
-        """Return a descriptor, or the buffer or `ProcessMemory` that was given.
+        """Return a descriptor for a path or a file, and a buffer or a `ProcessMemory` as it is.
 
         Raises
         ------
         TypeError
-            It holds no guest memory.
+            The object cannot hold guest memory.
         """
         match given:
             case bool():
@@ -115,11 +115,11 @@ class Handles:
             case ProcessMemory():
                 if self._writable:
                     raise InvalidArgumentError(
-                        "guest memory is not restored into a process: give it a memfd that both map"
+                        "guest memory cannot be restored into a process: use a memfd that both processes map"
                     )
                 return given
             case bytes() if self._writable:
-                raise BufferError("bytes cannot be written to; a path is a str or an os.PathLike")
+                raise BufferError("bytes are not writable: pass a bytearray, or a path as a str or an os.PathLike")
         if id(given) in self._files:
             return self._files[id(given)][1]
         if _is_file(_unwrapped(given)):
@@ -133,13 +133,13 @@ class Handles:
     def _refuse(self, given: object) -> None:
         name = "None" if given is None else f"an object of type {type(given).__name__}"
         role = "a destination of guest memory" if self._writable else "a source of guest memory"
-        accepted = "a buffer, a path, a file descriptor, or an open file as open() and tempfile return it"
+        accepted = "a buffer, a path, a file descriptor, or an open file from open() or tempfile"
         more = ""
         if isinstance(given, io.BytesIO):
-            more = "; give its getbuffer()"
+            more = "; for this object, pass its getbuffer()"
         elif hasattr(given, "fileno") or hasattr(given, "read"):
-            more = "; its bytes need not be those of a file: copy them through one"
-        raise TypeError(f"{name} is not {role}: that is {accepted}{more}") from None
+            more = "; this object may not return the bytes of a file as they are: copy them into a file first"
+        raise TypeError(f"{name} is not {role}: pass {accepted}{more}") from None
 
     def _path(self, path: str) -> int:
         if path not in self._opened:
@@ -153,7 +153,7 @@ class Handles:
         except FileNotFoundError:
             if not self._writable:
                 raise
-            # A link that leads nowhere makes the file that it leads to.
+            # For a dangling symbolic link, the file that it leads to is created.
             made = os.path.realpath(path) if os.path.islink(path) else path
             descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             self._made.append((made, descriptor))
@@ -161,7 +161,7 @@ class Handles:
         return descriptor
 
     def _file(self, file: IO[Any]) -> int:
-        # What Python still holds back would be missing, or be written over what was restored.
+        # Otherwise buffered bytes would be missing from a dump, or would overwrite restored memory later.
         file.flush()
         if self._writable and file.seekable():
             self._stack.callback(_drop_read_ahead, file, file.tell())
@@ -171,6 +171,6 @@ class Handles:
 
 
 def _drop_read_ahead(file: IO[Any], position: int) -> None:
-    # A seek to where it is would keep what was read before.
+    # A seek to the current position would keep the read-ahead buffer.
     file.seek(0, os.SEEK_END)
     file.seek(position)

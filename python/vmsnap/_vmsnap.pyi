@@ -1,4 +1,4 @@
-"""The core of vmsnap, compiled from Rust; `vmsnap.snapshot` and `vmsnap.io` are the classes to use."""
+"""The core of vmsnap, compiled from Rust. Programs use the modules of the package `vmsnap` instead."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -30,8 +30,8 @@ __all__ = [
     "generate_identity",
     "generate_key",
     "identity_file",
+    "inspect",
     "key_wrapping",
-    "outline",
     "read_recipients",
     "read_secret_file",
     "recipients_of",
@@ -57,6 +57,7 @@ def write_memory(
     zero_unreadable: bool,
     sparse: bool,
     stable: bool,
+    uncached: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
     """Write guest memory: of each region base; descriptor, buffer or process; offset in it; size."""
@@ -87,29 +88,45 @@ class ProcessMemory:
 
 @final
 class ProcessRange:
-    """A range of addresses of a process; offsets count from its first."""
+    """A range of addresses in the memory of a process. Offsets count from its first address."""
 
     def __new__(cls, memory: ProcessMemory, address: int, size: int) -> Self: ...
     def next_data(self, offset: int) -> int | None:
-        """Return where the next bytes are that may be other than zero, None where only zeros follow."""
+        """Return the offset of the next bytes that may be other than zero; None if only zeros follow."""
 
     def next_readable(self, start: int, end: int) -> int:
-        """Return the first of these offsets at which a page can be read, or the end."""
+        """Return the first offset from `start` on at which a page can be read, or `end`."""
 
     def read_into(self, offset: int, buffer: WriteableBuffer) -> int:
-        """Fill a buffer up to the first page that cannot be read; what was never touched is zeros, and stays so."""
+        """Fill a buffer up to the first page that cannot be read, and return the number of bytes.
+
+        Pages that the process never touched read as zeros, and stay untouched.
+        """
 
 @final
 class StoppedProcess:
-    """A process none of whose threads runs: until it is let go, or this process ends in whatever way."""
+    """Stops all threads of a process until `let_go`, or until this process ends.
+
+    Parameters
+    ----------
+    pid
+        The ID of the process.
+    patience_seconds
+        How long to wait until all threads have stopped.
+
+    Raises
+    ------
+    OSError
+        There is no such process, this user may not trace it, or a thread does not stop in time.
+    """
 
     def __new__(cls, pid: int, patience_seconds: float) -> Self: ...
     def let_go(self) -> None:
-        """Let it go on; nothing, if it does already."""
+        """Let the process continue. Does nothing if it does already."""
 
     @staticmethod
     def is_stopped(pid: int) -> bool:
-        """Return whether no thread of a process runs, whatever stopped them."""
+        """Return whether all threads of a process are stopped, for whatever reason."""
 
 @final
 class GuestMemory:
@@ -129,6 +146,7 @@ class GuestMemory:
         self,
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         huge_pages: bool,
+        uncached: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to descriptors or buffers: with the base each is to have, the offset in it, and the size."""
@@ -162,11 +180,8 @@ def check_serialized(data: bytes, format: str | None, place: str) -> str:
         It is none. The text names `place` and the byte.
     """
 
-def key_wrapping(root: str) -> tuple[str, list[str]] | None:
-    """Return how the key of a snapshot is wrapped, and for whom as far as it tells; None of a plain one.
-
-    ``raw-key``; ``age`` with the kinds of its recipients; ``passphrase``; ``key-provider`` with the service's name.
-    """
+def key_wrapping(location: str) -> tuple[str, str | None, list[str]] | None:
+    """Return how the key of a snapshot is wrapped: the kind, the key service's name, the kinds of recipients."""
 
 def generate_identity() -> tuple[str, str]:
     """Return a new age identity, and its recipient."""
@@ -183,15 +198,15 @@ def read_recipients(path: str) -> tuple[list[str], list[str]]:
 def read_secret_file(path: str) -> bytearray:
     """Return the contents of a file with a secret; refused where others may use the file."""
 
-def rekey(root: str, old: Credentials, new: Credentials) -> None:
+def rekey(location: str, old: Credentials, new: Credentials) -> None:
     """Wrap a snapshot's data key anew."""
 
 @final
 class Credentials:
     """What was passed to write or open a snapshot with.
 
-    An identity is as for `recipients_of`. `announce` is called with a text before a default identity is made; what it
-    raises is passed on, and nothing is made.
+    An identity is as for `recipients_of`. `on_new_identity` is called with the path of the user's own identity before
+    it is made there; an exception prevents that and is passed on.
     """
 
     def __new__(
@@ -202,27 +217,31 @@ class Credentials:
         identities: Sequence[tuple[object, bool, object]] | None,
         passphrase: object,
         key_provider: object,
-        announce: Callable[[str], object] | None,
+        on_new_identity: Callable[[Path], object] | None,
     ) -> Credentials: ...
 
-def outline(root: str) -> tuple[list[str], list[tuple[str, int, datetime | None]]]:
-    """Return what shows of a snapshot without its key.
+def inspect(
+    location: str,
+) -> tuple[
+    str, tuple[str, str | None, list[str]] | None, bool, list[str], list[tuple[str, int, datetime | None, bool]]
+]:
+    """Return the absolute location, the key wrapping, whether it is sealed, the namespaces and the fragments.
 
-    The paths of all namespaces; of all fragments the path, the size of the file, and when it was last written to
-    (None for a time that Python has no date for).
+    Each fragment is its path, stored size, time of modification (None if Python cannot represent it) and whether it was
+    finished.
     """
 
 @final
 class SnapshotWriter:
-    def __new__(cls, root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
+    def __new__(cls, location: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     @staticmethod
-    def open(root: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
+    def open(location: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     def raw_fragment(self, name: str, chunk_size_bytes: int) -> Fragment: ...
     def write_whole(self, name: str, data: bytes) -> None: ...
     def add_namespace(self, name: str) -> SnapshotWriter: ...
     def namespace(self, name: str) -> SnapshotWriter: ...
     @property
-    def root(self) -> Path: ...
+    def location(self) -> str: ...
     @property
     def namespace_path(self) -> str: ...
     @property
@@ -237,7 +256,7 @@ class SnapshotWriter:
 class SnapshotReader:
     def __new__(
         cls,
-        root: str,
+        location: str,
         credentials: Credentials,
         threads: int | None,
         require_sealed: bool,
@@ -251,7 +270,7 @@ class SnapshotReader:
     def list_fragments(self) -> list[str]: ...
     def list_namespaces(self) -> list[str]: ...
     @property
-    def root(self) -> Path: ...
+    def location(self) -> str: ...
     @property
     def namespace_path(self) -> str: ...
     @property
@@ -267,23 +286,23 @@ class SnapshotReader:
 @final
 class StagedSnapshot:
     def __new__(
-        cls, path: str, credentials: Credentials, threads: int | None, format: str, durable: bool
+        cls, location: str, credentials: Credentials, threads: int | None, format: str, durable: bool
     ) -> StagedSnapshot: ...
     @property
-    def path(self) -> Path: ...
+    def location(self) -> str: ...
     @property
     def writer(self) -> SnapshotWriter: ...
     def commit(self) -> tuple[bytes, bytes]: ...
     def discard(self) -> None: ...
 
-def seal(root: str, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
+def seal(location: str, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
     """Seal a snapshot in place; return its snapshot id and seal digest."""
 
 def clean(parent: str) -> tuple[list[Path], list[Path]]:
     """Remove what killed processes left; return what was removed, and what is held."""
 
 def verify(
-    root: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
+    location: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
 ) -> tuple[list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None]:
     """Return problems (path, kind, text), what was not checked, fragments with their kinds, bytes, id and digest."""
 

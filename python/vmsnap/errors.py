@@ -3,14 +3,15 @@
 __all__ = [
     "AuthenticationError",
     "CorruptSnapshotError",
-    "FragmentStateError",
     "InvalidArgumentError",
     "KeyUnavailableError",
     "NewIdentityWarning",
     "NotEncryptedError",
     "NotSealedError",
     "QemuError",
+    "SealedError",
     "SerializationError",
+    "StateError",
     "UnsupportedFormatError",
     "VmsnapError",
 ]
@@ -65,12 +66,16 @@ class QemuError(VmsnapError):
 
 
 class NewIdentityWarning(UserWarning):
-    """An age identity was made for the user: without it nobody can open what is written for it, so keep a copy."""
+    """An age identity is made for the user. Back it up: snapshots encrypted to it cannot be opened without it."""
 
 
-class FragmentStateError(VmsnapError):
-    """A fragment or a snapshot cannot be used so now.
+class StateError(VmsnapError):
+    """A fragment or a snapshot cannot be used in its current state.
 
-    A write failed earlier; a fragment is still being written, or was never finished; this is a process forked from
+    An earlier write failed; a fragment is still being written or was never finished; or this process was forked from
     the one that opened it.
     """
+
+
+class SealedError(VmsnapError):
+    """The snapshot is sealed already: nothing can be added to it, and it cannot be sealed again."""

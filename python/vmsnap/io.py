@@ -1,11 +1,11 @@
-"""Fragments as raw binary streams of the standard library."""
+"""Fragments as raw binary streams (`io.RawIOBase`)."""
 
 import contextlib
 import io
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from vmsnap.errors import FragmentStateError
+from vmsnap.errors import StateError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -20,16 +20,18 @@ def _closed() -> ValueError:
 
 
 class Fragment(io.RawIOBase):
-    """A fragment being written, front to back; from `SnapshotWriter.raw_fragment`.
+    """A fragment that is being written, from start to end. `SnapshotWriter.raw_fragment` returns it.
 
-    A large write is encrypted and written by several threads, straight from the caller's buffer, with the interpreter
-    free for others; small ones are gathered. In a ``with`` statement the fragment is finished on success, and its file
-    removed on an exception, even where something in the block had closed it, such as a `BufferedWriter` around it. (A
-    ``with`` statement of such a wrapper alone only closes.) A fragment that is dropped without either is finished too,
-    as in crosvm; in a snapshot of `create` it makes the commit fail.
+    Several threads encrypt and write a large write, directly from the caller's buffer and without the interpreter lock.
+    Small writes are collected.
 
-    A write that fails or is interrupted poisons the fragment: every later call raises `FragmentStateError`, and its
-    file is removed when it is closed.
+    A ``with`` statement finishes the fragment on success, and removes its file on an exception. The file is removed
+    even if something in the block closed the fragment before, such as a `BufferedWriter` around it. (A ``with``
+    statement for the wrapper alone only closes the fragment.) A fragment that is garbage-collected without being closed
+    is finished too, as in crosvm; in a snapshot from `create` it makes the commit fail.
+
+    A write that fails or is interrupted poisons the fragment: every later call raises `StateError`, and `close`
+    removes the file.
     """
 
     def __init__(self, raw: "_vmsnap.Fragment", name: str) -> None:
@@ -43,7 +45,7 @@ class Fragment(io.RawIOBase):
         return self._name
 
     def writable(self) -> bool:
-        """Whether one can write: yes."""
+        """Return True: a fragment that is being written is writable."""
         if self.closed:
             raise _closed()
         return True
@@ -54,74 +56,74 @@ class Fragment(io.RawIOBase):
         Parameters
         ----------
         data
-            Anything with the buffer protocol whose bytes lie in one piece: bytes, bytearray, memoryview, mmap, a numpy
-            array. It must not be changed by other threads meanwhile.
+            A contiguous buffer: bytes, bytearray, memoryview, mmap, a numpy array. No other thread may change it during
+            the call.
 
         Returns
         -------
         int
-            The length of `data` in bytes, always.
+            The length of `data` in bytes. It is always written as a whole.
 
         Raises
         ------
         OSError
-            For instance ``ENOSPC``. The fragment is poisoned then.
-        FragmentStateError
-            An earlier write failed, or this is a forked process.
+            The write failed, for example with ``ENOSPC``. The fragment is poisoned.
+        StateError
+            An earlier write failed, or the process was forked after the fragment was opened.
         """
         return self._open.write(data)
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._open.tell()
 
     def flush(self) -> None:
-        """Hand what was gathered of a plain fragment to the operating system.
+        """Pass collected bytes of a plain fragment to the operating system.
 
-        An encrypted one cannot be flushed: a segment is written when it is full, and the last one by `close`.
+        An encrypted fragment cannot be flushed: a segment is written when it is full, and `close` writes the last one.
         """
         if self.closed:
             raise _closed()
-        # None while the base class closes, which flushes once more.
+        # It is None while the base class closes, because that flushes once more.
         if self._raw is not None:
             self._raw.flush()
 
     def close(self) -> None:
-        """Finish the fragment; where that fails, its file is removed."""
+        """Finish the fragment. If that fails, the file is removed."""
         raw = self._raw
         if raw is not None:
             try:
                 raw.finish()
             except BaseException:
-                # Still open where it could not even begin: another call is in progress.
+                # The fragment is still open if finishing did not begin because another call is in progress.
                 if raw.ended:
                     self._let_go()
                 raise
         self._let_go()
 
     def discard(self) -> None:
-        """Give the fragment up and remove its file. Nothing happens to one that is closed already."""
+        """Abandon the fragment and remove its file. A fragment that is already closed does not change."""
         raw = self._raw
         self._let_go()
         if raw is not None:
             raw.discard()
 
     def __del__(self) -> None:
-        # The base class would close, and so finish, a fragment of a staged snapshot that nobody said is complete.
+        # The base class would close and so finish the fragment, although in a staged snapshot it may be incomplete.
         raw = getattr(self, "_raw", None)
         if raw is not None:
-            with contextlib.suppress(FragmentStateError):
+            with contextlib.suppress(StateError):
                 raw.drop_unclosed()
             self._let_go()
 
     def _let_go(self) -> None:
         self._raw = None
-        # The base class flushes, which is an error where another thread has closed in the meantime: then it is done.
+        # The base class flushes, which fails if another thread closed the fragment in the meantime.
         with contextlib.suppress(ValueError):
             super().close()
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Refuse: a fragment that is being written cannot be read."""
+        """Raise `io.UnsupportedOperation`: a fragment that is being written cannot be read."""
         raise io.UnsupportedOperation("a fragment that is being written cannot be read")
 
     @property
@@ -131,14 +133,14 @@ class Fragment(io.RawIOBase):
         return self._raw
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return the fragment itself."""
         self._entered = self._open
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
-        """Finish on success, discard on an exception."""
+        """Finish the fragment on success, discard it on an exception."""
         raw, self._entered = self._entered, None
         if kind is None:
             self.close()
@@ -147,7 +149,7 @@ class Fragment(io.RawIOBase):
             raw.discard()
 
     def __reduce_ex__(self, _protocol: SupportsIndex, /) -> NoReturn:
-        """Refuse: two copies cannot write one file."""
+        """Raise TypeError: two copies cannot write the same file."""
         raise TypeError("a fragment being written cannot be copied or pickled; pickle the SnapshotWriter")
 
     def __repr__(self) -> str:
@@ -156,11 +158,11 @@ class Fragment(io.RawIOBase):
 
 
 class FragmentReader(io.RawIOBase):
-    """A fragment being read, in order or at random; from `SnapshotReader.raw_fragment`.
+    """A fragment that is being read, in order or at random. `SnapshotReader.raw_fragment` returns it.
 
-    Of an encrypted fragment, opening verified the header and the last segment, and hence the size; every other segment
-    is verified before any byte of it is given out. `read_at` and `readinto_at` may be called by many threads at once;
-    a large read uses several threads by itself, with the interpreter free for others.
+    Opening an encrypted fragment verifies the header and the last segment, and therefore the size. Every other segment
+    is verified before any of its bytes is returned. Many threads may call `read_at` and `readinto_at` at the same time.
+    A large read uses several threads, without the interpreter lock.
     """
 
     def __init__(self, raw: "_vmsnap.FragmentReader", name: str) -> None:
@@ -174,73 +176,73 @@ class FragmentReader(io.RawIOBase):
 
     @property
     def size(self) -> int:
-        """Plaintext bytes."""
+        """Size of the plaintext, in bytes."""
         return self._open.size
 
     @property
     def stored_size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file, in bytes."""
         return self._open.stored_size
 
     @property
     def chunk_size_bytes(self) -> int | None:
-        """Plaintext bytes of a segment, the least that a read decrypts; None for a plain fragment."""
+        """Size of a chunk in bytes, the least that a read decrypts; None for a plain fragment."""
         return self._open.chunk_size_bytes
 
     def readable(self) -> bool:
-        """Whether one can read: yes."""
+        """Return True: an open fragment is readable."""
         return self._open is not None
 
     def seekable(self) -> bool:
-        """Whether one can seek: yes."""
+        """Return True: an open fragment is seekable."""
         return self._open is not None
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes from `offset`, without moving the position.
+        """Read `size` bytes from `offset` without moving the position.
 
         Parameters
         ----------
         offset
-            Bytes of plaintext from the start.
+            The offset in the plaintext, in bytes.
         size
-            Bytes. Fewer are returned only where the fragment ends.
+            The number of bytes. Fewer are returned only at the end of the fragment.
 
         Raises
         ------
         AuthenticationError
-            A segment did not verify; nothing of it is given out.
+            A segment is not authentic. None of its bytes is returned.
         """
         return self._open.read_at(offset, size)
 
     def readinto_at(self, offset: int, buffer: "WriteableBuffer") -> int:
-        """Fill `buffer` from `offset`, without moving the position.
+        """Fill `buffer` from `offset` without moving the position.
 
         Returns
         -------
         int
-            Bytes read: fewer than the buffer has only where the fragment ends.
+            The number of bytes read. It is less than the size of the buffer only at the end of the fragment.
 
         Raises
         ------
         AuthenticationError
-            A segment did not verify; the buffer is all zeros then.
+            A segment is not authentic. The buffer is filled with zeros.
         """
         return self._open.readinto_at(offset, buffer)
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Fill `buffer` from the position, as `readinto_at`."""
+        """Fill `buffer` from the position, and return the number of bytes as `readinto_at` does."""
         return self._open.readinto(buffer)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read `size` bytes from the position, or all to the end: fewer only where the fragment ends."""
+        """Read `size` bytes from the position, fewer only at the end; without a size, everything up to the end."""
         return self._open.read(None if size is None or size < 0 else size)
 
     def readall(self) -> bytes:
-        """Read all from the position to the end."""
+        """Read everything from the position to the end."""
         return self._open.read(None)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move the position; beyond the end is allowed, and reads nothing."""
+        """Move the position and return it. A position beyond the end is allowed; reads there return nothing."""
         return self._open.seek(offset, whence)
 
     def tell(self) -> int:
@@ -248,15 +250,15 @@ class FragmentReader(io.RawIOBase):
         return self._open.tell()
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Refuse: a fragment is written once."""
+        """Raise `io.UnsupportedOperation`: a fragment that is being read cannot be written."""
         raise io.UnsupportedOperation("a fragment that is being read cannot be written")
 
     def __reduce_ex__(self, _protocol: SupportsIndex, /) -> NoReturn:
-        """Refuse: a copy would share the position."""
+        """Raise TypeError: a copy would share the position."""
         raise TypeError("an open fragment cannot be copied or pickled; pickle the SnapshotReader")
 
     def close(self) -> None:
-        """Close the fragment; calls of other threads that have begun are completed."""
+        """Close the fragment. Calls that other threads have begun are completed."""
         self._raw = None
         super().close()
 
@@ -267,7 +269,7 @@ class FragmentReader(io.RawIOBase):
         return self._raw
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return the fragment itself."""
         if self.closed:
             raise _closed()
         return self

@@ -1,4 +1,4 @@
-"""Keys: what a snapshot is written for, and what opens it.
+"""Keys: what a snapshot is encrypted for, and what opens it.
 
 >>> import vmsnap
 >>> identity = vmsnap.generate_identity()
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from vmsnap import _vmsnap
 from vmsnap.errors import InvalidArgumentError, NewIdentityWarning
@@ -22,23 +22,35 @@ from vmsnap.errors import InvalidArgumentError, NewIdentityWarning
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrOrBytesPath
 
-__all__ = ["IdentityFile", "KeyProvider", "generate_identity", "recipients_of", "rekey"]
+__all__ = [
+    "IdentityFile",
+    "KeyProvider",
+    "KeyWrapping",
+    "Keys",
+    "generate_identity",
+    "identity_file",
+    "key_wrapping",
+    "read_recipients_file",
+    "read_secret_file",
+    "recipients_of",
+    "rekey",
+]
 
-#: A text, its bytes (a bytearray is cleared once it was taken), or what is called when it is needed and returns one.
+#: A text, its bytes (a bytearray is cleared once it is read), or a callable that returns one when it is needed.
 Passphrase: TypeAlias = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
 
 
 class KeyProvider(Protocol):
-    """A key service of the caller's: KMS, Vault, TPM. Any object that has these.
+    """A key service of the caller, such as a KMS, Vault or a TPM: any object with these attributes.
 
-    What it wraps is some 130 bytes, and holds the snapshot's data key. It must authenticate: `unwrap` must raise for
-    anything that `wrap` did not return. An attribute ``timeout_seconds`` says how long it may take to answer, if not
+    It wraps about 130 bytes, which contain the snapshot's data key. It must authenticate: `unwrap` must raise for
+    anything that `wrap` did not return. An attribute ``timeout_seconds`` limits how long each call may take; by default
     60 s. Both methods are called in a thread of their own.
     """
 
     @property
     def name(self) -> str:
-        """What the service is called: written into the snapshot, and no secret."""
+        """The name of the service. It is written into the snapshot and is not a secret."""
 
     def wrap(self, payload: bytes, /) -> bytes:
         """Encrypt."""
@@ -59,96 +71,242 @@ class IdentityFile:
 Identity: TypeAlias = str | os.PathLike[str] | IdentityFile
 
 
-def generate_identity() -> str:
-    """Return a new age identity: a secret, which opens what is written for its recipient (`recipients_of`)."""
-    return _vmsnap.generate_identity()[0]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Keys:
+    """What encrypts a new snapshot, or opens an existing one, as one object.
+
+    Every function that takes these as keyword arguments also accepts ``keys=``. At most one of `key`, `recipients`,
+    `identities`, `passphrase` and `key_provider` may be given, and any of them implies `encrypt`. The representation of
+    the object shows no secret.
+
+    >>> import vmsnap
+    >>> keys = vmsnap.Keys(key=vmsnap.generate_key())
+    >>> keys
+    Keys(key=...)
+
+    Attributes
+    ----------
+    encrypt
+        Encrypt a new snapshot; refuse to open one that is not encrypted.
+    key
+        32 bytes that wrap the snapshot's data key, from `generate_key`.
+    recipients
+        To write: the age recipients (``age1...``) or SSH public keys that can open the snapshot.
+    identities
+        To read: the identities of such recipients, each a text, a path or an `IdentityFile`.
+    passphrase
+        A passphrase, or a callable that returns one.
+    key_provider
+        A key service of your own, see `KeyProvider`.
+    """
+
+    encrypt: bool = False
+    key: "ReadableBuffer | None" = None
+    recipients: str | Iterable[str] | None = None
+    identities: Identity | Iterable[Identity] | None = None
+    passphrase: Passphrase | None = None
+    key_provider: KeyProvider | None = None
+
+    def __post_init__(self) -> None:
+        # An iterator could be read only once; the object may be used many times.
+        if self.recipients is not None:
+            recipients = [self.recipients] if isinstance(self.recipients, str) else self.recipients
+            object.__setattr__(self, "recipients", tuple(recipients))
+        if self.identities is not None:
+            identities = self.identities
+            if isinstance(identities, (str, os.PathLike, IdentityFile)):
+                identities = [identities]
+            object.__setattr__(self, "identities", tuple(identities))
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is given."""
+        return self.encrypt or any(getattr(self, name) is not None for name in _KINDS)
+
+    def __repr__(self) -> str:
+        shown = ["encrypt=True"] if self.encrypt else []
+        for name in _KINDS:
+            if (value := getattr(self, name)) is not None:
+                shown.append(f"{name}={list(value)!r}" if name == "recipients" else f"{name}=...")
+        return f"Keys({', '.join(shown)})"
+
+    def _credentials(self) -> _vmsnap.Credentials:
+        """Return these keys as the core takes them."""
+        recipients = None if self.recipients is None else list(self.recipients)
+        identities = None
+        if self.identities is not None:
+            identities = [_identity(identity) for identity in cast("tuple[Identity, ...]", self.identities)]
+        return _vmsnap.Credentials(
+            self.encrypt,
+            self.key,
+            recipients,
+            identities,
+            self.passphrase,
+            self.key_provider,
+            _warn_of_new_identity,
+        )
 
 
-def recipients_of(identity: Identity) -> list[str]:
-    """Return the recipients of an identity, or of all in a file: what to encrypt to so that it opens the snapshot.
+_KINDS = ("key", "recipients", "identities", "passphrase", "key_provider")
+
+
+def one_of(keys: Keys | None, given: Keys) -> Keys:
+    """Return the keys that a caller passed: as ``keys=``, or by single keyword arguments.
 
     Raises
     ------
     InvalidArgumentError
-        It is no identity, or one of a plugin's, which alone can tell.
+        Both were passed.
+    """
+    if keys is None:
+        return given
+    if not isinstance(keys, Keys):
+        raise TypeError(f"keys must be vmsnap.Keys, not {type(keys).__name__}")
+    if given.given:
+        raise InvalidArgumentError("keys= and single key arguments were passed together: pass one or the other")
+    return keys
+
+
+@dataclass(frozen=True)
+class KeyWrapping:
+    """How the data key of an encrypted snapshot is wrapped. Nothing of it is authenticated.
+
+    Attributes
+    ----------
+    kind
+        ``raw-key``, ``age``, ``passphrase`` or ``key-provider``.
+    name
+        The name of the key service, for ``key-provider``.
+    recipients
+        The kind of each recipient, for ``age``. The recipients themselves are not stored.
+    """
+
+    kind: str
+    name: str | None
+    recipients: list[str]
+
+
+def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
+    """Return how the data key of a snapshot is wrapped; None if the snapshot is not encrypted. No key is needed.
+
+    Only ``enc_metadata`` is read; `inspect` looks at the whole snapshot.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such directory.
+    CorruptSnapshotError
+        ``enc_metadata`` is not a wrapped key.
+    """
+    wrapping = _vmsnap.key_wrapping(os.fsdecode(location))
+    return None if wrapping is None else KeyWrapping(*wrapping)
+
+
+def generate_identity() -> str:
+    """Return a new age identity. It is a secret: it opens snapshots encrypted to its recipient, see `recipients_of`."""
+    return _vmsnap.generate_identity()[0]
+
+
+def identity_file(identity: str) -> str:
+    """Return the text of a file that holds an identity, as ``age-keygen`` writes it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is not an age identity.
+    """
+    return _vmsnap.identity_file(identity.strip(), recipients_of(identity)[0])
+
+
+def recipients_of(identity: Identity) -> list[str]:
+    """Return the recipients of an identity, or of all identities in a file: encrypt to them so that it can open.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is not an identity, or it is the identity of a plugin; only the plugin knows its recipient.
     OSError, KeyUnavailableError
-        As for opening a snapshot with it.
+        The file cannot be read, or may be read by others.
     """
     return _vmsnap.recipients_of(_identity(identity))
 
 
+def read_recipients_file(path: "StrOrBytesPath") -> tuple[list[str], list[str]]:
+    """Return the recipients in a file, one per line, and a warning for each line that was ignored.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A line is not a recipient, or the file contains no recipient.
+    OSError
+        The file cannot be read.
+    """
+    return _vmsnap.read_recipients(os.fsdecode(path))
+
+
+def read_secret_file(path: "StrOrBytesPath") -> bytearray:
+    """Return the contents of a file that holds a secret.
+
+    Raises
+    ------
+    KeyUnavailableError
+        Users other than the owner may read or change the file.
+    OSError
+        The file cannot be read.
+    """
+    return _vmsnap.read_secret_file(os.fsdecode(path))
+
+
 def rekey(
-    root: "StrOrBytesPath",
+    location: "StrOrBytesPath",
     *,
+    keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
     identities: "Identity | Iterable[Identity] | None" = None,
     passphrase: Passphrase | None = None,
     key_provider: KeyProvider | None = None,
+    new_keys: Keys | None = None,
     recipients: str | Iterable[str] | None = None,
     new_key: "ReadableBuffer | None" = None,
     new_passphrase: Passphrase | None = None,
     new_key_provider: KeyProvider | None = None,
 ) -> None:
-    """Wrap a snapshot's data key anew, so that something else opens it: milliseconds, whatever its size.
+    """Wrap a snapshot's data key anew, so that other keys open it. This takes milliseconds, whatever the size.
 
-    What opened it before does not any more. That takes back nothing: whoever has opened the snapshot, or kept a copy of
-    ``enc_metadata``, can go on reading its fragments, and forge them, for the data key stays what it is. To lock
-    somebody out, copy it into a new snapshot: ``vmsnap encrypt``.
+    The previous keys no longer open the snapshot. This does not revoke access: the data key stays the same, so anyone
+    who has opened the snapshot, or kept a copy of ``enc_metadata``, can still read its fragments and forge them. To
+    lock somebody out, copy the snapshot into a new one: ``vmsnap encrypt``.
 
     Parameters
     ----------
-    root
-        The snapshot's folder. Only the file ``enc_metadata`` in it is replaced; after a crash there is the old or the
+    location
+        The directory of the snapshot. Only the file ``enc_metadata`` is replaced; after a crash it is the old or the
         new one.
-    key, identities, passphrase, key_provider
-        One of them: what opens it now, as for `SnapshotReader`. The default identity, where none is given.
-    recipients, new_key, new_passphrase, new_key_provider
-        One of them: what is to open it from now on, as for `SnapshotWriter`.
+    keys, key, identities, passphrase, key_provider
+        What opens the snapshot now, as for `SnapshotReader`: one of them. By default the user's own identity.
+    new_keys, recipients, new_key, new_passphrase, new_key_provider
+        What opens the snapshot from now on, as for `SnapshotWriter`: one of them.
 
     Raises
     ------
     InvalidArgumentError
-        Nothing says what is to open it, or several things do.
+        No new keys are given, or more than one kind.
     NotEncryptedError
-        The snapshot is plain.
+        The snapshot is not encrypted.
     KeyUnavailableError, AuthenticationError, CorruptSnapshotError, UnsupportedFormatError, OSError
-        As for opening it. It stays as it was.
+        The snapshot cannot be opened. It is unchanged.
     """
-    old = reading(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
-    new = writing(key=new_key, recipients=recipients, passphrase=new_passphrase, key_provider=new_key_provider)
-    _vmsnap.rekey(os.fsdecode(root), old, new)
+    old = one_of(keys, Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider))
+    new = one_of(
+        new_keys,
+        Keys(key=new_key, recipients=recipients, passphrase=new_passphrase, key_provider=new_key_provider),
+    )
+    _vmsnap.rekey(os.fsdecode(location), old._credentials(), new._credentials())
 
 
-def writing(
-    encrypt: bool = False,
-    *,
-    key: "ReadableBuffer | None" = None,
-    recipients: str | Iterable[str] | None = None,
-    passphrase: Passphrase | None = None,
-    key_provider: KeyProvider | None = None,
-) -> _vmsnap.Credentials:
-    """Return what a snapshot is to be written for."""
-    texts = None if recipients is None else [recipients] if isinstance(recipients, str) else list(recipients)
-    return _vmsnap.Credentials(encrypt, key, texts, None, passphrase, key_provider, _announce)
-
-
-def reading(
-    require_encrypted: bool = False,
-    *,
-    key: "ReadableBuffer | None" = None,
-    identities: "Identity | Iterable[Identity] | None" = None,
-    passphrase: Passphrase | None = None,
-    key_provider: KeyProvider | None = None,
-) -> _vmsnap.Credentials:
-    """Return what a snapshot is to be opened with."""
-    if isinstance(identities, (str, os.PathLike, IdentityFile)):
-        identities = [identities]
-    listed = None if identities is None else [_identity(identity) for identity in identities]
-    return _vmsnap.Credentials(require_encrypted, key, None, listed, passphrase, key_provider, None)
-
-
-def _announce(text: str) -> None:
-    """Warn the caller of this package that an identity is about to be made; as an error this prevents it."""
+def _warn_of_new_identity(path: Path) -> None:
+    """Warn the caller of this package that an identity is about to be made; as an error, the warning prevents it."""
+    text = f"creating the identity {path}: back it up, because snapshots encrypted to it cannot be opened without it"
     # This function was called from Rust, which has no frame, and that from a function of this package.
     warnings.warn(text, NewIdentityWarning, stacklevel=3)
 

@@ -1,4 +1,4 @@
-"""Guest memory: which there is, where it comes from, and reading it back."""
+"""Guest memory: its regions, writing it into a snapshot, and reading it back."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,23 +24,26 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 @dataclass(frozen=True, slots=True)
 class GuestRegion:
-    """A contiguous range of guest-physical memory, and what holds it.
+    """A contiguous range of guest-physical addresses, and the source of its bytes.
 
     Parameters
     ----------
     guest_base
-        The guest-physical address of its first byte.
+        The guest-physical address of the first byte.
     source
-        A buffer (mmap, memoryview, numpy array); or a file, memfd or block device: its path, its descriptor, or an open
-        file; or a live process: a `ProcessMemory`. Of a file, holes are not read, and its position stays what it is; of
-        a process, pages that it never touched are neither read nor made resident.
+        One of these:
 
-        ``bytes`` are memory, not a path. An open file is what ``open`` or ``tempfile`` returns, and is flushed first.
-        An object that decompresses, or reads from an archive or a socket, is not one, though it may have a ``fileno``.
+        - a buffer (mmap, memoryview, numpy array, ``bytes``);
+        - a file, memfd or block device: its path, its descriptor, or an open file. Holes are not read, and the position
+          of the file does not change;
+        - a live process: a `ProcessMemory`. Pages that the process never touched are neither read nor made resident.
+
+        ``bytes`` are memory, not a path. An open file is an object from ``open`` or ``tempfile``, and is flushed first.
+        An object that decompresses, or that reads from an archive or a socket, is refused even if it has a ``fileno``.
     offset
-        Where in the source the region begins, in bytes; of a process, the virtual address.
+        The offset of the region in the source, in bytes. For a process it is a virtual address.
     size
-        Bytes; by default all from there. Of a process it is needed.
+        The size of the region in bytes. The default is everything from `offset` on. A process needs a size.
     """
 
     guest_base: int
@@ -51,20 +54,20 @@ class GuestRegion:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """How `SnapshotWriter.write_memory` went."""
+    """Sizes and duration of a call of `SnapshotWriter.write_memory`."""
 
     logical_bytes: int
-    """Bytes of all regions."""
+    """Size of all regions, in bytes."""
     data_bytes: int
-    """Bytes of all data ranges; the rest is zero."""
+    """Size of all data ranges, in bytes. The rest of the memory is zero."""
     stored_bytes: int
-    """Bytes of the two fragments' files."""
+    """Size of the files of the two fragments, in bytes."""
     ranges: int
-    """Data ranges."""
+    """Number of data ranges."""
     seconds: float
-    """How long it took."""
+    """Duration of the call."""
     unreadable: list[range]
-    """Guest-physical addresses of what could not be read, and was taken for zeros."""
+    """Guest-physical addresses that could not be read and were stored as zeros."""
 
 
 def write(
@@ -76,16 +79,17 @@ def write(
     on_error: Literal["raise", "zero"],
     sparse: bool,
     stable: bool,
+    uncached: bool,
     detect_zeros: bool,
     min_gap_bytes: int,
     chunk_size_bytes: int,
     block_size_bytes: int,
 ) -> MemoryReport:
-    """Write guest memory; `SnapshotWriter.write_memory` says what everything is."""
+    """Write guest memory. `SnapshotWriter.write_memory` describes the parameters."""
     if compress not in (None, "lz4"):
-        raise InvalidArgumentError(f'compress is "lz4" or None, not {compress!r}')
+        raise InvalidArgumentError(f'compress must be "lz4" or None, not {compress!r}')
     if on_error not in ("raise", "zero"):
-        raise InvalidArgumentError(f'on_error is "raise" or "zero", not {on_error!r}')
+        raise InvalidArgumentError(f'on_error must be "raise" or "zero", not {on_error!r}')
     with Handles(writable=False) as handles:
         logical_bytes, data_bytes, stored_bytes, ranges, seconds, unreadable = _vmsnap.write_memory(
             raw,
@@ -98,6 +102,7 @@ def write(
             on_error == "zero",
             sparse,
             stable,
+            uncached,
             progress,
         )
     addresses = [range(start, end) for start, end in unreadable]
@@ -105,9 +110,10 @@ def write(
 
 
 class GuestMemory:
-    """The guest memory in a snapshot, vmsnap's or crosvm's; from `SnapshotReader.memory`.
+    """The guest memory in a snapshot of vmsnap or crosvm. `SnapshotReader.memory` returns it.
 
-    ``memory[0x1000:0x2000]`` reads a range of guest-physical addresses. Any number of threads may read at once.
+    ``memory[0x1000:0x2000]`` reads a range of guest-physical addresses. Any number of threads may read at the same
+    time.
     """
 
     def __init__(self, raw: _vmsnap.GuestMemory) -> None:
@@ -115,80 +121,102 @@ class GuestMemory:
 
     @property
     def regions(self) -> list[range]:
-        """The guest-physical addresses of each region, in the order in which they are stored."""
+        """The guest-physical addresses of each region, in the order in which the regions are stored."""
         return [range(base, base + size) for base, size in self._raw.regions]
 
     @property
     def compressed(self) -> bool:
-        """Whether it is compressed."""
+        """Whether the memory is compressed."""
         return self._raw.compressed
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all data ranges."""
+        """Size of all data ranges, in bytes."""
         return self._raw.data_bytes
 
     def data_ranges(self, region: int) -> list[range]:
-        """Return the data ranges of a region, in bytes from its start; between them it is zero.
+        """Return the data ranges of a region as offsets in bytes. Everything between them is zero.
+
+        Parameters
+        ----------
+        region
+            The index of the region in `regions`.
 
         Raises
         ------
         InvalidArgumentError
-            There is no region of that number.
+            There is no region with this index.
         """
         return [range(start, end) for start, end in self._raw.data_ranges(region)]
 
     def read(self, guest_address: int, size: int) -> bytes:
-        """Return `size` bytes from a guest-physical address; only what has to be is decrypted and decompressed.
+        """Return `size` bytes from a guest-physical address.
+
+        Only the chunks and blocks that contain the bytes are decrypted and decompressed.
 
         Raises
         ------
         InvalidArgumentError
-            They do not all lie in one region.
+            The bytes are not all in one region.
         AuthenticationError, CorruptSnapshotError
-            It is not what was written.
+            The stored memory is damaged or was changed.
         """
         return self._raw.read(guest_address, size)
 
     def __getitem__(self, addresses: slice) -> bytes:
         if not isinstance(addresses, slice) or addresses.step not in (None, 1):
-            raise TypeError("guest memory is read by a range of addresses: memory[0x1000:0x2000]")
+            raise TypeError("guest memory is read by a range of addresses, as in memory[0x1000:0x2000]")
         start, end = addresses.start, addresses.stop
         if start is None or end is None or end < start:
-            raise InvalidArgumentError("a range of guest-physical addresses has a start and an end not before it")
+            raise InvalidArgumentError("a range of guest-physical addresses needs a start, and an end not before it")
         return self.read(start, end - start)
 
     def restore(
-        self, destinations: "Iterable[_Target]", *, huge_pages: bool = False, progress: Progress | None = None
+        self,
+        destinations: "Iterable[_Target]",
+        *,
+        huge_pages: bool = False,
+        uncached: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        """Restore all regions, each to its destination, by all threads.
+        """Restore all regions, each to its own destination, with several threads.
 
         Parameters
         ----------
         destinations
-            For each region, in their order: a buffer of its size that can be written to; a file or memfd (a path, a
-            descriptor, an open file) of its size, or an empty or new one; or a `GuestRegion`, whose address is checked
-            and whose offset may be anywhere in a file; or None, for a region that is left out. What lies between the
-            data becomes holes where it can. An open file is flushed first, keeps its position, and reads what was
-            restored afterwards.
+            One destination for each region, in the order of `regions`:
+
+            - a writable buffer of the size of the region;
+            - a file or memfd (a path, a descriptor, an open file): as large as the region, empty, or new;
+            - a `GuestRegion`, to check the address or to write at an offset in a file;
+            - None, to leave the region out.
+
+            Zeros between the data become holes if the destination supports them. An open file is flushed first and
+            keeps its position. Later reads from it return the restored bytes.
         huge_pages
-            Whether anonymous memory gets transparent huge pages where 2 MiB of it are all data. Filling it takes less
-            time then, and so does using it.
+            Whether anonymous memory gets transparent huge pages for each 2 MiB that are all data. This makes filling
+            and using the memory faster.
+        uncached
+            Whether the stored bytes, and files that are written, bypass the page cache. A restore of tens of GiB then
+            does not push everything else out of it. On Linux before 6.14 the same is requested by advice.
         progress
-            Called with the bytes done and all bytes, ten times a second at most, and at the end.
+            Called with the number of bytes done and the total, at most ten times a second, and at the end.
 
         Raises
         ------
         InvalidArgumentError
-            The destinations are not those of the regions. Nothing was written.
-        AuthenticationError, CorruptSnapshotError, OSError
-            As for any read, or the destination cannot be written. It holds anything then; a file that this call made
-            is removed.
+            The destinations do not match the regions. Nothing was written.
+        AuthenticationError, CorruptSnapshotError
+            The stored memory is damaged or was changed. The contents of the destinations are undefined. Files that this
+            call created are removed.
+        OSError
+            A destination cannot be written. The contents of the destinations are undefined. Files that this call
+            created are removed.
         TypeError
-            A destination is not one of these.
+            A destination has an unsupported type.
         """
         with Handles(writable=True) as handles:
-            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, progress)
+            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, uncached, progress)
 
     def __repr__(self) -> str:
         regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])

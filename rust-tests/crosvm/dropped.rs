@@ -84,7 +84,7 @@ fn an_error_at_the_drop_fails_the_commit() {
         return;
     }
     let (_directory, root, _) = place();
-    let mut staged = encrypted().stage(&root).unwrap();
+    let mut staged = encrypted().create(&root).unwrap();
     drop_what_does_not_fit(&staged.writer().clone().into(), "nic");
     assert!(staged.commit().unwrap_err().to_string().contains("nic"));
     drop(staged);

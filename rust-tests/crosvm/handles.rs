@@ -28,7 +28,7 @@ fn a_key_is_given_by_way_of_the_options() {
 fn a_dropped_box_of_a_staged_snapshot_is_finished() {
     let (_directory, root, _) = place();
     for options in [SnapshotOptions::new(), SnapshotOptions::new().key(SecretKey::from([7; 32]))] {
-        let mut staged = options.stage(&root).unwrap();
+        let mut staged = options.create(&root).unwrap();
         let writer = SnapshotWriter::from(staged.writer().clone());
         let devices = writer.add_namespace("devices").unwrap();
         devices.raw_fragment("nic").unwrap().write_all(b"state").unwrap();
@@ -73,5 +73,5 @@ fn names() -> Vec<String> {
 
 /// A snapshot written in place with the real API.
 pub(crate) fn in_place(options: &SnapshotOptions, root: &std::path::Path) -> vmsnap::SnapshotWriter {
-    options.create(root).unwrap()
+    options.create_in_place(root).unwrap()
 }

@@ -161,7 +161,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn write_all(cases: &[Case], options: &SnapshotOptions, root: &Path) {
-    let mut namespaces = BTreeMap::from([(String::new(), options.create(root).unwrap())]);
+    let mut namespaces = BTreeMap::from([(String::new(), options.create_in_place(root).unwrap())]);
     for case in cases {
         let (names, name) = split(case.path);
         for depth in 0..names.len() {

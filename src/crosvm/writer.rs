@@ -22,7 +22,7 @@ use crate::options::SnapshotOptions;
 ///
 /// # let directory = tempfile::tempdir()?;
 /// # let path = directory.path().join("vm1");
-/// let mut staged = SnapshotOptions::new().stage(&path)?;
+/// let mut staged = SnapshotOptions::new().create(&path)?;
 /// let writer = SnapshotWriter::from(staged.writer().clone());
 /// let mut w: Box<dyn Write> = writer.raw_fragment("sda")?;
 /// w.write_all(b"boot sector")?;
@@ -49,7 +49,7 @@ impl SnapshotWriter {
     ///
     /// If something exists at `root`, if its parent directory does not exist, or if a key is not available.
     pub fn new(root: PathBuf, encrypt: bool) -> anyhow::Result<Self> {
-        SnapshotOptions::new().encrypt(encrypt).create(root).map(Self::from).map_err(into_anyhow)
+        SnapshotOptions::new().encrypt(encrypt).create_in_place(root).map(Self::from).map_err(into_anyhow)
     }
 
     /// Creates a fragment, which dropping the box finishes, see [the module's page](super#how-a-fragment-ends).

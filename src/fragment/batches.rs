@@ -1,15 +1,16 @@
-//! Batches: how much one thread works on at a time, and a buffer cut into them.
+//! Batches: the data that one thread works on at a time, and a buffer cut into batches.
 
-/// One thread encrypts, decrypts, reads, writes or hashes this much at a time: it fits the second-level cache of every
-/// processor of interest twice, and a system call for each costs nothing.
+/// The size of a batch, which one thread encrypts, decrypts, reads, writes or hashes at a time. It fits the
+/// second-level cache of every common processor twice, and is large enough that a system call per batch costs almost
+/// nothing.
 pub(super) const BATCH_BYTES: usize = 256 << 10;
 
-/// Bytes of the chunks that make a batch.
+/// The size of a batch of whole chunks.
 pub(super) fn batch_bytes(chunk_size_bytes: usize) -> usize {
     (BATCH_BYTES / chunk_size_bytes).max(1) * chunk_size_bytes
 }
 
-/// A buffer and its place in the fragment, cut where `batch_bytes` divides the offset.
+/// A buffer and its offset in the fragment, cut at multiples of `batch_bytes`.
 pub(super) struct Batches<'a> {
     offset: u64,
     rest: &'a mut [u8],
@@ -21,7 +22,7 @@ impl<'a> Batches<'a> {
         Self { offset, rest: buf, batch_bytes }
     }
 
-    /// Bytes of the offset's batch that lie before it; less than a batch.
+    /// The distance from the start of the batch to the offset.
     fn bytes_into_batch(&self) -> usize {
         usize::try_from(self.offset % self.batch_bytes as u64).unwrap_or(0)
     }
@@ -59,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_cover_the_buffer_once_and_end_at_strips() {
+    fn batches_cover_the_buffer_once_and_end_at_multiples() {
         for (offset, length) in [(0, 0), (0, 1), (3, 4), (3, 5), (3, 6), (4, 8), (7, 17)] {
             let mut buf = vec![0; length];
             let batches = Batches::new(offset, &mut buf, 4);

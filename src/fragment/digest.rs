@@ -1,7 +1,7 @@
 //! BLAKE3 of a plain fragment, computed while it is written or read.
 //!
-//! BLAKE3 is a tree: aligned runs of bytes whose length is a power of two are subtrees. Threads hash subtrees in any order, and
-//! the merged digest is the one that `b3sum` prints.
+//! BLAKE3 is a tree: an aligned run of bytes whose length is a power of two is a subtree. Threads hash subtrees in any
+//! order, and the merged digest is the one that `b3sum` prints.
 
 use blake3::Hasher;
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
@@ -11,25 +11,25 @@ use crate::buffer;
 use crate::error::Result;
 use crate::threads::{Interrupt, for_each};
 
-/// What is hashed at a time, from an offset that it divides: larger subtrees are not faster.
+/// The size of a subtree that is hashed at a time; it divides the subtree's offset. Larger subtrees are not faster.
 pub(super) const SUBTREE_BYTES: usize = 64 << 10;
 
 /// The digest of a subtree.
 pub(super) type Subtree = ChainingValue;
 
-/// The digest of what has come so far, in order.
+/// The digest of all bytes so far, in order.
 #[derive(Default)]
 pub(crate) struct Digest {
-    /// Digests of merged subtrees, larger ones first; what may be the root is never merged.
+    /// Digests of merged subtrees, larger ones first. The last merge, which may make the root, is left to `finish`.
     merged: Vec<ChainingValue>,
-    /// Subtrees of [`SUBTREE_BYTES`] in them.
+    /// The number of subtrees of [`SUBTREE_BYTES`] in them.
     count: u64,
-    /// The subtree that has begun.
+    /// The current subtree.
     current: Hasher,
 }
 
 impl Digest {
-    /// Bytes that lack until a subtree is whole; a whole subtree where none has begun.
+    /// The number of bytes until the current subtree is complete.
     fn until_subtree_ends(&self) -> usize {
         SUBTREE_BYTES - self.bytes_in_subtree()
     }
@@ -43,7 +43,7 @@ impl Digest {
         usize::try_from(self.current.count()).unwrap_or(SUBTREE_BYTES)
     }
 
-    /// Takes what comes next.
+    /// Adds the next bytes.
     pub(crate) fn update(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
             if self.until_subtree_ends() == 0 {
@@ -55,8 +55,7 @@ impl Digest {
         }
     }
 
-    /// Takes the whole subtrees that come next, hashed by [`subtree`]. More must follow, or [`Digest::update`] must have taken
-    /// some.
+    /// Adds the next whole subtrees, hashed by [`subtree`]. Some other bytes must come before or after them.
     pub(super) fn push(&mut self, subtrees: impl IntoIterator<Item = ChainingValue>) {
         if self.until_subtree_ends() == 0 {
             self.end_subtree();
@@ -67,7 +66,7 @@ impl Digest {
         self.current = Self::hasher_at(self.count);
     }
 
-    /// As [`Digest::update`], by several threads; `also` is called for every batch of `data`, with its offset in it.
+    /// Adds the next bytes with several threads; `also` is called for every batch of `data`, with its offset in `data`.
     pub(crate) fn update_with(
         &mut self,
         data: &[u8],
@@ -76,7 +75,7 @@ impl Digest {
         also: impl Fn(usize, &[u8]) -> Result<()> + Sync,
     ) -> Result<()> {
         let (head, rest) = data.split_at((self.until_subtree_ends() % SUBTREE_BYTES).min(data.len()));
-        // At least a byte is left for the end, which no subtree may be.
+        // At least a byte is left for the end, because the last subtree must not be pushed.
         let (body, tail) = rest.split_at(rest.len().saturating_sub(1) / SUBTREE_BYTES * SUBTREE_BYTES);
         self.update(head);
         also(0, head)?;
@@ -85,7 +84,7 @@ impl Digest {
         let mut workers: Vec<_> = (0..threads.min(batches.len())).map(|_| Vec::new()).collect();
         for_each(&mut workers, batches.enumerate(), interrupt, |done: &mut Vec<_>, (number, batch)| {
             also(head.len() + number * BATCH_BYTES, batch)?;
-            // Afterwards: it is in the cache now.
+            // After `also`, the batch is in the cache.
             let subtrees = batch.chunks(SUBTREE_BYTES).zip(first + (number * (BATCH_BYTES / SUBTREE_BYTES)) as u64..);
             buffer::reserve(done, BATCH_BYTES / SUBTREE_BYTES)?;
             done.extend(subtrees.map(|(bytes, index)| (index, subtree(index, bytes))));
@@ -107,7 +106,7 @@ impl Digest {
     }
 
     fn push_one(&mut self, subtree: ChainingValue) {
-        // As many merges as the number of subtrees so far has zeros at its end; the last merge is left for the root.
+        // As many merges as the count so far has zero bits at its end; the last merge is left for the root.
         let merges = if self.count == 0 { 0 } else { self.count.trailing_zeros() };
         (0..merges).for_each(|_| self.merge());
         self.merged.push(subtree);
@@ -138,13 +137,13 @@ impl Digest {
         }
         match &self.merged[..] {
             [left, right] => *merge_subtrees_root(left, right, Mode::Hash).as_bytes(),
-            // A single whole subtree is not pushed before more comes.
+            // A single whole subtree is not pushed before more bytes come.
             _ => unreachable!("one subtree is never all there is"),
         }
     }
 }
 
-/// One whole subtree that is not all there is; `index` counts subtrees from the start.
+/// The digest of one whole subtree, which must not be the whole fragment; `index` counts subtrees from the start.
 pub(super) fn subtree(index: u64, bytes: &[u8]) -> ChainingValue {
     Digest::hasher_at(index).update(bytes).finalize_non_root()
 }

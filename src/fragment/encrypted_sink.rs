@@ -1,4 +1,4 @@
-//! An encrypted fragment being written: one FLOE message, `docs/format.md` has its bytes.
+//! The sink of an encrypted fragment: one FLOE message. `docs/format.md` describes its bytes.
 
 use std::sync::Arc;
 
@@ -15,16 +15,16 @@ use crate::process::OwnerProcess;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
-/// From here on a write is encrypted straight from the caller's buffer, and returns when all of it is written; what is less
-/// is copied and encrypted while the caller gets the next.
+/// A write of at least this size is encrypted directly from the caller's buffer, and returns when all of it is written.
+/// A smaller write is copied, and encrypted while the caller prepares the next one.
 const MIN_DIRECT_WRITE_BYTES: usize = 4 << 20;
 
 pub(super) struct EncryptedSink {
     file: Arc<StoredFile>,
     encryptors: Arc<Encryptors>,
     chunk_size_bytes: usize,
-    /// Plaintext not handed on yet, from the start of chunk `next_index`. Whether a chunk is the last shows only when more
-    /// follows, so at least one byte always stays behind here.
+    /// Plaintext that is not submitted yet, from the start of chunk `next_index`. A chunk is not the last if more bytes
+    /// follow, so at least one byte always stays here.
     gathered: Vec<u8>,
     next_index: u64,
     header_tag: [u8; HEADER_TAG_BYTES],
@@ -58,7 +58,7 @@ impl EncryptedSink {
         self.next_index * self.chunk_size_bytes as u64 + self.gathered.len() as u64
     }
 
-    /// Takes a small write that there is room for.
+    /// Gathers a small write if there is room.
     #[cfg(feature = "python")]
     pub(super) fn gather(&mut self, data: &[u8]) -> bool {
         self.fits(data) && self.append(data).is_ok()
@@ -78,7 +78,7 @@ impl EncryptedSink {
         let chunk_size_bytes = self.chunk_size_bytes;
         while !self.fits(data) {
             let (now, later) = if data.len() >= MIN_DIRECT_WRITE_BYTES {
-                // What is gathered ends with a whole chunk, the rest is encrypted where it is.
+                // Fill the buffer to a chunk boundary; the rest is encrypted directly.
                 data.split_at(self.gathered.len().next_multiple_of(chunk_size_bytes) - self.gathered.len())
             } else {
                 data.split_at(batch_bytes(chunk_size_bytes) - self.gathered.len())
@@ -100,7 +100,7 @@ impl EncryptedSink {
         self.append(data)
     }
 
-    /// A positioned writer of the fragment from its start on; `None` where something was written already.
+    /// A positioned writer of the fragment from its start on; `None` if something was written already.
     pub(super) fn positioned(&self) -> Option<PositionedWriter> {
         let kind = PositionedKind::Encrypted {
             encryptors: Arc::clone(&self.encryptors),
@@ -109,7 +109,7 @@ impl EncryptedSink {
         (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
     }
 
-    /// Goes on after positioned batches that end at `end`.
+    /// Continues after positioned batches that end at `end`.
     pub(super) fn continue_at(&mut self, end: u64) {
         self.next_index = end / self.chunk_size_bytes as u64;
     }
@@ -127,7 +127,7 @@ impl EncryptedSink {
         Ok(())
     }
 
-    /// What the manifest says of the finished fragment.
+    /// The manifest entry of the finished fragment.
     pub(super) fn entry(&self) -> Entry {
         let size = self.written();
         Entry {
@@ -138,12 +138,12 @@ impl EncryptedSink {
         }
     }
 
-    /// Whole chunks, and what is left for the last: 1 byte to a whole chunk, nothing only of nothing.
+    /// Splits whole chunks from the last chunk, which has 1 byte to a whole chunk. It is empty only if `data` is empty.
     fn split_last<'a>(&self, data: &'a [u8]) -> (&'a [u8], &'a [u8]) {
         data.split_at(data.len().saturating_sub(1) / self.chunk_size_bytes * self.chunk_size_bytes)
     }
 
-    /// Counts whole chunks as handed on; returns the index of the first.
+    /// Counts whole chunks as submitted; returns the index of the first.
     fn advance(&mut self, bytes: usize) -> u64 {
         let first_index = self.next_index;
         self.next_index += (bytes / self.chunk_size_bytes) as u64;
@@ -152,7 +152,7 @@ impl EncryptedSink {
 }
 
 impl Drop for EncryptedSink {
-    /// A forked child must not lock, and has none of the threads.
+    /// A forked child must not lock, and does not have the threads.
     fn drop(&mut self) {
         if self.owner.is_current() {
             self.encryptors.stop();

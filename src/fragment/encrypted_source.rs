@@ -1,7 +1,7 @@
-//! An encrypted fragment being read: one FLOE message, `docs/format.md` has its bytes.
+//! The source of an encrypted fragment: one FLOE message. `docs/format.md` describes its bytes.
 //!
-//! Segments have a fixed size, so a thread knows where the segment of a chunk lies: it reads it, decrypts it into its place
-//! and never meets the others.
+//! Segments have a fixed size, so the offset of a segment follows from its index. Each thread reads its segments,
+//! decrypts them into the caller's buffer, and never waits for the others.
 
 use std::sync::Mutex;
 
@@ -17,7 +17,7 @@ use crate::name::SnapshotPath;
 use crate::stored_file::StoredFile;
 use crate::threads::{Interrupt, for_each, lock};
 
-/// Of an open fragment that nobody reads, at most this many workers are kept, and none with larger segments.
+/// An idle fragment keeps at most this many workers, and none with a larger buffer.
 const MAX_IDLE_WORKERS: usize = 8;
 const MAX_IDLE_SEGMENT_BYTES: usize = 2 << 20;
 
@@ -26,7 +26,7 @@ pub(super) struct EncryptedSource {
     decryption: Decryption,
     header_tag: [u8; HEADER_TAG_BYTES],
     chunk_size_bytes: usize,
-    /// Workers that no call uses now: a cipher state and buffers each.
+    /// Idle workers, each with a cipher state and buffers.
     idle: Mutex<Vec<DecryptionWorker>>,
 }
 
@@ -37,9 +37,9 @@ struct DecryptionWorker {
 }
 
 impl EncryptedSource {
-    /// Verifies the header and the last segment, hence the length.
+    /// Opens a fragment: verifies the header and the last segment, and so the length.
     ///
-    /// `expected` is the header's tag where the manifest says so.
+    /// `expected` is the header tag in the manifest, if there is one.
     pub(super) fn open(
         file: StoredFile,
         stored_size: u64,
@@ -50,15 +50,15 @@ impl EncryptedSource {
         let mut header = [0; HEADER_BYTES];
         if stored_size < (HEADER_BYTES + SEGMENT_OVERHEAD_BYTES) as u64 {
             return Err(Error::corrupt(format!(
-                "has {stored_size} bytes, fewer than any encrypted fragment (truncated, or a plain file in an encrypted \
-                 snapshot?)"
+                "is {stored_size} bytes long, shorter than any encrypted fragment (is it truncated, or a plain file in \
+                 an encrypted snapshot?)"
             )));
         }
         file.read_exact_at(&mut header, 0).map_err(not_read)?;
         check_declared_chunk_size(header)?;
         let header_tag = header_tag(&header);
         if expected.is_some_and(|expected| expected != header_tag) {
-            return Err(Error::corrupt("is not the one the manifest lists: it was changed or swapped"));
+            return Err(Error::corrupt("differs from the manifest: it was changed or swapped"));
         }
         let decryption = Decryption::start(key, &aad(path), header, stored_size)?;
         let chunk_size_bytes = decryption.chunk_size_bytes();
@@ -86,7 +86,7 @@ impl EncryptedSource {
         self.chunk_size_bytes
     }
 
-    /// Fills `buf` from `offset`; both lie within the size. On an error the buffer's contents are for the caller to wipe.
+    /// Fills `buf` from `offset`; both must be within the size. After an error, the caller must wipe `buf`.
     pub(super) fn read(
         &self,
         offset: u64,
@@ -120,7 +120,7 @@ impl EncryptedSource {
         })
     }
 
-    /// Keeps workers for the next calls: not more than some, and not such large buffers that it matters.
+    /// Keeps a few workers with small buffers for the next calls.
     fn put_back(&self, workers: impl IntoIterator<Item = DecryptionWorker>) {
         let mut idle = lock(&self.idle);
         idle.extend(workers.into_iter().filter(|worker| worker.segments.len() <= MAX_IDLE_SEGMENT_BYTES));
@@ -131,7 +131,7 @@ impl EncryptedSource {
         if index == self.decryption.last_index() { self.decryption.last_chunk_bytes() } else { self.chunk_size_bytes }
     }
 
-    /// Where segment `index` lies among those a worker has loaded, of which it is number `number`.
+    /// The position in a worker's buffer of segment `index`, which is its segment number `number`.
     fn loaded_segment(&self, index: u64, number: usize) -> std::ops::Range<usize> {
         let start = number * segment_size(self.chunk_size_bytes);
         start..start + self.chunk_bytes(index) + SEGMENT_OVERHEAD_BYTES
@@ -139,7 +139,7 @@ impl EncryptedSource {
 }
 
 impl DecryptionWorker {
-    /// Reads the segments of a batch at once, and decrypts each into its place.
+    /// Reads the segments of a batch at once, and decrypts each to its position.
     fn read_batch(&mut self, source: &EncryptedSource, offset: u64, mut batch: &mut [u8]) -> Result<()> {
         let chunk_size = source.chunk_size_bytes as u64;
         let first_index = offset / chunk_size;

@@ -1,9 +1,9 @@
-//! Encrypting chunks by all threads.
+//! Encryption of chunks by all threads.
 //!
-//! Segments have a fixed size, so a thread that has chunks knows where their segments lie: it encrypts them into a buffer of
-//! its own, writes that there, and never meets the others. A batch of chunks that was copied from small writes is encrypted
-//! in the background, and a caller that runs out of buffers works too; a large write is encrypted straight from the caller's
-//! memory, while the caller waits.
+//! Segments have a fixed size, so their offsets follow from their indexes. Each thread encrypts chunks into its own
+//! buffer, writes the buffer at its offset, and never waits for the others. Batches that were copied from small writes
+//! are encrypted in the background; a caller that runs out of buffers works too. A large write is encrypted directly
+//! from the caller's memory, while the caller waits.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,11 +31,11 @@ pub(super) struct Encryptors {
 #[derive(Default)]
 struct Queue {
     batches: VecDeque<Batch>,
-    /// Strips being encrypted in the background.
+    /// The number of batches that are being encrypted.
     running: usize,
-    /// Threads of the pool that take batches.
+    /// The number of pool threads that take batches.
     helpers: usize,
-    /// Buffers there are, the one the caller fills included.
+    /// The number of buffers, with the one that the caller fills.
     buffers: usize,
     idle_buffers: Vec<Vec<u8>>,
     idle_workers: Vec<EncryptionWorker>,
@@ -52,7 +52,7 @@ impl Queue {
 
 /// Whole chunks, none of them the last.
 struct Batch {
-    /// Here and not in `Encryptors`, so that a helper on its way out does not keep a finished fragment's file open.
+    /// Not in `Encryptors`, because a helper that ends late would keep the file of a finished fragment open.
     file: Arc<StoredFile>,
     first_index: u64,
     plaintext: Vec<u8>,
@@ -63,7 +63,7 @@ pub(super) struct EncryptionWorker {
     segments: Vec<u8>,
 }
 
-/// Segments that are gathered, to be written together.
+/// Encrypted segments that are written together.
 struct EncryptedBatch<'a> {
     worker: &'a mut EncryptionWorker,
     file: &'a StoredFile,
@@ -107,7 +107,7 @@ impl Encryptors {
         }
     }
 
-    /// Encrypts chunks of the caller's, by all threads; none of them the last.
+    /// Encrypts chunks of the caller with all threads; none of them may be the last.
     pub(super) fn encrypt(
         &self,
         file: &StoredFile,
@@ -134,7 +134,7 @@ impl Encryptors {
         file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
     }
 
-    /// Hands a batch to the other threads. Later calls tell how it went, [`Encryptors::drain`] at the latest.
+    /// Hands a batch to the other threads. A later call returns its error, [`Encryptors::drain`] at the latest.
     pub(super) fn submit(self: &Arc<Self>, file: &Arc<StoredFile>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
         queue.batches.push_back(Batch { file: Arc::clone(file), first_index, plaintext });
@@ -142,7 +142,7 @@ impl Encryptors {
         queue.helpers += usize::from(wanted);
         drop(queue);
         if wanted && pool().invite(&self.job(), 1) == 0 {
-            // No thread can be started: the caller encrypts it, when it needs the buffer.
+            // No thread can be started: the caller encrypts the batch when it needs the buffer.
             lock(&self.queue).helpers -= 1;
         }
     }
@@ -151,11 +151,11 @@ impl Encryptors {
         Arc::<Self>::clone(self)
     }
 
-    /// An empty buffer for the next batch.
+    /// Returns an empty buffer for the next batch.
     pub(super) fn buffer(&self, interrupt: &mut Interrupt<'_>) -> Result<Vec<u8>> {
         let mut buffer = self.help_until(interrupt, |queue| {
             let idle = queue.idle_buffers.pop();
-            // One is filled, one waits, and each thread has one.
+            // One buffer is being filled, one waits, and each thread has one.
             if idle.is_none() && queue.buffers < self.threads + 2 {
                 queue.buffers += 1;
                 return Some(Vec::new());
@@ -166,12 +166,12 @@ impl Encryptors {
         Ok(buffer)
     }
 
-    /// Until all batches are written.
+    /// Waits until all batches are written.
     pub(super) fn drain(&self, interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.help_until(interrupt, |queue| (queue.batches.is_empty() && queue.running == 0).then_some(()))
     }
 
-    /// Lets go what was not begun, and waits for what was: nobody holds the file afterwards.
+    /// Drops the batches that were not begun, and waits for the others. Afterwards no thread uses the file.
     pub(super) fn stop(self: &Arc<Self>) {
         pool().withdraw(&self.job());
         let mut queue = lock(&self.queue);
@@ -181,7 +181,7 @@ impl Encryptors {
         }
     }
 
-    /// Encrypts batches on the calling thread, or waits where others have them all, until `ready`.
+    /// Encrypts batches on the calling thread, or waits if the queue is empty, until `ready` returns a value.
     fn help_until<R>(
         &self,
         interrupt: &mut Interrupt<'_>,
@@ -208,10 +208,10 @@ impl Encryptors {
 
     fn encrypt_taken(&self, Batch { file, first_index, mut plaintext }: Batch) {
         let mut worker = self.worker();
-        // Whatever happens, the batch is counted out: the caller waits for that.
+        // The caller waits until the batch is counted as done, so count it even after a panic.
         let encrypted =
             catch_unwind(AssertUnwindSafe(|| self.encrypt_batch(&mut worker, &file, first_index, &plaintext)));
-        let result = encrypted.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "a thread that encrypts panicked")));
+        let result = encrypted.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "an encryption thread panicked")));
         drop(file);
         plaintext.clear();
         let mut queue = lock(&self.queue);
@@ -225,7 +225,7 @@ impl Encryptors {
         self.done.notify_all();
     }
 
-    /// Encrypts whole chunks, none of them the last, and writes them.
+    /// Encrypts and writes whole chunks; none of them may be the last.
     fn encrypt_batch(
         &self,
         worker: &mut EncryptionWorker,
@@ -238,7 +238,7 @@ impl Encryptors {
         batch_writer.write()
     }
 
-    /// Encrypts and writes chunks that may lie apart; `room` is for one that does.
+    /// Encrypts and writes chunks that may be scattered in memory; `room` is a buffer for a scattered chunk.
     pub(super) fn encrypt_rope(
         &self,
         worker: &mut EncryptionWorker,
@@ -275,7 +275,8 @@ impl Encryptors {
 }
 
 impl Job for Encryptors {
-    /// A helper decrements the count of helpers under the lock under which it saw the queue empty, so that no batch is missed.
+    /// A helper decrements the count of helpers under the lock under which it saw the queue empty, so that no batch is
+    /// missed.
     fn turn(&self) -> bool {
         loop {
             let mut queue = lock(&self.queue);

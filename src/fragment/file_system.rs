@@ -1,30 +1,30 @@
-//! Which file systems tell every writer of a lock on a directory.
+//! The file systems on which a lock on a directory does not reach every writer.
 
 use std::os::fd::AsFd;
 
 use rustix::fs::fstatfs;
 use rustix::io::Errno;
 
-/// Whom a lock on a directory tells that it is held.
+/// The reach of a lock on a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Locking {
-    /// All that can write there.
+    /// It reaches every process that can write there.
     AllWriters,
-    /// Processes of this host, though others may write there; with what the file system is called.
+    /// It reaches only this host, but other hosts may write there. Contains the name of the file system.
     ThisHost(&'static str),
 }
 
-/// Whom a lock on this directory tells that it is held.
+/// The reach of a lock on this directory.
 pub(super) fn locking(directory: impl AsFd) -> Result<Locking, Errno> {
     Ok(of_type(i128::from(fstatfs(directory)?.f_type)))
 }
 
-/// The file systems that several hosts write to, by the `f_type` of `statfs(2)`. Numbers are those of the kernel's linux/magic.h,
-/// and for file systems that are not part of it those of stat.c of GNU coreutils.
+/// The file systems that several hosts write to, by the `f_type` of `statfs(2)`. The numbers are from the kernel's
+/// linux/magic.h, or from stat.c of GNU coreutils for file systems outside the kernel.
 ///
-/// Directories on them have no `flock` of their own, whatever files have and whatever the mount options are (`local_lock`,
-/// `nolock`): the kernel keeps the lock itself. GFS2 and OCFS2 are not among them, for they have one. FUSE is, since nobody knows
-/// what is behind it: sshfs, virtiofs, a cluster.
+/// These file systems do not implement `flock` for directories, with any mount options (`local_lock`, `nolock`): the
+/// local kernel keeps the lock. GFS2 and OCFS2 implement it. FUSE is in the list, because it may be anything: sshfs,
+/// virtiofs, a cluster.
 const OF_SEVERAL_HOSTS: [(u32, &str); 23] = [
     (0x6969, "NFS"),
     (0x517b, "SMB"),
@@ -52,7 +52,7 @@ const OF_SEVERAL_HOSTS: [(u32, &str); 23] = [
 ];
 
 fn of_type(f_type: i128) -> Locking {
-    // `f_type` is signed on some machines, where the largest numbers are negative.
+    // `f_type` is signed on some machines, so the largest numbers are negative there.
     let found = OF_SEVERAL_HOSTS.iter().find(|(number, _)| i128::from(*number) == f_type & 0xffff_ffff);
     found.map_or(Locking::AllWriters, |(_, name)| Locking::ThisHost(name))
 }
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_tells_all_writers_on_a_local_file_system() {
+    fn a_lock_reaches_all_writers_on_a_local_file_system() {
         // ext4, XFS, Btrfs, tmpfs, overlayfs, ZFS, GFS2, OCFS2
         for f_type in
             [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x794c_7630, 0x2fc1_2fc1, 0x0116_1970, 0x7461_636f]
@@ -73,11 +73,11 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_tells_one_host_on_a_file_system_of_several() {
+    fn a_lock_reaches_one_host_on_a_file_system_of_several() {
         assert_eq!(of_type(0x6969), Locking::ThisHost("NFS"));
         assert_eq!(of_type(0x6573_5546), Locking::ThisHost("FUSE"));
         assert_eq!(of_type(0xff53_4d42), Locking::ThisHost("CIFS"));
-        // As a machine with 32 bits has it.
+        // The number on a machine with 32 bits.
         assert_eq!(of_type(i128::from(0xff53_4d42_u32.cast_signed())), Locking::ThisHost("CIFS"));
     }
 }

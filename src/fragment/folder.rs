@@ -1,5 +1,5 @@
-//! Files and folders below a snapshot's root. No link is followed: folders are opened one component after the other with
-//! `O_NOFOLLOW`, and each name is resolved in the folder just opened.
+//! Files and directories in a snapshot. Links are never followed: directories are opened one component after the other
+//! with `O_NOFOLLOW`, and each name is resolved in the directory opened before.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,16 +15,17 @@ use crate::durability;
 use crate::error::{Error, Result};
 use crate::name::{self, SnapshotPath};
 
-/// Guest memory is its owner's alone.
+/// Only its owner may read guest memory.
 const FOLDER_MODE: Mode = Mode::RWXU;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
 const FOLDER_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// Until a fragment of a staged snapshot is finished, its file cannot be read: so commit knows those of killed processes.
+/// The mode of a staged fragment's file until it is finished. So a commit finds the unfinished files of killed
+/// processes.
 const UNFINISHED_MODE: Mode = Mode::WUSR;
 
-/// Handles keep an absolute path: another process, or this one later, may be in another folder.
+/// The absolute path for a handle, because another process, or this one later, may have another working directory.
 pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
     if root.as_os_str().as_encoded_bytes().contains(&0) {
         return Err(Error::invalid_argument("the path of a snapshot cannot contain NUL"));
@@ -34,12 +35,12 @@ pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Creates the root folder of a new snapshot, which is to be at `path` in the end.
+/// Creates the directory of a new snapshot, whose final location is `path`.
 pub(crate) fn create_root(root: &Path, path: &Path) -> Result<()> {
     fs::mkdirat(CWD, root, FOLDER_MODE).map_err(|errno| not_created(path, errno))
 }
 
-/// Finds out what would keep [`create_root`] from it, as far as that can be known before.
+/// Checks in advance, as far as possible, that [`create_root`] can succeed.
 pub(crate) fn check_new(root: &Path) -> Result<()> {
     match fs::statat(CWD, root, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(_) => return Err(not_created(root, Errno::EXIST)),
@@ -52,16 +53,16 @@ pub(crate) fn check_new(root: &Path) -> Result<()> {
 
 fn not_created(root: &Path, errno: Errno) -> Error {
     let reason = match errno {
-        Errno::EXIST => "a snapshot needs a path at which nothing is yet",
-        Errno::NOENT => "the folder it is to lie in does not exist",
-        _ => "the folder cannot be made",
+        Errno::EXIST => "the path already exists",
+        Errno::NOENT => "the parent directory does not exist",
+        _ => "the directory cannot be created",
     };
     Error::io(format!("cannot create the snapshot {}: {reason}", root.display()), errno)
 }
 
-/// The folder of a namespace, or of the root.
+/// Opens the directory of a namespace, or of the root.
 pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
-    // The root's own path is the caller's, and may lead through links.
+    // The path of the root is the caller's, and may contain links.
     let folder = fs::openat(CWD, root, FOLDER_FLAGS, Mode::empty()).map_err(|errno| {
         let staged = root.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
         let text = if staged && errno == Errno::NOENT {
@@ -74,7 +75,7 @@ pub(crate) fn open(root: &Path, namespace: &str) -> Result<OwnedFd> {
     open_below(folder, root, namespace)
 }
 
-/// The folder of a namespace in an open root; `root` is for errors.
+/// Opens the directory of a namespace in an open root; `root` is for errors.
 pub(crate) fn open_below(mut folder: OwnedFd, root: &Path, namespace: &str) -> Result<OwnedFd> {
     for name in namespace.split('/').filter(|name| !name.is_empty()) {
         folder = fs::openat(&folder, name, FOLDER_FLAGS | OFlags::NOFOLLOW, Mode::empty()).map_err(|errno| {
@@ -91,7 +92,7 @@ pub(crate) fn open_below(mut folder: OwnedFd, root: &Path, namespace: &str) -> R
     Ok(folder)
 }
 
-/// Whether an open folder is what is at a path.
+/// Whether an open directory is the one at a path.
 pub(crate) fn is_at(folder: &OwnedFd, path: &Path) -> bool {
     match (fs::fstat(folder), fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)) {
         (Ok(own), Ok(there)) => (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino),
@@ -99,12 +100,12 @@ pub(crate) fn is_at(folder: &OwnedFd, path: &Path) -> bool {
     }
 }
 
-/// The folder that a folder lies in.
+/// Opens the parent directory.
 pub(crate) fn parent_of(folder: &OwnedFd) -> std::result::Result<OwnedFd, Errno> {
     fs::openat(folder, "..", FOLDER_FLAGS, Mode::empty())
 }
 
-/// Creates the folder of a namespace.
+/// Creates the directory of a namespace.
 pub(crate) fn create(opened: OwnedFd, root: &Path, namespace: &SnapshotPath) -> Result<()> {
     let (parent, name) = namespace.split();
     fs::mkdirat(open_below(opened, root, parent)?, name, FOLDER_MODE).map_err(|errno| {
@@ -118,7 +119,7 @@ pub(crate) fn create_file(folder: &OwnedFd, name: &str) -> std::result::Result<F
     create_file_with(folder, name, FILE_MODE)
 }
 
-/// The same, of a fragment that is not there until [`mark_finished`].
+/// Creates the file of a staged fragment, which counts as unfinished until [`mark_finished`].
 pub(crate) fn create_unfinished(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
     create_file_with(folder, name, UNFINISHED_MODE)
 }
@@ -128,26 +129,36 @@ fn create_file_with(folder: &OwnedFd, name: &str, mode: Mode) -> std::result::Re
     fs::openat(folder, name, flags, mode).map(File::from)
 }
 
+/// Marks the file of a staged fragment as finished.
 pub(crate) fn mark_finished(file: &File) -> io::Result<()> {
     match fs::fchmod(file, FILE_MODE) {
-        // A file system without modes does not know the mark either.
+        // A file system without modes does not have the mark.
         Err(_) if !is_unfinished(&fs::fstat(file)?) => Ok(()),
         marked => Ok(marked?),
     }
 }
 
-/// Whether the file was begun in a staged snapshot and never finished.
+/// Whether the file belongs to a staged fragment that was never finished.
 pub(crate) fn is_unfinished(stat: &fs::Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-        && Mode::from_raw_mode(stat.st_mode) & Mode::RUSR != Mode::RUSR
+    is_unfinished_mode(stat.st_mode)
 }
 
-/// Of what is called so in a folder, if there is anything; links are not followed.
+pub(crate) fn is_unfinished_mode(mode: u32) -> bool {
+    FileType::from_raw_mode(mode) == FileType::RegularFile && Mode::from_raw_mode(mode) & Mode::RUSR != Mode::RUSR
+}
+
+/// Size, mode and times of a file, which need not be readable; links are not followed.
+pub(crate) fn metadata(folder: &OwnedFd, name: &str) -> io::Result<std::fs::Metadata> {
+    let file = fs::openat(folder, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    File::from(file).metadata()
+}
+
+/// Examines an entry of a directory; links are not followed.
 pub(crate) fn stat(folder: &OwnedFd, name: &str) -> std::result::Result<fs::Stat, Errno> {
     fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)
 }
 
-/// The contents of a small file of vmsnap's own; none where there is none.
+/// Reads a small file of vmsnap's own; returns `None` if it does not exist.
 pub(crate) fn read_small(folder: &OwnedFd, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>> {
     let (file, size) = match open_file(folder, name) {
         Ok(opened) => opened,
@@ -155,28 +166,28 @@ pub(crate) fn read_small(folder: &OwnedFd, name: &str, max_bytes: u64) -> Result
         Err(error) => return Err(error),
     };
     if size > max_bytes {
-        return Err(Error::corrupt(format!("{size} bytes are too many, it has at most {max_bytes}")));
+        return Err(Error::corrupt(format!("is {size} bytes long; the limit is {max_bytes}")));
     }
     let mut contents = Vec::new();
     file.take(size).read_to_end(&mut contents).map_err(|error| Error::io("cannot be read", error))?;
     Ok(Some(contents))
 }
 
-/// The name of a file or folder on its way to another name: nobody takes it for anything else.
+/// A name for a file or directory that is renamed when it is complete; readers ignore such names.
 pub(crate) fn temporary_name() -> Result<String> {
     let mut number = [0; 8];
     fill_random(&mut number)?;
     Ok(format!(".vmsnap-{:016x}", u64::from_ne_bytes(number)))
 }
 
-/// Whether a name is one of [`temporary_name`]'s.
+/// Whether [`temporary_name`] could have made a name.
 pub(crate) fn is_temporary(name: &str) -> bool {
     let digits = name.strip_prefix(".vmsnap-").unwrap_or_default();
     digits.len() == 16 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Puts a small file in its place, complete: at each moment, after a crash too, there is what was there before or the new one.
-/// `between` is called between the steps.
+/// Creates or replaces a small file atomically: at any moment, also after a crash, the old contents or the new ones are
+/// in place. `between` is called between the steps.
 pub(crate) fn place_file(
     folder: &OwnedFd,
     name: &str,
@@ -203,7 +214,7 @@ pub(crate) fn place_file(
         renamed.map_err(|errno| Error::io("cannot be renamed into place", errno))
     };
     written().inspect_err(|_| {
-        // The cause says more than that this could not be removed either.
+        // The first error is more useful than a failure to clean up.
         let _ = fs::unlinkat(folder, &temporary, AtFlags::empty());
     })?;
     between();
@@ -213,7 +224,7 @@ pub(crate) fn place_file(
     Ok(())
 }
 
-/// Renames to a name at which nothing is yet.
+/// Renames without overwriting.
 pub(crate) fn rename_new(
     from: &OwnedFd,
     old: impl AsRef<Path>,
@@ -222,7 +233,7 @@ pub(crate) fn rename_new(
 ) -> std::result::Result<(), Errno> {
     let (old, new) = (old.as_ref(), new.as_ref());
     match fs::renameat_with(from, old, to, new, fs::RenameFlags::NOREPLACE) {
-        // The file system (or a kernel of old) cannot: what a plain rename could still replace is an empty folder.
+        // The file system, or an old kernel, does not support it. A plain rename could replace only an empty directory.
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => match fs::statat(to, new, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Err(Errno::EXIST),
             Err(Errno::NOENT) => fs::renameat(from, old, to, new),
@@ -232,9 +243,9 @@ pub(crate) fn rename_new(
     }
 }
 
-/// Opens a file to be read, with its size in bytes; nothing but a regular file will do.
+/// Opens a regular file for reading; returns it and its size. Anything else is refused.
 pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
-    // Non-blocking: opening a FIFO would wait for its other end.
+    // Non-blocking: opening a FIFO would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file =
         fs::openat(folder, name, flags, Mode::empty()).map_err(|errno| match (errno, kind_of(folder, name)) {
@@ -253,7 +264,7 @@ pub(crate) fn open_file(folder: &OwnedFd, name: &str) -> Result<(File, u64)> {
     }
 }
 
-/// Removes `name` if it still is the file `file`.
+/// Removes `name` if it is still the file `file`.
 pub(crate) fn remove_file(folder: &OwnedFd, name: &str, file: &File) -> io::Result<()> {
     let own = fs::fstat(file)?;
     let there = match fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -266,7 +277,7 @@ pub(crate) fn remove_file(folder: &OwnedFd, name: &str, file: &File) -> io::Resu
     Ok(())
 }
 
-/// Everything in a folder.
+/// Lists all entries of a directory.
 pub(crate) fn entries(folder: &OwnedFd) -> std::result::Result<Vec<(Vec<u8>, FileType)>, Errno> {
     let mut entries = Vec::new();
     for entry in fs::Dir::read_from(folder)? {
@@ -276,7 +287,7 @@ pub(crate) fn entries(folder: &OwnedFd) -> std::result::Result<Vec<(Vec<u8>, Fil
             continue;
         }
         let kind = match entry.file_type() {
-            // Not every file system tells the kind along with the name.
+            // Not every file system returns the kind together with the name.
             FileType::Unknown => fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)
                 .map_or(FileType::Unknown, |stat| FileType::from_raw_mode(stat.st_mode)),
             kind => kind,
@@ -286,7 +297,7 @@ pub(crate) fn entries(folder: &OwnedFd) -> std::result::Result<Vec<(Vec<u8>, Fil
     Ok(entries)
 }
 
-/// Names of the fragments and of the namespaces in a folder, sorted, without vmsnap's own files.
+/// Lists the fragments and the namespaces in a directory, sorted, without vmsnap's own files.
 pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<String>)> {
     let (mut fragments, mut namespaces) = (Vec::new(), Vec::new());
     let folder = open(root, namespace)?;
@@ -300,7 +311,7 @@ pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<Str
         }
         match kind {
             FileType::RegularFile | FileType::Directory if name::check(name).is_err() => {
-                return Err(Error::corrupt(format!("{name:?} is not a name that a snapshot can hold")).context(place()));
+                return Err(Error::corrupt(format!("a snapshot cannot contain the name {name:?}")).context(place()));
             }
             FileType::RegularFile => fragments.push(name.to_owned()),
             FileType::Directory => namespaces.push(name.to_owned()),
@@ -312,7 +323,7 @@ pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<Str
     Ok((fragments, namespaces))
 }
 
-/// Whether there is anything of that name, whatever it is.
+/// Whether an entry of any kind has that name.
 pub(crate) fn exists(folder: &OwnedFd, name: &str) -> Result<bool> {
     match stat(folder, name) {
         Ok(_) => Ok(true),
@@ -326,17 +337,17 @@ fn kind_of(folder: impl AsFd, name: &str) -> Option<FileType> {
     Some(FileType::from_raw_mode(stat.st_mode))
 }
 
-/// Of something that the error is told of by whoever asked for it.
+/// The error for an entry of a wrong kind; the caller adds its name.
 fn stray(kind: FileType) -> Error {
-    Error::corrupt(format!("is {}, {NEVER_HELD}", kind_text(kind)))
+    Error::corrupt(format!("is {}, {NOT_ALLOWED}", kind_text(kind)))
 }
 
-/// Of something in a folder.
+/// The error for an entry of a wrong kind, with its name.
 fn stray_named(name: &str, kind: FileType) -> Error {
-    Error::corrupt(format!("{name:?} is {}, {NEVER_HELD}", kind_text(kind)))
+    Error::corrupt(format!("{name:?} is {}, {NOT_ALLOWED}", kind_text(kind)))
 }
 
-const NEVER_HELD: &str = "which a snapshot never holds and vmsnap never follows";
+const NOT_ALLOWED: &str = "but a snapshot contains only files and directories";
 
 fn kind_text(kind: FileType) -> &'static str {
     match kind {
@@ -348,7 +359,7 @@ fn kind_text(kind: FileType) -> &'static str {
     }
 }
 
-/// A root's path in a serialized handle: serde's own form must be UTF-8, which Linux's need not be.
+/// The path in a serialized handle. serde's own form of a path must be UTF-8, but a path on Linux need not be.
 pub(crate) mod root_path {
     use std::ffi::OsString;
     use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! What a process remembers of the fragments it wrote into a staged snapshot, so that none is read back.
+//! The ledger: the manifest entries of the fragments that this process wrote, so that a commit need not read them back.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -8,15 +8,15 @@ use serde::{Deserialize, Serialize};
 use crate::manifest::Entry;
 use crate::threads::lock;
 
-/// Whether a snapshot is staged: neither there nor complete until it is committed.
+/// Whether a snapshot is staged: absent and incomplete until it is committed.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(from = "bool", into = "bool")]
 pub(crate) enum Staging {
-    /// It is written where it is.
+    /// It is written at its location.
     InPlace,
-    /// By this process, which notes what it writes.
+    /// This process staged it and enters its fragments into the ledger.
     Here(Arc<Ledger>),
-    /// By another, that the handle came from; it finds what is written.
+    /// Another process staged it and sent the handle. Its commit reads the fragments of this process.
     Elsewhere,
 }
 
@@ -45,6 +45,7 @@ impl From<Staging> for bool {
     }
 }
 
+/// The entries, by path.
 #[derive(Default)]
 pub(crate) struct Ledger(Mutex<BTreeMap<String, Entry>>);
 
@@ -57,7 +58,7 @@ impl Ledger {
         lock(&self.0).remove(path);
     }
 
-    /// A fragment that was written and is not among these.
+    /// A fragment that was written and is missing in `found`.
     pub(crate) fn missing_in(&self, found: &BTreeMap<String, Entry>) -> Option<String> {
         lock(&self.0).keys().find(|path| !found.contains_key(*path)).cloned()
     }

@@ -1,7 +1,8 @@
-//! Who uses a snapshot's folder now: `flock` on the root.
+//! The lock on a snapshot's directory: `flock` on the root.
 //!
-//! Every fragment being written holds it shared, in whatever process; sealing, committing and cleaning take it alone. A lock
-//! goes with its process, however that ends. On network file systems it does not reach beyond its host (`file_system.rs`).
+//! Every open fragment holds it shared, in all processes; sealing, committing and cleaning hold it exclusively. The
+//! lock ends with its process, also after a crash. On network file systems it reaches only its own host
+//! (`file_system.rs`).
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -16,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::name::MANIFEST;
 use crate::process::OwnerProcess;
 
-/// How long a living process may be without its lock; in fact some microseconds.
+/// The longest time for which a running process may lose its lock; in practice microseconds.
 const SETTLING: Duration = Duration::from_millis(20);
 
 /// The root of a snapshot, open and locked.
@@ -26,27 +27,28 @@ pub(crate) struct LockedRoot {
 }
 
 impl LockedRoot {
-    /// The root of a snapshot that is to be changed, along with others that do so.
+    /// Locks the root for a change, together with other processes that change it.
     pub(crate) fn shared(root: &Path) -> Result<Self> {
         let locked = Self::shared_even_sealed(root)?;
         check_unsealed(root, &locked.folder)?;
         Ok(locked)
     }
 
-    /// The same where only the key's wrapping changes, which a sealed snapshot allows.
+    /// Locks the root shared, also of a sealed snapshot: for a change of the key's wrapping.
     pub(crate) fn shared_even_sealed(root: &Path) -> Result<Self> {
         let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
         match flock(&locked.folder, FlockOperation::NonBlockingLockShared) {
             Err(Errno::WOULDBLOCK) => {
-                let text = format!("the snapshot {} is just being sealed or cleaned away", root.display());
+                let text =
+                    format!("the snapshot {} is being sealed or cleaned up at this moment; try again", root.display());
                 Err(Error::new(Kind::State, text))
             }
-            // Where the file system has no locks (some network ones) it is for the caller to see to it.
+            // Without locks (on some network file systems) the caller is responsible.
             Ok(()) | Err(_) => Ok(locked),
         }
     }
 
-    /// The root of a snapshot that nobody else may be writing into.
+    /// Locks the root exclusively: no other process may write into the snapshot.
     pub(crate) fn exclusive(root: &Path) -> Result<Self> {
         let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
         locked.take_alone(root)?;
@@ -54,11 +56,11 @@ impl LockedRoot {
         Ok(locked)
     }
 
-    /// Makes a shared lock the only one.
+    /// Turns a shared lock into the exclusive one.
     pub(crate) fn take_alone(&self, root: &Path) -> Result<()> {
         match flock(&self.folder, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => {
-                // What was held is lost by the attempt.
+                // The attempt has released the shared lock.
                 self.share();
                 let text = format!(
                     "the snapshot {} is still being written: finish all its fragments first, in other processes too",
@@ -70,44 +72,44 @@ impl LockedRoot {
         }
     }
 
-    /// Lets others write again.
+    /// Turns the exclusive lock into a shared one: others may write again.
     pub(crate) fn share(&self) {
         let _ = flock(&self.folder, FlockOperation::NonBlockingLockShared);
     }
 
-    /// The root that was just made to be staged in; none where `clean` was faster than the lock.
+    /// Locks the directory of a new staged snapshot; `None` if `clean` removed it before the lock.
     pub(crate) fn of_new(root: &Path) -> Result<Option<Self>> {
         let folder = match folder::open(root, "") {
             Ok(folder) => folder,
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error),
         };
-        // Waits: whoever looks whether it is abandoned holds it for a moment only.
+        // This waits: `clean` holds the lock only for a moment, to check whether the directory is abandoned.
         let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockShared));
         let locked = Self { folder, owner: OwnerProcess::current() };
         Ok(folder::is_at(&locked.folder, root).then_some(locked))
     }
 
-    /// A folder that nobody uses; none where somebody does.
+    /// Locks an abandoned directory exclusively; `None` if a process uses it.
     pub(crate) fn abandoned(root: &Path) -> Result<Option<Self>> {
         let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
         let unknown = |why: &str| {
-            let text = format!("whether somebody uses {} cannot be known: {why}", root.display());
+            let text = format!("cannot tell whether {} is in use: {why}", root.display());
             Error::new(Kind::State, text)
         };
         match file_system::locking(&locked.folder) {
             Ok(Locking::AllWriters) => {}
             Ok(Locking::ThisHost(name)) => {
                 return Err(unknown(&format!(
-                    "it lies on {name}, where a lock tells nothing of writers on other hosts; when none of them writes \
-                     there, remove .vmsnap-* by hand"
+                    "it is on {name}, where a lock does not reach other hosts; when no host writes there, remove \
+                     .vmsnap-* by hand"
                 )));
             }
-            Err(errno) => return Err(unknown(&format!("its file system cannot be asked what it is ({errno})"))),
+            Err(errno) => return Err(unknown(&format!("the type of its file system is unknown ({errno})"))),
         }
         let lock = || flock(&locked.folder, FlockOperation::NonBlockingLockExclusive);
-        // Twice, a while apart: a living process is without its lock for an instant when it has just made the folder, and
-        // when a commit was refused.
+        // Twice, with a pause: a running process does not have its lock for an instant after it made the directory, and
+        // after a refused commit.
         let held = lock().and_then(|()| {
             let _ = flock(&locked.folder, FlockOperation::Unlock);
             std::thread::sleep(SETTLING);
@@ -116,7 +118,7 @@ impl LockedRoot {
         match held {
             Ok(()) => Ok(Some(locked)),
             Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(errno) => Err(unknown(&format!("no locks there ({errno})"))),
+            Err(errno) => Err(unknown(&format!("its file system has no locks ({errno})"))),
         }
     }
 
@@ -126,7 +128,7 @@ impl LockedRoot {
 }
 
 impl Drop for LockedRoot {
-    /// Said out loud: a forked child may have a copy of the descriptor, and closing ours would not unlock.
+    /// Unlocks explicitly: if a forked child has a copy of the descriptor, closing ours would not unlock.
     fn drop(&mut self) {
         if self.owner.is_current() {
             let _ = flock(&self.folder, FlockOperation::Unlock);
@@ -134,11 +136,14 @@ impl Drop for LockedRoot {
     }
 }
 
-/// A sealed snapshot does not change any more.
+/// Refuses a sealed snapshot, which must not change.
 pub(crate) fn check_unsealed(root: &Path, folder: &OwnedFd) -> Result<()> {
     if !folder::exists(folder, MANIFEST)? {
         return Ok(());
     }
-    let text = format!("nothing can be added to the snapshot {}: it is sealed (it has a {MANIFEST})", root.display());
-    Err(Error::new(Kind::Unsupported, text))
+    let text = format!(
+        "cannot change the snapshot {}: it is sealed (it has a {MANIFEST}); write a new snapshot",
+        root.display()
+    );
+    Err(Error::new(Kind::Sealed, text))
 }

@@ -9,13 +9,13 @@
 //! encrypted_source.rs  an encrypted fragment being read, decrypted by all threads
 //! positioned.rs        batches that several threads write, each at its own offset
 //! batches.rs           a buffer cut into the batches that one thread reads at a time
-//! rope.rs              bytes that follow each other, and lie apart in memory
-//! place.rs             a fragment's snapshot and path, as errors and the cipher name it
+//! rope.rs              consecutive bytes that are scattered in memory
+//! place.rs             the location and path of a fragment, for errors and the cipher
 //! digest.rs            BLAKE3 of a plain fragment
 //! ledger.rs            the fragments a process wrote into a staged snapshot
-//! lock.rs              who writes into a snapshot now
-//! file_system.rs       where a lock on a directory reaches all writers
-//! folder.rs            files and directories below the location, no link ever followed
+//! lock.rs              the lock on the snapshot's directory
+//! file_system.rs       file systems on which that lock does not reach every writer
+//! folder.rs            files and directories below the location; links are never followed
 //! ```
 
 mod batches;

@@ -1,4 +1,4 @@
-//! A fragment's snapshot and path, as errors and the cipher name it.
+//! The location and path of a fragment, for errors and the cipher.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::error::Error;
 use crate::name::SnapshotPath;
 
-/// Where a fragment is, for errors.
+/// The location and path of a fragment, for errors.
 #[derive(Clone, Debug)]
 pub(super) struct FragmentPlace {
     pub(super) root: PathBuf,
@@ -25,7 +25,7 @@ impl fmt::Display for FragmentPlace {
     }
 }
 
-/// Binds an encrypted fragment to its path: moved, swapped or renamed, it does not decrypt.
+/// The AAD that binds an encrypted fragment to its path: after a move, swap or rename it does not decrypt.
 pub(super) fn aad(path: &SnapshotPath) -> Vec<u8> {
     [b"vmsnap/1/fragment\0", path.as_str().as_bytes()].concat()
 }

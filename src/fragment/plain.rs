@@ -1,4 +1,4 @@
-//! A plain fragment: the bytes themselves.
+//! Sink and source of a plain fragment, whose file holds the bytes themselves.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,17 +11,17 @@ use crate::manifest::{Entry, Proof};
 use crate::stored_file::StoredFile;
 use crate::threads::{Interrupt, for_each};
 
-/// Smaller writes are gathered: a system call for every few bytes would be most of the time.
+/// Smaller writes are gathered, because a system call for a few bytes is slow.
 const MAX_GATHERED_BYTES: usize = 64 << 10;
 
-/// One system call moves this much, so that an interruption need not wait for more.
+/// The size of one system call, so that an interruption need not wait long.
 const SYSCALL_BYTES: usize = 1 << 20;
 
 pub(super) struct PlainSink {
     file: Arc<StoredFile>,
     offset: u64,
     gathered: Vec<u8>,
-    /// Of what is written, where the manifest is to tell.
+    /// The digest of the written bytes, if the manifest needs it.
     digest: Option<Box<Digest>>,
     threads: usize,
 }
@@ -35,7 +35,7 @@ impl PlainSink {
         self.offset + self.gathered.len() as u64
     }
 
-    /// Takes a small write that there is room for.
+    /// Gathers a small write if there is room.
     pub(super) fn gather(&mut self, data: &[u8]) -> bool {
         let fits = self.gathered.len() + data.len() < MAX_GATHERED_BYTES;
         if fits {
@@ -44,7 +44,8 @@ impl PlainSink {
         fits
     }
 
-    /// One thread, straight from the caller's buffer: the file's inode lock lets no second one write (measured).
+    /// Writes with one thread, directly from the caller's buffer: the file's inode lock admits only one writer
+    /// (measured).
     pub(super) fn write(&mut self, data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         if self.gather(data) {
             return Ok(());
@@ -70,13 +71,13 @@ impl PlainSink {
         Ok(())
     }
 
-    /// A positioned writer of the fragment from its start on; `None` where something was written already.
+    /// A positioned writer of the fragment from its start on; `None` if something was written already.
     pub(super) fn positioned(&self) -> Option<PositionedWriter> {
         let kind = PositionedKind::Plain(self.digest.as_ref().map(|_| Mutex::default()));
         (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
     }
 
-    /// Goes on after positioned batches that end at `end`.
+    /// Continues after positioned batches that end at `end`.
     pub(super) fn continue_at(&mut self, positioned: PositionedWriter, end: u64) {
         self.offset = end;
         if let PositionedKind::Plain(Some(collected)) = positioned.kind {
@@ -84,7 +85,7 @@ impl PlainSink {
         }
     }
 
-    /// What the manifest says of the finished fragment; none where nothing was hashed.
+    /// The manifest entry of the finished fragment; `None` if nothing was hashed.
     pub(super) fn entry(&mut self) -> Option<Entry> {
         let digest = self.digest.take()?;
         Some(Entry { size: self.offset, stored_size: self.offset, proof: Proof::Blake3(digest.finish()) })
@@ -119,7 +120,7 @@ impl PlainSource {
         &self.file
     }
 
-    /// Fills `buf` from `offset`; both lie within the size.
+    /// Fills `buf` from `offset`; both must be within the size.
     pub(super) fn read(
         &self,
         offset: u64,

@@ -1,4 +1,4 @@
-//! A fragment whose beginning several threads write in batches, each at its own offset.
+//! Positioned writes: several threads write the beginning of a fragment in batches, each at its own offset.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -11,8 +11,8 @@ use crate::error::Result;
 use crate::stored_file::StoredFile;
 use crate::threads::lock;
 
-/// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and an
-/// ordinary write must follow the last batch.
+/// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and
+/// an ordinary write must follow the last batch.
 pub(crate) struct PositionedWriter {
     pub(super) file: Arc<StoredFile>,
     pub(super) kind: PositionedKind,
@@ -23,18 +23,18 @@ pub(super) enum PositionedKind {
     Encrypted { encryptors: Arc<Encryptors>, chunk_size_bytes: usize },
 }
 
-/// Digests of batches, which come in any order.
+/// The digests of batches, which arrive in any order.
 #[derive(Default)]
 pub(super) struct Collected {
     pub(super) digest: Box<Digest>,
-    /// By the index of the first subtree; as many as there are threads, at most.
+    /// Waiting batches, by the index of their first subtree; at most one for each thread.
     waiting: BTreeMap<u64, Vec<Subtree>>,
 }
 
-/// The buffers one thread needs to write batches.
+/// The buffers that one thread needs to write batches.
 pub(crate) struct PositionedWorker {
     encryption: Option<EncryptionWorker>,
-    /// For a chunk or subtree whose bytes do not lie together.
+    /// A buffer for a chunk or subtree that is scattered in memory.
     room: Vec<u8>,
 }
 

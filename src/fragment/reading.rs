@@ -1,4 +1,4 @@
-//! A fragment being read.
+//! `FragmentReader`: a fragment being read.
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -19,16 +19,16 @@ use crate::process::OwnerProcess;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
-/// What is read of a whole fragment at a time.
+/// The size of each read when a whole fragment is read.
 const READ_THROUGH_BYTES: usize = 8 << 20;
 
-/// A fragment being read: anywhere by [`FragmentReader::read_at`], or in order by [`Read`] and [`Seek`].
+/// A fragment being read: at any offset with [`FragmentReader::read_at`], or in order with [`Read`] and [`Seek`].
 ///
-/// `read_at` takes `&self` and may be called by many threads at once; a large read uses several threads by itself. A clone
-/// reads the same open file and has a position of its own.
+/// `read_at` takes `&self`, and many threads may call it at once; a large read uses several threads by itself. A clone
+/// reads the same open file and has its own position.
 ///
-/// Of an encrypted fragment, opening verified the header and the last segment, and hence the length; every other segment
-/// is verified before any byte of it is given out. In a process forked from the one that opened it, every call fails.
+/// Opening an encrypted fragment verifies its header and its last segment, and so its length. Every other segment is
+/// verified before any of its bytes are returned. In a process that was forked after the opening, every call fails.
 ///
 /// ```
 /// use std::io::{Read, Seek, SeekFrom, Write};
@@ -36,7 +36,7 @@ const READ_THROUGH_BYTES: usize = 8 << 20;
 /// # let folder = tempfile::tempdir()?;
 /// let key = vmsnap::SecretKey::generate()?;
 /// let options = vmsnap::SnapshotOptions::new().key(key);
-/// let mut fragment = options.create(folder.path().join("vm1"))?.raw_fragment("sda")?;
+/// let mut fragment = options.create_in_place(folder.path().join("vm1"))?.raw_fragment("sda")?;
 /// fragment.write_all(b"the whole disk")?;
 /// fragment.finish()?;
 ///
@@ -53,7 +53,7 @@ const READ_THROUGH_BYTES: usize = 8 << 20;
 pub struct FragmentReader {
     file: Arc<OpenFile>,
     position: u64,
-    /// The chunk that the last small read in order came from, opened: the next one mostly continues there.
+    /// The decrypted chunk of the last small read in order; the next read usually continues in it.
     current: Option<(u64, Vec<u8>)>,
 }
 
@@ -71,7 +71,7 @@ enum FragmentSource {
 }
 
 impl FragmentReader {
-    /// Opens a fragment; `expected` is what the manifest says of it.
+    /// Opens a fragment; `expected` is its manifest entry.
     pub(crate) fn open(
         root: &Path,
         path: &SnapshotPath,
@@ -84,12 +84,12 @@ impl FragmentReader {
         let opened = folder::open(root, namespace)
             .and_then(|folder| folder::open_file(&folder, name).map_err(|error| error.context(&place)));
         let (file, stored_size) = opened.map_err(|error| match expected {
-            Some(_) if error.is_not_found() => Error::corrupt("is missing, and the manifest lists it").context(&place),
+            Some(_) if error.is_not_found() => Error::corrupt("is missing, but the manifest lists it").context(&place),
             _ => error,
         })?;
         let tag = match expected {
             Some(entry) if entry.stored_size != stored_size => {
-                let text = format!("has {stored_size} bytes, and {} in the manifest", entry.stored_size);
+                let text = format!("is {stored_size} bytes long, and {} bytes in the manifest", entry.stored_size);
                 return Err(Error::corrupt(text).context(&place));
             }
             Some(Entry { proof: Proof::HeaderTag { tag, .. }, .. }) => Some(*tag),
@@ -107,7 +107,7 @@ impl FragmentReader {
         Ok(Self { file, position: 0, current: None })
     }
 
-    /// Plaintext bytes.
+    /// The length of the fragment, in bytes of plaintext.
     #[must_use]
     pub fn size(&self) -> u64 {
         match &self.file.source {
@@ -116,13 +116,13 @@ impl FragmentReader {
         }
     }
 
-    /// Bytes of the file.
+    /// The length of the file.
     #[must_use]
     pub fn stored_size(&self) -> u64 {
         self.file.stored_size
     }
 
-    /// Plaintext bytes of a segment, the least that a read decrypts; `None` for a plain fragment.
+    /// The chunk size: the least that a read decrypts; `None` for a plain fragment.
     #[must_use]
     pub fn chunk_size_bytes(&self) -> Option<usize> {
         match &self.file.source {
@@ -133,14 +133,22 @@ impl FragmentReader {
 
     /// Whether reads leave no page of the file in the page cache.
     pub(crate) fn set_uncached(&self, uncached: bool) {
-        let file = match &self.file.source {
-            FragmentSource::Plain(source) => source.file(),
-            FragmentSource::Encrypted(source) => source.file(),
-        };
-        file.set_uncached(uncached);
+        self.stored_file().set_uncached(uncached);
     }
 
-    /// What the manifest says of an encrypted fragment; a plain one would have to be read for it.
+    /// Drops the pages that uncached reads left in the page cache.
+    pub(crate) fn drop_rest(&self) {
+        self.stored_file().drop_rest();
+    }
+
+    fn stored_file(&self) -> &StoredFile {
+        match &self.file.source {
+            FragmentSource::Plain(source) => source.file(),
+            FragmentSource::Encrypted(source) => source.file(),
+        }
+    }
+
+    /// The manifest entry of an encrypted fragment; `None` for a plain one, which must be read for it.
     pub(crate) fn encrypted_entry(&self) -> Option<Entry> {
         match &self.file.source {
             FragmentSource::Plain(_) => None,
@@ -155,22 +163,23 @@ impl FragmentReader {
         }
     }
 
-    /// Reads from `offset`, in bytes of plaintext, until `buf` is full or the fragment ends; returns how much that is.
+    /// Reads from `offset`, in bytes of plaintext, until `buf` is full or the fragment ends; returns the number of
+    /// bytes.
     ///
     /// # Errors
     ///
-    /// [`Error::is_authentication`] where a segment does not verify, and [`Error::is_io`]; `buf` is all zeros then.
-    /// [`Error::is_state`] in a forked process.
+    /// [`Error::is_authentication`] if a segment does not verify; [`Error::is_io`] if the file cannot be read;
+    /// [`Error::is_state`] in a forked process. After an error, `buf` is filled with zeros.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         self.read_at_interruptible(offset, buf, &mut || Ok(()))
     }
 
-    /// As [`FragmentReader::read_at`], and asks `interrupt` from time to time (not more often than every 50 ms) whether to go
-    /// on.
+    /// Reads like [`FragmentReader::read_at`], and calls `interrupt` from time to time, at most every 50 ms. If it
+    /// returns an error, the read stops.
     ///
     /// # Errors
     ///
-    /// As for `read_at`, and what `interrupt` returns.
+    /// The errors of `read_at` and of `interrupt`.
     pub fn read_at_interruptible(
         &self,
         offset: u64,
@@ -180,12 +189,13 @@ impl FragmentReader {
         self.read_at_by(self.file.threads, offset, buf, interrupt)
     }
 
-    /// As [`FragmentReader::read_at`], on the calling thread, which may be one of several that share the work.
+    /// Reads like [`FragmentReader::read_at`], only on the calling thread, which may be one of several that share the
+    /// work.
     pub(crate) fn read_at_alone(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         self.read_at_by(1, offset, buf, &mut || Ok(()))
     }
 
-    /// Refuses in a forked child, where locks may be held for ever.
+    /// Returns an error in a forked child, where a lock may be held forever.
     pub(crate) fn check_owner(&self) -> Result<()> {
         self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))
     }
@@ -208,14 +218,14 @@ impl FragmentReader {
         match result {
             Ok(()) => Ok(length),
             Err(error) => {
-                // No plaintext of a read that failed, be it of segments that did verify.
+                // A failed read returns no plaintext, not even of segments that did verify.
                 buf.fill(0);
                 Err(error.context(&file.place))
             }
         }
     }
 
-    /// Reads all of it in order, by way of `buffer`, which is made as large as it has to be.
+    /// Reads the whole fragment in order through `buffer`, which grows as needed.
     pub(crate) fn read_through(
         &self,
         buffer: &mut Vec<u8>,
@@ -223,7 +233,7 @@ impl FragmentReader {
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let wanted = usize::try_from(self.size()).map_or(READ_THROUGH_BYTES, |size| size.min(READ_THROUGH_BYTES));
-        // Whole chunks: a part of one would be decrypted twice.
+        // Whole chunks, because a partial one would be decrypted twice.
         let wanted = self.chunk_size_bytes().map_or(wanted, |chunk| wanted.next_multiple_of(chunk));
         buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
         let mut offset = 0;
@@ -236,7 +246,7 @@ impl FragmentReader {
         Ok(())
     }
 
-    /// BLAKE3 of all of it.
+    /// The BLAKE3 of the whole fragment.
     pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
         let mut digest = Digest::default();
         self.read_through(buffer, interrupt, |batch| {
@@ -245,7 +255,7 @@ impl FragmentReader {
         Ok(digest.finish())
     }
 
-    /// Reads on from the position, as [`Read::read`] but until `buf` is full or the fragment ends.
+    /// Reads from the current position until `buf` is full or the fragment ends.
     pub(crate) fn read_interruptible(
         &mut self,
         buf: &mut [u8],
@@ -254,7 +264,7 @@ impl FragmentReader {
         let start = self.position;
         let result = self.read_on(buf, interrupt);
         if result.is_err() {
-            // As if the call had not been made, and no plaintext of it: not of the segments that did verify either.
+            // Undo the whole call. A failed read returns no plaintext, not even of segments that did verify.
             self.position = start;
             buf.fill(0);
         }
@@ -275,7 +285,7 @@ impl FragmentReader {
         Ok(done)
     }
 
-    /// Reads whole chunks straight into `buf`, or a part of one by way of the current chunk.
+    /// Reads whole chunks directly into `buf`, or a part of a chunk through the current chunk.
     fn read_chunks(
         &mut self,
         buf: &mut [u8],
@@ -288,7 +298,7 @@ impl FragmentReader {
         if start == self.position && whole > 0 {
             return self.read_at_interruptible(self.position, &mut buf[..whole], interrupt);
         }
-        // Also where the process is another one: nothing is given out from memory either.
+        // In a forked child, bytes from memory are not returned either.
         self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))?;
         if self.current.as_ref().is_none_or(|(held, _)| *held != start) {
             let mut chunk = self.current.take().map(|(_, chunk)| chunk).unwrap_or_default();
@@ -313,22 +323,23 @@ impl Clone for FragmentReader {
 }
 
 impl Read for FragmentReader {
-    /// Fills `buf` unless the fragment ends.
+    /// Reads until `buf` is full or the fragment ends.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         Ok(self.read_interruptible(buf, &mut || Ok(()))?)
     }
 }
 
 impl Seek for FragmentReader {
-    /// A position beyond the end is allowed, and reads nothing.
+    /// A position beyond the end is allowed; a read there returns 0.
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let target = match to {
             SeekFrom::Start(offset) => Some(offset),
             SeekFrom::Current(delta) => self.position.checked_add_signed(delta),
             SeekFrom::End(delta) => self.size().checked_add_signed(delta),
         };
-        self.position = target
-            .ok_or_else(|| Error::invalid_argument(format!("{}: cannot seek to before its start", self.file.place)))?;
+        self.position = target.ok_or_else(|| {
+            Error::invalid_argument(format!("{}: cannot seek to a position before its start", self.file.place))
+        })?;
         Ok(self.position)
     }
 }

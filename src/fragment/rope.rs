@@ -1,9 +1,9 @@
-//! Bytes that follow each other in a fragment and lie apart in memory.
+//! Consecutive bytes of a fragment that are scattered in memory.
 
 use crate::buffer;
 use crate::error::Result;
 
-/// Runs of bytes, one after the other. None is empty.
+/// Consecutive runs of bytes, none of them empty.
 pub(crate) struct Rope<'a> {
     runs: Vec<&'a [u8]>,
     length: usize,
@@ -29,7 +29,7 @@ impl<'a> Rope<'a> {
         &self.runs
     }
 
-    /// Leaves the first `length` bytes, and gives `take` the runs of the rest.
+    /// Keeps the first `length` bytes, and passes the runs of the rest to `take`.
     pub(crate) fn split_off(&mut self, length: usize, mut take: impl FnMut(&[u8])) {
         let mut before = 0;
         let kept = self.runs.iter().take_while(|run| {
@@ -48,8 +48,8 @@ impl<'a> Rope<'a> {
         self.length = self.length.min(length);
     }
 
-    /// Gives `take` all bytes, `step` at a time (the last may be fewer): as they lie, where they lie together, and otherwise
-    /// out of `room`.
+    /// Passes all bytes to `take`, `step` at a time (the last may be fewer). Bytes that are scattered are first copied
+    /// to `room`.
     pub(crate) fn in_steps(
         &self,
         step: usize,
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_the_runs_the_steps_are_the_same() {
+    fn the_steps_do_not_depend_on_the_runs() {
         let bytes: Vec<u8> = (0..=255).collect();
         for step in [1, 3, 16, 100, 256, 1000] {
             for cuts in [vec![], vec![1], vec![16, 32], vec![0, 15, 17, 100, 100, 255]] {

@@ -1,4 +1,4 @@
-//! A fragment being written.
+//! `Fragment`: a fragment being written.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -22,22 +22,23 @@ use crate::process::OwnerProcess;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
-/// A fragment being written, front to back, by [`Write`].
+/// A fragment being written, front to back, with [`Write`].
 ///
-/// A large write is encrypted and written by several threads, straight from the caller's buffer; small ones are gathered.
-/// [`Fragment::finish`] ends it and tells whether all went well. Dropping it ends it as well, as in crosvm, but cannot
-/// tell; dropped by a panic, its file is removed. A write that fails poisons the fragment: every later call fails, and its file is removed when it is closed or
-/// dropped.
+/// Several threads encrypt and write a large write, directly from the caller's buffer; small writes are gathered.
 ///
-/// In a staged snapshot only `finish` ends it: dropped before, it makes the commit fail.
+/// [`Fragment::finish`] completes the fragment and reports errors. A drop completes it too, as in crosvm, but cannot
+/// report an error. In a staged snapshot only `finish` completes it: after a drop, the commit fails.
 ///
-/// In a process forked from the one that opened it, every call fails and dropping does nothing.
+/// A failed write poisons the fragment: every later call fails, and its file is removed when the fragment is closed or
+/// dropped. Its file is also removed if a panic drops it.
+///
+/// In a process that was forked after the opening, every call fails and a drop does nothing.
 pub struct Fragment {
     state: State,
     file: Arc<StoredFile>,
     folder: OwnedFd,
     staging: Staging,
-    /// Held as long as something can be written.
+    /// Held until the fragment is closed.
     lock: Option<LockedRoot>,
     place: FragmentPlace,
     owner: OwnerProcess,
@@ -54,7 +55,7 @@ enum Sink {
     Encrypted(EncryptedSink),
 }
 
-/// How a fragment is to be written.
+/// The options for writing a fragment.
 pub(crate) struct Writing<'a> {
     pub(crate) key: Option<&'a SecretKey>,
     pub(crate) chunk_size_bytes: usize,
@@ -81,7 +82,7 @@ impl Fragment {
             let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
             Error::io(format!("{place} {reason}"), errno)
         })?;
-        // Failed until it has begun: should that fail, dropping the fragment removes the file.
+        // Failed for now: if the sink cannot be made, the drop removes the file.
         let mut fragment = Self {
             state: State::Failed,
             file: Arc::new(StoredFile::new(file)),
@@ -99,13 +100,13 @@ impl Fragment {
         let file = Arc::clone(&self.file);
         let Writing { key, chunk_size_bytes, threads, .. } = *writing;
         Ok(match key {
-            // In another process than that of the staged snapshot nobody would ask for the digest.
+            // Only the process that staged the snapshot needs the digest.
             None => Sink::Plain(PlainSink::new(file, writing.staging.ledger().is_some(), threads)),
             Some(key) => Sink::Encrypted(EncryptedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
         })
     }
 
-    /// Plaintext bytes written so far.
+    /// The number of plaintext bytes written so far.
     #[must_use]
     pub fn written(&self) -> u64 {
         match &self.state {
@@ -115,7 +116,7 @@ impl Fragment {
         }
     }
 
-    /// Takes `data` where that only means to remember it until more comes, and says whether it did.
+    /// Gathers `data` if there is room for it; returns whether there was.
     #[cfg(feature = "python")]
     pub(crate) fn gather(&mut self, data: &[u8]) -> bool {
         self.owner.is_current()
@@ -126,12 +127,13 @@ impl Fragment {
             }
     }
 
-    /// Writes all of `data`, and asks `interrupt` from time to time (not more often than every 50 ms) whether to go on.
+    /// Writes all of `data`, and calls `interrupt` from time to time, at most every 50 ms. If it returns an error, the
+    /// write stops.
     ///
     /// # Errors
     ///
-    /// What `interrupt` returns, or [`Error::is_io`], for instance when the disk is full; both poison the fragment.
-    /// [`Error::is_state`] where it was poisoned before, or in a forked process.
+    /// The error of `interrupt`, or [`Error::is_io`], for example if the disk is full; both poison the fragment.
+    /// [`Error::is_state`] if the fragment is poisoned, or in a forked process.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;
@@ -157,22 +159,22 @@ impl Fragment {
         self.file.set_uncached(uncached);
     }
 
-    /// Bytes of its file.
+    /// The length of its file.
     pub(crate) fn stored_size(&self) -> Result<u64> {
         let metadata =
             self.file.metadata().map_err(|error| Error::io("cannot be examined", error).context(&self.place))?;
         Ok(metadata.len())
     }
 
-    /// Lets `work` write batches at their offsets, before anything else is written; it returns where they end. At least a
-    /// byte has to be written after them, if there were any.
+    /// Lets `work` write batches at their offsets, before anything else is written; `work` returns the end of the
+    /// batches. If there are any, at least one byte must be written after them.
     pub(crate) fn write_positioned(&mut self, work: impl FnOnce(&PositionedWriter) -> Result<u64>) -> Result<()> {
         self.with_sink(|sink| {
             let positioned = match sink {
                 Sink::Plain(sink) => sink.positioned(),
                 Sink::Encrypted(sink) => sink.positioned(),
             };
-            let positioned = positioned.ok_or_else(|| Error::new(Kind::State, "was begun already"))?;
+            let positioned = positioned.ok_or_else(|| Error::new(Kind::State, "was already written to"))?;
             let end = work(&positioned)?;
             match sink {
                 Sink::Plain(sink) => sink.continue_at(positioned, end),
@@ -182,11 +184,11 @@ impl Fragment {
         })
     }
 
-    /// Ends the fragment: writes what was gathered, and the last segment.
+    /// Completes the fragment: writes the gathered bytes and the last segment.
     ///
     /// # Errors
     ///
-    /// As for a write. The file is removed then.
+    /// The errors of a write. After an error, the file is removed.
     pub fn finish(mut self) -> Result<()> {
         self.finish_interruptible(&mut || Ok(()))
     }
@@ -209,7 +211,7 @@ impl Fragment {
         })?;
         self.file.drop_rest();
         if self.staging.is_staged() {
-            // Failed until it is marked: what is not, no commit accepts.
+            // Failed until the file is marked: no commit accepts an unmarked file.
             self.state = State::Failed;
             folder::mark_finished(&self.file)
                 .map_err(|error| Error::io("cannot be finished", error).context(&self.place))?;
@@ -222,16 +224,16 @@ impl Fragment {
         Ok(())
     }
 
-    /// Gives the fragment up and removes its file.
+    /// Discards the fragment and removes its file.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where the file cannot be removed, [`Error::is_state`] in a forked process.
+    /// [`Error::is_io`] if the file cannot be removed, [`Error::is_state`] in a forked process.
     pub fn discard(mut self) -> Result<()> {
         self.remove()
     }
 
-    /// Removes the file, in whatever state the fragment is.
+    /// Removes the file, in any state of the fragment.
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.owner.check_fragment().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
@@ -245,20 +247,20 @@ impl Fragment {
         removed
     }
 
-    /// Ends a fragment that nobody finished and nobody gave up: it must not be taken for a whole one.
+    /// Closes a fragment that was neither finished nor discarded, so that it does not count as complete.
     pub(crate) fn abandon(&mut self) {
         if !self.staging.is_staged() {
-            // Nobody is there to be told; what cannot be removed does not open either.
+            // A drop cannot report an error. If the file stays, it does not open.
             let _ = self.remove();
         } else if self.owner.is_current() {
-            // It stays, empty and marked as unfinished: the commit, be it in another process, is to fail.
+            // The file stays, empty and marked as unfinished, so that the commit fails, also in another process.
             self.state = State::Closed;
             let _ = self.file.set_len(0);
             self.lock = None;
         }
     }
 
-    /// Whether it is one of a staged snapshot.
+    /// Whether the snapshot is staged.
     #[cfg(feature = "python")]
     pub(crate) fn is_staged(&self) -> bool {
         self.staging.is_staged()
@@ -269,14 +271,14 @@ impl Fragment {
         matches!(self.state, State::Closed)
     }
 
-    /// Bytes written so far, or why there can be no more.
+    /// The number of bytes written so far, or an error if the fragment is not open.
     #[cfg(feature = "python")]
     pub(crate) fn position(&mut self) -> Result<u64> {
         self.with_sink(|_| Ok(()))?;
         Ok(self.written())
     }
 
-    /// Poisons the fragment, as a write does that fails for `error`.
+    /// Poisons the fragment, like a write that fails with `error`.
     #[cfg(feature = "python")]
     pub(crate) fn fail(&mut self, error: Error) -> Error {
         if matches!(self.state, State::Open(_)) {
@@ -286,19 +288,20 @@ impl Fragment {
         error
     }
 
-    /// Lets `work` use the sink, and poisons the fragment where that fails.
+    /// Lets `work` use the sink, and poisons the fragment if that fails.
     fn with_sink(&mut self, work: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
         let result = self.owner.check_fragment().and_then(|()| {
-            // Failed meanwhile, so that a panic in the middle leaves it so.
+            // Failed in the meantime, so that a panic leaves it failed.
             match std::mem::replace(&mut self.state, State::Failed) {
                 State::Open(mut sink) => {
                     work(&mut sink)?;
                     self.state = State::Open(sink);
                     Ok(())
                 }
-                State::Failed => {
-                    Err(Error::new(Kind::State, "an earlier write failed; its file will be removed, write it anew"))
-                }
+                State::Failed => Err(Error::new(
+                    Kind::State,
+                    "an earlier write failed, so its file will be removed; write the fragment again",
+                )),
                 State::Closed => {
                     self.state = State::Closed;
                     Err(Error::new(Kind::State, "is closed"))
@@ -310,14 +313,14 @@ impl Fragment {
 }
 
 impl Write for Fragment {
-    /// Takes all of `data`, always.
+    /// Writes all of `data`.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.write_all_interruptible(data, &mut || Ok(()))?;
         Ok(data.len())
     }
 
-    /// Hands what was gathered of a plain fragment to the operating system. An encrypted one cannot: a segment is written
-    /// when it is full, and the last one by [`Fragment::finish`].
+    /// Writes the gathered bytes of a plain fragment. For an encrypted fragment it does nothing, because a segment is
+    /// written only when it is full, and the last one by [`Fragment::finish`].
     fn flush(&mut self) -> io::Result<()> {
         self.with_sink(|sink| match sink {
             Sink::Plain(sink) => sink.flush(),
@@ -332,10 +335,10 @@ impl Drop for Fragment {
         if !self.owner.is_current() {
             return;
         }
-        // While a panic unwinds, what was written is only a part.
+        // During a panic, the fragment may be incomplete.
         let complete = match self.state {
             State::Closed => true,
-            // A staged snapshot is complete or absent, and nobody said that this is complete.
+            // A staged snapshot is complete or absent, and this fragment was not finished.
             State::Open(_) if self.staging.is_staged() => false,
             State::Open(_) => !std::thread::panicking() && self.finish_interruptible(&mut || Ok(())).is_ok(),
             State::Failed => false,

@@ -1,4 +1,5 @@
-//! A data key wrapped by [age](https://c2sp.org/age): for recipients, or with a passphrase. The only module that knows the crate.
+//! A data key wrapped by [age](https://c2sp.org/age), for recipients or with a passphrase. Only this module uses the
+//! crate.
 
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read, Write};
@@ -15,37 +16,37 @@ use super::secret_text::SecretText;
 use crate::buffer;
 use crate::error::{Error, Kind, Result};
 
-/// scrypt's work factor as a power of two: that of the `age` command, about a second and 256 MiB.
+/// The work factor of scrypt, as a power of two. It is the same as in the `age` command: about a second and 256 MiB.
 const WORK_FACTOR: u8 = 18;
-/// A reader's limit, that of the `age` command too: some ten seconds, and 4 GiB.
+/// The largest work factor for reading, the same as in the `age` command: about ten seconds and 4 GiB.
 const MAX_WORK_FACTOR: u8 = 22;
 
-/// scrypt's memory for each unit of its cost N, with the block size r = 8 that age has: 128 r (RFC 7914, section 5).
+/// The memory that scrypt uses for each unit of its cost N: 128 r, and r = 8 in age (RFC 7914, section 5).
 const SCRYPT_BLOCK_BYTES: usize = 1024;
 
-/// A payload is some 130 bytes.
+/// The largest payload; a usual one has about 130 bytes.
 const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
 
 type Recipients = Vec<Box<dyn age::Recipient + Send>>;
 type Identities = Vec<Box<dyn age::Identity + Send + Sync>>;
 
-/// The recipients that a snapshot is to be encrypted to, parsed.
+/// The parsed recipients of a snapshot.
 pub(super) struct Parsed(Recipients);
 
-/// Whether this build has age; it has.
-#[expect(clippy::unnecessary_wraps, reason = "a build without the feature has not")]
+/// Checks that this build supports age; it does.
+#[expect(clippy::unnecessary_wraps, reason = "a build without the feature does not")]
 pub(super) fn check_present() -> Result<()> {
     Ok(())
 }
 
 /// A new identity, and its recipient.
-#[expect(clippy::unnecessary_wraps, reason = "a build without the feature has none")]
+#[expect(clippy::unnecessary_wraps, reason = "a build without the feature returns an error")]
 pub(super) fn generate() -> Result<(SecretText, String)> {
     let identity = x25519::Identity::generate();
     Ok((Zeroizing::new(identity.to_string().expose_secret().to_owned()), identity.to_public().to_string()))
 }
 
-/// A file with an identity, as `age-keygen` writes it.
+/// The contents of an identity file in the format of `age-keygen`.
 pub(super) fn identity_file(identity: &str, recipient: &str) -> String {
     let created = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
     format!("# created: {created}\n# public key: {recipient}\n{identity}\n")
@@ -57,7 +58,7 @@ enum OneRecipient {
     OfPlugin(plugin::Recipient),
 }
 
-/// Parses recipients of the caller's.
+/// Parses the recipients that the caller passed.
 pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
     let mut recipients: Recipients = Vec::new();
     let mut plugins: BTreeMap<String, Vec<plugin::Recipient>> = BTreeMap::new();
@@ -67,8 +68,10 @@ pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
             Ok(OneRecipient::OfPlugin(recipient)) => {
                 plugins.entry(recipient.plugin().to_owned()).or_default().push(recipient);
             }
-            // Not quoted: it is a secret.
-            Err(NoRecipient::Identity) => return Err(Error::invalid_argument(format!("what was given {IS_IDENTITY}"))),
+            // An identity is a secret, so the error does not quote it.
+            Err(NoRecipient::Identity) => {
+                return Err(Error::invalid_argument(format!("the given recipient {IS_IDENTITY}")));
+            }
             Err(NoRecipient::Malformed) => {
                 return Err(Error::invalid_argument(format!("{text:?} {IS_MALFORMED}")));
             }
@@ -83,12 +86,12 @@ pub(super) fn parse_recipients(texts: &[String]) -> Result<Parsed> {
         recipients.push(Box::new(plugin));
     }
     if recipients.is_empty() {
-        return Err(Error::invalid_argument("there are no recipients: nobody could open the snapshot"));
+        return Err(Error::invalid_argument("the list of recipients is empty, so nobody could open the snapshot"));
     }
     Ok(Parsed(recipients))
 }
 
-/// Whether a text is a recipient that can be used.
+/// Checks that a text is a usable recipient.
 pub(super) fn check_recipient(text: &str) -> std::result::Result<(), NoRecipient> {
     parse_recipient(text).map(|_| ())
 }
@@ -112,54 +115,54 @@ fn parse_recipient(text: &str) -> std::result::Result<OneRecipient, NoRecipient>
     match text.parse::<ssh::Recipient>() {
         Ok(recipient) => Ok(OneRecipient::Own(Box::new(recipient))),
         Err(ParseRecipientKeyError::RsaModulusTooSmall) => {
-            Err(NoRecipient::Unusable("age encrypts to RSA keys of at least 2048 bits".to_owned()))
+            Err(NoRecipient::Unusable("age supports only RSA keys of at least 2048 bits".to_owned()))
         }
         Err(ParseRecipientKeyError::RsaModulusTooLarge) => {
-            Err(NoRecipient::Unusable("age encrypts to RSA keys of at most 4096 bits".to_owned()))
+            Err(NoRecipient::Unusable("age supports only RSA keys of at most 4096 bits".to_owned()))
         }
         Err(ParseRecipientKeyError::Unsupported(kind)) => Err(NoRecipient::Unusable(format!(
-            "age encrypts to SSH keys of the types ssh-ed25519 and ssh-rsa, and not {kind}"
+            "age supports SSH keys of the types ssh-ed25519 and ssh-rsa, not {kind}"
         ))),
         Err(_) => Err(NoRecipient::Malformed),
     }
 }
 
-/// The recipients of identities: whoever has these opens it.
+/// The recipients of identities.
 pub(super) fn recipients_of(content: &[u8], place: &str) -> Result<Parsed> {
     let context = |error: Error| error.context(place);
     let recipients = if is_ssh(content) {
         let identity = parse_ssh(content).map_err(context)?;
         let recipient = ssh::Recipient::try_from(identity)
-            .map_err(|_| context(Error::invalid_argument("it is an SSH key that age does not know")))?;
+            .map_err(|_| context(Error::invalid_argument("it is an SSH key of a type that age does not support")))?;
         vec![Box::new(recipient) as _]
     } else {
         parse_identity_file(content).map_err(context)?.to_recipients().map_err(|error| context(not_wrapped(&error)))?
     };
     if recipients.is_empty() {
-        return Err(context(Error::invalid_argument("it holds no identity")));
+        return Err(context(Error::invalid_argument("it contains no identity")));
     }
     Ok(Parsed(recipients))
 }
 
-/// The recipients of identities as texts, those of age alone.
+/// The recipients of identities as texts. Identities of plugins are refused.
 pub(super) fn public_halves(identity: &Identity, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
     let content = decrypted(identity, interrupt)?;
     let context = |error: Error| error.context(identity.place());
     if is_ssh(&content) {
         let key = parse_ssh(&content).map_err(context)?;
         let recipient = ssh::Recipient::try_from(key)
-            .map_err(|_| context(Error::invalid_argument("it is an SSH key that age does not know")))?;
+            .map_err(|_| context(Error::invalid_argument("it is an SSH key of a type that age does not support")))?;
         return Ok(vec![recipient.to_string()]);
     }
     let mut lines = Zeroizing::new(Vec::new());
     parse_identity_file(&content).map_err(context)?.write_recipients_file(&mut *lines).map_err(|error| {
         use age::IdentityFileConvertError::{IdentityFileContainsPlugin, NoIdentities};
         context(Error::invalid_argument(match error {
-            NoIdentities { .. } => "it holds no identity".to_owned(),
+            NoIdentities { .. } => "it contains no identity".to_owned(),
             IdentityFileContainsPlugin { plugin_name, .. } => {
-                format!("it holds an identity of a plugin's, whose recipient age-plugin-{plugin_name} tells")
+                format!("it contains an identity of a plugin; age-plugin-{plugin_name} prints its recipient")
             }
-            _ => "its recipients cannot be told".to_owned(),
+            _ => "its recipients cannot be determined".to_owned(),
         }))
     })?;
     Ok(String::from_utf8_lossy(&lines).lines().map(str::to_owned).collect())
@@ -196,14 +199,15 @@ fn encrypt(encryptor: std::result::Result<Encryptor, EncryptError>, payload: &[u
     Ok(file)
 }
 
-/// Overwrites what the crate has just freed: it keeps the plaintext in a buffer of 64 KiB that it does not wipe. An allocation of
-/// that size by the same thread gets the same place; the allocator does not promise it.
+/// Overwrites memory that the crate has just freed: it keeps the plaintext in a buffer of 64 KiB and does not wipe it.
+/// The next allocation of this size by the same thread usually gets the same memory; the allocator does not promise
+/// that.
 fn wipe_freed() {
     const CHUNK_BYTES: usize = 64 << 10;
     std::hint::black_box(vec![0xff_u8; CHUNK_BYTES]);
 }
 
-/// Opens with identities, the first that fits.
+/// Decrypts with the first identity that fits.
 pub(super) fn unwrap(
     file: &[u8],
     identities: Identities,
@@ -213,7 +217,7 @@ pub(super) fn unwrap(
     if decryptor.is_scrypt() {
         return Err(Error::new(
             Kind::KeyUnavailable,
-            "its key is wrapped with a passphrase: pass that, not identities",
+            "its key is wrapped with a passphrase; pass the passphrase, not identities",
         ));
     }
     let file = file.to_vec();
@@ -231,22 +235,22 @@ pub(super) fn unwrap_with_passphrase(
     if !decryptor.is_scrypt() {
         return Err(Error::new(
             Kind::KeyUnavailable,
-            "its key is wrapped for age recipients: pass identities, not a passphrase",
+            "its key is wrapped for age recipients; pass identities, not a passphrase",
         ));
     }
-    // Not before: nobody is asked in vain.
+    // Ask for the passphrase only now, when it is needed.
     let mut identity = scrypt::Identity::new(SecretString::from(passphrase()?.as_str()));
     identity.set_max_work_factor(MAX_WORK_FACTOR);
     let file = file.to_vec();
     finished(in_background(None, interrupt, move || decrypt_by_scrypt(&file, &identity))?)
 }
 
-/// Finds out whether there is the memory for scrypt, which the crate takes as if there were.
+/// Checks that there is enough memory for scrypt, because the crate would abort without it.
 fn probe_scrypt(work_factor: u8) -> Result<()> {
     buffer::probe(SCRYPT_BLOCK_BYTES << work_factor)
 }
 
-/// As [`decrypt`], with the key of a passphrase.
+/// Decrypts with a passphrase.
 fn decrypt_by_scrypt(file: &[u8], key: &scrypt::Identity) -> Result<Zeroizing<Vec<u8>>> {
     let shown = stanzas(file)?;
     let work_factor = shown.iter().find_map(|stanza| stanza.strip_prefix("scrypt ")?.parse::<u8>().ok());
@@ -258,7 +262,7 @@ fn decrypt_by_scrypt(file: &[u8], key: &scrypt::Identity) -> Result<Zeroizing<Ve
 
 fn decrypt(file: &[u8], identities: &mut dyn Iterator<Item = &dyn age::Identity>) -> Result<Zeroizing<Vec<u8>>> {
     let reader = read_header(file)?.decrypt(identities).map_err(|error| not_opened(&error))?;
-    // It does not grow, and leave a copy behind.
+    // Large enough: a vector that grows leaves copies behind.
     let mut payload = Zeroizing::new(Vec::with_capacity(file.len()));
     reader
         .take(MAX_PAYLOAD_BYTES)
@@ -267,14 +271,14 @@ fn decrypt(file: &[u8], identities: &mut dyn Iterator<Item = &dyn age::Identity>
     Ok(payload)
 }
 
-/// The result of work that had no limit.
+/// The result of work without a time limit.
 fn finished<T>(result: Option<Result<T>>) -> Result<T> {
-    result.unwrap_or_else(|| Err(Error::new(Kind::Provider, "what opens or wraps the key took too long")))
+    result.unwrap_or_else(|| Err(Error::new(Kind::Provider, "wrapping or unwrapping the key took too long")))
 }
 
-/// Whom a file was encrypted to, as far as it tells: `X25519`, `ssh-ed25519 …`, `scrypt 18`.
+/// The recipients of a file, as far as its header shows them: `X25519`, `ssh-ed25519 …`, `scrypt 18`.
 pub(super) fn stanzas(file: &[u8]) -> Result<Vec<String>> {
-    /// Opens nothing, and sees everything.
+    /// An identity that opens nothing and records all stanzas.
     struct Onlooker(std::cell::RefCell<Vec<String>>);
 
     impl age::Identity for Onlooker {
@@ -295,15 +299,15 @@ pub(super) fn stanzas(file: &[u8]) -> Result<Vec<String>> {
 
     let onlooker = Onlooker(std::cell::RefCell::default());
     let decryptor = read_header(file)?;
-    // It fails, for no key was found.
+    // This fails, because no identity opens the file.
     let _ = decryptor.decrypt(std::iter::once(&onlooker as &dyn age::Identity));
     let mut stanzas = onlooker.0.into_inner();
-    // age's own, of a kind that no recipient has ("grease").
+    // Random stanzas that age adds ("grease").
     stanzas.retain(|stanza| !stanza.ends_with("-grease"));
     Ok(stanzas)
 }
 
-/// Reads and parses identities of the caller's.
+/// Reads and parses the identities that the caller passed.
 pub(super) fn load(identities: &[Identity], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Identities> {
     let mut parsed = Vec::new();
     for identity in identities {
@@ -311,7 +315,7 @@ pub(super) fn load(identities: &[Identity], interrupt: &mut dyn FnMut() -> Resul
             .map_err(|error| error.context(identity.place()))?;
     }
     if parsed.is_empty() {
-        return Err(Error::invalid_argument("there are no identities to open the snapshot with"));
+        return Err(Error::invalid_argument("the list of identities is empty, so nothing can open the snapshot"));
     }
     Ok(parsed)
 }
@@ -324,7 +328,7 @@ pub(super) fn parse_default(content: &[u8], place: &str) -> Result<Identities> {
     Ok(parsed)
 }
 
-/// The bytes of an identity, of which those that `age -p` encrypted are opened.
+/// The bytes of an identity, decrypted if `age -p` encrypted them.
 fn decrypted(identity: &Identity, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
     let content = identity.load(interrupt)?;
     if !is_encrypted(&content) {
@@ -337,7 +341,7 @@ fn decrypted(identity: &Identity, interrupt: &mut dyn FnMut() -> Result<()>) -> 
         .map_err(|_| context(Error::corrupt("it is damaged")))?;
     let decryptor = Decryptor::new_buffered(&*file).map_err(|error| context(not_opened(&error)))?;
     if !decryptor.is_scrypt() {
-        return Err(context(Error::invalid_argument("it is encrypted, and not with a passphrase")));
+        return Err(context(Error::invalid_argument("it is encrypted to a recipient; only a passphrase is supported")));
     }
     let mut key = scrypt::Identity::new(SecretString::from(identity.passphrase()?.as_str()));
     key.set_max_work_factor(MAX_WORK_FACTOR);
@@ -358,7 +362,7 @@ fn parse_identities(content: &[u8], identity: &Identity, parsed: &mut Identities
     }
     let identities = parse_identity_file(content)?.into_identities().map_err(|error| not_opened(&error))?;
     if identities.is_empty() {
-        return Err(Error::invalid_argument("it holds no identity"));
+        return Err(Error::invalid_argument("it contains no identity"));
     }
     parsed.extend(identities);
     Ok(())
@@ -372,23 +376,25 @@ fn parse_ssh(content: &[u8]) -> Result<ssh::Identity> {
     match ssh::Identity::from_buffer(content.trim_ascii_start(), None) {
         Ok(ssh::Identity::Unsupported(kind)) => Err(Error::invalid_argument(match kind {
             UnsupportedKey::EncryptedPem => {
-                "it is an SSH key in the old format: ssh-keygen -p -o converts it".to_owned()
+                "it is an SSH key in the old PEM format; ssh-keygen -p -o converts it".to_owned()
             }
             UnsupportedKey::EncryptedSsh(cipher) => {
-                format!("it is an SSH key encrypted by {cipher}, which age does not know")
+                format!("it is an SSH key encrypted with {cipher}, which age does not support")
             }
             UnsupportedKey::Hardware(kind) => {
                 format!("it is an SSH key on a security key ({kind}), which age cannot use")
             }
-            UnsupportedKey::Type(kind) => format!("it is an SSH key of type {kind}: age knows ssh-ed25519 and ssh-rsa"),
+            UnsupportedKey::Type(kind) => {
+                format!("it is an SSH key of type {kind}; age supports ssh-ed25519 and ssh-rsa")
+            }
         })),
         Ok(identity) => Ok(identity),
-        Err(_) => Err(Error::invalid_argument("it is no SSH key that age can read")),
+        Err(_) => Err(Error::invalid_argument("it is not an SSH key that age can read")),
     }
 }
 
 fn parse_identity_file(content: &[u8]) -> Result<IdentityFile<NoCallbacks>> {
-    // The crate's own message tells the line, and not what is in it.
+    // The crate's own message quotes the line, which may be a secret. This one has only its number.
     let parsed = IdentityFile::from_buffer(BufReader::new(content));
     parsed.map_err(|_| {
         let text = String::from_utf8_lossy(content);
@@ -397,10 +403,11 @@ fn parse_identity_file(content: &[u8]) -> Result<IdentityFile<NoCallbacks>> {
         });
         let reason = match line.and_then(|index| text.lines().nth(index)) {
             Some(line) if line.starts_with("AGE-SECRET-KEY-PQ-") => {
-                "is a post-quantum identity, which this version does not know: rekey for another with the age command"
+                "is a post-quantum identity, which this version does not support; wrap the key for another identity \
+                 with the age command"
             }
-            Some(line) if line.starts_with("age1") => "is a recipient, and no identity (AGE-SECRET-KEY-…)",
-            _ => "is no identity (AGE-SECRET-KEY-…)",
+            Some(line) if line.starts_with("age1") => "is a recipient, not an identity (AGE-SECRET-KEY-…)",
+            _ => "is not an identity (AGE-SECRET-KEY-…)",
         };
         Error::invalid_argument(format!("line {} {reason}", line.unwrap_or_default() + 1))
     })
@@ -410,20 +417,20 @@ fn no_plugin(error: &plugin::ResolveError) -> Error {
     let text = match error {
         plugin::ResolveError::MissingPlugin { binary_name } => {
             let hint = if binary_name == "age-plugin-pq" {
-                " (age1pq… are post-quantum recipients, which this version does not know itself)"
+                " (post-quantum recipients, age1pq…, need this plugin)"
             } else {
                 ""
             };
             format!("the program {binary_name} is not on the PATH{hint}: install it")
         }
-        _ => "it names no plugin of age's".to_owned(),
+        _ => "it does not name an age plugin".to_owned(),
     };
     Error::new(Kind::KeyUnavailable, text)
 }
 
 fn plugin_failed(errors: &[impl std::fmt::Display]) -> Error {
     let mut text = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-    // What encloses names in the crate's own words, and whatever a plugin sends to a terminal.
+    // Remove the marks around names in the crate's messages, and control characters in a plugin's message.
     text.retain(|character| !('\u{2066}'..='\u{2069}').contains(&character) && !character.is_control());
     Error::new(Kind::KeyUnavailable, format!("the plugin failed: {text}"))
 }
@@ -433,16 +440,16 @@ fn not_wrapped(error: &EncryptError) -> Error {
         EncryptError::Plugin(errors) => plugin_failed(errors),
         EncryptError::PluginResolve(error) => no_plugin(error),
         EncryptError::Io(error) => plugin_failed(&[error]),
-        EncryptError::IncompatibleRecipients { .. } => {
-            Error::invalid_argument("these recipients cannot be mixed: post-quantum ones go with their own kind alone")
-        }
+        EncryptError::IncompatibleRecipients { .. } => Error::invalid_argument(
+            "these recipients cannot be mixed: post-quantum recipients cannot be combined with others",
+        ),
         _ => Error::invalid_argument("there are no recipients, or they cannot be mixed"),
     }
 }
 
 fn read_header(file: &[u8]) -> Result<Decryptor<&[u8]>> {
     Decryptor::new_buffered(file).map_err(|error| match error {
-        // So it calls, too, what it cannot parse.
+        // The crate also reports this for a header that it cannot parse.
         DecryptError::UnknownFormat if file.starts_with(b"age-encryption.org/v1\n") => {
             not_opened(&DecryptError::InvalidHeader)
         }
@@ -454,27 +461,27 @@ fn not_opened(error: &DecryptError) -> Error {
     match error {
         DecryptError::NoMatchingKeys => Error::new(
             Kind::Authentication,
-            "none of the identities opens it: it was written for others, or it is damaged",
+            "none of the identities opens it: it is encrypted to other recipients, or it is damaged",
         ),
         DecryptError::ExcessiveWork { required, .. } => Error::new(
             Kind::Unsupported,
             format!(
-                "its passphrase takes scrypt with a work factor of 2^{required}, and no more than 2^{MAX_WORK_FACTOR} is accepted: \
-                 that could take hours; wrap it anew with the age command"
+                "its scrypt work factor is 2^{required}, which could take hours; the limit is 2^{MAX_WORK_FACTOR}: \
+                 wrap it again with the age command"
             ),
         ),
         DecryptError::UnknownFormat => {
-            Error::new(Kind::Unsupported, "it is wrapped by a version of age that is not known: use a newer vmsnap")
+            Error::new(Kind::Unsupported, "it is wrapped by an unknown version of age; install a newer vmsnap")
         }
-        DecryptError::InvalidHeader => Error::corrupt("its age header is damaged, or cut off"),
+        DecryptError::InvalidHeader => Error::corrupt("its age header is damaged or truncated"),
         DecryptError::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            Error::corrupt("its age header is cut off")
+            Error::corrupt("its age header is truncated")
         }
         DecryptError::Io(error) => plugin_failed(&[error]),
         DecryptError::Plugin(errors) => plugin_failed(errors),
         DecryptError::PluginResolve(error) => no_plugin(error),
         DecryptError::DecryptionFailed | DecryptError::InvalidMac | DecryptError::KeyDecryptionFailed | _ => {
-            Error::new(Kind::Authentication, "the passphrase or identity is wrong, or it is damaged")
+            Error::new(Kind::Authentication, "the passphrase or identity is wrong, or the file is damaged")
         }
     }
 }

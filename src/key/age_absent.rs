@@ -1,6 +1,10 @@
-//! In the place of `age.rs`, in a build without the feature.
+//! Replaces `age.rs` in a build without the feature `age`: every function returns an error.
 
-#![expect(clippy::needless_pass_by_value, clippy::unnecessary_wraps, reason = "the functions are those of age.rs")]
+#![expect(
+    clippy::needless_pass_by_value,
+    clippy::unnecessary_wraps,
+    reason = "the functions have the signatures of age.rs"
+)]
 
 use std::sync::Arc;
 
@@ -19,7 +23,8 @@ pub(super) enum Identities {}
 fn absent<T>() -> Result<T> {
     Err(Error::new(
         Kind::Unsupported,
-        "this build of vmsnap has no age (recipients, identities, passphrases): build it with the feature `age`, or pass a key",
+        "this build of vmsnap does not support age (recipients, identities, passphrases): build it with the feature \
+         `age`, or pass a key",
     ))
 }
 

@@ -1,4 +1,4 @@
-//! Work that may take long, so that its caller can be interrupted meanwhile.
+//! Runs long work in a thread of its own, so that the caller can be interrupted.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -8,24 +8,24 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::threads::{INTERRUPT_INTERVAL, lock};
 
-/// Does `work` in a thread of its own; none where that takes longer than `limit`. The thread is left alone then, as it is when
-/// `interrupt` says to stop.
+/// Runs `work` in a thread of its own; returns `None` if that takes longer than `limit`. In this case, and if
+/// `interrupt` returns an error, the thread continues unobserved.
 ///
-/// Where the system allows no more threads, this one does it, and neither can be kept.
+/// If the system refuses another thread, the calling thread does the work, without a limit and without interruption.
 pub(super) fn in_background<T: Send + 'static>(
     limit: Option<Duration>,
     interrupt: &mut dyn FnMut() -> Result<()>,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<Option<T>> {
-    let panicked = || Error::new(Kind::Provider, "what opens or wraps the key panicked");
+    let panicked = || Error::new(Kind::Provider, "wrapping or unwrapping the key panicked");
     let (sender, receiver) = sync_channel(1);
-    // Shared, for the closure of a thread that does not start is lost.
+    // Shared, because a thread that does not start drops its closure.
     let work = Arc::new(Mutex::new(Some(work)));
     let handed = Arc::clone(&work);
     let started = std::thread::Builder::new().name("vmsnap-key".to_owned()).spawn(move || {
         let work = lock(&handed).take();
         if let Some(work) = work {
-            // Nobody listens any more where it took too long.
+            // The receiver is gone if the work took too long.
             let _ = sender.send(work());
         }
     });

@@ -1,11 +1,11 @@
-//! What a caller passed to write or open a snapshot with, and what it comes to.
+//! The keys that a caller passed, and the way in which they wrap or unwrap a data key.
 
 use std::fmt;
 
 use zeroize::Zeroizing;
 
-use super::announce::Announce;
 use super::identity::Identity;
+use super::new_identity::OnNewIdentity;
 use super::payload::KeyPayload;
 use super::provider::{self, SharedProvider};
 use super::secret_text::Passphrase;
@@ -13,7 +13,7 @@ use super::{KeyWrapping, age, default_identity, raw};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 
-/// All that was passed: of one kind, as is found out when it is used.
+/// All keys that were passed. That they are of one kind is checked on use.
 #[derive(Clone, Default)]
 pub(crate) struct Credentials {
     pub(crate) key: Option<SecretKey>,
@@ -21,20 +21,20 @@ pub(crate) struct Credentials {
     pub(crate) identities: Option<Vec<Identity>>,
     pub(crate) passphrase: Option<Passphrase>,
     pub(crate) key_provider: Option<SharedProvider>,
-    /// Used where none of these was passed, and an identity is made.
-    pub(crate) announce: Announce,
+    /// Called before the default identity is made.
+    pub(crate) on_new_identity: OnNewIdentity,
 }
 
-/// What wraps a new data key.
+/// The way to wrap a new data key.
 pub(crate) enum Wrapper<'a> {
     Key(&'a SecretKey),
     Recipients(&'a [String]),
     Passphrase(&'a Passphrase),
     Provider(&'a SharedProvider),
-    DefaultIdentity(&'a Announce),
+    DefaultIdentity(&'a OnNewIdentity),
 }
 
-/// What unwraps a data key.
+/// The way to unwrap a data key.
 pub(crate) enum Unwrapper<'a> {
     Key(&'a SecretKey),
     Identities(&'a [Identity]),
@@ -44,7 +44,7 @@ pub(crate) enum Unwrapper<'a> {
 }
 
 impl Credentials {
-    /// Whether anything was passed, which tells that the snapshot is to be encrypted.
+    /// Whether any key was passed, which means that the snapshot must be encrypted.
     pub(crate) fn are_some(&self) -> bool {
         self.names().next().is_some()
     }
@@ -67,12 +67,12 @@ impl Credentials {
             return Ok(());
         }
         Err(Error::invalid_argument(format!(
-            "{} were passed together: a snapshot has one kind of key",
+            "{} cannot be passed together: a snapshot has one kind of key",
             names.join(" and ")
         )))
     }
 
-    /// What a new data key is to be wrapped with: the default identity, where nothing was passed.
+    /// The way to wrap a new data key: with the default identity if no key was passed.
     pub(crate) fn wrapper(&self) -> Result<Wrapper<'_>> {
         self.check_one()?;
         Ok(match self {
@@ -82,14 +82,14 @@ impl Credentials {
             Self { key_provider: Some(provider), .. } => Wrapper::Provider(provider),
             Self { identities: Some(_), .. } => {
                 return Err(Error::invalid_argument(
-                    "identities open a snapshot; it is written for recipients, which recipients_of() tells of them",
+                    "identities only open snapshots; to create one pass recipients (recipients_of() derives them)",
                 ));
             }
-            _ => Wrapper::DefaultIdentity(&self.announce),
+            _ => Wrapper::DefaultIdentity(&self.on_new_identity),
         })
     }
 
-    /// What is to unwrap a data key: the default identity, where nothing was passed.
+    /// The way to unwrap a data key: with the default identity if no key was passed.
     pub(crate) fn unwrapper(&self) -> Result<Unwrapper<'_>> {
         self.check_one()?;
         Ok(match self {
@@ -98,9 +98,7 @@ impl Credentials {
             Self { passphrase: Some(passphrase), .. } => Unwrapper::Passphrase(passphrase),
             Self { key_provider: Some(provider), .. } => Unwrapper::Provider(provider),
             Self { recipients: Some(_), .. } => {
-                return Err(Error::invalid_argument(
-                    "recipients are what a snapshot is written for; identities open it",
-                ));
+                return Err(Error::invalid_argument("recipients only create snapshots; to open one pass identities"));
             }
             _ => Unwrapper::DefaultIdentity,
         })
@@ -116,9 +114,9 @@ impl Wrapper<'_> {
             Self::Recipients(recipients) => age::wrap(bytes, age::parse_recipients(recipients)?, interrupt),
             Self::Passphrase(passphrase) => age::wrap_with_passphrase(bytes, &*passphrase.reveal()?, interrupt),
             Self::Provider(provider) => provider::wrap(bytes, payload.data_key().expose(), provider, interrupt),
-            Self::DefaultIdentity(announce) => {
+            Self::DefaultIdentity(on_new_identity) => {
                 age::check_present()?;
-                let found = default_identity::find_or_make(announce, interrupt)?;
+                let found = default_identity::find_or_make(on_new_identity, interrupt)?;
                 age::wrap(bytes, age::recipients_of(&found.content, &found.place)?, interrupt)
             }
         }
@@ -148,10 +146,10 @@ impl Unwrapper<'_> {
             (wrapping, _) => return Err(self.unfit(&wrapping)),
         };
         KeyPayload::decode(payload).map_err(|error| match self {
-            // The others authenticate what they give; of a service that is only asked for.
+            // The other kinds authenticate the payload. A key service must do so, but may not.
             Self::Provider(provider) if error.is_corrupt() => Error::new(
                 Kind::Authentication,
-                format!("what the key service {:?} returned is no key of vmsnap's", provider.name()),
+                format!("the key service {:?} returned bytes that are not a vmsnap key", provider.name()),
             ),
             _ => error,
         })
@@ -159,18 +157,18 @@ impl Unwrapper<'_> {
 
     fn unfit(&self, wrapping: &KeyWrapping) -> Error {
         let (how, remedy) = match wrapping {
-            KeyWrapping::RawKey => ("with a 32-byte key".to_owned(), "pass the key it was written with"),
-            KeyWrapping::Age { .. } => ("for age recipients".to_owned(), "pass identities"),
-            KeyWrapping::Passphrase => ("with a passphrase".to_owned(), "pass it"),
+            KeyWrapping::RawKey => ("with a 32-byte key".to_owned(), "pass the key that it was written with"),
+            KeyWrapping::Age { .. } => ("to age recipients".to_owned(), "pass identities"),
+            KeyWrapping::Passphrase => ("with a passphrase".to_owned(), "pass the passphrase"),
             KeyWrapping::KeyProvider { name } => {
                 (format!("by the key service {name:?}"), "pass a key provider of that name")
             }
         };
         let passed = match self {
-            Self::Key(_) => ", and not with a key",
-            Self::Identities(_) => ", and not for identities",
-            Self::Passphrase(_) => ", and not with a passphrase",
-            Self::Provider(_) => ", and not by a key service",
+            Self::Key(_) => ", not with a key",
+            Self::Identities(_) => ", not to age recipients",
+            Self::Passphrase(_) => ", not with a passphrase",
+            Self::Provider(_) => ", not by a key service",
             Self::DefaultIdentity => "",
         };
         Error::new(Kind::KeyUnavailable, format!("the snapshot is encrypted {how}{passed}: {remedy}"))

@@ -1,4 +1,4 @@
-//! The identity of somebody who did not say which: looked for in the environment and in a file of the user's own.
+//! The default identity: found in the environment or in a file of the user.
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
@@ -11,9 +11,9 @@ use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use super::age;
-use super::announce::Announce;
 use super::background::in_background;
 use super::identity::plain_text;
+use super::new_identity::OnNewIdentity;
 use super::secret_file::{OTHERS, STRANGERS, read_secret};
 use crate::cipher::fill_random;
 use crate::durability;
@@ -25,10 +25,10 @@ const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 
 type Interrupt<'a> = &'a mut dyn FnMut() -> Result<()>;
 
-/// An identity, or several, as a text.
+/// A text with one or more identities.
 pub(crate) struct Found {
     pub(super) content: Zeroizing<Vec<u8>>,
-    /// As errors name it.
+    /// Its name in errors.
     pub(super) place: String,
 }
 
@@ -41,25 +41,25 @@ impl Found {
     }
 }
 
-/// The default identity; an error that tells all places where there is none.
+/// The default identity. Without one, the error names all places that were searched.
 pub(super) fn find(interrupt: Interrupt<'_>) -> Result<Found> {
     look(interrupt)?.ok_or_else(|| {
-        let own = own_file().map_or_else(|_| "a home folder".to_owned(), |path| path.display().to_string());
+        let own = own_file().map_or_else(|_| "the home directory".to_owned(), |path| path.display().to_string());
         Error::new(
             Kind::KeyUnavailable,
             format!(
                 "no key was passed, and there is no identity in ${TEXT_VARIABLE}, ${FILE_VARIABLE}, \
-                 ${CREDENTIALS_VARIABLE}/vmsnap-identity or {own}: pass what it was written with"
+                 ${CREDENTIALS_VARIABLE}/vmsnap-identity or {own}; pass the key that the snapshot was written with"
             ),
         )
     })
 }
 
-/// The default identity, made where there is none.
-pub(super) fn find_or_make(announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
+/// The default identity, which is made if it does not exist.
+pub(super) fn find_or_make(on_new_identity: &OnNewIdentity, interrupt: Interrupt<'_>) -> Result<Found> {
     match look(interrupt)? {
         Some(found) => Ok(found),
-        None => make(&own_file()?, announce, interrupt),
+        None => make(&own_file()?, on_new_identity, interrupt),
     }
 }
 
@@ -75,7 +75,8 @@ fn look(interrupt: Interrupt<'_>) -> Result<Option<Found>> {
         let content = read_secret(&path, OTHERS, interrupt).map_err(|error| error.context(&place))?;
         return Found::new(content, place).map(Some);
     }
-    // A credential belongs to the service, whatever the mode says: an access control list shows as bits of the group.
+    // A credential belongs to the service, even if its mode has bits of the group, which stand for an access control
+    // list.
     if let Some(folder) = variable(CREDENTIALS_VARIABLE)
         && let Some(found) = read_if_there(&Path::new(&folder).join("vmsnap-identity"), STRANGERS, interrupt)?
     {
@@ -87,17 +88,17 @@ fn look(interrupt: Interrupt<'_>) -> Result<Option<Found>> {
     }
 }
 
-/// A variable that others define, where empty means unset.
+/// A variable of the system; an empty one counts as unset.
 fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// A variable that is set for vmsnap alone. Whoever set it meant an identity: an empty one, as of a command that failed, is not
-/// to be replaced by another one.
+/// A variable of vmsnap. An empty one is an error: it may come from a command that failed, and another identity must
+/// not be used instead.
 fn variable_of_ours(name: &str) -> Result<Option<OsString>> {
     match std::env::var_os(name) {
         Some(value) if value.is_empty() => {
-            Err(Error::invalid_argument(format!("${name} is set, but empty: set it to an identity, or unset it")))
+            Err(Error::invalid_argument(format!("${name} is set but empty; set it to an identity, or unset it")))
         }
         value => Ok(value),
     }
@@ -123,47 +124,49 @@ fn read_if_there(path: &Path, forbidden: u32, interrupt: Interrupt<'_>) -> Resul
 
 /// `$XDG_CONFIG_HOME/vmsnap/identity.txt`, or the same below `~/.config`.
 fn own_file() -> Result<PathBuf> {
-    // The specification of these folders tells to ignore a relative one.
+    // The XDG specification says to ignore a relative path.
     let set = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let config = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config"))).ok_or_else(|| {
         Error::new(
             Kind::KeyUnavailable,
-            format!("neither $XDG_CONFIG_HOME nor $HOME says where an identity may be kept: set ${FILE_VARIABLE}, or pass a key"),
+            format!(
+                "there is no place for an identity: set $XDG_CONFIG_HOME, $HOME or ${FILE_VARIABLE}, or pass a key"
+            ),
         )
     })?;
     Ok(config.join("vmsnap").join("identity.txt"))
 }
 
-/// Makes an identity at `path`, or finds the one that another process has made there meanwhile. It is announced before, so that
-/// nothing was made where that is refused.
-fn make(path: &Path, announce: &Announce, interrupt: Interrupt<'_>) -> Result<Found> {
+/// Makes an identity at `path`, or returns the one that another process has made there meanwhile. The callback comes
+/// first: if it returns an error, nothing is made.
+fn make(path: &Path, on_new_identity: &OnNewIdentity, interrupt: Interrupt<'_>) -> Result<Found> {
     let failed = |error: std::io::Error| {
-        Error::io(format!("cannot make {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)
+        Error::io(format!("cannot create {}; set ${FILE_VARIABLE}, or pass a key", place(path)), error)
     };
     let folder = path.parent().unwrap_or(path);
     let missing: Vec<_> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
-    // One process at a time, so that one alone announces it.
+    // One process at a time, so that only one calls back.
     let mut attempts = 0..100;
     let locked = loop {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
         let locked = lock(File::open(folder).map_err(failed)?, interrupt)?;
-        // The one before may have failed, and removed the folder again.
+        // The previous process may have failed and removed the directory again.
         if is_at(&locked, folder) || attempts.next().is_none() {
             break locked;
         }
     };
     let made = match read_if_there(path, OTHERS, interrupt) {
-        Ok(None) => announce.announce(path).and_then(|()| make_in(folder, &locked, path, failed, interrupt)),
+        Ok(None) => on_new_identity.call(path).and_then(|()| make_in(folder, &locked, path, failed, interrupt)),
         Ok(Some(found)) => Ok(found),
         Err(error) => Err(error),
     };
     if made.is_err() {
         for folder in missing {
-            // One that holds something by now stays.
+            // A directory that is not empty by now stays.
             let _ = std::fs::remove_dir(folder);
         }
     }
-    // At once, though a process that was forked meanwhile keeps the descriptor.
+    // Explicitly, because a process that was forked meanwhile keeps the descriptor open.
     let _ = flock(&locked, FlockOperation::Unlock);
     made
 }
@@ -177,13 +180,13 @@ fn make_in(
 ) -> Result<Found> {
     let (identity, recipient) = age::generate()?;
     let content = Zeroizing::new(age::identity_file(&identity, &recipient).into_bytes());
-    // Under a name of its own until it is whole, so that nobody reads a part of it.
+    // Under a temporary name until it is complete, so that no process reads a part of it.
     let mut number = [0; 8];
     fill_random(&mut number)?;
     let unfinished = folder.join(format!(".vmsnap-{:016x}", u64::from_ne_bytes(number)));
     let written = write_new(&unfinished, &content).and_then(|()| {
         match renameat_with(CWD, &unfinished, CWD, path, RenameFlags::NOREPLACE) {
-            // A file system that does not know how to.
+            // The file system does not support this rename.
             Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => std::fs::hard_link(&unfinished, path),
             renamed => renamed.map_err(Into::into),
         }
@@ -194,7 +197,7 @@ fn make_in(
             durability::sync_directory(locked).map_err(|errno| failed(errno.into()))?;
             Found::new(content, place(path))
         }
-        // On a file system without locks.
+        // Another process was faster, on a file system without locks.
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
             let content = read_secret(path, OTHERS, interrupt).map_err(|error| error.context(place(path)))?;
             Found::new(content, place(path))
@@ -203,7 +206,7 @@ fn make_in(
     }
 }
 
-/// Waits until nobody else has the folder locked. Some network file systems have no locks: there several may go on at once.
+/// Waits for the lock of the directory. Some network file systems have no locks, so several processes may continue.
 fn lock(folder: File, interrupt: Interrupt<'_>) -> Result<File> {
     let locked = in_background(None, interrupt, move || {
         let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockExclusive));

@@ -1,4 +1,4 @@
-//! Where age identities come from: a text or a file, read when they are needed.
+//! age identities, from a text or from a file that is read when it is needed.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,14 +12,15 @@ use crate::error::{Error, Kind, Result};
 
 const AGE_BINARY: &[u8] = b"age-encryption.org/";
 
-/// What opens snapshots that were encrypted to an age recipient: one identity or several, of age, of a plugin or an SSH key.
+/// One or more identities, which open snapshots that are encrypted to their recipients: of age, of a plugin, or an SSH
+/// key.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("vm1");
 /// # #[cfg(feature = "age")] {
 /// let (identity, recipient) = vmsnap::generate_identity()?;
-/// vmsnap::SnapshotOptions::new().recipients([recipient]).create(&path)?.write_fragment("clock", &12_u64)?;
+/// vmsnap::SnapshotOptions::new().recipients([recipient]).create_in_place(&path)?.write_fragment("clock", &12_u64)?;
 /// let options = vmsnap::SnapshotOptions::new().identities([vmsnap::Identity::text(identity)]);
 /// assert_eq!(options.open(&path)?.read_fragment::<u64>("clock")?, 12);
 /// # }
@@ -38,27 +39,28 @@ enum IdentitySource {
 }
 
 impl Identity {
-    /// The text itself: `AGE-SECRET-KEY-1…`, `AGE-PLUGIN-…`, several of them in lines, or an SSH private key.
+    /// An identity from a text: `AGE-SECRET-KEY-1…`, `AGE-PLUGIN-…`, several lines of these, or an SSH private key.
     #[must_use]
     pub fn text(text: impl Into<Zeroizing<String>>) -> Self {
         Self { source: IdentitySource::Text(Arc::new(text.into())), passphrase: None }
     }
 
-    /// A file with such a text, or one that `age -p` encrypted. Unless it is encrypted, only its owner may be able to read it; a
-    /// group may read another owner's file, and anybody one on a read-only file system, for its mode cannot be changed.
+    /// An identity from a file with such a text, or from a file that `age -p` encrypted. If the file is not encrypted,
+    /// only its owner may be able to read it. Two kinds of files are exempt, because their mode cannot be changed: the
+    /// group may read a file of another owner, and everybody a file on a read-only file system.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self { source: IdentitySource::File(path.into()), passphrase: None }
     }
 
-    /// What opens the file or SSH key itself, where that is encrypted.
+    /// Sets the passphrase of an encrypted file or SSH key.
     #[must_use]
     pub fn with_passphrase(mut self, passphrase: Passphrase) -> Self {
         self.passphrase = Some(passphrase);
         self
     }
 
-    /// Where it is from, as errors name it.
+    /// Its name in errors.
     pub(super) fn place(&self) -> String {
         match &self.source {
             IdentitySource::Text(_) => "an identity".to_owned(),
@@ -68,12 +70,12 @@ impl Identity {
 
     pub(super) fn passphrase(&self) -> Result<Arc<SecretText>> {
         let passphrase = self.passphrase.as_ref().ok_or_else(|| {
-            Error::new(Kind::KeyUnavailable, format!("{} is encrypted: give its passphrase with it", self.place()))
+            Error::new(Kind::KeyUnavailable, format!("{} is encrypted; pass its passphrase with it", self.place()))
         })?;
         passphrase.reveal()
     }
 
-    /// The bytes of it.
+    /// Reads its text.
     pub(super) fn load(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Zeroizing<Vec<u8>>> {
         let content = match &self.source {
             IdentitySource::Text(text) => Ok(Zeroizing::new(text.as_bytes().to_vec())),
@@ -92,16 +94,16 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// The text of identities without what an editor of another system adds to it: a byte order mark, line ends of two bytes, spaces
-/// around a line.
+/// The text of identities without the additions of editors: a byte order mark, line ends of two bytes, spaces around a
+/// line.
 pub(super) fn plain_text(content: Zeroizing<Vec<u8>>) -> Result<Zeroizing<Vec<u8>>> {
     if content.starts_with(AGE_BINARY) {
         return Ok(content);
     }
     if is_utf16(&content) {
-        return Err(Error::invalid_argument("it is in UTF-16: save it in UTF-8"));
+        return Err(Error::invalid_argument("it is encoded in UTF-16; save it in UTF-8"));
     }
-    // With room for all, so that it does not grow and leave a copy behind.
+    // Large enough: a vector that grows leaves copies behind.
     let mut text = Zeroizing::new(Vec::with_capacity(content.len() + 1));
     for line in without_mark(&content).split(|byte| *byte == b'\n') {
         text.extend_from_slice(line.trim_ascii());
@@ -110,12 +112,12 @@ pub(super) fn plain_text(content: Zeroizing<Vec<u8>>) -> Result<Zeroizing<Vec<u8
     Ok(text)
 }
 
-/// Whether a text begins with the byte order mark of UTF-16, in which some editors and shells save by default.
+/// Whether a text begins with the byte order mark of UTF-16, the default encoding of some editors and shells.
 pub(super) fn is_utf16(content: &[u8]) -> bool {
     content.starts_with(b"\xff\xfe") || content.starts_with(b"\xfe\xff")
 }
 
-/// A text without the byte order mark that it may have in UTF-8.
+/// A text without the byte order mark of UTF-8.
 pub(super) fn without_mark(content: &[u8]) -> &[u8] {
     content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content)
 }

@@ -1,33 +1,33 @@
-//! How a snapshot's data key is kept: the file `enc_metadata`.
+//! The wrapped data key of a snapshot: the file `enc_metadata`.
 //!
 //! ```text
-//! payload.rs           what enc_metadata holds once unwrapped: data key, snapshot id, what a reader must know
-//! raw.rs               wrapped with a 32-byte key of the caller's
-//! age.rs               wrapped by age, for recipients or with a passphrase
-//! provider.rs          wrapped by a key service of the caller's
-//! credentials.rs       which of these a caller asks for
-//! identity.rs          age identities, and the files they are in
-//! default_identity.rs  the identity of somebody who did not say which
-//! announce.rs          how the user is told of an identity that is made
+//! payload.rs           the unwrapped contents of enc_metadata: data key, snapshot id, required features
+//! raw.rs               wrapping with a 32-byte key of the caller
+//! age.rs               wrapping by age, for recipients or with a passphrase
+//! provider.rs          wrapping by a key service of the caller
+//! credentials.rs       the keys that a caller passed
+//! identity.rs          age identities and their files
+//! default_identity.rs  the identity that is used if the caller passes no key
+//! new_identity.rs      the caller's callback for a new identity
 //! recipients_file.rs   files of recipients
-//! secret_file.rs       files with secrets, and who may use them
+//! secret_file.rs       files with secrets, and the modes that they may have
 //! secret_text.rs       passphrases
-//! background.rs        work that may take long
+//! background.rs        long work in a thread of its own
 //! ```
 //!
-//! How a payload is wrapped shows in the file's first bytes.
+//! The first bytes of the file identify the wrapping.
 
 #[cfg(feature = "age")]
 mod age;
 #[cfg(not(feature = "age"))]
 #[path = "age_absent.rs"]
 mod age;
-mod announce;
 mod background;
 mod credentials;
 mod default_identity;
 #[cfg_attr(not(feature = "age"), expect(dead_code, reason = "nothing reads identities"))]
 mod identity;
+mod new_identity;
 mod payload;
 mod provider;
 mod raw;
@@ -36,10 +36,9 @@ mod recipients_file;
 mod secret_file;
 mod secret_text;
 
-#[cfg(feature = "python")]
-pub(crate) use announce::Announce;
 pub(crate) use credentials::Credentials;
 pub use identity::Identity;
+pub(crate) use new_identity::OnNewIdentity;
 pub(crate) use payload::KeyPayload;
 pub use provider::{KeyProvider, ProviderError};
 #[cfg(feature = "python")]
@@ -50,32 +49,33 @@ use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
 
-/// Larger files are no key metadata.
+/// A larger file is not valid key metadata.
 pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
 
 const AGE_PREFIX: &[u8] = b"age-encryption.org/";
 
-/// How the data key of an encrypted snapshot is kept in it, and for whom as far as it tells; [`crate::key_wrapping`] reads it.
+/// The wrapping of the data key of an encrypted snapshot, with its recipients as far as they are visible.
+/// [`crate::inspect`](fn@crate::inspect) reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyWrapping {
-    /// With a 32-byte key of the caller's.
+    /// A 32-byte key of the caller.
     RawKey,
-    /// By age, for recipients.
+    /// age recipients.
     Age {
-        /// The kind of each. Those of age's own tell nothing else; of an SSH key there is a part of the hash.
+        /// The kind of each recipient; for an SSH key, also a part of its hash.
         recipients: Vec<String>,
     },
-    /// By age, with a passphrase.
+    /// A passphrase, by age.
     Passphrase,
-    /// By a key service of the caller's.
+    /// A key service of the caller.
     KeyProvider {
-        /// What the service is called.
+        /// The name of the service.
         name: String,
     },
 }
 
-/// How the key in the contents of `enc_metadata` is wrapped. Nothing of it is authenticated.
+/// The wrapping of the key in `enc_metadata`, not authenticated.
 pub(crate) fn wrapping(wrapped: &[u8]) -> Result<KeyWrapping> {
     if raw::is_wrapped(wrapped) {
         Ok(KeyWrapping::RawKey)
@@ -86,11 +86,11 @@ pub(crate) fn wrapping(wrapped: &[u8]) -> Result<KeyWrapping> {
     } else if wrapped.starts_with(provider::PREFIX) {
         provider::name_of(wrapped).map(|name| KeyWrapping::KeyProvider { name })
     } else {
-        Err(Error::corrupt("its contents are no wrapped key of vmsnap's (damaged, or written by another program)"))
+        Err(Error::corrupt("it does not contain a wrapped vmsnap key: it is damaged, or another program wrote it"))
     }
 }
 
-/// A new age identity, and the recipient that snapshots are encrypted to for it. The first is the secret.
+/// Makes a new age identity; returns it and its recipient. The identity is the secret.
 ///
 /// # Errors
 ///
@@ -99,22 +99,23 @@ pub fn generate_identity() -> Result<(Zeroizing<String>, String)> {
     age::generate()
 }
 
-/// A file with an identity as `age-keygen` writes it: with the time and the recipient as comments.
+/// The contents of an identity file in the format of `age-keygen`, with the time and the recipient as comments.
 #[must_use]
 pub fn identity_file(identity: &str, recipient: &str) -> Zeroizing<String> {
     Zeroizing::new(age::identity_file(identity, recipient))
 }
 
-/// The recipients of an identity: what to encrypt to so that it opens the snapshot.
+/// The recipients of an identity: a snapshot that is encrypted to one of them opens with the identity.
 ///
 /// # Errors
 ///
-/// [`Error::is_invalid_argument`] where it is no identity or one of a plugin's, and as for opening a snapshot with it.
+/// [`Error::is_invalid_argument`] if it is not an identity or is an identity of a plugin, and the errors of opening a
+/// snapshot with it.
 pub fn recipients_of(identity: &Identity) -> Result<Vec<String>> {
     recipients_of_interruptible(identity, &mut || Ok(()))
 }
 
-/// [`recipients_of`], which may be interrupted.
+/// Like [`recipients_of`], with a callback that can interrupt it.
 pub(crate) fn recipients_of_interruptible(
     identity: &Identity,
     interrupt: &mut dyn FnMut() -> Result<()>,
@@ -122,7 +123,7 @@ pub(crate) fn recipients_of_interruptible(
     age::public_halves(identity, interrupt)
 }
 
-/// The contents of a file with a secret, which only its owner may be able to use.
+/// Reads a file with a secret, which only its owner may be able to use.
 #[cfg(feature = "python")]
 pub(crate) fn read_secret_file(
     path: impl AsRef<std::path::Path>,

@@ -1,4 +1,4 @@
-//! What `enc_metadata` holds once unwrapped: a CBOR map, `docs/format.md` has its keys.
+//! The unwrapped contents of `enc_metadata`: a CBOR map. `docs/format.md` describes its keys.
 
 use std::fmt;
 
@@ -17,20 +17,20 @@ const SCHEMA: Schema = Schema {
     malformed: "the key metadata is authentic but malformed",
 };
 
-/// A payload is some 130 bytes; growing the vector would leave copies of the key behind.
+/// Enough for a payload of about 130 bytes; a vector that grows would leave copies of the key behind.
 const CAPACITY_BYTES: usize = 4096;
 
 /// The secret of one snapshot.
 #[derive(Debug)]
 pub(crate) struct KeyPayload {
-    /// As they are wrapped: with keys of a later version, where there are some.
+    /// The encoded payload, with any keys of a later version.
     bytes: SecretBytes,
     data_key: SecretKey,
     snapshot_id: [u8; 16],
     sealed: bool,
 }
 
-/// What it is made of, in the order of the format.
+/// The fields to write, in the order of the format.
 #[derive(Serialize)]
 struct Fields<'a> {
     format: &'static str,
@@ -42,7 +42,7 @@ struct Fields<'a> {
     requires: [&'static str; 0],
 }
 
-/// Bytes that are wiped when they are dropped, and never shown.
+/// Bytes that are wiped when they are dropped, and that `Debug` does not show.
 pub(crate) struct SecretBytes(Zeroizing<Vec<u8>>);
 
 impl fmt::Debug for SecretBytes {
@@ -52,7 +52,7 @@ impl fmt::Debug for SecretBytes {
 }
 
 impl KeyPayload {
-    /// A new random data key, for a snapshot that is worth nothing without its manifest, or for one written in place.
+    /// A new random data key. `sealed` says whether the snapshot must have a manifest; one written in place need not.
     pub(crate) fn generate(sealed: bool) -> Result<Self> {
         let mut snapshot_id = [0; 16];
         fill_random(&mut snapshot_id)?;
@@ -87,7 +87,7 @@ impl KeyPayload {
         self.sealed
     }
 
-    /// What is to be wrapped.
+    /// The bytes to wrap.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes.0
     }
@@ -99,7 +99,7 @@ impl KeyPayload {
     }
 }
 
-/// The keys of this version.
+/// The keys of this format version.
 #[derive(Deserialize)]
 struct Body {
     #[serde(deserialize_with = "byte_string")]

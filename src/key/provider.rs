@@ -1,4 +1,4 @@
-//! A data key wrapped by a key service of the caller's: KMS, Vault, TPM.
+//! A data key wrapped by a key service of the caller: KMS, Vault, TPM.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,35 +16,36 @@ const FORMAT: &str = "vmsnap-wrapped-key";
 const VERSION: u64 = 1;
 
 const MAX_NAME_BYTES: usize = 255;
-/// KMS services return some hundred bytes.
+/// The largest wrapped key; KMS services return some hundred bytes.
 const MAX_WRAPPED_BYTES: usize = 64 << 10;
 
-/// An error of a provider's own.
+/// An error of a key provider.
 pub type ProviderError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A key service of the caller's that wraps what opens a snapshot, so that only who may use the service can open it.
+/// A key service of the caller that wraps the data key: only users of the service can open the snapshot.
 ///
-/// What it wraps is some 130 bytes and holds the snapshot's data key. It must **authenticate**: `unwrap` must fail for
-/// anything that `wrap` did not return. Both are called in a thread of their own.
+/// The payload is about 130 bytes long and contains the data key. The service must **authenticate**: `unwrap` must fail
+/// for any bytes that `wrap` did not return. Each call runs in a thread of its own.
 pub trait KeyProvider: Send + Sync {
-    /// The name of the service, which is written into the snapshot; a reader's provider has the same. Not a secret.
+    /// The name of the service. It is stored in the snapshot, and the reader's provider must have the same name. It is
+    /// not a secret.
     fn name(&self) -> &str;
 
     /// Encrypts `payload`.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong; it becomes the source of an [`Error::is_key_unavailable`].
+    /// Any error; it becomes the source of an [`Error::is_key_unavailable`].
     fn wrap(&self, payload: &[u8]) -> std::result::Result<Vec<u8>, ProviderError>;
 
-    /// Decrypts what `wrap` returned.
+    /// Decrypts bytes that `wrap` returned.
     ///
     /// # Errors
     ///
-    /// As `wrap`.
+    /// Any error; it becomes the source of an [`Error::is_key_unavailable`].
     fn unwrap(&self, wrapped: &[u8]) -> std::result::Result<Vec<u8>, ProviderError>;
 
-    /// How long it may take to answer.
+    /// The time limit of each call.
     fn timeout(&self) -> Duration {
         Duration::from_secs(60)
     }
@@ -72,13 +73,16 @@ pub(super) fn wrap(
     let wrapped = call(provider, &name, interrupt, move |provider| provider.wrap(&content))?;
     let refused = |reason: &str| Err(Error::new(Kind::KeyUnavailable, format!("the key service {name:?} {reason}")));
     if wrapped.is_empty() {
-        return refused("returned nothing as the wrapped key");
+        return refused("returned an empty wrapped key");
     }
     if wrapped.len() > MAX_WRAPPED_BYTES {
-        return refused(&format!("returned {} bytes as the wrapped key, more than {MAX_WRAPPED_BYTES}", wrapped.len()));
+        return refused(&format!(
+            "returned a wrapped key of {} bytes; the limit is {MAX_WRAPPED_BYTES}",
+            wrapped.len()
+        ));
     }
     if wrapped.windows(secret.len()).any(|part| part == secret) {
-        return refused("returned the key as it is, and not wrapped");
+        return refused("returned the key unwrapped");
     }
     let envelope = Envelope { format: FORMAT.to_owned(), version: VERSION, provider: name, wrapped };
     let mut file = PREFIX.to_vec();
@@ -97,7 +101,7 @@ pub(super) fn unwrap(
     if envelope.provider != name {
         return Err(Error::new(
             Kind::KeyUnavailable,
-            format!("its key is wrapped by the key service {:?}, and {name:?} was passed", envelope.provider),
+            format!("its key is wrapped by the key service {:?}, but {name:?} was passed", envelope.provider),
         ));
     }
     call(provider, &name, interrupt, move |provider| provider.unwrap(&envelope.wrapped)).map(Zeroizing::new)
@@ -109,8 +113,7 @@ pub(super) fn name_of(file: &[u8]) -> Result<String> {
 }
 
 fn parse(file: &[u8]) -> Result<Envelope> {
-    let malformed =
-        |error: &dyn std::fmt::Display| Error::corrupt(format!("it is no wrapped key of vmsnap's: {error}"));
+    let malformed = |error: &dyn std::fmt::Display| Error::corrupt(format!("it is not a wrapped vmsnap key: {error}"));
     let content = file.strip_prefix(PREFIX).unwrap_or_default();
     strict_cbor::check(content).map_err(|error| malformed(&error))?;
     let envelope: Envelope = ciborium::from_reader(content).map_err(|error| malformed(&error))?;
@@ -121,7 +124,7 @@ fn parse(file: &[u8]) -> Result<Envelope> {
         return Err(Error::new(
             Kind::Unsupported,
             format!(
-                "its key is wrapped in version {}, which this version of vmsnap does not know: use a newer one",
+                "its key is wrapped in version {}, which this version of vmsnap does not support; install a newer one",
                 envelope.version
             ),
         ));
@@ -133,7 +136,7 @@ fn checked_name(provider: &SharedProvider) -> Result<String> {
     let name = provider.name();
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
         return Err(Error::invalid_argument(format!(
-            "the name of a key service is a text of 1 to {MAX_NAME_BYTES} bytes without control characters, not {name:?}"
+            "the name of a key service must have 1 to {MAX_NAME_BYTES} bytes and no control characters, not {name:?}"
         )));
     }
     Ok(name.to_owned())
@@ -148,7 +151,7 @@ fn call(
     let timeout = provider.timeout();
     let shared = Arc::clone(provider);
     let unavailable =
-        |what: String| format!("the key service {name:?} {what}: see whether it can be reached, and may be used");
+        |what: String| format!("the key service {name:?} {what}; check that it is reachable and that you may use it");
     match in_background(Some(timeout), interrupt, move || work(&*shared))? {
         Some(Ok(answer)) => Ok(answer),
         Some(Err(error)) => {

@@ -1,11 +1,11 @@
-//! A data key wrapped with a 32-byte key of the caller's: one FLOE message.
+//! A data key wrapped with a 32-byte key of the caller: one FLOE message.
 
 use zeroize::Zeroizing;
 
 use crate::cipher::{SecretKey, decrypt_message, encrypt_message, message_prefix};
 use crate::error::Result;
 
-/// Segments of 1056 bytes.
+/// The chunk size; segments have 1056 bytes.
 const CHUNK_SIZE_BYTES: usize = 1024;
 const AAD: &[u8] = b"vmsnap/1/key";
 

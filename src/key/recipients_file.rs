@@ -1,4 +1,4 @@
-//! Files of recipients, as `age -R` reads them: a line each.
+//! Files of recipients, one per line, in the format of `age -R`.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use super::secret_file;
 use super::{age, identity};
 use crate::error::{Error, Result};
 
-/// Why a text is not a recipient that can be used.
+/// The reason why a text is not a usable recipient.
 #[cfg_attr(not(feature = "age"), expect(dead_code, reason = "nothing is parsed"))]
 pub(super) enum NoRecipient {
-    /// It is an identity, and so a secret.
+    /// It is an identity, which is a secret.
     Identity,
     Malformed,
     /// It is an SSH key that age cannot encrypt to; the text says why.
@@ -20,22 +20,21 @@ pub(super) enum NoRecipient {
 }
 
 pub(super) const IS_IDENTITY: &str =
-    "is an identity (AGE-…), a secret, and not the recipient (age1…) that belongs to it";
+    "is an identity (AGE-…), which is secret; pass the recipient (age1…) that belongs to it";
 pub(super) const IS_MALFORMED: &str =
     "is not an age recipient: expected age1… or an SSH public key (ssh-ed25519 AAAA…, ssh-rsa AAAA…)";
 
-/// What is in a file of recipients.
+/// The contents of a file of recipients.
 pub(crate) struct RecipientsFile {
-    /// One at least.
+    /// At least one recipient.
     pub(crate) recipients: Vec<String>,
-    /// What to warn of: lines with SSH keys that age cannot encrypt to.
+    /// Warnings: lines with SSH keys that age does not support.
     pub(crate) ignored: Vec<String>,
 }
 
 impl RecipientsFile {
-    /// Reads a file of recipients. Empty lines, comments after `#` and those of SSH keys are left out, as is a valid SSH key of
-    /// another type than age encrypts to, which `age -R` ignores as well. That nothing is left is an error: a snapshot for nobody
-    /// is not what was asked for.
+    /// Reads a file of recipients. It skips empty lines, comments after `#`, comments of SSH keys and, like `age -R`,
+    /// valid SSH keys of a type that age does not support. If no recipient is left, that is an error.
     pub(crate) fn read(path: impl AsRef<Path>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let path = path.as_ref();
         let content = secret_file::read(path, interrupt).and_then(|content| Self::parse(&content));
@@ -44,7 +43,7 @@ impl RecipientsFile {
 
     fn parse(content: &[u8]) -> Result<Self> {
         if identity::is_utf16(content) {
-            return Err(Error::invalid_argument("the file is in UTF-16: save it in UTF-8"));
+            return Err(Error::invalid_argument("the file is encoded in UTF-16; save it in UTF-8"));
         }
         let text = String::from_utf8_lossy(identity::without_mark(content));
         let (mut recipients, mut ignored) = (Vec::new(), Vec::new());
@@ -54,7 +53,7 @@ impl RecipientsFile {
             if recipient.is_empty() {
                 continue;
             }
-            // Never quoted: it may be the wrong file, and confidential.
+            // An error never quotes the line: it may be from the wrong file, and confidential.
             match age::check_recipient(&recipient) {
                 Ok(()) => recipients.push(recipient),
                 Err(NoRecipient::Unusable(why)) => ignored.push(format!("line {number} is ignored: {why}")),
@@ -72,13 +71,13 @@ impl RecipientsFile {
             return Ok(Self { recipients, ignored });
         }
         Err(Error::invalid_argument(match ignored.first() {
-            None => "the file contains no recipients; write one a line into it (age1… or an SSH public key)".to_owned(),
-            Some(first) => format!("the file contains no recipients that age can encrypt to; {first}"),
+            None => "the file contains no recipients; write one per line (age1… or an SSH public key)".to_owned(),
+            Some(first) => format!("the file contains no recipients that age supports; {first}"),
         }))
     }
 }
 
-/// A recipient of age's ends before `#`; of an SSH key there are the type and the key before its comment.
+/// A line without its comment: an age recipient ends before `#`, an SSH key after its type and key.
 fn without_comment(line: &str) -> String {
     let line = line.trim();
     if line.starts_with('#') {
@@ -123,7 +122,7 @@ mod tests {
         for (text, said) in [
             (String::new(), "contains no recipients; "),
             ("# a\n\n  # b\r\n".to_owned(), "contains no recipients; "),
-            (format!("\n{ECDSA}\n"), "contains no recipients that age can encrypt to; line 2 is ignored: "),
+            (format!("\n{ECDSA}\n"), "contains no recipients that age supports; line 2 is ignored: "),
             (format!("{AGE}\nhunter2\n"), "line 2 is not an age recipient: expected age1"),
             (format!("{AGE} hunter2"), "line 1 is not an age recipient"),
             (format!("{AGE}\nAGE-SECRET-KEY-1HUNTER2"), "line 2 is an identity"),

@@ -1,4 +1,4 @@
-//! Files with secrets: read as a whole, and refused where others than their owner may use them.
+//! Files with secrets: read completely, and refused if other users may read or change them.
 
 use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Read};
@@ -13,14 +13,14 @@ use super::identity::is_encrypted;
 use crate::error::{Error, Kind, Result};
 use crate::threads::INTERRUPT_INTERVAL;
 
-/// As in age, for identities and recipients.
+/// The limit of age for identity and recipient files.
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
-/// Bits of the mode that let others than the owner read or write.
+/// The mode bits that let other users than the owner read or write.
 pub(super) const OTHERS: u32 = 0o077;
-/// Bits of the mode that let strangers read or write: a file that belongs to root may be meant for a group.
+/// The mode bits that let users outside the group read or write. A file of root may be meant for a group.
 pub(super) const STRANGERS: u32 = 0o007;
-/// Bits of the mode that let others than the owner write.
+/// The mode bits that let other users than the owner write.
 const OTHERS_WRITE: u32 = 0o022;
 
 /// Reads a file, or a pipe until its other end is closed.
@@ -28,11 +28,11 @@ pub(super) fn read(path: &Path, interrupt: &mut dyn FnMut() -> Result<()>) -> Re
     read_opened(path, interrupt).map(|(_, _, content)| content)
 }
 
-/// Reads a file with secrets. `forbidden` are the bits that its mode must not have, unless it is encrypted itself.
+/// Reads a file with secrets. Its mode must not have the bits `forbidden`, unless the file itself is encrypted.
 ///
-/// A mode says nothing about a pipe, which is in nobody's way. Where the caller cannot change the mode, as is usual for what an
-/// orchestrator or a service manager provides, less is asked for: on a read-only file system (secrets of Kubernetes, credentials
-/// of systemd) that nobody else may write; of another owner's file that nobody but a group may use it.
+/// The mode of a pipe does not matter. The check is relaxed if the caller cannot change the mode, which is usual for
+/// secrets of an orchestrator or a service manager: everybody may read a file on a read-only file system (secrets of
+/// Kubernetes, credentials of systemd), and the group may read a file of another owner.
 pub(crate) fn read_secret(
     path: &Path,
     forbidden: u32,
@@ -45,8 +45,8 @@ pub(crate) fn read_secret(
         return Err(Error::new(
             Kind::KeyUnavailable,
             format!(
-                "others may use it (mode {mode:04o}): chmod 600 '{path}', or where that is not possible give its content \
-                 instead, in a shell as <(cat '{path}')"
+                "other users may read or change it (mode {mode:04o}): chmod 600 '{path}'; if that is not possible, \
+                 pass its contents, in a shell as <(cat '{path}')"
             ),
         ));
     }
@@ -54,7 +54,7 @@ pub(crate) fn read_secret(
 }
 
 fn forbidden_bits(file: &File, metadata: &Metadata, forbidden: u32) -> u32 {
-    // The file that was opened is asked, not its path, which may be another file by now.
+    // Ask for the open file, because its path may lead to another file by now.
     let is_read_only = fstatvfs(file).is_ok_and(|file_system| file_system.f_flag.contains(StatVfsMountFlags::RDONLY));
     if is_read_only {
         forbidden & OTHERS_WRITE
@@ -67,14 +67,14 @@ fn forbidden_bits(file: &File, metadata: &Metadata, forbidden: u32) -> u32 {
 
 fn read_opened(path: &Path, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<(File, Metadata, Zeroizing<Vec<u8>>)> {
     let failed = |error| Error::io("cannot be read", error);
-    // Non-blocking: opening a FIFO that nobody writes to would wait for ever.
+    // Non-blocking: opening a FIFO without a writer would block forever.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if metadata.is_dir() {
         return Err(Error::io("cannot be read", rustix::io::Errno::ISDIR));
     }
-    // One byte more than there is, so that the vector does not grow and leave a copy behind.
+    // One byte more than the file, because a vector that grows leaves copies behind.
     let room = if metadata.is_file() { metadata.len().min(MAX_FILE_BYTES) } else { MAX_FILE_BYTES } + 1;
     let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(room).unwrap_or_default()));
     let mut limited = (&file).take(room);
@@ -90,17 +90,17 @@ fn read_opened(path: &Path, interrupt: &mut dyn FnMut() -> Result<()>) -> Result
     }
     if u64::try_from(content.len()).is_ok_and(|length| length > MAX_FILE_BYTES) {
         return Err(Error::invalid_argument(format!(
-            "has more than {MAX_FILE_BYTES} bytes, too many for a file of keys"
+            "is larger than {MAX_FILE_BYTES} bytes, too large for a file of keys"
         )));
     }
     Ok((file, metadata, content))
 }
 
-/// Waits until there is something to read, for a moment.
+/// Waits for input, but only for a moment.
 fn wait(file: &File) -> std::io::Result<()> {
     let timeout = Timespec { tv_sec: 0, tv_nsec: INTERRUPT_INTERVAL.subsec_nanos().into() };
     match wait_for(&mut [PollFd::new(file, PollFlags::IN)], Some(&timeout)) {
-        // A signal: what it is to do is asked next.
+        // After a signal, the caller checks the interrupt next.
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(errno) => Err(errno.into()),
     }

@@ -1,4 +1,4 @@
-//! Passphrases, and other secrets that are text.
+//! Passphrases and other secret texts.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::error::{Error, Kind, Result};
 /// A text that is wiped when it is dropped.
 pub(crate) type SecretText = Zeroizing<String>;
 
-/// A passphrase, or what asks for one when it is needed. Never shown by `Debug`.
+/// A passphrase, or a function that returns one when it is needed. `Debug` does not show it.
 ///
 /// ```
 /// let options = vmsnap::SnapshotOptions::new().passphrase("correct horse battery staple".into());
@@ -26,11 +26,11 @@ enum PassphraseSource {
 }
 
 impl Passphrase {
-    /// Calls `ask` whenever the passphrase is needed: not where the snapshot is wrapped otherwise.
+    /// A passphrase from the function `ask`, which is called only if the passphrase is needed.
     pub fn ask(ask: impl Fn() -> std::io::Result<String> + Send + Sync + 'static) -> Self {
         Self::ask_for(move || match ask() {
             Ok(text) => Ok(Zeroizing::new(text)),
-            Err(error) => Err(Error::with_source(Kind::KeyUnavailable, "the passphrase could not be asked for", error)),
+            Err(error) => Err(Error::with_source(Kind::KeyUnavailable, "asking for the passphrase failed", error)),
         })
     }
 

@@ -23,7 +23,7 @@ const MAX_CACHED_READ_BYTES: usize = 256 << 10;
 /// let options = SnapshotOptions::new();
 /// let mut ram = vec![0; 1 << 20];
 /// ram[0x1000..0x1004].copy_from_slice(b"boot");
-/// options.create(&path)?.write_memory(&[GuestRegion::new(0, &ram)], &MemoryOptions::new())?;
+/// options.create_in_place(&path)?.write_memory(&[GuestRegion::new(0, &ram)], &MemoryOptions::new())?;
 ///
 /// let memory = options.open(&path)?.memory()?;
 /// let mut word = [0; 4];
@@ -69,8 +69,8 @@ impl SnapshotReader {
             return error;
         }
         let place = match self.namespace_path() {
-            "" => self.root().display().to_string(),
-            namespace => format!("the namespace {namespace:?} of {}", self.root().display()),
+            "" => self.location().display().to_string(),
+            namespace => format!("the namespace {namespace:?} of {}", self.location().display()),
         };
         let text = format!("{place} contains no guest memory, because it has no fragment {METADATA:?}");
         Error::io(text, rustix::io::Errno::NOENT)

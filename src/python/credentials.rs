@@ -13,7 +13,7 @@ use super::buffer;
 use super::call::interruptible;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind};
-use crate::key::{self, Announce, RecipientsFile};
+use crate::key::{self, RecipientsFile};
 use crate::key_metadata;
 use crate::options::SnapshotOptions;
 use crate::{Identity, KeyProvider, Passphrase, ProviderError};
@@ -35,13 +35,13 @@ impl Credentials {
         identities: Option<Vec<IdentityArguments<'_>>>,
         passphrase: Option<&Bound<'_, PyAny>>,
         key_provider: Option<&Bound<'_, PyAny>>,
-        announce: Option<Py<PyAny>>,
+        on_new_identity: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let mut options = SnapshotOptions::new().encrypt(encrypt);
-        if let Some(announce) = announce {
-            options.credentials.announce = Announce::by(move |text| {
-                Python::attach(|py| announce.call1(py, (text,))).map(drop).map_err(|error| {
-                    Error::with_source(Kind::KeyUnavailable, "the new identity could not be announced", Raised(error))
+        if let Some(callback) = on_new_identity {
+            options = options.on_new_identity(move |path| {
+                Python::attach(|py| callback.call1(py, (path,))).map(drop).map_err(|error| {
+                    Error::with_source(Kind::KeyUnavailable, "the new identity could not be reported", Raised(error))
                 })
             });
         }
@@ -198,8 +198,8 @@ pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
 
 /// Wraps the data key of a snapshot again, with other keys.
 #[pyfunction]
-pub(super) fn rekey(py: Python<'_>, root: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<()> {
-    interruptible(py, |interrupt| key_metadata::rekey_interruptible(root, &old.0, &new.0, interrupt))
+pub(super) fn rekey(py: Python<'_>, location: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<()> {
+    interruptible(py, |interrupt| key_metadata::rekey_interruptible(location, &old.0, &new.0, interrupt))
 }
 
 /// Returns a new identity and its recipient.

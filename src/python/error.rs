@@ -9,11 +9,12 @@ use crate::error::Error;
 mod exceptions {
     pyo3::import_exception!(vmsnap.errors, AuthenticationError);
     pyo3::import_exception!(vmsnap.errors, CorruptSnapshotError);
-    pyo3::import_exception!(vmsnap.errors, FragmentStateError);
     pyo3::import_exception!(vmsnap.errors, InvalidArgumentError);
     pyo3::import_exception!(vmsnap.errors, KeyUnavailableError);
     pyo3::import_exception!(vmsnap.errors, NotEncryptedError);
     pyo3::import_exception!(vmsnap.errors, NotSealedError);
+    pyo3::import_exception!(vmsnap.errors, SealedError);
+    pyo3::import_exception!(vmsnap.errors, StateError);
     pyo3::import_exception!(vmsnap.errors, UnsupportedFormatError);
     pyo3::import_exception!(vmsnap.errors, VmsnapError);
 }
@@ -21,8 +22,8 @@ mod exceptions {
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         use exceptions::{
-            AuthenticationError, CorruptSnapshotError, FragmentStateError, InvalidArgumentError, KeyUnavailableError,
-            NotEncryptedError, NotSealedError, UnsupportedFormatError, VmsnapError,
+            AuthenticationError, CorruptSnapshotError, InvalidArgumentError, KeyUnavailableError, NotEncryptedError,
+            NotSealedError, SealedError, StateError, UnsupportedFormatError, VmsnapError,
         };
         let raised = Python::attach(|py| raised(py, &error));
         let cause = match raised {
@@ -57,7 +58,9 @@ impl From<Error> for PyErr {
         } else if error.is_unsupported_format() {
             UnsupportedFormatError::new_err(text)
         } else if error.is_state() {
-            FragmentStateError::new_err(text)
+            StateError::new_err(text)
+        } else if error.is_sealed() {
+            SealedError::new_err(text)
         } else if error.is_interrupted() {
             // Reached only if the exception that interrupted the work is missing; otherwise that is raised instead.
             PyRuntimeError::new_err(text)

@@ -14,7 +14,7 @@
 //! staging.rs          StagedSnapshot, seal, clean, verify
 //! memory.rs           GuestMemory, write_memory
 //! process.rs          ProcessMemory, ProcessRange, StoppedProcess
-//! outline.rs          key_wrapping, outline
+//! inspect.rs          inspect, key_wrapping
 //! ```
 
 mod buffer;
@@ -23,8 +23,8 @@ mod credentials;
 mod error;
 mod fragment;
 mod fragment_reader;
+mod inspect;
 mod memory;
-mod outline;
 mod process;
 mod reader;
 mod slot;
@@ -52,9 +52,9 @@ mod _vmsnap {
     #[pymodule_export]
     use super::fragment_reader::FragmentReader;
     #[pymodule_export]
-    use super::memory::{GuestMemory, write_memory};
+    use super::inspect::{inspect, key_wrapping};
     #[pymodule_export]
-    use super::outline::{key_wrapping, outline};
+    use super::memory::{GuestMemory, write_memory};
     #[pymodule_export]
     use super::process::{ProcessMemory, ProcessRange, StoppedProcess};
     #[pymodule_export]

@@ -1,5 +1,6 @@
 //! `_vmsnap.SnapshotReader`.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -20,14 +21,14 @@ impl SnapshotReader {
     #[new]
     fn new(
         py: Python<'_>,
-        root: PathBuf,
+        location: PathBuf,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         require_sealed: bool,
         expect_seal_digest: Option<&[u8]>,
     ) -> PyResult<Self> {
         let options = sealed_options(options(credentials, threads)?, require_sealed, expect_seal_digest)?;
-        Ok(Self(interruptible(py, |interrupt| options.open_interruptible(root, interrupt))?))
+        Ok(Self(interruptible(py, |interrupt| options.open_interruptible(location, interrupt))?))
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {
@@ -79,8 +80,8 @@ impl SnapshotReader {
     }
 
     #[getter]
-    fn root(&self) -> PathBuf {
-        self.0.root().to_owned()
+    fn location(&self) -> &OsStr {
+        self.0.location().as_os_str()
     }
 
     #[getter]

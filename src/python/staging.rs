@@ -1,5 +1,6 @@
 //! `_vmsnap.StagedSnapshot`, `seal`, `clean` and `verify`.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -22,7 +23,7 @@ fn id(py: Python<'_>, seal: SealId) -> Id<'_> {
 pub(super) struct StagedSnapshot {
     slot: Slot<crate::StagedSnapshot>,
     writer: crate::SnapshotWriter,
-    path: PathBuf,
+    location: PathBuf,
 }
 
 #[pymethods]
@@ -30,20 +31,20 @@ impl StagedSnapshot {
     #[new]
     fn new(
         py: Python<'_>,
-        path: PathBuf,
+        location: PathBuf,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
         durable: bool,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
-        let staged = interruptible(py, |interrupt| options.stage_interruptible(path, interrupt))?;
-        Ok(Self { writer: staged.writer().clone(), path: staged.path().to_owned(), slot: Slot::new(staged) })
+        let staged = interruptible(py, |interrupt| options.create_interruptible(location, interrupt))?;
+        Ok(Self { writer: staged.writer().clone(), location: staged.location().to_owned(), slot: Slot::new(staged) })
     }
 
     #[getter]
-    fn path(&self) -> PathBuf {
-        self.path.clone()
+    fn location(&self) -> &OsStr {
+        self.location.as_os_str()
     }
 
     #[getter]
@@ -66,13 +67,13 @@ impl StagedSnapshot {
 #[pyfunction]
 pub(super) fn seal<'py>(
     py: Python<'py>,
-    root: PathBuf,
+    location: PathBuf,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     durable: bool,
 ) -> PyResult<Id<'py>> {
     let options = options(credentials, threads)?.durable(durable);
-    Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(root, interrupt))?))
+    Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(location, interrupt))?))
 }
 
 /// Returns the directories that were removed, and those that are still in use.
@@ -89,13 +90,13 @@ type VerifyReport<'py> =
 #[pyfunction]
 pub(super) fn verify<'py>(
     py: Python<'py>,
-    root: PathBuf,
+    location: PathBuf,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     expect_seal_digest: Option<&[u8]>,
 ) -> PyResult<VerifyReport<'py>> {
     let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
-    let report = interruptible(py, |interrupt| options.verify_interruptible(root, interrupt))?;
+    let report = interruptible(py, |interrupt| options.verify_interruptible(location, interrupt))?;
     let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
     let row = |Problem { path, kind, text }| (path, kind.to_string(), text);
     Ok((

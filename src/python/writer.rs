@@ -1,5 +1,6 @@
 //! `_vmsnap.SnapshotWriter`.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -25,25 +26,25 @@ impl SnapshotWriter {
     #[new]
     fn new(
         py: Python<'_>,
-        root: PathBuf,
+        location: PathBuf,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        Ok(interruptible(py, |interrupt| options.create_interruptible(root, interrupt))?.into())
+        Ok(interruptible(py, |interrupt| options.create_in_place_interruptible(location, interrupt))?.into())
     }
 
     #[staticmethod]
     fn open(
         py: Python<'_>,
-        root: PathBuf,
+        location: PathBuf,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
     ) -> PyResult<Self> {
         let options = options(credentials, threads)?.format(parse_format(format)?);
-        Ok(interruptible(py, |interrupt| options.append_interruptible(root, interrupt))?.into())
+        Ok(interruptible(py, |interrupt| options.append_interruptible(location, interrupt))?.into())
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str, chunk_size_bytes: &Bound<'_, PyAny>) -> PyResult<Fragment> {
@@ -65,8 +66,8 @@ impl SnapshotWriter {
     }
 
     #[getter]
-    fn root(&self) -> PathBuf {
-        self.writer.root().to_owned()
+    fn location(&self) -> &OsStr {
+        self.writer.location().as_os_str()
     }
 
     #[getter]

@@ -1,19 +1,20 @@
-//! CBOR (RFC 8949) that every decoder understands alike and that harms none.
+//! A check for CBOR (RFC 8949) that every decoder understands in the same way, and that harms none.
 
 use super::hashes;
 use super::malformed::{MAX_DEPTH, Malformed};
 
-/// Keys that are arrays, tagged or sets can be made to have one hash value, so that each is compared with all others of its
-/// map, byte by byte: numbers cannot, of which 16 at most share one. This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.
+/// The limit of comparisons of keys. An attacker can choose keys that are arrays, tagged values or sets so that all
+/// have the same hash value; each is then compared with all others of its map, byte by byte. (At most 16 numbers share
+/// a hash value.) This many comparisons take seconds: ten thousand such keys of 20 bytes in one map.
 const MAX_KEY_COMPARISONS: u64 = 2_000_000_000;
 
-/// Lists that an array without elements becomes: nothing else bounds them.
+/// The limit of rows of an array without elements, which nothing else bounds.
 const MAX_EMPTY_ROWS: u64 = 1 << 20;
 
-/// Checks that `bytes` are one well-formed item, with no other tags than vmsnap's, no simple values but false, true and
-/// null, and keys that can be told apart.
+/// Checks that `bytes` are one well-formed item, with no other tags than vmsnap's, no other simple values than false,
+/// true and null, and hashable keys.
 ///
-/// Twice the same key is for the decoder to find: what is the same depends on its types.
+/// The decoder finds duplicate keys, because equality depends on its types.
 pub(super) fn check(bytes: &[u8]) -> Result<(), Malformed> {
     let mut scanner = Scanner { bytes, at: 0, key_comparisons: 0 };
     scanner.item(1, Role::Value)?;
@@ -27,7 +28,7 @@ enum Role {
     Key,
 }
 
-/// The first bytes of an item: major type, and what follows from the rest of them.
+/// The head of an item: its major type and argument.
 #[derive(Clone, Copy)]
 struct Head {
     start: usize,
@@ -38,16 +39,16 @@ struct Head {
 #[derive(Clone, Copy)]
 enum Argument {
     Number(u64),
-    /// Ends with a break.
+    /// The item ends with a break.
     Indefinite,
 }
 
-/// The keys of one map, or members of one set, whose hash values can be chosen.
+/// The keys of one map, or members of one set, whose hash values an attacker can choose.
 #[derive(Default)]
 struct Collidable {
-    /// Of the numbers, as Python's hash values.
+    /// The hash values of numbers in Python.
     numbers: Vec<u64>,
-    /// The arrays, tagged and sets, and how long they are in all.
+    /// The number of arrays, tagged values and sets, and their total length.
     composed: u64,
     composed_bytes: u64,
 }
@@ -68,7 +69,7 @@ impl<'a> Scanner<'a> {
             .bytes
             .get(self.at..)
             .and_then(|rest| rest.get(..count))
-            .ok_or_else(|| Malformed::new(self.bytes.len(), "it is cut off"))?;
+            .ok_or_else(|| Malformed::new(self.bytes.len(), "it is truncated"))?;
         self.at += count;
         Ok(taken)
     }
@@ -84,7 +85,7 @@ impl<'a> Scanner<'a> {
                 Argument::Number(bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
             }
             31 if matches!(major, 2..=5 | 7) => Argument::Indefinite,
-            _ => return Err(Malformed::new(start, format!("no item begins with the byte {first:#04x}"))),
+            _ => return Err(Malformed::new(start, format!("the byte {first:#04x} does not begin an item"))),
         };
         Ok(Head { start, major, argument })
     }
@@ -110,28 +111,31 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// The bytes of a string, in one piece or several; returns how many there are.
+    /// Scans the bytes of a string, which may consist of several parts; returns their number.
     fn string(&mut self, head: &Head, good: impl Fn(&[u8]) -> bool) -> Result<usize, Malformed> {
-        let piece = |scanner: &mut Self, start: usize, length: u64| {
+        let part = |scanner: &mut Self, start: usize, length: u64| {
             let bytes = usize::try_from(length).ok().filter(|length| *length <= scanner.left()).ok_or_else(|| {
                 let left = scanner.left();
-                Malformed::new(start, format!("a string declares {length} bytes, and {left} are left"))
+                Malformed::new(start, format!("a string declares {length} bytes, but only {left} are left"))
             });
             let bytes = scanner.take(bytes?)?;
             if good(bytes) { Ok(bytes.len()) } else { Err(Malformed::new(start, "a text is not UTF-8")) }
         };
         match head.argument {
-            Argument::Number(length) => piece(self, head.start, length),
+            Argument::Number(length) => part(self, head.start, length),
             Argument::Indefinite => {
                 let mut total = 0;
                 loop {
                     match self.head()? {
                         Head { major: 7, argument: Argument::Indefinite, .. } => return Ok(total),
                         Head { start, major, argument: Argument::Number(length) } if major == head.major => {
-                            total += piece(self, start, length)?;
+                            total += part(self, start, length)?;
                         }
                         other => {
-                            return Err(Malformed::new(other.start, "a piece of a string is no string of its kind"));
+                            return Err(Malformed::new(
+                                other.start,
+                                "a part of a string is not a string of the same kind",
+                            ));
                         }
                     }
                 }
@@ -177,7 +181,7 @@ impl<'a> Scanner<'a> {
                 collidable.composed += 1;
                 collidable.composed_bytes += u64::try_from(self.at - head.start).unwrap_or(u64::MAX);
             }
-            // The hash value of a string is keyed anew in every process.
+            // The hash value of a string has another random key in every process.
             _ => {}
         }
         Ok(())
@@ -187,15 +191,18 @@ impl<'a> Scanner<'a> {
         let Collidable { numbers, composed, composed_bytes } = collidable;
         self.key_comparisons = self.key_comparisons.saturating_add(composed.saturating_mul(*composed_bytes));
         if self.key_comparisons > MAX_KEY_COMPARISONS {
-            return Err(Malformed::new(start, format!("{composed} keys of it are arrays, tagged or sets: too many")));
+            return Err(Malformed::new(
+                start,
+                format!("too many of its keys ({composed}) are arrays, tagged values or sets"),
+            ));
         }
         if hashes::crowded(numbers) {
-            return Err(Malformed::new(start, "its keys are numbers chosen to have hash values that collide"));
+            return Err(Malformed::new(start, "its keys are numbers whose hash values collide"));
         }
         Ok(())
     }
 
-    /// The members of a container, of `items` items each; `member` gets the head of the first.
+    /// Scans the members of a container. Each consists of `items` items; `member` gets the head of the first.
     fn members(
         &mut self,
         start: usize,
@@ -205,13 +212,13 @@ impl<'a> Scanner<'a> {
     ) -> Result<(), Malformed> {
         match *argument {
             Argument::Number(count) => {
-                // Before anybody makes room for them: no item is shorter than a byte.
+                // Before a decoder allocates memory for them: each item has at least one byte.
                 let left = self.left();
                 if u64::try_from(left).is_ok_and(|left| count > left / items) {
                     let what = if items == 1 { "items" } else { "pairs" };
                     return Err(Malformed::new(
                         start,
-                        format!("a container declares {count} {what}, and {left} bytes are left"),
+                        format!("a container declares {count} {what}, but only {left} bytes are left"),
                     ));
                 }
                 (0..count).try_for_each(|_| {
@@ -264,12 +271,12 @@ impl<'a> Scanner<'a> {
                     if length % size == 0 { Ok(()) } else { wrong(&format!("elements of {size} bytes")) }
                 }
                 (Some(_), _) => wrong("a byte string"),
-                (None, _) => Err(Malformed::new(start, format!("tag {tag} is none that vmsnap knows"))),
+                (None, _) => Err(Malformed::new(start, format!("tag {tag} is unknown"))),
             },
         }
     }
 
-    /// What tag 40 is on: dimensions, and a typed array. How many elements there are is for the decoder to compare.
+    /// Scans the contents of tag 40: dimensions and a typed array. The decoder compares the number of elements.
     fn shaped(&mut self, head: &Head, depth: usize) -> Result<(), Malformed> {
         let mut index = 0;
         self.members(head.start, &head.argument, 1, |scanner, part| {
@@ -279,7 +286,7 @@ impl<'a> Scanner<'a> {
                 (2, 6, Argument::Number(tag)) if element_bytes(*tag).is_some() => {
                     scanner.tagged(part.start, *tag, depth + 1, Role::Value)
                 }
-                _ => Err(Malformed::new(part.start, "a shaped array is not one of dimensions and a typed array")),
+                _ => Err(Malformed::new(part.start, "a shaped array does not consist of dimensions and a typed array")),
             }
         })?;
         if index == 2 { Ok(()) } else { Err(Malformed::new(head.start, "a shaped array lacks its elements")) }
@@ -293,7 +300,7 @@ impl<'a> Scanner<'a> {
                 rows = rows.saturating_mul(size.max(1));
                 Ok(())
             }
-            _ => Err(Malformed::new(dimension.start, "a dimension is no unsigned integer")),
+            _ => Err(Malformed::new(dimension.start, "a dimension is not an unsigned integer")),
         })?;
         if is_empty && rows > MAX_EMPTY_ROWS {
             return Err(Malformed::new(start, format!("an array without elements has {rows} rows")));
@@ -312,12 +319,12 @@ impl<'a> Scanner<'a> {
                     Ok(())
                 }
             }
-            (Argument::Indefinite, _) => Err(Malformed::new(start, "a break ends nothing")),
-            _ => Err(Malformed::new(start, "a simple value is none of false, true and null")),
+            (Argument::Indefinite, _) => Err(Malformed::new(start, "a break is at the wrong place")),
+            _ => Err(Malformed::new(start, "a simple value is not false, true or null")),
         }
     }
 
-    /// The float whose head began at `start` and has just been read. Its argument is its bits; how many shows in the length.
+    /// The float whose head began at `start` and has just been read. The length of the head gives the number of bits.
     fn float(&self, start: usize, bits: u64) -> Option<f64> {
         match self.at - start {
             3 => u16::try_from(bits).ok().map(half),
@@ -340,7 +347,7 @@ fn half(bits: u16) -> f64 {
     };
     if bits & 0x8000 == 0 { magnitude } else { -magnitude }
 }
-/// Bytes of an element of a typed array: RFC 8746, 2.1, without its 128-bit floats.
+/// The size of an element of a typed array: RFC 8746, 2.1, without its 128-bit floats.
 fn element_bytes(tag: u64) -> Option<usize> {
     match tag {
         64 | 68 | 72 => Some(1),

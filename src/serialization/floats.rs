@@ -1,4 +1,4 @@
-//! JSON with floats as crosvm printed them.
+//! JSON with floats in the form that crosvm printed.
 
 use std::io::{self, Write};
 
@@ -6,12 +6,12 @@ use serde::Serialize;
 use serde_json::Serializer;
 use serde_json::ser::Formatter;
 
-/// As `serde_json::to_writer`, whatever the version of `serde_json`.
+/// Like `serde_json::to_writer`, with the same output for all versions of `serde_json`.
 pub(super) fn to_writer<T: Serialize + ?Sized>(writer: impl Write, value: &T) -> serde_json::Result<()> {
     value.serialize(&mut Serializer::with_formatter(writer, CrosvmFormatter))
 }
 
-/// No white space, and floats as `ryu` prints them: `1e300`. From 1.0.147 on `serde_json` has `1e+300`.
+/// No white space, and floats in the form of `ryu`: `1e300`. `serde_json` prints `1e+300` since 1.0.147.
 struct CrosvmFormatter;
 
 impl Formatter for CrosvmFormatter {

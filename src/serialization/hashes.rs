@@ -1,33 +1,34 @@
-//! How long Python takes to make dicts and sets of keys whose hash values can be chosen.
+//! The time that Python needs for dicts and sets with keys whose hash values an attacker can choose.
 //!
-//! The hash value of a text is keyed anew in every process; that of a number is the number, more or less. Python looks for a free
-//! slot in an order that depends on nothing else (`find_empty_slot` in `Objects/dictobject.c`, `set_add_entry` in
-//! `Objects/setobject.c`; the same from 3.7 to 3.14). So a stranger can choose numbers for each of which it has to look at most of
-//! the slots that are taken: hours for some megabytes. Here the slots are counted first.
+//! The hash value of a text has a random key in every process, but the hash value of a number is almost the number
+//! itself. Python looks for a free slot in an order that depends only on the hash value (`find_empty_slot` in
+//! `Objects/dictobject.c`, `set_add_entry` in `Objects/setobject.c`; unchanged from 3.7 to 3.14). So an attacker can
+//! choose numbers for which Python must look at most of the used slots: hours for some megabytes. This module counts
+//! the slots first.
 
-/// Of fewer keys each may share its way with all others: there are no more than so many.
+/// So few keys are always allowed, even if all of them collide.
 const FEW: usize = 1000;
 
-/// Slots looked at for a key, on average. A random key takes 2 in a dict and 12 in a set; the multiples of 2^39 and 2^40, the worst
-/// that nobody chose to be bad, 71 and 104.
+/// The limit of slots that are looked at for a key, on average. A random key takes 2 in a dict and 12 in a set. The
+/// worst natural keys, multiples of 2^39 and 2^40, take 71 and 104.
 const MAX_SLOTS_A_KEY: usize = 300;
 
-/// Bits of the hash value that come in with each further step: `PERTURB_SHIFT`.
+/// The bits of the hash value that each further step adds: `PERTURB_SHIFT`.
 const SHIFT: u32 = 5;
 
-/// Slots that a set looks at in each step: `LINEAR_PROBES`, and the first.
+/// The slots that a set looks at in each step: the first, and `LINEAR_PROBES` more.
 const ROW: usize = 10;
 
-/// Of numbers, `sys.hash_info.modulus` where pointers have 64 bits.
+/// The modulus of the hash values of numbers: `sys.hash_info.modulus` with 64-bit pointers.
 const MODULUS: u64 = (1 << 61) - 1;
 const HASH_OF_INFINITY: u64 = 314_159;
 
-/// Whether a dict or a set of keys with these hash values takes far longer to make than one of others.
+/// Whether a dict or set of keys with these hash values takes far longer to build than one of random keys.
 pub(crate) fn crowded(hashes: &[u64]) -> bool {
     if hashes.len() <= FEW {
         return false;
     }
-    // Each size that the table has on its way, of which no more than two thirds are taken.
+    // Check each size that the table has while it grows; at most two thirds of it are used.
     let room = |bits: u32| (1_usize << bits) / 3 * 2;
     let last = (hashes.len() * 3).ilog2();
     (FEW.ilog2()..=last).any(|bits| {
@@ -36,7 +37,7 @@ pub(crate) fn crowded(hashes: &[u64]) -> bool {
     })
 }
 
-/// The same for a table of `1 << bits` slots that is looked at `row` slots a step.
+/// Whether keys with these hash values crowd a table of `1 << bits` slots that is searched `row` slots per step.
 fn is_crowded(hashes: &[u64], bits: u32, row: usize) -> bool {
     let mut taken = vec![false; 1 << bits];
     let mask = taken.len() - 1;
@@ -61,7 +62,7 @@ fn is_crowded(hashes: &[u64], bits: u32, row: usize) -> bool {
     false
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "those above a table's size do not matter")]
+#[expect(clippy::cast_possible_truncation, reason = "bits above the table's size do not matter")]
 fn low_bits(bits: u64) -> usize {
     bits as usize
 }
@@ -71,13 +72,13 @@ pub(super) fn of_int(magnitude: u128, is_negative: bool) -> u64 {
     let hash = u64::try_from(magnitude % u128::from(MODULUS)).unwrap_or_default();
     match (is_negative, hash) {
         (false, _) => hash,
-        // -1 tells of an error in C.
+        // -1 means an error in C.
         (true, 1) => 1_u64.wrapping_neg() - 1,
         (true, _) => hash.wrapping_neg(),
     }
 }
 
-/// `hash(value)` of a number that is one.
+/// `hash(value)` of a value that is not NaN.
 pub(super) fn of_float(value: f64) -> u64 {
     if value.is_infinite() {
         return of_int(HASH_OF_INFINITY.into(), value < 0.0);
@@ -98,8 +99,8 @@ mod tests {
 
     const SLOTS: u64 = 8192;
 
-    /// Of as many keys as a dict of 8192 slots takes: some fill 2700 slots that a dict's steps lead through at last, the others
-    /// are made so that they find nothing free before these.
+    /// The hash values of as many keys as a dict of 8192 slots takes. Some fill 2700 slots that a dict's steps pass
+    /// last; the others find no free slot before these.
     fn chosen() -> Vec<u64> {
         let ways: Vec<_> = std::iter::successors(Some(0), |slot| Some((slot * 5 + 1) % SLOTS)).take(2700).collect();
         let taken: HashSet<_> = ways.iter().copied().collect();
@@ -111,13 +112,13 @@ mod tests {
         hashes
     }
 
-    /// Adds the hash values of which the lowest `known` bits are given, and of which step by step nothing is free.
+    /// Adds the hash values with the given lowest `known` bits whose every step finds a used slot.
     fn extend(hash: u64, known: u32, slot: u64, step: u32, taken: &HashSet<u64>, hashes: &mut Vec<u64>) {
         if hashes.len() >= 5400 || !taken.contains(&slot) {
             return;
         }
         if step == 12 {
-            // From here on they all go the same way.
+            // From here on, all take the same steps.
             return hashes.push(hash);
         }
         for more in 0..if known < 58 { 32 } else { 1 } {
@@ -130,7 +131,7 @@ mod tests {
     #[test]
     fn keys_chosen_to_meet_in_a_dict_are_found() {
         assert!(crowded(&chosen()));
-        // In the midst of others as well.
+        // Also among other keys.
         let others: Vec<_> = chosen().into_iter().chain(1 << 40..(1 << 40) + 100_000).collect();
         assert!(crowded(&others));
     }
@@ -155,8 +156,8 @@ mod tests {
     }
 
     #[test]
-    fn hash_values_are_those_of_python() {
-        // As python3.11 prints them.
+    fn hash_values_equal_those_in_python() {
+        // The output of python3.11.
         let ints: [(u128, bool, i64); 7] = [
             (0, false, 0),
             (1, true, -2),

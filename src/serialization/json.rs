@@ -1,4 +1,4 @@
-//! JSON (RFC 8259) as `serde_json` reads it, with no key twice.
+//! A check for JSON (RFC 8259) that `serde_json` can read and that has no duplicate keys.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -9,36 +9,36 @@ use serde::{Deserialize, Deserializer};
 
 use super::malformed::Malformed;
 
-/// Checks that `bytes` are one text that `serde_json` reads: its depth, its numbers within those of 64-bit floats, no lone
-/// surrogates.
+/// Checks that `bytes` are one JSON text that `serde_json` can read: its depth, its numbers in the range of 64-bit
+/// floats, no lone surrogates.
 pub(super) fn check(bytes: &[u8]) -> Result<(), Malformed> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    Whatever.deserialize(&mut deserializer).and_then(|()| deserializer.end()).map_err(|error| {
+    AnyValue.deserialize(&mut deserializer).and_then(|()| deserializer.end()).map_err(|error| {
         let text = error.to_string();
-        // The place follows as an offset.
+        // The position is returned as an offset instead.
         let reason = text.split(" at line ").next().unwrap_or(&text);
-        // serde_json counts the end as the byte before it.
+        // serde_json reports the end as the byte before it.
         let offset = if error.is_eof() { bytes.len() } else { offset_of(bytes, error.line(), error.column()) };
         Malformed::new(offset, reason)
     })
 }
 
-/// Lines and columns count from 1, columns in bytes.
+/// The offset of a position. Lines and columns count from 1, columns in bytes.
 fn offset_of(bytes: &[u8], line: usize, column: usize) -> usize {
     let before: usize =
         bytes.split_inclusive(|byte| *byte == b'\n').take(line.saturating_sub(1)).map(<[u8]>::len).sum();
     before + column.saturating_sub(1)
 }
 
-/// Any value, of which nothing is kept.
-struct Whatever;
+/// Reads any value and keeps nothing.
+struct AnyValue;
 
-/// Copied only where it has escapes.
+/// A key, copied only if it has escapes.
 #[derive(Deserialize, PartialEq, Eq, Hash)]
 #[serde(transparent)]
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
-impl<'de> DeserializeSeed<'de> for Whatever {
+impl<'de> DeserializeSeed<'de> for AnyValue {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -46,7 +46,7 @@ impl<'de> DeserializeSeed<'de> for Whatever {
     }
 }
 
-impl<'de> Visitor<'de> for Whatever {
+impl<'de> Visitor<'de> for AnyValue {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -78,7 +78,7 @@ impl<'de> Visitor<'de> for Whatever {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
-        while access.next_element_seed(Whatever)?.is_some() {}
+        while access.next_element_seed(AnyValue)?.is_some() {}
         Ok(())
     }
 
@@ -86,10 +86,10 @@ impl<'de> Visitor<'de> for Whatever {
         let mut keys = HashSet::new();
         while let Some(key) = access.next_key::<Key>()? {
             if !keys.insert(key) {
-                // Which one is part of the contents, which no error tells.
+                // The key is part of the contents, which an error must not show.
                 return Err(A::Error::custom("a key of a map comes twice"));
             }
-            access.next_value_seed(Whatever)?;
+            access.next_value_seed(AnyValue)?;
         }
         Ok(())
     }

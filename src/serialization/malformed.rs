@@ -1,12 +1,12 @@
-//! What is wrong with bytes that are not one value.
+//! The error for bytes that are not one value.
 
 #[cfg(feature = "python")]
 use crate::error::Error;
 
-/// Levels of containers and tags: `serde_json` reads no more.
+/// The limit of nested containers and tags, the same as in `serde_json`.
 pub(super) const MAX_DEPTH: usize = 127;
 
-/// Why bytes are not one value, and where that shows.
+/// The reason why bytes are not one value, and the position.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed {
     pub(crate) reason: String,
@@ -19,11 +19,11 @@ impl Malformed {
         Self { reason: reason.into(), offset }
     }
 
-    /// As an error of what is at `place`.
+    /// The error for the fragment at `place`.
     #[cfg(feature = "python")]
     pub(crate) fn at(self, place: &str) -> Error {
         let Self { reason, offset } = self;
-        Error::corrupt(format!("{place} does not hold a serialized value: {reason}, at byte {offset}"))
+        Error::corrupt(format!("{place} does not contain a serialized value: {reason}, at byte {offset}"))
     }
 
     pub(super) fn too_deep(offset: usize) -> Self {

@@ -1,12 +1,13 @@
-//! Values as bytes, by serde: CBOR, or JSON as crosvm wrote it before March 2025.
+//! Values as bytes, by serde: CBOR, or JSON in the form that crosvm wrote before March 2025.
 //!
 //! ```text
-//! mod.rs     the two formats, telling them apart, and what serde makes of them
-//! floats.rs  JSON with floats as crosvm printed them
-//! check.rs   what bytes of a stranger's must be before another decoder than serde's sees them
-//! cbor.rs, json.rs    the same for each format
-//! malformed.rs  what is wrong with them
-//! hashes.rs  keys that make Python's dicts and sets slow
+//! mod.rs        the two formats, their detection, encoding and decoding
+//! floats.rs     JSON with floats in the form that crosvm printed
+//! check.rs      the check of untrusted bytes before another decoder than serde reads them
+//! cbor.rs       the check of CBOR
+//! json.rs       the check of JSON
+//! malformed.rs  the error for bytes that are not one value
+//! hashes.rs     keys that make Python's dicts and sets slow
 //! ```
 
 #[cfg(any(feature = "python", test))]
@@ -32,20 +33,20 @@ use serde::{Deserialize, Serialize};
 use crate::buffer::{Growing, OUT_OF_MEMORY};
 use crate::error::{Error, Kind, Result};
 
-/// How `write_fragment` and `read_fragment` serialize values.
+/// The format in which `write_fragment` and `read_fragment` serialize values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Format {
-    /// CBOR (RFC 8949), as crosvm has written since March 2025.
+    /// CBOR (RFC 8949), which crosvm has written since March 2025.
     #[default]
     Cbor,
-    /// JSON, as crosvm wrote before.
+    /// JSON, which crosvm wrote before March 2025.
     Json,
 }
 
 impl Format {
-    /// The name: `cbor` or `json`.
+    /// The name of the format: `cbor` or `json`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -59,15 +60,16 @@ impl Format {
         [Self::Cbor, Self::Json].into_iter().find(|format| format.as_str() == name)
     }
 
-    /// The format of a value that begins with `start`: of all of it, or more than one byte.
+    /// Detects the format of a value that begins with `start`: the whole value, or more than one byte.
     ///
-    /// No whole CBOR item looks like the JSON texts recognised here. That leaves out numbers: a digit is CBOR as well.
+    /// No whole CBOR item looks like the JSON texts that are recognised here. Numbers in JSON are not recognised,
+    /// because a digit is a CBOR item, too.
     fn of(start: &[u8]) -> Self {
         let json = match start {
-            // In CBOR a string with a length of eight bytes: one that begins with zero cannot be a letter of JSON's, and one
-            // that does not is of a petabyte.
+            // In CBOR, a string whose length has eight bytes. JSON does not continue with a zero byte, and without a
+            // zero byte the string would have petabytes.
             [b'{' | b'[', rest @ ..] => rest.first() != Some(&0),
-            // In CBOR -3, which is one byte.
+            // In CBOR, the number -3, which is one byte long.
             [b'"', rest @ ..] => !rest.is_empty(),
             // In CBOR texts of 20, 6 and 14 bytes.
             _ => matches!(start, b"true" | b"false" | b"null"),
@@ -92,14 +94,14 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T, format: Format) -> std::r
     Ok(bytes.0)
 }
 
-/// Reads one value, which must be all there is at `place`. Without a format it is found out.
+/// Reads one value, which must be the whole contents of `place`. The format is detected if it is not given.
 pub(crate) fn decode<T: DeserializeOwned>(mut reader: impl BufRead, format: Option<Format>, place: &str) -> Result<T> {
     let unfit = |reason: &str| {
         if reason.starts_with(OUT_OF_MEMORY) {
-            // What a list of ours says that cannot grow.
-            return Error::new(Kind::OutOfMemory, format!("{place}: {OUT_OF_MEMORY} for what it holds"));
+            // The text of a buffer that cannot grow.
+            return Error::new(Kind::OutOfMemory, format!("{place}: {OUT_OF_MEMORY} for its value"));
         }
-        Error::corrupt(format!("{place} does not hold such a value: {}", without_value(reason)))
+        Error::corrupt(format!("{place} does not contain a value of this type: {}", without_value(reason)))
     };
     let format = match format {
         Some(format) => format,
@@ -111,11 +113,11 @@ pub(crate) fn decode<T: DeserializeOwned>(mut reader: impl BufRead, format: Opti
 
             let value = ciborium::from_reader(&mut reader).map_err(|error| match error {
                 Io(error) if error.kind() != ErrorKind::UnexpectedEof => Error::from(error),
-                Io(_) => unfit("it is cut off"),
-                Syntax(offset) => unfit(&format!("no CBOR at byte {offset}")),
+                Io(_) => unfit("it is truncated"),
+                Syntax(offset) => unfit(&format!("invalid CBOR at byte {offset}")),
                 Semantic(Some(offset), reason) => unfit(&format!("{reason} at byte {offset}")),
                 Semantic(None, reason) => unfit(&reason),
-                RecursionLimitExceeded => unfit("it is nested too deep"),
+                RecursionLimitExceeded => unfit("it is nested too deeply"),
             })?;
             if reader.fill_buf()?.is_empty() { Ok(value) } else { Err(unfit("bytes follow its end")) }
         }
@@ -125,9 +127,9 @@ pub(crate) fn decode<T: DeserializeOwned>(mut reader: impl BufRead, format: Opti
     }
 }
 
-/// What serde says of a value that is none of the type, without the value: no error tells what a snapshot holds.
+/// serde's message about a value of a wrong type, without the value: an error never shows contents of a snapshot.
 fn without_value(reason: &str) -> String {
-    // As in `serde::de::Error`: "invalid type: string \"content\", expected u64".
+    // The form in `serde::de::Error`: "invalid type: string \"content\", expected u64".
     let found =
         ["invalid type: ", "invalid value: ", "unknown variant ", "unknown field "].into_iter().find_map(|start| {
             let (found, expected) = reason.strip_prefix(start)?.rsplit_once(", expected ")?;
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_tells_the_type_of_what_was_found_and_not_what_it_is() {
+    fn an_error_shows_the_type_of_the_value_and_not_the_value() {
         #[derive(Debug, serde::Serialize, serde::Deserialize)]
         enum Variants {
             One,
@@ -196,9 +198,15 @@ mod tests {
         for format in [Format::Cbor, Format::Json] {
             let bytes = encode("hunter2, expected", format).unwrap();
             let error = text(decode::<u8>(&*bytes, Some(format), "x").unwrap_err());
-            assert!(error.starts_with("x does not hold such a value: invalid type: string, expected"), "{error}");
+            assert!(
+                error.starts_with("x does not contain a value of this type: invalid type: string, expected"),
+                "{error}"
+            );
             let error = text(decode::<Variants>(&*bytes, Some(format), "x").unwrap_err());
-            assert!(error.starts_with("x does not hold such a value: unknown variant, expected `One`"), "{error}");
+            assert!(
+                error.starts_with("x does not contain a value of this type: unknown variant, expected `One`"),
+                "{error}"
+            );
             let error = text(decode::<bool>(&*encode(&77, format).unwrap(), Some(format), "x").unwrap_err());
             assert!(error.contains("expected") && error.contains("bool") && !error.contains("77"), "{error}");
         }
@@ -208,7 +216,10 @@ mod tests {
     fn what_follows_a_value_is_an_error() {
         for (bytes, format) in [(&b"\x01\x01"[..], Format::Cbor), (b"1 1", Format::Json)] {
             let error = decode::<u8>(bytes, Some(format), "x").unwrap_err();
-            assert!(error.is_corrupt() && error.to_string().contains("x does not hold such a value"), "{error}");
+            assert!(
+                error.is_corrupt() && error.to_string().contains("x does not contain a value of this type"),
+                "{error}"
+            );
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The contents of fragments, read by all threads: small ones by one thread each, large ones by all together.
+//! Reads the contents of all fragments: each small fragment by one thread, each large one by all threads.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
@@ -14,11 +14,11 @@ use crate::name::SnapshotPath;
 use crate::open_manifest::OpenManifest;
 use crate::threads::{Interrupt, for_each, lock};
 
-/// Fragments up to this size are read side by side, one by each thread; a larger one is read by all threads.
+/// Each thread reads a fragment up to this size alone; all threads read a larger one together.
 const MAX_SMALL_FRAGMENT_BYTES: u64 = 4 << 20;
 
 impl Verifier {
-    /// Reads everything that is found and listed.
+    /// Reads every fragment that was found and is listed.
     pub(super) fn read_all(
         &mut self,
         key: &Key,
@@ -67,22 +67,22 @@ impl Verifier {
     }
 }
 
-/// A fragment that is there.
+/// A fragment on disk.
 struct FoundFragment<'a> {
     path: &'a str,
-    /// Bytes of its file when it was found.
+    /// The size of its file when it was found.
     stored_size: u64,
-    /// What the manifest says of it; none where there is no manifest.
+    /// Its entry in the manifest, if there is a manifest.
     entry: Option<&'a Entry>,
 }
 
-/// Bytes verified, or what is wrong.
+/// The verified bytes, or the problem.
 type Checked = std::result::Result<u64, (ProblemKind, String)>;
 
 struct Checker<'a> {
     root: &'a Path,
     key: &'a Key,
-    /// Which fragment has which digest or tag, to know those that were swapped.
+    /// The path of each digest or tag, to find fragments that were swapped.
     proofs: BTreeMap<[u8; 32], &'a str>,
 }
 
@@ -98,7 +98,7 @@ impl Checker<'_> {
     ///
     /// # Errors
     ///
-    /// What the interrupt returns, and nothing else.
+    /// The errors of the interrupt, and errors that are not about the fragment: a fork, a lack of memory.
     fn check(
         &self,
         found: &FoundFragment<'_>,
@@ -130,7 +130,7 @@ impl Checker<'_> {
         }
     }
 
-    /// A fragment as errors name it; a problem is told with its path.
+    /// The name of a fragment in errors.
     fn place(&self, found: &FoundFragment<'_>) -> String {
         let path = SnapshotPath::try_from(found.path.to_owned()).unwrap_or_default();
         format!("{path} of {}", self.root.display())
@@ -140,7 +140,7 @@ impl Checker<'_> {
         FragmentReader::open(self.root, &SnapshotPath::try_from(found.path.to_owned())?, key, threads, None)
     }
 
-    /// The tag in a FLOE header; nothing of it is authenticated.
+    /// The tag of a FLOE header, not authenticated.
     fn header(&self, found: &FoundFragment<'_>) -> std::result::Result<[u8; 32], Failure> {
         let (namespace, name) = found.path.rsplit_once('/').unwrap_or(("", found.path));
         let (file, _) = folder::open_file(&folder::open(self.root, namespace)?, name)?;
@@ -165,7 +165,7 @@ impl Checker<'_> {
     ) -> std::result::Result<u64, Failure> {
         if let Some(entry) = found.entry {
             let Proof::HeaderTag { tag: expected, .. } = entry.proof else {
-                return Err(problem(ProblemKind::BadManifest, "it is listed as plain"));
+                return Err(problem(ProblemKind::BadManifest, "the manifest lists it as a plain fragment"));
             };
             let tag = self.header(found)?;
             if tag != expected {
@@ -174,7 +174,7 @@ impl Checker<'_> {
             found.check_size()?;
             if tag != expected {
                 self.open(found, Some(key), threads)?;
-                let text = "it is authentic, but not the one that was sealed: an older or newer one of that name";
+                let text = "it is authentic, but it is an older or newer version than the sealed one";
                 return Err(problem(ProblemKind::Changed, text));
             }
         }
@@ -194,7 +194,7 @@ impl Checker<'_> {
             .entry
             .is_some_and(|entry| found.stored_size > entry.stored_size.saturating_mul(2).max(MAX_SMALL_FRAGMENT_BYTES))
         {
-            // Not read: a sparse giant would take for ever.
+            // Do not read it: a huge sparse file would take hours.
             found.check_size()?;
         }
         let fragment = self.open(found, None, threads)?;
@@ -208,13 +208,13 @@ impl Checker<'_> {
         }
         self.check_swapped(found, &digest)?;
         found.check_size()?;
-        Err(problem(ProblemKind::Changed, "its content is not the one that was sealed"))
+        Err(problem(ProblemKind::Changed, "its contents have changed since the snapshot was sealed"))
     }
 
     fn check_swapped(&self, found: &FoundFragment<'_>, proof: &[u8; 32]) -> std::result::Result<(), Failure> {
         match self.proofs.get(proof) {
             Some(other) if *other != found.path => {
-                Err(problem(ProblemKind::Swapped, format!("it is what was sealed as {other:?}")))
+                Err(problem(ProblemKind::Swapped, format!("it is the fragment that was sealed as {other:?}")))
             }
             _ => Ok(()),
         }
@@ -224,7 +224,7 @@ impl Checker<'_> {
 impl FoundFragment<'_> {
     fn check_size(&self) -> std::result::Result<(), Failure> {
         let (size, listed) = (self.stored_size, self.entry.map_or(self.stored_size, |entry| entry.stored_size));
-        let text = || format!("it has {size} bytes, and {listed} in the manifest");
+        let text = || format!("it is {size} bytes long, and {listed} bytes in the manifest");
         match size.cmp(&listed) {
             std::cmp::Ordering::Less => Err(problem(ProblemKind::Truncated, text())),
             std::cmp::Ordering::Greater => Err(problem(ProblemKind::WrongSize, text())),

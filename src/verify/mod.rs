@@ -1,4 +1,4 @@
-//! Reading everything, to find out whether a snapshot is what was sealed.
+//! Verification: reads a whole snapshot and compares it with its manifest.
 
 mod contents;
 mod tree;
@@ -17,41 +17,41 @@ use crate::options::SnapshotOptions;
 use crate::staging::SealId;
 use crate::threads;
 
-/// What [`SnapshotOptions::verify`] found.
+/// The result of [`SnapshotOptions::verify`].
 #[derive(Clone, Debug, Default)]
 pub struct Verification {
-    /// Everything that is not as it should be, sorted by path.
+    /// All problems, sorted by path.
     pub problems: Vec<Problem>,
-    /// What could not be looked at, and why: without the key, say.
+    /// The checks that were not possible, with the reason: for example, because the key is missing.
     pub not_checked: Vec<String>,
-    /// All fragments there are or should be, by path, with what is wrong with each.
+    /// All fragments that exist or should exist, by path, each with its problem.
     pub fragments: BTreeMap<String, Option<ProblemKind>>,
-    /// Plaintext bytes that were read and verified.
+    /// The number of plaintext bytes that were read and verified.
     pub verified_bytes: u64,
-    /// What to pin the snapshot by, where its manifest could be read.
+    /// The id and seal digest of the snapshot, if its manifest could be read.
     pub seal: Option<SealId>,
 }
 
-/// Something that is not as it should be.
+/// A problem that verification found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// From the root; what is not UTF-8 in it is shown as U+FFFD.
+    /// The path in the snapshot. Bytes that are not UTF-8 are replaced by U+FFFD.
     pub path: String,
-    /// What is wrong.
+    /// The kind of problem.
     pub kind: ProblemKind,
-    /// The same in words.
+    /// A description of the problem.
     pub text: String,
 }
 
-/// What can be wrong with a part of a snapshot.
+/// The kind of a problem that verification found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ProblemKind {
-    /// The manifest lists it, and it is not there.
+    /// The manifest lists it, but it does not exist.
     Missing,
-    /// It is there, and the manifest does not list it.
+    /// It exists, but the manifest does not list it.
     Extra,
-    /// Its content is another one.
+    /// Its contents have changed.
     Changed,
     /// It is shorter than it was.
     Truncated,
@@ -61,7 +61,7 @@ pub enum ProblemKind {
     NotAuthentic,
     /// It is longer than it was.
     WrongSize,
-    /// The manifest cannot be read, or is not the one expected.
+    /// The manifest cannot be read, or has another digest than the expected one.
     BadManifest,
     /// There is no manifest.
     NotSealed,
@@ -69,11 +69,11 @@ pub enum ProblemKind {
     BadKeyMetadata,
     /// A symbolic link.
     Link,
-    /// A FIFO, a socket, a device.
+    /// A FIFO, a socket or a device.
     SpecialFile,
     /// A name that is not UTF-8.
     NotUtf8,
-    /// The operating system does not let it be read.
+    /// The operating system reports an error when it is read.
     Unreadable,
 }
 
@@ -99,7 +99,7 @@ impl fmt::Display for ProblemKind {
 }
 
 impl Verification {
-    /// Whether everything was checked, and is as it was sealed.
+    /// Whether everything was checked and no problem was found.
     #[must_use]
     pub fn is_ok(&self) -> bool {
         self.problems.is_empty() && self.not_checked.is_empty()
@@ -107,14 +107,14 @@ impl Verification {
 }
 
 impl SnapshotOptions {
-    /// Reads all of the snapshot at `root`, by all threads, and tells everything that is not as it was sealed. Without the key
-    /// of an encrypted one, it checks what can be checked and says what it could not.
+    /// Reads the whole snapshot at `location` with all threads and reports every difference from the sealed state. Without
+    /// the key of an encrypted snapshot it checks less, and lists the skipped checks.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;
     /// # let path = folder.path().join("vm1");
     /// let options = vmsnap::SnapshotOptions::new();
-    /// let mut staged = options.stage(&path)?;
+    /// let mut staged = options.create(&path)?;
     /// staged.writer().write_fragment("clock", &12_u64)?;
     /// staged.commit()?;
     /// assert!(options.verify(&path)?.is_ok());
@@ -126,21 +126,22 @@ impl SnapshotOptions {
     ///
     /// # Errors
     ///
-    /// [`crate::Error::is_io`] where there is no such folder; [`crate::Error::is_invalid_argument`] and
-    /// [`crate::Error::is_not_encrypted`] as [`SnapshotOptions::open`]. What is wrong with the snapshot is in the report.
-    pub fn verify(&self, root: impl AsRef<Path>) -> Result<Verification> {
-        self.verify_interruptible(root, &mut || Ok(()))
+    /// [`crate::Error::is_io`] if the directory does not exist; [`crate::Error::is_invalid_argument`] and
+    /// [`crate::Error::is_not_encrypted`] like [`SnapshotOptions::open`]. Problems of the snapshot are not errors but
+    /// part of the report.
+    pub fn verify(&self, location: impl AsRef<Path>) -> Result<Verification> {
+        self.verify_interruptible(location, &mut || Ok(()))
     }
 
     pub(crate) fn verify_interruptible(
         &self,
-        root: impl AsRef<Path>,
+        location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
-        let root = folder::absolute(root.as_ref())?;
-        drop(folder::open(&root, "")?);
-        let mut verifier = Verifier { root, report: Verification::default(), found: BTreeMap::new() };
+        let location = folder::absolute(location.as_ref())?;
+        drop(folder::open(&location, "")?);
+        let mut verifier = Verifier { root: location, report: Verification::default(), found: BTreeMap::new() };
         let key = verifier.key(self, interrupt)?;
         let manifest = verifier.manifest(self, &key)?;
         let namespaces = verifier.walk(interrupt)?;
@@ -154,7 +155,7 @@ impl SnapshotOptions {
 
 const WITHOUT_KEY: &str = "the list of fragments and their contents, without the key";
 
-/// What is known of the key.
+/// The key of the snapshot, as far as it is known.
 enum Key {
     Plain,
     Held(KeyPayload),
@@ -173,7 +174,7 @@ impl Key {
 struct Verifier {
     root: PathBuf,
     report: Verification,
-    /// Fragments on the disk, and the bytes of their files.
+    /// The fragments on disk, with the sizes of their files.
     found: BTreeMap<String, u64>,
 }
 
@@ -182,7 +183,7 @@ impl Verifier {
         self.report.problems.push(Problem { path: path.to_owned(), kind, text: text.into() });
     }
 
-    /// Of one of vmsnap's own files.
+    /// Adds a problem of one of vmsnap's own files.
     fn problem_of(&mut self, name: &str, kind: ProblemKind, error: &Error) {
         let text = error.text_without(format!("{name} of {}", self.root.display()));
         self.problem(name, kind, text);
@@ -203,7 +204,7 @@ impl Verifier {
                 self.report.not_checked.push(WITHOUT_KEY.to_owned());
                 Ok(Key::Lacking)
             }
-            // Not where it is a file of an identity that cannot be read.
+            // An identity file that cannot be read is an error of the caller instead.
             Err(error) if error.is_io() && key_metadata::read(&self.root).is_err() => {
                 self.problem_of(KEY_METADATA, ProblemKind::Unreadable, &error);
                 self.report.not_checked.push(WITHOUT_KEY.to_owned());

@@ -1,4 +1,4 @@
-//! What there is, and whether it is what the manifest lists; no contents yet.
+//! Lists the files of a snapshot and compares the list with the manifest, without reading contents.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +12,7 @@ use crate::open_manifest::OpenManifest;
 use crate::staging::SealId;
 
 impl Verifier {
-    /// Finds all there is; returns the namespaces.
+    /// Finds all fragments and namespaces; returns the namespaces.
     pub(super) fn walk(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<BTreeSet<Box<str>>> {
         let mut namespaces = BTreeSet::new();
         let mut pending = vec![SnapshotPath::default()];
@@ -38,12 +38,12 @@ impl Verifier {
                 };
                 match kind {
                     FileType::Symlink => {
-                        self.problem(&shown, ProblemKind::Link, "a symbolic link, which vmsnap never follows");
+                        self.problem(&shown, ProblemKind::Link, "it is a symbolic link, which vmsnap never follows");
                         continue;
                     }
                     FileType::RegularFile | FileType::Directory => {}
                     _ => {
-                        self.problem(&shown, ProblemKind::SpecialFile, "neither a file nor a folder");
+                        self.problem(&shown, ProblemKind::SpecialFile, "it is neither a file nor a directory");
                         continue;
                     }
                 }
@@ -52,9 +52,9 @@ impl Verifier {
                 }
                 let Ok(path) = namespace.join(&name) else {
                     let text = if name::is_reserved(&name) {
-                        "a name that vmsnap keeps for itself; clean() removes what a killed process left"
+                        "its name is reserved for vmsnap; if a killed process left it, clean() removes it"
                     } else {
-                        "not a name that a snapshot can hold"
+                        "a snapshot cannot contain this name"
                     };
                     self.problem(&shown, ProblemKind::Extra, text);
                     continue;
@@ -71,27 +71,27 @@ impl Verifier {
         Ok(namespaces)
     }
 
-    /// What is listed and what is found.
+    /// Compares the manifest with the files that were found.
     pub(super) fn compare(&mut self, open_manifest: &OpenManifest, namespaces: &BTreeSet<Box<str>>) {
         let Ok(manifest) = open_manifest.manifest(&self.root, None) else { return };
         self.report.seal = Some(SealId { snapshot_id: manifest.snapshot_id, seal_digest: *open_manifest.digest() });
         let said: BTreeSet<_> = self.report.problems.iter().map(|problem| problem.path.clone()).collect();
         let mut problems = Vec::new();
         for path in manifest.fragments.keys().filter(|path| !self.found.contains_key(*path)) {
-            problems.push((path.clone(), ProblemKind::Missing, "the manifest lists it, and it is not there"));
+            problems.push((path.clone(), ProblemKind::Missing, "the manifest lists it, but it does not exist"));
         }
         for path in self.found.keys().filter(|path| !manifest.fragments.contains_key(*path)) {
-            problems.push((path.clone(), ProblemKind::Extra, "it is there, and the manifest does not list it"));
+            problems.push((path.clone(), ProblemKind::Extra, "the manifest does not list it"));
         }
         for path in manifest.namespaces.difference(namespaces) {
-            let text = "the manifest lists the namespace, and it is not there";
+            let text = "the manifest lists the namespace, but it does not exist";
             problems.push((path.to_string(), ProblemKind::Missing, text));
         }
         for path in namespaces.difference(&manifest.namespaces) {
-            problems.push((path.to_string(), ProblemKind::Extra, "the manifest lists no such namespace"));
+            problems.push((path.to_string(), ProblemKind::Extra, "the manifest does not list this namespace"));
         }
         for (path, kind, text) in problems {
-            // Something that is no file may be in its place, which was said already.
+            // If a special file is at this path, that was reported already.
             if !said.contains(&path) {
                 self.problem(&path, kind, text);
             }

@@ -1,4 +1,4 @@
-"""What a case is, and what several kinds of them are made with."""
+"""A case of the corpus, and helpers to create several kinds of cases."""
 
 import hashlib
 import shutil
@@ -29,7 +29,7 @@ def refused(kind: str) -> Result:
 
 @dataclass
 class Case:
-    """A snapshot, and what it is opened with. `fragments` is what each gives, `error` what opening or listing gives."""
+    """A snapshot and its key, with the results of reading: `fragments` has one each, `error` is that of opening."""
 
     about: str
     key: bytes | None = None
@@ -52,14 +52,14 @@ class Case:
 
 
 class Corpus:
-    """The cases made so far, in a folder."""
+    """The cases created so far, in a directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cases: dict[str, Case] = {}
 
     def add(self, name: str, case: Case) -> Path:
-        """Where the snapshot of a new case is to be made."""
+        """Return the path for the snapshot of a new case."""
         assert name not in self.cases, name
         self.cases[name] = case
         return self.folder / name
@@ -106,12 +106,12 @@ def edit(file: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def edited(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """What changes a file of a snapshot."""
+    """Return the function that changes a file of a snapshot."""
     return lambda root: edit(root / name, change)
 
 
 def instead_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """What makes something else in the place of a file or folder, which is `elsewhere` then."""
+    """Return the function that replaces a file or directory, which it moves to `elsewhere`."""
 
     def change(root: Path) -> None:
         (root / name).rename(root / "elsewhere")

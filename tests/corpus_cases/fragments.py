@@ -31,7 +31,7 @@ def _flipped(offset: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
 
 
-#: By the name of the fragment: what is done to its file, and the kind.
+#: By the name of the fragment: the change of its file, and the kind of error.
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another AEAD": (_put(0, b"\x01"), CORRUPT),
     "another KDF": (_put(1, b"\x01"), CORRUPT),

@@ -80,7 +80,7 @@ ANNOUNCED = {
 }
 
 
-#: What changes the key metadata of a snapshot.
+#: A change of the key metadata of a snapshot.
 key_file = partial(edited, "enc_metadata")
 
 
@@ -200,7 +200,7 @@ def _slower(data: bytes) -> bytes:
 
 
 def add_wrapped(corpus: Corpus) -> None:
-    """Key metadata by age, damaged or opened with what does not fit."""
+    """Add cases with key metadata of age that is damaged, or opened with a key that does not fit."""
 
     nothing: Callable[[Path], object] = lambda root: None  # noqa: E731 (one of several)
     identity, passphrase = {"identity": IDENTITY}, {"passphrase": PASSPHRASE}

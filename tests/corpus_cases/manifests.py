@@ -268,7 +268,7 @@ def add_manifests(corpus: Corpus) -> None:
 
 
 def add_beside(corpus: Corpus) -> None:
-    """Sealed snapshots with what does not belong there beside what does, or in its place."""
+    """Add sealed snapshots with foreign files beside the fragments, or instead of them."""
     fragments = {"note": holds(NOTE), "place/note": holds(NOTE)}
     beside: dict[str, Callable[[Path], object]] = {
         "link": lambda root: (root / "link").symlink_to("/etc/passwd"),

@@ -50,7 +50,7 @@ def _frame(squeezed: bytes) -> bytes:
     return BLOCK_HEADER + block(squeezed) + END_MARK
 
 
-#: By the name of the namespace: `mem_metadata`, `mem`, and what is restored or the kind of error. None: not there.
+#: By the name of the namespace: `mem_metadata`, `mem` (None: no such file), and the restored memory or kind of error.
 MEMORIES: dict[str, tuple[object, bytes | None, Mapping[int, bytes] | str]] = {
     "plain": (metadata(ONE), SMALL_MEMORY, RESTORED),
     "nothing": (metadata(), b"", {}),

@@ -1,4 +1,4 @@
-"""What vmsnap writes."""
+"""Cases that vmsnap writes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +66,7 @@ def memory_of(memory: Mapping[int, bytes]) -> Result:
 
 
 def read_back(root: Path, case: Case, **credentials: Any) -> None:
-    """What the fragments of guest memory hold, which only their writer knows."""
+    """Return the contents of the fragments of guest memory, which only the writer knows."""
     reader = vmsnap.open(root, **credentials)
     for name in ("mem", "mem_metadata"):
         with reader.raw_fragment(name) as fragment:
@@ -74,7 +74,7 @@ def read_back(root: Path, case: Case, **credentials: Any) -> None:
 
 
 def add_sound(corpus: Corpus) -> None:
-    """What vmsnap writes."""
+    """Add the cases that vmsnap writes."""
     for format in ("cbor", "json"):
         case = Case(f"plain, not sealed, values as {format.upper()}: names of all kinds, namespaces in namespaces")
         name = "plain" if format == "cbor" else "plain-json"
@@ -130,7 +130,7 @@ def add_sound(corpus: Corpus) -> None:
     read_back(root, case)
 
 
-class _unsealed:  # noqa: N801 (in the place of `vmsnap.create`)
+class _unsealed:  # noqa: N801 (used like `vmsnap.create`)
     """A snapshot written in place, in a `with` as others are."""
 
     def __init__(self, root: Path) -> None:

@@ -34,7 +34,7 @@ def answer(request: bytes) -> bytes:
 with socket.socket(socket.AF_UNIX) as server:
     server.bind(path + ".new")
     server.listen()
-    os.rename(path + ".new", path)  # whoever sees it can connect
+    os.rename(path + ".new", path)  # a process that sees it can connect
     while True:
         connection, _ = server.accept()
         with connection:

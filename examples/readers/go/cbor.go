@@ -1,7 +1,7 @@
 package main
 
-// CBOR (RFC 8949): section 4 allows one way to write each thing. checkStrict walks over the bytes and refuses all others;
-// only then does a decoder, which is more lenient, see them.
+// CBOR (RFC 8949) in the one encoding of section 4. checkStrict walks over the bytes and refuses any other encoding. The
+// decoder, which is more lenient, sees only bytes that passed the check.
 
 import (
 	"encoding/binary"

@@ -1,6 +1,6 @@
 package main
 
-// FLOE as vmsnap uses it: section 2 of docs/format.md. Section numbers in all files are of that page.
+// FLOE as vmsnap uses it: section 2 of docs/format.md. Section numbers in all files refer to that page.
 
 import (
 	"crypto/aes"

@@ -1,6 +1,6 @@
 // vmsnap-reader reads vmsnap snapshots, plain and encrypted, without vmsnap, and writes encrypted ones.
 //
-// It uses nothing beyond what docs/format.md says. To learn the format, read floe.go, cbor.go, snapshot.go and memory.go.
+// It was written from docs/format.md alone. To learn the format, read floe.go, cbor.go, snapshot.go and memory.go.
 package main
 
 import (

@@ -1,6 +1,6 @@
 package main
 
-// Writing an encrypted, sealed snapshot of a folder.
+// Writes an encrypted, sealed snapshot of a directory.
 
 import (
 	"bufio"

@@ -1,5 +1,5 @@
-// Values. What is vmsnap's own is CBOR written in one way (docs/format.md, section 4); `mem_metadata` is any CBOR, or
-// JSON. The package cborg decodes them; here is what it leaves to its caller.
+// Values. The metadata of vmsnap itself is CBOR in one encoding (docs/format.md, section 4); `mem_metadata` is any CBOR, or
+// JSON. The package cborg decodes them; this file adds the checks that cborg leaves to its caller.
 
 import { Tokenizer as CborTokenizer, Type, decode } from 'cborg';
 import { Tokenizer as JsonTokenizer } from 'cborg/json';

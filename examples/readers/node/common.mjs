@@ -1,8 +1,8 @@
-// What all parts share: how something is refused, and reads and writes that are not cut short.
+// Shared by all files: errors, and reads and writes that are never cut short.
 
 import fs from 'node:fs';
 
-/** Something is not accepted; `kind` is one of the kinds of errors in ../README.md. */
+/** An error; `kind` is one of the kinds in ../README.md. */
 export class Refusal extends Error {
   constructor(kind, why) {
     super(why);

@@ -1,4 +1,4 @@
-// A snapshot: its key, its manifest, its tree and its fragments. Sections are those of docs/format.md.
+// A snapshot: its key, its manifest, its tree and its fragments. Section numbers refer to docs/format.md.
 
 import fs from 'node:fs';
 import * as cbor from './cbor.mjs';

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// Reads a vmsnap snapshot, plain or encrypted, without vmsnap. ../README.md says what it prints.
+// Reads a vmsnap snapshot, plain or encrypted, without vmsnap. ../README.md describes the output.
 
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';

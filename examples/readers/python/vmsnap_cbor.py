@@ -1,4 +1,4 @@
-"""The one way in which vmsnap's own metadata are written as CBOR. Section 4 of ``docs/format.md``, RFC 8949."""
+"""The one encoding of vmsnap's own metadata as CBOR. Section 4 of ``docs/format.md``, RFC 8949."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MAX_DEPTH = 16
 
 
 def decode(data: bytes) -> object:
-    """Return the one item that the data hold; `FormatError` where anything is not written as section 4 says."""
+    """Return the one item in the data, or raise `FormatError` if anything is not encoded as section 4 says."""
     return _Decoder(data).whole()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Read vmsnap snapshots, plain and encrypted, without vmsnap.
 
-Uses nothing beyond what ``docs/format.md`` says; section numbers are of that page. Needs Python 3.11 and the package
+Written from ``docs/format.md`` alone; section numbers refer to that page. Needs Python 3.11 and the package
 ``cryptography``. As a program::
 
     vmsnap_reader.py SNAPSHOT_DIR [--key-file FILE] list | check | cat PATH | restore OUT_DIR [NAMESPACE]

@@ -1,6 +1,7 @@
-"""Write a small encrypted and sealed snapshot: what ``docs/format.md`` asks of a writer, as plainly as can be.
+"""Write a small encrypted and sealed snapshot, as simply as ``docs/format.md`` allows.
 
-For more than an example use vmsnap: it writes with all processors, compresses, and takes other keys than a raw one.
+This is an example. Use vmsnap for real work: it uses all processors, compresses, and supports
+more kinds of keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``vmsnap clean``: what killed writers left behind."""
+"""``vmsnap clean``: removing unfinished snapshots of killed writers."""
 
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from vmsnap.cli.terminal import printable
     shell_complete=complete_directory,
 )
 def clean(parent: Path) -> None:
-    """Remove what killed writers left behind in a directory.
+    """Remove unfinished snapshots that killed writers left.
 
-    These are the hidden directories of snapshots that were never completed, named .vmsnap- and 16 hexadecimal digits.
-    One that a living process uses is kept and reported.
+    These are hidden directories in PARENT, named .vmsnap- and 16 hexadecimal digits. A directory that a living process
+    uses is kept and reported.
 
     Nothing is removed on a file system that several hosts may write to (NFS, SMB, 9p, FUSE and others), because a lock
     does not show there whether another host uses a directory.

@@ -135,10 +135,10 @@ def race_plain_write(
         began = perf_counter()
         dump(writer, pid, address, size, None)
         seconds = perf_counter() - began
-        shutil.rmtree(writer.root)
+        shutil.rmtree(writer.path)
         return seconds
 
-    # The first pair warms up: pages that a file system takes for the first time cost several times what used ones do.
+    # The first pair warms up: the first use of a page by a file system costs several times as much as later uses.
     pairs = [(plain(), encrypted()) for _ in range(1 + _PAIRS)][1:]
     ratio = statistics.median(plain / encrypted for plain, encrypted in pairs)
     return [
@@ -165,7 +165,7 @@ def race_plain_write(
 @click.option("--keep", type=PATH, metavar="SNAPSHOT", help="Keep the snapshot, and its key in SNAPSHOT.key.")
 @threads_option
 def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
-    """Dump and restore the memory of a child, and measure.
+    """Measure a dump and a restore of the memory of a child.
 
     The child process stands for a guest. Everything is compared byte by byte, and nothing is left behind without
     --keep. Needs up to three times the size of the memory in $TMPDIR.

@@ -11,7 +11,7 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 _LONGEST_RUN_PAGES = 64
-_WORDS = b"the page table of a guest holds what its kernel last wrote there: logs, strings, names and paths ".split()
+_WORDS = b"the page table of a guest holds all its kernel last wrote there: logs, strings, names and paths ".split()
 
 
 def fill(memory: mmap.mmap) -> None:

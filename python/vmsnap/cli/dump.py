@@ -17,13 +17,14 @@ from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import open_image
 from vmsnap.cli.keys import WritingKeys, writing_options
 from vmsnap.cli.options import (
-    chunk_size_option,
     compress_option,
     encrypt_option,
     json_option,
+    memory_chunk_size_option,
     no_durable_option,
     no_stop_option,
     threads_option,
+    uncached_option,
 )
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.process import Process, parse_maps
@@ -77,7 +78,7 @@ def _regions_of_process(process: Process, ranges: tuple[Range, ...]) -> list[Gue
 
 
 def _tell(report: MemoryReport, *, as_json: bool) -> None:
-    """Print what was stored: to standard error, or as JSON to standard output."""
+    """Print the report of a dump: to standard error, or as JSON to standard output."""
     if as_json:
         told = asdict(report) | {"unreadable": [[each.start, each.stop] for each in report.unreadable]}
         click.echo(json.dumps(told))
@@ -126,19 +127,18 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
     type=click.Choice(["auto", "raw"]),
     default="auto",
     show_default=True,
-    help="auto refuses a file that begins as another format does, raw stores any file.",
+    help="auto refuses a file that begins like another format; raw accepts any file.",
 )
 @compress_option
 @click.option(
     "--on-error",
     type=click.Choice(["raise", "zero"]),
-    help="What to do with pages that cannot be read: fail, or store zeros and report them.  [default: zero for a whole "
-    "process, otherwise raise]",
+    help="For pages that cannot be read: fail (raise), or store zeros and report them (zero).  [default: zero for a "
+    "whole process, otherwise raise]",
 )
-@click.option(
-    "--no-sparse", is_flag=True, help="Read everything, also what the file system or the kernel reports as a hole."
-)
-@chunk_size_option
+@click.option("--no-sparse", is_flag=True, help="Read everything, even ranges that the system reports as holes.")
+@memory_chunk_size_option
+@uncached_option
 @threads_option
 @no_durable_option
 @no_stop_option
@@ -153,6 +153,7 @@ def dump(
     on_error: Literal["raise", "zero"] | None,
     no_sparse: bool,
     chunk_size: int,
+    uncached: bool,
     threads: int | None,
     no_durable: bool,
     no_stop: bool,
@@ -182,6 +183,7 @@ def dump(
             chunk_size_bytes=chunk_size,
             on_error=on_error or default,
             sparse=not no_sparse,
+            uncached=uncached,
             progress=progress,
         )
 
@@ -196,7 +198,7 @@ def dump(
             report = write(writer, regions or [GuestRegion(0, file)], "raise", show)
     else:
         if form != "auto":
-            raise click.UsageError("--format is for a file, and SOURCE is a process")
+            raise click.UsageError("--format applies to files, but SOURCE is a process")
         with (
             Process(pid) as process,
             new_keys.stage(new_snapshot, threads=threads, durable=not no_durable) as writer,

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from vmsnap import InvalidArgumentError, SnapshotWriter
-from vmsnap._vmsnap import ProcessRange
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.io import COPY_BATCH_BYTES
@@ -18,6 +17,7 @@ from vmsnap.cli.options import chunk_size_option, encrypt_option, no_durable_opt
 from vmsnap.cli.process import Mapping, Process, parse_maps, range_name
 from vmsnap.cli.targets import new_snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, progress
+from vmsnap.process import ProcessRange
 
 # A fragment holds every byte of its range, and some processes map terabytes that they never touch: a hole of this size
 # is left out.
@@ -28,14 +28,14 @@ _HOLE_STEP_BYTES = 1 << 26
 
 @dataclass
 class Summary:
-    """What a dump stored, and what it could not."""
+    """The number and size of stored fragments, and the memory that was left out."""
 
     fragments: int = 0
     size: int = 0
     left_out: list[str] = field(default_factory=list)
 
     def tell_left_out(self) -> None:
-        """Name on standard error what was not stored."""
+        """Print the memory that was left out on standard error."""
         for text in self.left_out:
             click.echo(f"vmsnap: left out: {printable(text)}", err=True)
 
@@ -107,7 +107,7 @@ def _store_range(
                 batch = buffer[: end - at]
                 count = source.read_into(at - mapping.start, batch)
                 if count < len(batch):
-                    # What was before the page is read again, since its name tells how long it is.
+                    # The range before the page is read again, because its fragment gets another name.
                     fragment.discard()
                     break
                 fragment.write(batch)
@@ -129,7 +129,7 @@ def _next_readable(
 ) -> int:
     at, end = addresses
     while at < end:
-        # By steps, for a long time may pass.
+        # In steps, because the search may take long.
         until = min(at + _HOLE_STEP_BYTES, end)
         found = source.next_readable(at - mapping.start, until - mapping.start) + mapping.start
         advance(found - at)
@@ -186,9 +186,11 @@ def dump_process(
 ) -> None:
     """Store all memory of a process, a fragment per mapping.
 
-    This is for looking into a process, not for the memory of a guest: "vmsnap dump" stores that, sparse and readable by
-    guest-physical address. The fragment "mem/START-END" holds the mapping at these addresses, the fragment "maps"
-    the text of /proc/PID/maps. Pages that cannot be read, and holes of 1 GiB or more, are left out and reported.
+    This is for examining a process. For the memory of a guest use "vmsnap dump", which leaves out holes, and stores
+    memory by guest-physical address.
+
+    The fragment "mem/START-END" holds the mapping at these addresses, and the fragment "maps" the text of
+    /proc/PID/maps. Pages that cannot be read, and holes of 1 GiB or more, are left out and reported.
 
     The process is stopped during the dump, and continues afterwards if it was running before.
 

@@ -9,7 +9,7 @@ from vmsnap.cli.terminal import human_size, iso_time, printable
 
 @dataclass(frozen=True)
 class Entry:
-    """A fragment as lists show it. The fields are what ``--json`` prints."""
+    """A fragment as lists show it. ``--json`` prints the fields."""
 
     path: str
     size: int
@@ -35,7 +35,7 @@ class Entry:
 
 def entries(snapshot: SnapshotReader) -> list[Entry]:
     """Return all fragments in a namespace and in the namespaces below it, sorted."""
-    modified = times(snapshot.root)
+    modified = times(snapshot.path)
     return [
         Entry(path, fragment.size, fragment.stored_size, fragment.chunk_size_bytes, iso_time(modified.get(path)))
         for path, fragment in walk(snapshot)

@@ -22,7 +22,7 @@ def describe(error: Exception) -> str:
         text = str(error) or "out of memory"  # Python's own has no text
     else:
         text = str(error) or type(error).__name__
-    # Notes say, for example, what could not be removed.
+    # Notes name, for example, files that could not be removed.
     return printable(" ".join("; ".join([text, *getattr(error, "__notes__", ())]).split()))
 
 

@@ -1,13 +1,13 @@
-"""Images of memory and disks that are not raw, told by how they begin.
+"""Formats of memory and disk images that are not raw, recognized by their first bytes.
 
-Whoever stores one as if it were raw finds headers and compressed data where the guest's memory should be. A raw image
-may begin like one by chance, so that ``--format raw`` overrules this.
+A dump of such a file would contain headers and compressed data instead of guest memory. A raw image may begin with the
+same bytes by chance, so ``--format raw`` skips this check.
 """
 
 import re
 from dataclasses import dataclass
 
-# Enough for what is found farthest in: the end of a swap partition's first page.
+# The signature at the highest offset is at the end of the first page of a swap partition.
 HEAD_BYTES = 4096
 
 
@@ -18,9 +18,9 @@ class Foreign:
     name: str
     """With its article, as in "is an ELF file"."""
     remedy: str
-    """How to get a raw image of it, or its memory into a snapshot."""
+    """How to get a raw image from the file, or its memory into a snapshot."""
     begins: re.Pattern[bytes]
-    """Its first bytes."""
+    """A pattern for the first bytes."""
 
 
 def _format(begins: bytes, name: str, remedy: str) -> Foreign:
@@ -35,13 +35,13 @@ FORMATS = (
     # Memory. doc/README.md of 504ensicsLabs/LiME and src/image.rs of microsoft/avml: numbers, little-endian.
     _format(rb"EMiL", "a LiME image", "avml-convert --source-format lime --format raw FILE RAM"),
     _format(rb"AVML", "an AVML image", "avml-convert --source-format lime_compressed --format raw FILE RAM"),
-    # elf(5): also what virsh dump --memory-only, dump-guest-memory, VBoxManage dumpvmcore and xl dump-core write.
+    # elf(5). virsh dump --memory-only, dump-guest-memory, VBoxManage dumpvmcore and xl dump-core write it too.
     _format(
         rb"\x7fELF",
         "an ELF file, such as a core dump",
         "store its LOAD segments, which readelf -lW lists, with --range and --format raw",
     ),
-    # src/qemu/qemu_saveimage.h of libvirt; libxl_conf.h there, and ch_conf.h, have the other.
+    # src/qemu/qemu_saveimage.h of libvirt for the first; libxl_conf.h and ch_conf.h of libvirt for the second.
     _format(rb"LibvirtQemud(Save|Part)", "a guest saved by libvirt", _LOAD_AGAIN),
     _format(rb"libvirt-xml\n \0 \r", "a guest saved by libvirt", _LOAD_AGAIN),
     # QEMU_VM_FILE_MAGIC in migration/savevm.h of QEMU, big-endian.
@@ -109,5 +109,5 @@ FORMATS = (
 
 
 def recognize(head: bytes) -> Foreign | None:
-    """Return the format that a file of this beginning is in, None where nothing speaks against raw memory."""
+    """Return the format of a file that begins with these bytes, None if it may be raw memory."""
     return next((each for each in FORMATS if each.begins.match(head)), None)

@@ -44,8 +44,8 @@ def get(
 ) -> None:
     """Copy a fragment out of a snapshot into a file.
 
-    FILE is new and has mode 0600. An existing one is refused, unless it is a regular file and --force is given. Files
-    inside a snapshot are never written. A copy that fails leaves nothing behind.
+    FILE is created with mode 0600. An existing FILE is refused, unless it is a regular file and --force is given.
+    Files inside a snapshot are never written. A copy that fails leaves nothing behind.
     """
     location = os.fspath(snapshot)
     namespace, name = locate(keys.open(location, threads=threads), path)

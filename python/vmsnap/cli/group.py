@@ -8,7 +8,6 @@ from types import FrameType
 import click
 
 import vmsnap
-from vmsnap import _vmsnap
 from vmsnap.cli.cat import cat
 from vmsnap.cli.clean import clean
 from vmsnap.cli.completion import completion
@@ -57,8 +56,9 @@ _SECTIONS: dict[str, tuple[click.Command, ...]] = {
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        built = f"aead: {vmsnap.aead_provider()}; features: {', '.join(_vmsnap.FEATURES)}"
-        click.echo(f"vmsnap {vmsnap.__version__} ({built}; commit: {_vmsnap.COMMIT or 'unknown'})")
+        build = vmsnap.build_info()
+        built = f"aead: {vmsnap.aead_provider()}; features: {', '.join(build.features)}"
+        click.echo(f"vmsnap {build.version} ({built}; commit: {build.commit or 'unknown'})")
         context.exit()
 
 
@@ -123,7 +123,7 @@ def run() -> int:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit_by_signal)
     warnings.showwarning = show_warning
-    # The user must see that a new identity needs a backup, whatever Python's settings for warnings are.
+    # The user must see that a new identity needs a backup, even if Python is set to ignore warnings.
     warnings.filterwarnings("always", category=vmsnap.NewIdentityWarning)
     try:
         # Commands return None, click's own exits return a status.

@@ -26,8 +26,8 @@ def open_image(path: str, form: str) -> Iterator[io.FileIO]:
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode):
         raise CommandError(
-            f"{path}: is a FIFO or a pipe, and guest memory needs a size: store it in a file first, or as a plain "
-            "fragment with vmsnap put"
+            f"{path}: is a FIFO or a pipe, and guest memory needs a size: copy the data to a file first, or store it "
+            "as an ordinary fragment with vmsnap put"
         )
     refuse_special(path, mode)
     with open(path, "rb", buffering=0) as file:
@@ -36,7 +36,7 @@ def open_image(path: str, form: str) -> Iterator[io.FileIO]:
             head = os.pread(file.fileno(), HEAD_BYTES, 0) if size else b""
         if size == 0:
             raise CommandError(
-                f"{path}: has a size of 0: it is empty, or like files of /proc does not tell its size; "
+                f"{path}: has a size of 0: it is empty, or a file of /proc, which does not report its size; "
                 "for a process, give its ID"
             )
         if form == "auto" and (foreign := _foreign(path, head)):

@@ -1,28 +1,25 @@
 """``vmsnap info``: a summary of a snapshot, as far as it can be told without the key."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
 import vmsnap
-from vmsnap import CorruptSnapshotError, FragmentReader, SnapshotReader
-from vmsnap._vmsnap import check_serialized, key_wrapping, outline
+from vmsnap import FragmentReader, SnapshotReader
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.options import json_option
 from vmsnap.cli.targets import expecting_snapshot, snapshot_argument, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
+from vmsnap.serialization import format_of
 
 # Limits for one fragment and for all: enough to recognize the format quickly.
 _LOOKED_AT_BYTES = 64 << 10
 _LOOKED_AT_BYTES_IN_ALL = 16 << 20
 # A CBOR value that begins below is a number, and so is a JSON digit: these do not tell the format.
 _CBOR_NUMBERS_BELOW = 0x40
-
-_MANIFEST = "vmsnap_manifest"
 
 _WRAPPINGS = {
     "raw-key": "a 32-byte key",
@@ -90,10 +87,7 @@ class Info:
 def _format_of(fragment: FragmentReader) -> str | None:
     """Return the format of the value in a fragment, None if the fragment is not a value."""
     data = fragment.read()
-    try:
-        found = check_serialized(data, None, "the fragment")
-    except CorruptSnapshotError:
-        return None
+    found = format_of(data)
     return None if found == "cbor" and data[0] < _CBOR_NUMBERS_BELOW else found
 
 
@@ -110,8 +104,9 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
 
 
 def summarize(location: Path, keys: OpeningKeys) -> Info:
-    """Return the summary of a snapshot. Without its key, only of what is visible."""
-    wrapping, recipients = key_wrapping(str(location)) or (None, [])
+    """Return the summary of a snapshot. Without its key, only visible properties are included."""
+    found = vmsnap.inspect(location)
+    wrapping = found.key_wrapping.kind if found.key_wrapping else None
     values, size = None, None
     if wrapping in (None, "age") or keys.given:
         try:
@@ -120,21 +115,20 @@ def summarize(location: Path, keys: OpeningKeys) -> Info:
             # The user's own identity need not open this snapshot.
             if keys.given:
                 raise
-    namespaces, fragments = outline(str(location))
-    stored_size = sum(stored for _, stored, _ in fragments)
+    stored_size = sum(fragment.stored_size for fragment in found.fragments)
     return Info(
         location=str(location),
-        encrypted=wrapping is not None,
+        encrypted=found.encrypted,
         key_wrapping=wrapping,
-        key_recipients=recipients,
-        sealed=os.path.lexists(location / _MANIFEST),
+        key_recipients=found.key_wrapping.recipients if found.key_wrapping else [],
+        sealed=found.sealed,
         values=values,
-        namespaces=len(namespaces),
-        fragments=len(fragments),
+        namespaces=len(found.namespaces),
+        fragments=len(found.fragments),
         size=size,
         stored_size=stored_size,
         overhead=None if size is None else stored_size - size,
-        modified=iso_time(max((time for _, _, time in fragments if time is not None), default=None)),
+        modified=iso_time(max((each.modified for each in found.fragments if each.modified is not None), default=None)),
     )
 
 
@@ -143,13 +137,12 @@ def summarize(location: Path, keys: OpeningKeys) -> Info:
 @opening_options
 @json_option
 def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
-    """Show what a snapshot is: encrypted, sealed, how large.
+    """Show the encryption, the seal and the size of a snapshot.
 
-    Without the key of an encrypted snapshot, "needs the key" (null in --json) stands for what is not visible. Nothing
-    here is authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes are those of the
-    fragments.
+    Without the key of an encrypted snapshot, some values are "needs the key" (null in --json). Nothing here is
+    authenticated: "sealed" means that there is a manifest, which "vmsnap verify" checks. Sizes count fragments only.
 
-    The format of values is found by reading fragments of up to 64 KiB, at most 16 MiB in all.
+    To find the format of values, fragments of up to 64 KiB are read, at most 16 MiB in all.
     """
     with expecting_snapshot(snapshot):
         found = summarize(snapshot, keys)

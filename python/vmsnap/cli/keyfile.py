@@ -1,12 +1,12 @@
 """Files with secrets, and the key in a key file."""
 
 import re
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 
 import vmsnap
-from vmsnap._vmsnap import read_secret_file
 from vmsnap.cli.failure import CommandError
+from vmsnap.keys import read_secret_file
 
 KEY_BYTES = 32
 
@@ -22,7 +22,7 @@ def read_private(path: "str | PathLike[str]") -> bytearray:
         If the file cannot be read.
     """
     try:
-        return read_secret_file(fspath(path))
+        return read_secret_file(path)
     except vmsnap.KeyUnavailableError as refused:
         raise CommandError(str(refused)) from None
 

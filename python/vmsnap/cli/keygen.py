@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 import vmsnap
-from vmsnap import _vmsnap
 from vmsnap.cli.command import Command
 from vmsnap.cli.files import named
 from vmsnap.cli.io import write_all
 from vmsnap.cli.keys import identity_of
 from vmsnap.cli.paths import PATH
+from vmsnap.keys import identity_file
 
 
 @click.command(cls=Command, examples=["vmsnap keygen -o id.txt", "vmsnap keygen --recipient id.txt"])
@@ -33,8 +33,9 @@ def keygen(output: Path | None, recipient: Path | None) -> None:
         else:
             _write_new(output, "\n".join(lines) + "\n", mode=0o666)
         return
-    identity, public = _vmsnap.generate_identity()
-    content = _vmsnap.identity_file(identity, public)
+    identity = vmsnap.generate_identity()
+    [public] = vmsnap.recipients_of(identity)
+    content = identity_file(identity)
     if output is None:
         sys.stdout.write(content)
         if not sys.stdout.isatty():

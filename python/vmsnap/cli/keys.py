@@ -1,4 +1,4 @@
-"""The options for keys: what opens a snapshot, and who can open a new one."""
+"""The options for keys: the key that opens a snapshot, and the keys that can open a new one."""
 
 import getpass
 import os
@@ -12,15 +12,14 @@ from typing import Any
 import click
 
 import vmsnap
-from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot, _vmsnap
-from vmsnap._vmsnap import key_wrapping
+from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file, read_private
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.terminal import printable
-from vmsnap.keys import Passphrase
+from vmsnap.keys import Passphrase, key_wrapping, read_recipients_file
 
 # The limit for a passphrase with its newline.
 _MAX_PASSPHRASE_BYTES = 4096
@@ -57,10 +56,12 @@ class OpeningKeys:
 
     def for_new(self, recipients: tuple[str, ...] | None) -> "WritingKeys":
         """Return the keys for a new snapshot: recipients, or this key or passphrase."""
-        if self.identities is not None or (recipients is not None and self.given):
+        if self.identities is not None:
             raise click.UsageError(
-                "a new snapshot is encrypted with recipients, a key or a passphrase: give only one of them"
+                "an identity only opens snapshots: to create a snapshot, give the identity's recipient with -r or -R"
             )
+        if recipients is not None and self.given:
+            raise click.UsageError("give only one of recipients, a key and a passphrase for the new snapshot")
         # A mistyped passphrase only fails to open a snapshot, but nobody would open a new one with it.
         asked = callable(self.passphrase)
         return WritingKeys(
@@ -120,10 +121,10 @@ def identity_of(path: Path) -> IdentityFile:
 
 def _is_passphrase(root: str | Path) -> bool:
     try:
-        wrapping = key_wrapping(str(root))
+        wrapping = key_wrapping(root)
     except (vmsnap.VmsnapError, OSError):
         return False  # opening the snapshot raises a better error
-    return wrapping is not None and wrapping[0] == "passphrase"
+    return wrapping is not None and wrapping.kind == "passphrase"
 
 
 def _asker(prompt: str, *, twice: bool = False) -> Callable[[], str]:
@@ -151,7 +152,7 @@ def _read_passphrase(source: str | int) -> bytearray:
     line = content.split(b"\n", 1)[0].removesuffix(b"\r")
     if not line or len(line) > _MAX_PASSPHRASE_BYTES:
         named = f"file descriptor {source}" if isinstance(source, int) else source
-        raise CommandError(f"{named}: a passphrase is 1 to {_MAX_PASSPHRASE_BYTES} bytes long, on the first line")
+        raise CommandError(f"{named}: the first line must be a passphrase of 1 to {_MAX_PASSPHRASE_BYTES} bytes")
     return line
 
 
@@ -165,7 +166,7 @@ def _read_descriptor(number: int) -> bytearray:
 
 def _read_recipients(path: Path) -> list[str]:
     """Return the recipients in a file, and report ignored lines on standard error."""
-    recipients, ignored = _vmsnap.read_recipients(os.fspath(path))
+    recipients, ignored = read_recipients_file(path)
     for text in ignored:
         click.echo(f"vmsnap: {printable(f'{path}: {text}')}", err=True)
     return recipients
@@ -278,7 +279,7 @@ def recipient_options(command: _Command) -> _Command:
 
 
 def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return the recipients, None without these options. A file without recipients is an error."""
+    """Return the recipients, or None if there are no such options. A file without recipients is an error."""
     texts, files = options.pop("recipient"), options.pop("recipients_file")
     if not texts and not files:
         return None

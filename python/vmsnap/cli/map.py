@@ -154,9 +154,9 @@ def map_memory(
 ) -> None:
     """Draw guest memory as a picture, page by page.
 
-    The colors tell holes, zero, text-like and dense pages. Addresses grow from left to right and from top to bottom. In
-    the picture of a large memory a dot stands for several pages and has the mean of their colors. --json also prints
-    the number of pages of each kind.
+    Colors show holes, zero pages, text-like pages and dense pages. Addresses grow from left to right and from top to
+    bottom. In the picture of a large memory a dot stands for several pages and has the mean of their colors. --json
+    also prints the number of pages of each kind.
 
     All data is read and decrypted. Needs Pillow: pip install 'vmsnap[map]'.
     """

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
-from vmsnap import ProcessMemory
-from vmsnap._vmsnap import ProcessRange, StoppedProcess
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import named
+from vmsnap.process import ProcessMemory, ProcessRange, StoppedProcess
 
 # A thread deep in the kernel (a hanging network file system, a vfork) stops only when it comes out.
 _STOP_TIMEOUT_SECONDS = 10.0
@@ -74,7 +73,7 @@ class Process:
         self._open_files.close()
 
     def without_memory(self) -> CommandError:
-        """Return the error for a process of which there is nothing to store."""
+        """Return the error for a process without memory to store."""
         return CommandError(f"process {self.pid} has no memory to read: it has ended, or is a kernel thread")
 
     @contextmanager
@@ -101,7 +100,7 @@ class Process:
 
     @cached_property
     def memory(self) -> ProcessMemory:
-        """Its memory, as mapped when this is first used: after it was stopped, if it is to be stopped."""
+        """The memory of the process, as mapped when this is first used. To stop the process, do so before."""
         return ProcessMemory(self.pid)
 
     def range(self, start: int, end: int) -> ProcessRange:
@@ -136,7 +135,7 @@ class Process:
 
     def _check_same(self) -> None:
         """Refuse another process that got the ID in the meantime."""
-        with suppress(OSError):  # there is nothing to be read, but a process to be asked
+        with suppress(OSError):  # nothing is mapped at this address; an end of file means that the process is gone
             if not os.pread(self._memory, 1, _NOWHERE):
                 raise CommandError(f"process {self.pid} has ended, or started another program")
 

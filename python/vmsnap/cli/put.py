@@ -32,8 +32,8 @@ def new_snapshot(location: Path, keys: WritingKeys, *, threads: int | None) -> I
     try:
         yield writer
     except BaseException:
-        shutil.rmtree(writer.root, ignore_errors=True)
-        if writer.root.exists():
+        shutil.rmtree(writer.path, ignore_errors=True)
+        if writer.path.exists():
             click.echo(f"vmsnap: cannot remove the incomplete snapshot {printable(str(location))}", err=True)
         raise
 
@@ -48,7 +48,7 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
                 writer = writer.namespace(name)
             except FileNotFoundError:
                 writer = writer.add_namespace(name)
-                made.append(writer.root / writer.namespace_path)
+                made.append(writer.path / writer.namespace_path)
         yield writer
     except BaseException:
         with contextlib.suppress(OSError):
@@ -58,13 +58,13 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
 
 
 def _fragment_path(file: str, path: str | None) -> str:
-    """Return where the fragment goes: the file's name completes a path that is left out or ends with a slash."""
+    """Return the path of the new fragment. A path that is left out or ends with a slash gets the name of the file."""
     if path is not None and not path.endswith("/"):
         if not path:
             raise click.UsageError("PATH is empty: name the fragment")
         return path
     if file == _STANDARD_INPUT:
-        raise click.UsageError("name the fragment that standard input becomes: put - SNAPSHOT PATH")
+        raise click.UsageError("standard input has no name: name the fragment, as in vmsnap put - SNAPSHOT PATH")
     return (path or "") + as_name(os.path.basename(file))
 
 
@@ -109,9 +109,11 @@ def put(
 ) -> None:
     """Copy a file into a snapshot as a new fragment.
 
-    Namespaces are created as needed. A fragment is never overwritten, and nothing can be added to a sealed snapshot. A
-    snapshot is created only with --create, so a mistyped name is an error; it is written in place, more fragments can
-    be added, and "vmsnap seal" seals it. A copy that fails leaves nothing behind.
+    Namespaces are created as needed. A fragment is never overwritten, and nothing can be added to a sealed snapshot.
+    A copy that fails leaves nothing behind.
+
+    A snapshot is created only with --create, so a mistyped name is an error. More fragments can be added to the new
+    snapshot, until "vmsnap seal" seals it.
     """
     if recipients is not None and not create:
         raise click.UsageError("-r and -R are for a new snapshot: add --create")

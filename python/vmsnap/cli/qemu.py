@@ -68,7 +68,7 @@ def qemu() -> None:
     "--pid",
     type=click.IntRange(min=1),
     metavar="PID",
-    help="The process of QEMU.  [default: the one that listens at SOCKET]",
+    help="The process ID of QEMU.  [default: the process that created SOCKET]",
 )
 @threads_option
 @no_durable_option
@@ -86,9 +86,11 @@ def save(
 ) -> None:
     """Save a running QEMU guest in a new snapshot.
 
-    The snapshot contains the memory, the devices, and a description of the machine. The guest is paused meanwhile, and
-    continues afterwards if it was running before. NEW-SNAPSHOT appears when it is
-    complete, and is sealed. A save that fails leaves nothing behind, and the guest as it was.
+    The snapshot contains the memory, the device state, and a description of the machine. The guest is paused during
+    the save, and continues afterwards if it was running before.
+
+    NEW-SNAPSHOT appears when it is complete, and is sealed. A save that fails leaves nothing behind, and does not
+    change whether the guest runs.
 
     Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
@@ -126,7 +128,7 @@ def save(
         f"vmsnap: saved {report.machine.machine_type} of QEMU {report.machine.qemu_version} in {report.seconds:.2f} s; "
         f"the guest was paused for {report.paused_seconds:.2f} s: {human_size(memory.data_bytes)} of "
         f"{human_size(memory.logical_bytes)} of memory, {human_size(memory.stored_bytes)} on disk, and "
-        f"{human_size(report.device_state_bytes)} of devices",
+        f"{human_size(report.device_state_bytes)} of device state",
         err=True,
     )
 
@@ -166,8 +168,8 @@ def load(
 ) -> None:
     """Start QEMU with a saved guest, and resume the guest.
 
-    A plain snapshot is verified first, an encrypted one while it is read. QEMU keeps the terminal, and its exit status
-    becomes that of vmsnap. A load that fails ends QEMU, and reports what QEMU printed.
+    A plain snapshot is verified first, an encrypted one while it is read. QEMU keeps the terminal, and vmsnap exits
+    with the exit status of QEMU. If the load fails, QEMU is ended, and the error contains its output.
 
     Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
@@ -192,7 +194,7 @@ def load(
 
 
 def _status_of(process: "Popen[bytes]", told: str) -> int:
-    """Wait for QEMU, and end it if this process is to end."""
+    """Wait for QEMU, and end it if this process is interrupted."""
     try:
         click.echo(told, err=True)
         status = process.wait()

@@ -1,4 +1,4 @@
-"""``vmsnap rekey``: what the data key of a snapshot is wrapped with."""
+"""``vmsnap rekey``: wrapping the data key of a snapshot with another key."""
 
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from vmsnap.cli.targets import snapshot_argument
 def rekey(snapshot: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
     """Change the key or the recipients of a snapshot.
 
-    The new ones are given by -r, -R, --new-key-file or a --new-passphrase option. They replace the old ones.
+    The options -r, -R, --new-key-file and --new-passphrase give the new key or recipients. They replace the old ones.
 
-    Only the file enc_metadata is replaced, so this takes milliseconds whatever the size.
+    Only the file enc_metadata is replaced, so this takes milliseconds for a snapshot of any size.
 
-    It does not revoke access: somebody who could open the snapshot before may have kept its data key. "vmsnap encrypt"
-    copies it into a new snapshot with a new data key.
+    This does not revoke access: somebody who could open the snapshot before may have kept its data key. To get a new
+    data key, copy the snapshot with "vmsnap encrypt".
     """
     if not new_keys.given:
-        raise click.UsageError("say what is to open the snapshot: -r, -R, --new-key-file or --new-passphrase")
+        raise click.UsageError("give the new key or recipients: -r, -R, --new-key-file or --new-passphrase")
     vmsnap.rekey(
         snapshot,
         **keys.arguments(snapshot),

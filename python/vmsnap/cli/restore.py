@@ -10,7 +10,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.io import new_file, refuse_inside
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.options import force_option, threads_option
+from vmsnap.cli.options import force_option, threads_option, uncached_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.targets import complete_file, namespace_option, open_memory, snapshot_argument
 from vmsnap.cli.terminal import human_size, progress_so_far
@@ -27,17 +27,25 @@ from vmsnap.cli.terminal import human_size, progress_so_far
     "--region", type=click.IntRange(min=0), metavar="N", help="Write only region N; the first one is region 0."
 )
 @force_option
+@uncached_option
 @threads_option
 def restore(
-    snapshot: Path, file: str, namespace: str, keys: OpeningKeys, region: int | None, force: bool, threads: int | None
+    snapshot: Path,
+    file: str,
+    namespace: str,
+    keys: OpeningKeys,
+    region: int | None,
+    force: bool,
+    uncached: bool,
+    threads: int | None,
 ) -> None:
     """Write the guest memory of a snapshot to a sparse raw file.
 
-    The file begins with the lowest guest-physical address, and every other address follows at its distance from it. So
-    a region at 0x100000000 comes after the hole below it. With --region, the file contains only that region.
+    The file begins with the lowest guest-physical address. Every region is at its distance from that address, and a gap
+    between two regions is a hole in the file. With --region, the file contains only that region.
 
-    FILE is new and has mode 0600. An existing one is refused, unless it is a regular file and --force is given. Files
-    inside a snapshot are never written. A restore that fails leaves nothing behind.
+    FILE is created with mode 0600. An existing FILE is refused, unless it is a regular file and --force is given.
+    Files inside a snapshot are never written. A restore that fails leaves nothing behind.
     """
     memory = open_memory(snapshot, namespace, keys, threads)
     refuse_inside(file, str(snapshot))
@@ -52,7 +60,7 @@ def restore(
             for number, each in enumerate(regions)
         ]
         try:
-            memory.restore(targets, progress=show)
+            memory.restore(targets, uncached=uncached, progress=show)
         except OSError as error:
             if error.errno not in (errno.EFBIG, errno.EINVAL):
                 raise

@@ -78,7 +78,7 @@ def show(
     if the fragment is not one.
 
     --json prints a value as one JSON document: byte strings as {"hex": "..."}, floats that JSON lacks as "NaN", "inf"
-    and "-inf", maps with other keys than text as lists of [key, value], sets as lists, arrays as nested lists, UUIDs
+    and "-inf", maps whose keys are not text as lists of [key, value], sets as lists, arrays as nested lists, UUIDs
     and times as text. Bytes are printed as {"offset", "size", "fragment_size", "hex"}.
     """
     raw = as_hex or offset is not None or size is not None

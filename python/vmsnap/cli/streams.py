@@ -87,7 +87,7 @@ def standard_input() -> NamedFile:
     Raises
     ------
     OSError
-        If it is closed: storing nothing would not be what the user wanted.
+        If it is closed. Storing an empty fragment would hide the mistake.
     """
     if sys.stdin is None:
         raise OSError(errno.EBADF, "standard input is closed")

@@ -1,4 +1,4 @@
-"""SNAPSHOT and PATH as commands take them: how they lead into a snapshot, and what a shell completes them to."""
+"""The arguments SNAPSHOT and PATH: opening the snapshot, namespace or fragment, and completing them in a shell."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from click.shell_completion import CompletionItem
 
 import vmsnap
 from vmsnap import CorruptSnapshotError, FragmentReader, GuestMemory, SnapshotReader
-from vmsnap._vmsnap import outline
 from vmsnap.cli.command import argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys
@@ -23,13 +22,13 @@ _MEMORY_METADATA = "mem_metadata"
 
 
 def is_marked(location: str | Path) -> bool:
-    """Return whether a directory has a file that only snapshots have. A plain snapshot that is not sealed has none."""
+    """Return whether a directory has a file that only snapshots have. A plain, unsealed snapshot does not have one."""
     return any(os.path.lexists(os.path.join(location, name)) for name in _MARKERS)
 
 
 @contextmanager
 def expecting_snapshot(location: str | Path) -> Iterator[None]:
-    """Refuse, as not a snapshot, a directory without markers in which the block finds something that does not fit."""
+    """Report an error in the block as "not a snapshot" if the directory has no file that only snapshots have."""
     try:
         yield
     except CorruptSnapshotError as error:
@@ -89,8 +88,7 @@ def walk(snapshot: SnapshotReader) -> Iterator[tuple[str, FragmentReader]]:
 
 def times(location: Path) -> dict[str, datetime | None]:
     """Return when each fragment was last written."""
-    _, fragments = outline(str(location))
-    return {path: time for path, _, time in fragments}
+    return {fragment.path: fragment.modified for fragment in vmsnap.inspect(location).fragments}
 
 
 def complete_directory(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -104,12 +102,12 @@ def complete_file(_context: click.Context, _parameter: click.Parameter, begun: s
 
 
 def _complete(context: click.Context, begun: str, *, namespaces: bool) -> list[CompletionItem]:
-    """Return the paths in SNAPSHOT that begin so. Names are visible without the key, so no key is asked for."""
+    """Return the paths in SNAPSHOT with this beginning. Names are visible without the key, so no key is asked for."""
     try:
-        spaces, fragments = outline(str(context.params["snapshot"]))
+        found = vmsnap.inspect(context.params["snapshot"])
     except (vmsnap.VmsnapError, OSError, KeyError):
         return []
-    paths = spaces if namespaces else [path for path, _, _ in fragments]
+    paths = found.namespaces if namespaces else [fragment.path for fragment in found.fragments]
     # The shell's protocol has one candidate a line, so a name with a newline cannot be offered.
     return [CompletionItem(path) for path in paths if path.startswith(begun) and path.isprintable()]
 
@@ -125,21 +123,21 @@ def _complete_namespace(context: click.Context, _parameter: click.Parameter, beg
 snapshot_argument = argument(
     "snapshot",
     metavar="SNAPSHOT",
-    description="The snapshot: its directory.",
+    description="The directory of the snapshot.",
     type=PATH,
     shell_complete=complete_directory,
 )
 new_snapshot_argument = argument(
     "new_snapshot",
     metavar="NEW-SNAPSHOT",
-    description="The snapshot to create. The path must not exist, its parent directory must.",
+    description="The directory to create. It must not exist, but its parent directory must.",
     type=PATH,
     shell_complete=complete_directory,
 )
 fragment_argument = argument(
     "path",
     metavar="PATH",
-    description="The fragment: its name, preceded by its namespaces, as in pci/00:1f.2/state.",
+    description="The fragment, with the namespaces that contain it, as in pci/00:1f.2/state.",
     type=NAME,
     shell_complete=_complete_fragment,
 )

@@ -7,7 +7,6 @@ import click
 
 import vmsnap
 from vmsnap import Verification
-from vmsnap._vmsnap import outline
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.names import NAME
@@ -74,15 +73,14 @@ def verify(
 ) -> None:
     """Check everything in a snapshot against its seal.
 
-    Exits 0 if everything was checked and nothing is wrong, otherwise 1. Without the key of an encrypted snapshot only
-    a part can be checked: the rest is reported as not checked, and the exit code is 1. A snapshot that is not sealed
-    has no manifest, so nothing shows whether it is complete: the exit code is 1. A directory that is not a snapshot is
-    refused with exit code 4.
+    The exit code is 0 if everything was checked and nothing is wrong, otherwise 1. It is also 1 if a part was not
+    checked because the key of an encrypted snapshot is missing, and if the snapshot is not sealed, because nothing
+    shows then whether it is complete. A directory that is not a snapshot is refused with exit code 4.
     """
     marked = is_marked(snapshot)
     if not marked:
         with expecting_snapshot(snapshot):
-            outline(str(snapshot))
+            vmsnap.inspect(snapshot)
     report = vmsnap.verify(snapshot, expect_seal_digest=expect_seal_digest, **keys.arguments(snapshot))
     if as_json:
         click.echo(_as_json(report))

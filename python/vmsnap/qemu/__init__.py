@@ -1,15 +1,15 @@
-"""A running QEMU guest, saved into a snapshot and resumed from one; on Linux, over QMP.
+"""Saving a running QEMU guest into a snapshot, and resuming it from one. Linux only, over QMP.
 
-`save` stops the guest, takes QEMU's device state and the guest's memory, and lets it go on; `load` starts QEMU, brings
-both back and lets the guest go on where it stood. ``docs/qemu.md`` shows it, and how the guest has to be started.
+`save` pauses the guest, stores the device state of QEMU and the guest memory, and resumes the guest. `load` starts
+QEMU, restores both, and resumes the guest. ``docs/qemu.md`` has examples, and the QEMU options that a guest needs.
 
-``monitor`` talks to a QEMU, ``machine`` asks what it runs and finds its memory, ``devices`` moves their state, and
-``saving`` and ``loading`` do it; ``started`` is a QEMU that is to load, and ``background`` keeps what blocks
-out of the event loop.
+The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU over QMP, ``machine`` describes the
+machine and finds the guest memory, and ``devices`` transfers the device state. ``started`` is a QEMU that vmsnap
+started for loading, and ``background`` keeps blocking calls out of the event loop.
 """
 
 try:
-    from qemu import qmp as _qmp  # noqa: F401  asked for first, so that what is missing is said well
+    from qemu import qmp as _qmp  # noqa: F401  imported first, so that the error names the extra
 except ModuleNotFoundError:
     raise ModuleNotFoundError("vmsnap.qemu needs qemu.qmp: pip install 'vmsnap[qemu]'", name="qemu.qmp") from None
 

@@ -1,4 +1,4 @@
-"""What blocks, run in a thread while the event loop goes on; what has to come to its end; and a loop of one's own."""
+"""Blocking calls in threads, work that cancellation does not interrupt, and an event loop for synchronous callers."""
 
 import asyncio
 import threading
@@ -13,19 +13,20 @@ from vmsnap.memory import Progress
 
 Result = TypeVar("Result")
 
-# Well within the 200 ms in which Ctrl-C is to work.
+# Ctrl-C must work within 200 ms.
 _SIGNAL_INTERVAL_SECONDS = 0.05
 
-# One thread for what blocks, started before the guest is stopped and kept; in a caller's event loop its own threads.
+# The thread for blocking calls, started before the guest is paused. In a caller's event loop it is that loop's pool.
 _worker: ContextVar[ThreadPoolExecutor | None] = ContextVar("_worker", default=None)
 
 
 def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = lambda _: None) -> Result:
-    """Run a coroutine in a thread with an event loop of its own, and wait for it.
+    """Run a coroutine in a thread with its own event loop, and wait for the result.
 
-    What a signal handler raises here (Ctrl-C, and the command line's at SIGTERM) cancels it, and is raised when it has
-    ended. Raised in its own thread that would take the loop away under it, and with it the connection to QEMU. Where it
-    had a result nevertheless, `undo` is called with that.
+    An exception from a signal handler in this thread (Ctrl-C, or SIGTERM on the command line) cancels the coroutine,
+    and is raised when the coroutine has ended. If it were raised in the thread of the event loop, it would destroy the
+    loop and the connection to QEMU. If the coroutine completes in spite of the cancellation, `undo` is called with its
+    result.
     """
     begun = threading.Event()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
@@ -51,15 +52,15 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
         future = thread.submit(lambda: asyncio.run(main()))
         future.add_done_callback(lambda _: begun.set())
         try:
-            # The system may hand a signal to any thread, and the wait for a lock ends for those of its own thread only:
-            # Python looks for signals whenever this wakes up.
+            # The system may deliver a signal to any thread, and only a signal to this thread would end a wait for a
+            # lock. So this wakes up regularly, and Python checks for signals then.
             while not future.done():
                 wait([future], timeout=_SIGNAL_INTERVAL_SECONDS)
             return future.result()
         except BaseException:
             begun.wait()
             for loop, task in running:
-                with suppress(RuntimeError):  # it has ended, and this is its own error
+                with suppress(RuntimeError):  # the loop has ended, and this error is the result of the coroutine
                     loop.call_soon_threadsafe(task.cancel)
             with suppress(Exception, asyncio.CancelledError):
                 undo(future.result())
@@ -67,14 +68,19 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
 
 
 def no_thread(error: RuntimeError) -> QemuError:
-    """Return what to say where Python cannot start a thread."""
-    return QemuError(f"{error}: the system allows no more (ulimit -u, or pids.max of the control group)")
+    """Return the error for a thread that Python cannot start."""
+    return QemuError(f"{error}: the system allows no more threads; raise ulimit -u, or pids.max of the control group")
 
 
 async def to_the_end(work: Awaitable[Result], cancel: Callable[[], object] = lambda: None) -> Result:
-    """Wait for what must not be left half done, even where this task is cancelled; it is cancelled afterwards.
+    """Wait for work to end, even if this task is cancelled meanwhile. The cancellation is raised afterwards.
 
-    `cancel` is called then, to let the work end sooner.
+    Parameters
+    ----------
+    work
+        Work that must not be interrupted.
+    cancel
+        Called when this task is cancelled, so that the work can end sooner.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -86,14 +92,14 @@ async def to_the_end(work: Awaitable[Result], cancel: Callable[[], object] = lam
             cancel()
     if cancelled is None:
         return task.result()
-    # Looked at, or it would be reported as lost: what counts is that this was cancelled.
+    # The exception is retrieved only because asyncio would report it as never retrieved.
     if not task.cancelled():
         task.exception()
     raise cancelled
 
 
 async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:
-    """Run what blocks in a thread, to its end; `cancel` as for `to_the_end`."""
+    """Run a blocking call in a thread, and wait for its end. `cancel` is the same as for `to_the_end`."""
     try:
         future = asyncio.get_running_loop().run_in_executor(_worker.get(), copy_context().run, call)
     except RuntimeError as error:
@@ -102,7 +108,7 @@ async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = l
 
 
 async def with_progress(call: Callable[[Progress], Result], progress: Progress | None) -> Result:
-    """Run what reports its progress in a thread; it ends at its next report where this task is cancelled."""
+    """Run a call that reports its progress in a thread. If this task is cancelled, the call ends at its next report."""
     cancelled = threading.Event()
 
     def show(done: int, total: int) -> None:

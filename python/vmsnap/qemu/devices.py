@@ -1,4 +1,4 @@
-"""The state of a guest's devices, between QEMU and a fragment: through a pipe, so that no disk has it in plaintext."""
+"""Transfer of device state between QEMU and a fragment, through a pipe so that no disk stores it in plaintext."""
 
 import asyncio
 import os
@@ -15,20 +15,20 @@ from vmsnap.qemu.monitor import Monitor
 Result = TypeVar("Result")
 
 _NAME = "vmsnap-device-state"
-_PIECE_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 20
 
 
 async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
-    """Let QEMU write the state into a fragment; return its bytes.
+    """Let QEMU write the device state into a fragment, and return the number of bytes.
 
     Raises
     ------
     QemuError
-        QEMU cannot, or has ended. No migration goes on afterwards.
+        QEMU cannot save the state, or has ended. No migration is in progress afterwards.
     """
 
     def take(pipe: FileIO) -> int:
-        buffer = memoryview(bytearray(_PIECE_BYTES))
+        buffer = memoryview(bytearray(_BATCH_BYTES))
         taken = 0
         while count := pipe.readinto(buffer):
             fragment.write(buffer[:count])
@@ -40,24 +40,29 @@ async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
 
 
 async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
-    """Let QEMU read the state out of a fragment.
+    """Let QEMU read the device state from a fragment.
 
-    `end_qemu` is called where that cannot go on: a QEMU with half of its devices loaded is of no use.
+    Parameters
+    ----------
+    monitor, fragment
+        QEMU, and the fragment with the state.
+    end_qemu
+        Called on an error, because a QEMU with half of its devices loaded is useless.
 
     Raises
     ------
     QemuError
-        QEMU cannot; most often it ends then, and says why on its standard error.
+        QEMU cannot load the state. Usually it ends, and prints the reason on its standard error.
     AuthenticationError
-        The fragment is not what was written.
+        The fragment is damaged or was changed.
     """
 
     def give(pipe: FileIO) -> None:
-        # QEMU stops reading where it fails, and that is told by itself.
+        # QEMU stops reading when it fails, and its own error is reported elsewhere.
         with suppress(BrokenPipeError):
-            while piece := memoryview(fragment.read(_PIECE_BYTES)):
-                while piece:
-                    piece = piece[pipe.write(piece) :]
+            while batch := memoryview(fragment.read(_BATCH_BYTES)):
+                while batch:
+                    batch = batch[pipe.write(batch) :]
 
     async def give_up() -> None:
         end_qemu()
@@ -74,10 +79,10 @@ async def _transfer(
     work: Callable[[FileIO], Result],
     give_up: Callable[[], Coroutine[Any, Any, None]],
 ) -> Result:
-    """Give QEMU one end of a pipe to migrate through, while a thread works at the other."""
+    """Let QEMU migrate through one end of a pipe, while a thread works at the other end."""
 
     def work_and_close() -> Result:
-        # Closed where the work fails, so that QEMU, which would wait for more, fails too.
+        # The end is closed even if the work fails, because QEMU would wait for more bytes.
         with ours:
             return work(ours)
 
@@ -95,14 +100,14 @@ async def _transfer(
     working = asyncio.ensure_future(asyncio.to_thread(work_and_close))
     waiting = asyncio.ensure_future(monitor.migrated())
     try:
-        # Where the thread fails QEMU is not waited for: of a pipe that ends at once 7.2 makes nothing.
+        # If the thread fails, QEMU is not waited for: 7.2 does not notice a pipe that ends immediately.
         await asyncio.wait([working, waiting], return_when=asyncio.FIRST_EXCEPTION)
         if working.done():
             working.result()
         await waiting
     except BaseException:
         waiting.cancel()
-        # QEMU closes its end then, and the thread ends too; where that failed first, it is the reason.
+        # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
         await to_the_end(give_up())
         await to_the_end(_ended(working))
         if error := working.exception():
@@ -116,22 +121,27 @@ async def _ended(task: "asyncio.Future[Any]") -> None:
 
 
 def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the migration capabilities that QEMU has as they are to be: shared memory is vmsnap's to move.
+    """Return the migration capabilities with only x-ignore-shared on, so that vmsnap transfers the shared memory.
 
-    All others are off: they are for a network, and some change what is sent.
+    All others are off, because they are for a network, and some change the format of the state.
+
+    Parameters
+    ----------
+    found
+        The capabilities that QEMU lists.
 
     Raises
     ------
     QemuError
-        This QEMU has no such capability.
+        This QEMU does not have x-ignore-shared.
     """
     if not any(each["capability"] == "x-ignore-shared" for each in found):
-        raise QemuError("this QEMU cannot leave shared memory to vmsnap (x-ignore-shared): take version 4 or newer")
+        raise QemuError("this QEMU is too old: it lacks the migration capability x-ignore-shared; use QEMU 4 or newer")
     return [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
 
 
 async def cancel(monitor: Monitor) -> None:
-    """Cancel a migration that goes on, and wait until it has ended."""
+    """Cancel a migration in progress, and wait until it has ended."""
     with suppress(QemuError):
         if await monitor.migrates():
             await monitor.run("migrate_cancel")

@@ -1,4 +1,4 @@
-"""A snapshot into a running guest."""
+"""`load`: starting QEMU with a guest from a snapshot."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
+from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices, without_shared_memory
@@ -17,40 +18,43 @@ from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
-from vmsnap.sealing import verify as verify_snapshot
-from vmsnap.snapshot import SnapshotReader
+from vmsnap.reader import SnapshotReader
+from vmsnap.verification import Verification
+from vmsnap.verification import verify as verify_snapshot
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
 
-_PIECE_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 20
 _SHOWN_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How `load` went, and the QEMU that runs the guest now."""
+    """The QEMU process that `load` started, and the sizes and times of the load."""
 
     process: subprocess.Popen[bytes]
-    """It is the caller's to wait for or to end. What it writes to standard error is passed on to this process' own."""
+    """QEMU. The caller waits for it or ends it. Its standard error is copied to the standard error of this process."""
     seconds: float
-    """From the call until the guest went on."""
+    """Time from the call until the guest was resumed."""
     restored_bytes: int
-    """Bytes of data of the guest's memory."""
+    """Size of the data ranges of the guest memory, in bytes."""
     machine: Machine
+    """The machine that the guest was saved on."""
 
 
-def load(path: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
-    """Bring a saved guest back; `load_async` for callers that have no event loop, with the same parameters."""
-    return run(load_async(path, command, **options), undo=lambda report: end(report.process))
+def load(location: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
+    """Start QEMU with a saved guest, and resume the guest. The parameters are the same as for `load_async`."""
+    return run(load_async(location, command, **options), undo=lambda report: end(report.process))
 
 
 async def load_async(
-    path: "StrPath",
+    location: "StrPath",
     command: Sequence[str],
     *,
+    keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
     identities: "Identity | Iterable[Identity] | None" = None,
     passphrase: "Passphrase | None" = None,
@@ -62,61 +66,59 @@ async def load_async(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> LoadReport:
-    """Start QEMU with the memory and the devices of a saved guest, and let the guest go on.
+    """Start QEMU with the memory and the device state of a saved guest, and resume the guest.
 
-    QEMU is started waiting. That it is the machine which was saved is checked before anything of the guest's is
-    written; then its memory is filled, and its devices are loaded. After any error QEMU is ended.
+    QEMU starts and waits. vmsnap checks that the machine is the saved one before it writes anything, then restores the
+    memory, and lets QEMU load the device state. After any error QEMU is ended.
 
     Parameters
     ----------
-    path
-        The snapshot.
+    location
+        The directory of the snapshot.
     command
-        QEMU and its arguments, as the guest was started: the same machine type, devices, and memory backends by id and
-        size. ``-incoming`` is added, and a monitor of vmsnap's own. Memory in a ``memory-backend-memfd`` is QEMU's
-        alone; with a ``memory-backend-file`` the file is filled. With ``share=off`` the guest changes nothing in it.
-    key, identities, passphrase, key_provider, threads, expect_seal_digest
-        As for `vmsnap.open`.
+        The command that starts QEMU, with the arguments of the saved guest: the same machine type, devices, and memory
+        backends (ids and sizes). vmsnap adds ``-incoming`` and its own monitor. A ``memory-backend-file`` is filled
+        with the memory; with ``share=off`` the guest does not change the file afterwards.
+    keys, key, identities, passphrase, key_provider, threads, expect_seal_digest
+        Keyword arguments of `vmsnap.open`.
     verify
-        Whether the snapshot has to be sealed, and a plain one is read and verified before. What is encrypted is never
-        used where its tag does not verify. Without, QEMU may get what anybody has changed.
+        Whether the snapshot must be sealed. A plain one is also read and verified completely before QEMU starts. An
+        encrypted one is verified while it is read, always. With ``verify=False``, QEMU may load data that somebody
+        changed.
     paused
-        Let the guest wait for ``cont``.
+        Whether the guest stays paused until the monitor command ``cont``.
     overwrite
-        Whether memory may go into a file that holds something: another guest may run on it.
+        Whether the memory may overwrite a file that is not empty. Another guest may be using such a file.
     progress
-        Called with the bytes of memory done and all bytes, from another thread.
+        Called from another thread with the number of bytes of memory done and the total.
 
     Raises
     ------
     QemuError
-        The snapshot is of no QEMU guest, or has no device state; the QEMU that was started is another machine, or
-        older; it ended or failed, and the text has what it wrote to standard error.
+        The snapshot does not contain a QEMU guest, or no device state. The started QEMU is another machine, or older.
+        QEMU ended or failed, and the text contains its standard error.
     CorruptSnapshotError, AuthenticationError, NotSealedError
-        The snapshot is not what was saved. QEMU was not started, or the guest has not run.
+        The snapshot is damaged, was changed, or is not sealed. The guest did not run.
     FileExistsError
-        The file for the memory holds something.
+        The file for the memory is not empty.
     InvalidArgumentError
-        ``-incoming`` or ``-daemonize`` is among the arguments, or there are none.
-    FileNotFoundError, KeyUnavailableError
-        As `vmsnap.open`; or there is no such command.
+        The command is empty, or contains ``-incoming`` or ``-daemonize``.
+    FileNotFoundError
+        The snapshot or the command does not exist.
+    KeyUnavailableError
+        The key is missing, as for `vmsnap.open`.
     """
     started = perf_counter()
     _check_command(command)
-    opening: dict[str, Any] = {
-        "key": key,
-        "identities": identities,
-        "passphrase": passphrase,
-        "key_provider": key_provider,
-        "threads": threads,
-        "expect_seal_digest": expect_seal_digest,
-    }
+    given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
+    keys = one_of(keys, given)
+    pinned: dict[str, Any] = {"threads": threads, "expect_seal_digest": expect_seal_digest}
 
     def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory]:
-        reader = SnapshotReader(path, require_sealed=verify, **opening)
+        reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
         machine = _machine_of(reader)
         if verify and not reader.encrypted:
-            _verify(path, opening)
+            _check(verify_snapshot(location, keys=keys, **pinned), location)
         return reader, machine, reader.memory()
 
     reader, machine, memory = await in_thread(open_snapshot)
@@ -134,7 +136,7 @@ async def load_async(
                     if not paused:
                         await monitor.run("cont")
                 except BaseException:
-                    # Asked first: the process may be a shell that runs QEMU.
+                    # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
                     await to_the_end(monitor.quit())
                     raise
         qemu.runs()
@@ -143,32 +145,31 @@ async def load_async(
 
 def _check_command(command: Sequence[str]) -> None:
     if not command:
-        raise InvalidArgumentError("there is no command to start QEMU with: qemu-system-x86_64 ...")
+        raise InvalidArgumentError("the command to start QEMU is empty: pass qemu-system-x86_64 and its arguments")
     for argument in command:
         option = argument.replace("--", "-", 1)
         if option == "-incoming":
-            raise InvalidArgumentError("-incoming is vmsnap's to give: leave it out")
+            raise InvalidArgumentError("the command must not contain -incoming: vmsnap adds it")
         if option == "-daemonize":
-            raise InvalidArgumentError("a QEMU that goes to the background cannot be watched: leave -daemonize out")
+            raise InvalidArgumentError("the command must not contain -daemonize: vmsnap has to watch the process")
 
 
 def _machine_of(reader: SnapshotReader) -> Machine:
     names = reader.list_fragments()
-    for name, what in ((MACHINE, "is of no QEMU guest"), (DEVICE_STATE, "has no state of devices")):
+    for name, what in ((MACHINE, "does not contain a QEMU guest"), (DEVICE_STATE, "contains no device state")):
         if name not in names:
-            raise QemuError(f"{reader.root}: this snapshot {what}: it has no fragment {name!r}")
+            raise QemuError(f"{reader.location} {what}: it has no fragment {name!r}")
     machine = reader.read_fragment(MACHINE, type=Machine)
-    machine.check_format(reader.root)
+    machine.check_format(reader.path)
     return machine
 
 
-def _verify(path: "StrPath", opening: dict[str, Any]) -> None:
-    report = verify_snapshot(path, **opening)
+def _check(report: Verification, location: "StrPath") -> None:
     if not report.ok:
         texts = [f"{problem.path}: {problem.text}" for problem in report.problems] or report.not_checked
         more = f"; and {len(texts) - _SHOWN_PROBLEMS} more" if len(texts) > _SHOWN_PROBLEMS else ""
         raise CorruptSnapshotError(
-            f"{os.fspath(path)}: is not what was saved: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
+            f"{os.fspath(location)} is damaged or was changed: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
         )
 
 
@@ -177,13 +178,13 @@ def _check_empty(ram: Ram, overwrite: bool) -> None:
         if path and not overwrite and _holds_something(region.source, region.offset, region.size):
             raise FileExistsError(
                 errno.EEXIST,
-                "holds something, and another guest may run on it: remove it, or say that it may be overwritten",
+                "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
                 path,
             )
 
 
 def _holds_something(descriptor: Any, offset: int, size: int | None) -> bool:
-    """Whether there is anything but zeros: QEMU may have made the pages resident already."""
+    """Return whether a range of a file has nonzero bytes. QEMU may have allocated pages of zeros already."""
     assert size is not None
     end = offset + size
     while offset < end:
@@ -191,12 +192,12 @@ def _holds_something(descriptor: Any, offset: int, size: int | None) -> bool:
             offset = os.lseek(descriptor, offset, os.SEEK_DATA)
         except OSError:
             return False  # no data up to the end
-        piece = os.pread(descriptor, min(_PIECE_BYTES, end - offset), offset)
-        if not piece or offset >= end:
+        batch = os.pread(descriptor, min(_BATCH_BYTES, end - offset), offset)
+        if not batch or offset >= end:
             return False
-        if piece.count(0) != len(piece):
+        if batch.count(0) != len(batch):
             return True
-        offset += len(piece)
+        offset += len(batch)
     return False
 
 

@@ -1,4 +1,4 @@
-"""What a QEMU runs, and where the memory of its guest lies."""
+"""The machine that a QEMU runs, and the location of its guest memory."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from vmsnap.qemu.monitor import Monitor
 _FORMAT, _VERSION = "vmsnap-qemu", 1
 
 _SYSTEM = "/machine/unattached/system[0]"
-# Of a PC, those parts of its RAM that it sees below and above the hole for devices; in the order in which they follow
-# each other in the RAM. hw/i386/pc.c of QEMU.
+# A PC sees one part of its RAM below the hole for devices and the rest above it. These are both parts, in the order in
+# which they are in the RAM: see hw/i386/pc.c of QEMU.
 _PC_WINDOWS = ("/machine/unattached/ram-below-4g[0]", "/machine/unattached/ram-above-4g[0]")
 
 _HOW = "-object memory-backend-memfd,id=mem,size=SIZE,share=on -machine TYPE,memory-backend=mem"
@@ -23,68 +23,72 @@ _HOW = "-object memory-backend-memfd,id=mem,size=SIZE,share=on -machine TYPE,mem
 
 @dataclass(frozen=True)
 class RamRange:
-    """A contiguous range of guest-physical memory, and which part of a backend it is; in bytes."""
+    """A contiguous range of guest-physical addresses, and the range of a memory backend behind it, in bytes."""
 
     backend: str
     """The id of the memory backend."""
     guest_base: int
-    """The guest-physical address of its first byte."""
+    """The guest-physical address of the first byte."""
     offset: int
-    """Where in the backend it begins."""
+    """The offset of the range in the backend."""
     size: int
+    """The size of the range."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a guest ran on: the fragment ``machine``."""
+    """A description of the machine that a guest ran on. It is the fragment ``machine``."""
 
     qemu_version: str
-    """As QEMU tells it: ``7.2.22``."""
+    """The version of QEMU, such as ``7.2.22``."""
     target: str
-    """The processor's architecture: ``x86_64``."""
+    """The architecture of the processor, such as ``x86_64``."""
     machine_type: str
-    """With its version, not an alias: ``pc-i440fx-7.2``."""
+    """The machine type with its version, such as ``pc-i440fx-7.2``; never an alias."""
     ram: list[RamRange]
-    """In the order of the regions in ``mem``."""
+    """The memory, in the order of the regions in the fragment ``mem``."""
     command_line: list[str] = field(default_factory=list, repr=False)
-    """How QEMU was started. It may hold what was meant for nobody else."""
+    """The command line of QEMU. It may contain secrets."""
     format: str = _FORMAT
     version: int = _VERSION
 
     def check_format(self, root: Path) -> None:
-        """Refuse what this version of vmsnap does not know.
+        """Check that this version of vmsnap supports the description.
 
         Raises
         ------
         UnsupportedFormatError
-            It is of a later version.
+            A newer version of vmsnap wrote it.
         """
         if (self.format, self.version) != (_FORMAT, _VERSION):
             raise UnsupportedFormatError(
-                f"{root}: the fragment 'machine' is {self.format!r} of version {self.version}: it needs a newer vmsnap"
+                f"{root}: the fragment 'machine' is {self.format!r}, version {self.version}: use a newer vmsnap"
             )
 
     def check_against(self, started: "Machine") -> None:
-        """Refuse to load this machine into the one that was started.
+        """Check that the started machine can load the state of this one.
 
-        A later QEMU is good, since the type has its version in its name.
+        A newer QEMU can load it, because the version is part of the machine type.
 
         Raises
         ------
         QemuError
-            It is another machine, or its QEMU is older. The text says what differs, and how.
+            The started machine is another one, or its QEMU is older. The text names the difference.
         """
         for what, saved, found in (
-            ("the processor's architecture", self.target, started.target),
+            ("the architecture", self.target, started.target),
             ("the machine type", self.machine_type, started.machine_type),
             ("the memory", _told(self.ram), _told(started.ram)),
         ):
             if saved != found:
-                raise QemuError(f"{what} of the saved guest is {saved}, of the QEMU that was started {found}")
+                raise QemuError(
+                    f"{what} of the saved guest is {saved}, but that of the started QEMU is {found}: "
+                    "start the same machine"
+                )
         if _release(self.qemu_version) > _release(started.qemu_version):
             raise QemuError(
-                f"the guest was saved by QEMU {self.qemu_version}, and {started.qemu_version} was started: "
-                "take the same or a newer one"
+                f"the guest was saved by QEMU {self.qemu_version}, but the started QEMU is {started.qemu_version}: "
+                "use the same version or a newer one"
             )
 
 
@@ -93,50 +97,50 @@ def _told(ram: list[RamRange]) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Return what decides whether one QEMU loads the state of another: not the last number, of corrections."""
+    """Return the parts of a version that decide whether QEMU can load a state: all but the patch level."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @dataclass(frozen=True)
 class Ram:
-    """The memory of a guest that is there, open as long as the stack that it was found with."""
+    """The open memory of a guest in QEMU. It is valid until the exit stack of `survey` closes."""
 
     machine: Machine
     regions: list[GuestRegion]
-    """Where each of the machine's ranges lies."""
+    """A region for each range of the machine, with its open file."""
     files: list[str]
-    """The path of the file behind each, for those that have a name."""
+    """The path of the file behind each region, empty if it does not have one."""
 
 
 async def survey(monitor: Monitor, pid: int, stack: ExitStack, *, to_fill: bool) -> Ram:
-    """Ask a QEMU what it runs, and open its guest's memory.
+    """Describe the machine that QEMU runs, and open the guest memory.
 
     Parameters
     ----------
     monitor
-        The QEMU.
+        The connection to QEMU.
     pid
-        Its process.
+        The process ID of QEMU.
     stack
-        Closes what is opened.
+        The exit stack that closes the opened files.
     to_fill
-        Whether memory is to be written, not read: then it need not be shared.
+        Whether the memory will be written instead of read. Then it does not have to be shared.
 
     Raises
     ------
     QemuError
-        Its memory lies in no file, or not in a shared one.
+        The memory is not in a file, or the file is not shared.
     OSError
-        This user may not look into the process.
+        This user may not access the process.
     """
     version = (await monitor.run("query-version"))["qemu"]
     kind = await monitor.run("qom-get", path="/machine", property="type")
     backends = sorted(await monitor.run("query-memdev"), key=lambda each: str(each.get("id")))
     if not backends:
-        raise QemuError(f"this guest's memory has no backend: start QEMU with {_HOW}")
+        raise QemuError(f"the guest memory has no memory backend: start QEMU with {_HOW}")
     private = [each["id"] for each in backends if not each["share"]]
     if private and not to_fill:
-        raise QemuError(f"the memory backend {private[0]!r} of this guest is not shared: start QEMU with {_HOW}")
+        raise QemuError(f"the memory backend {private[0]!r} is not shared: start QEMU with {_HOW}")
     ranges = [each for backend in backends for each in await _ranges(monitor, backend["id"], backend["size"])]
     ranges.sort(key=lambda each: each.guest_base)
     machine = Machine(
@@ -156,7 +160,7 @@ async def survey(monitor: Monitor, pid: int, stack: ExitStack, *, to_fill: bool)
 
 
 async def _ranges(monitor: Monitor, backend: str, size: int) -> list[RamRange]:
-    """Return where the guest sees a backend: by the memory regions of QEMU's object model, one within the other."""
+    """Return where the guest sees a backend. The nested memory regions in the object model of QEMU tell."""
     objects = await monitor.run("qom-list", path=f"/objects/{backend}")
     names = [each["name"] for each in objects if each["type"] == "child<memory-region>"]
     region = f"/objects/{backend}/{names[0]}" if names else ""
@@ -178,8 +182,8 @@ async def _ranges(monitor: Monitor, backend: str, size: int) -> list[RamRange]:
             start += window.size
     if sum(each.size for each in ranges) != size:
         raise QemuError(
-            f"QEMU does not tell where this guest sees its memory backend {backend!r}: it is no RAM of the machine, or "
-            "the machine is of a kind that vmsnap does not know"
+            f"cannot find the guest-physical addresses of the memory backend {backend!r}: it is not RAM of the "
+            "machine, or vmsnap does not support this machine type"
         )
     return ranges
 
@@ -195,11 +199,11 @@ async def _windows(monitor: Monitor) -> list[RamRange]:
 
 
 async def _host_address(monitor: Monitor, each: RamRange) -> int:
-    """Return where in QEMU's own memory a range begins; only the monitor for people tells."""
+    """Return the address of a range in the memory of QEMU. Only the human monitor reports it."""
     told = await monitor.run("human-monitor-command", command_line=f"gpa2hva {each.guest_base:#x}")
     found = re.search(r"\((.*)\) is (0x[0-9a-f]+)", told)
     if not found:
-        raise QemuError(f"QEMU does not tell where it keeps the guest's memory at {each.guest_base:#x}: {told.strip()}")
+        raise QemuError(f"QEMU does not report where the guest memory at {each.guest_base:#x} is: {told.strip()}")
     return int(found[2], 16)
 
 
@@ -208,9 +212,9 @@ def _proc(pid: int, name: str) -> Path:
 
 
 class _Process:
-    """The files that QEMU's process has mapped."""
+    """The files that the process of QEMU has mapped."""
 
-    # Of /proc/PID/maps, see proc(5).
+    # The format of /proc/PID/maps, see proc(5).
     _LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) [-rwxsp]{4} ([0-9a-f]+) \S+ (\d+) *(.*)")
 
     def __init__(self, pid: int, flags: int, stack: ExitStack) -> None:
@@ -221,23 +225,23 @@ class _Process:
             self._names = os.listdir(_proc(pid, "fd"))
         except PermissionError as error:
             raise PermissionError(
-                error.errno, "this user may not look into QEMU: be root, or the user that it runs as", error.filename
+                error.errno, "no permission to access QEMU: run as root, or as the user of QEMU", error.filename
             ) from None
         self._maps: list[Any] = [found.groups() for line in text.splitlines() if (found := self._LINE.match(line))]
 
     def file_at(self, address: int, backend: str) -> tuple[int, int, str]:
-        """Return the file mapped at an address: open, the offset in it, and its path where it has one."""
+        """Return the open file mapped at an address, the offset in it, and its path if it has one."""
         for start, end, offset, inode, path in self._maps:
             if int(start, 16) <= address < int(end, 16) and inode != "0":
                 for name in self._names:
                     link = _proc(self._pid, f"fd/{name}")
-                    # The device in maps is not that of stat on every file system.
+                    # On some file systems the device number in maps differs from that of stat.
                     if self._is(link, int(inode), path):
                         where = int(offset, 16) + address - int(start, 16)
                         return self._open(link), where, "" if path.endswith(" (deleted)") else path
         raise QemuError(
-            f"the memory backend {backend!r} of this guest lies in no file that process {self._pid} has open: "
-            f"start QEMU with {_HOW}; where something else made QEMU's socket for it, say which process it is"
+            f"the memory backend {backend!r} is not in a file that process {self._pid} has open: "
+            f"start QEMU with {_HOW}; if another process created the socket for QEMU, pass the process ID of QEMU"
         )
 
     @staticmethod

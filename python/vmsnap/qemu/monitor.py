@@ -1,4 +1,4 @@
-"""A conversation with a QEMU over QMP: https://www.qemu.org/docs/master/interop/qmp-spec.html."""
+"""A connection to QEMU over QMP: https://www.qemu.org/docs/master/interop/qmp-spec.html."""
 
 import asyncio
 import errno
@@ -16,21 +16,21 @@ from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
 
 from vmsnap.errors import QemuError
 
-# QEMU greets at once; what does not within this time is held by another client, or is no QEMU.
+# QEMU sends its greeting immediately. Without one, another client is connected, or the process is not QEMU.
 _GREETING_SECONDS = 10.0
-# How often a migration is asked after: less than it takes, and it takes ten milliseconds.
+# The interval of queries for a migration, which takes about ten milliseconds.
 _POLL_SECONDS = 0.001
-# A list of all that a large machine has.
+# Enough for the object list of a large machine.
 _ANSWER_BYTES = 1 << 22
 # struct ucred of unix(7): pid, uid, gid.
 _CREDENTIALS = struct.Struct("3i")
 
-# What the package logs is what it raises; without a handler Python prints it.
+# The package logs the errors that it raises, and Python prints them if there is no handler.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class Monitor:
-    """A QEMU that answers over QMP; from `connected`."""
+    """An open QMP connection. `connected` returns it."""
 
     def __init__(self, client: QMPClient, connection: socket.socket) -> None:
         self._client = client
@@ -38,54 +38,61 @@ class Monitor:
 
     @property
     def peer_pid(self) -> int:
-        """The process that listens at the socket: QEMU, unless something else made the socket for it."""
+        """The ID of the process that created the socket: QEMU, unless another process created the socket for it."""
         credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         return int(_CREDENTIALS.unpack(credentials)[0])
 
     async def run(self, command: str, **arguments: object) -> Any:
-        """Run a command; ``_`` in the names of arguments stands for ``-``.
+        """Run a command and return its result.
+
+        Parameters
+        ----------
+        command
+            The name of the QMP command.
+        **arguments
+            The arguments, with ``_`` for ``-`` in their names.
 
         Raises
         ------
         QemuError
-            QEMU refuses, and the text says why; or it has ended.
+            QEMU refused the command, with the reason in the text; or QEMU has ended.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             return await self._client.execute(command, named or None)
         except ExecuteError as refusal:
-            raise QemuError(f"QEMU refuses {command!r}: {refusal}") from None
+            raise QemuError(f"QEMU refused {command!r}: {refusal}") from None
         except ExecInterruptedError:
-            raise QemuError(f"QEMU ended, or closed the connection, during {command!r}") from None
+            raise QemuError(f"QEMU ended or closed the connection during {command!r}") from None
         except QMPError as error:
-            raise QemuError(f"QEMU cannot be asked {command!r}: {error}") from None
+            raise QemuError(f"cannot send {command!r} to QEMU: {error}") from None
 
     async def send_descriptor(self, name: str, descriptor: int) -> None:
-        """Give QEMU a copy of a descriptor, under a name for ``fd:``."""
+        """Send a descriptor to QEMU, under a name that ``fd:`` refers to."""
         self._client.send_fd_scm(descriptor)
         await self.run("getfd", fdname=name)
 
     async def migrates(self) -> bool:
-        """Whether a migration goes on."""
+        """Return whether a migration is in progress."""
         status = (await self.run("query-migrate")).get("status", "none")
         return status not in ("none", "completed", "failed", "cancelled")
 
     async def migrated(self) -> None:
-        """Wait until a migration, out or in, has completed.
+        """Wait until an outgoing or incoming migration has completed.
 
         Raises
         ------
         QemuError
-            It failed, and the text says why as far as QEMU tells.
+            The migration failed. The text contains the reason if QEMU reports one.
         """
         while (found := await self.run("query-migrate")).get("status") != "completed":
             if found.get("status") in ("failed", "cancelled"):
-                reason = found.get("error-desc", "it does not say why; its standard error may")
-                raise QemuError(f"QEMU failed with the device state: {reason}")
+                reason = found.get("error-desc", "no reason given; see the standard error of QEMU")
+                raise QemuError(f"QEMU failed to transfer the device state: {reason}")
             await asyncio.sleep(_POLL_SECONDS)
 
     async def quit(self) -> None:
-        """End QEMU, and return when it has let go of the connection, or does not answer."""
+        """End QEMU. Returns when QEMU has closed the connection, or does not answer in time."""
         with suppress(QemuError, TimeoutError):
             await asyncio.wait_for(self.run("quit"), _GREETING_SECONDS)
         with suppress(QMPError, EOFError, OSError):
@@ -93,13 +100,20 @@ class Monitor:
 
 
 @asynccontextmanager
-async def connected(connection: socket.socket, what: str) -> AsyncIterator[Monitor]:
-    """Talk to the QEMU at the other end of a connection.
+async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monitor]:
+    """Open a QMP session on a connection, for a ``with`` block.
+
+    Parameters
+    ----------
+    connection
+        The connection. It is closed at the end.
+    name
+        The name of the other end in errors.
 
     Raises
     ------
     QemuError
-        It does not answer as QEMU does, or not in time. The text begins with `what`.
+        The other end does not answer in time, or does not speak QMP.
     """
     client = QMPClient("vmsnap", readbuflen=_ANSWER_BYTES)
     try:
@@ -107,15 +121,15 @@ async def connected(connection: socket.socket, what: str) -> AsyncIterator[Monit
     except TimeoutError:
         connection.close()
         raise QemuError(
-            f"{what}: does not answer; QEMU talks to one client at a time: is another one connected, libvirt say?"
+            f"{name}: QEMU does not answer; it serves one client at a time: disconnect any other one, such as libvirt"
         ) from None
     except (QMPError, EOFError, OSError) as error:
         connection.close()
-        raise QemuError(f"{what}: does not answer as QEMU's monitor does, in QMP: {error}") from None
+        raise QemuError(f"{name}: is not a QMP monitor of QEMU: {error}") from None
     try:
         yield Monitor(client, connection)
     finally:
-        # A QEMU that has ended in the meantime is an error of whoever asked it.
+        # If QEMU has ended, the command that was running has raised that error.
         with suppress(QMPError, EOFError, OSError):
             await client.disconnect()
 
@@ -126,24 +140,24 @@ def connection_to(path: Path) -> socket.socket:
     Raises
     ------
     FileNotFoundError, ConnectionRefusedError, PermissionError, OSError
-        There is no socket, nobody listens, or this user may not connect.
+        There is no socket, no process listens at it, or this user may not connect.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.ENOTSOCK, "is no socket", str(path))
+            raise OSError(errno.ENOTSOCK, "is not a socket", str(path))
         connection.settimeout(_GREETING_SECONDS)
         connection.connect(os.fspath(path))
     except OSError as error:
         connection.close()
         match error:
             case FileNotFoundError():
-                text = "no QMP socket is there: start QEMU with -qmp unix:PATH,server=on,wait=off"
+                text = "there is no QMP socket: start QEMU with -qmp unix:PATH,server=on,wait=off"
             case ConnectionRefusedError():
-                text = "nobody listens at this QMP socket: QEMU has ended"
+                text = "no process listens at this QMP socket: QEMU has ended"
             case PermissionError():
-                text = "this user may not connect to it: be root, or the user that QEMU runs as"
+                text = "no permission to connect: run as root, or as the user of QEMU"
             case _:
-                text = error.strerror or "cannot be connected to"
+                text = error.strerror or "cannot connect"
         raise type(error)(error.errno or errno.ETIMEDOUT, text, str(path)) from None
     return connection

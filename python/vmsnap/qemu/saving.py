@@ -1,4 +1,4 @@
-"""A running guest into a snapshot."""
+"""`save`: storing a running QEMU guest in a snapshot."""
 
 import asyncio
 import os
@@ -11,13 +11,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmsnap.errors import InvalidArgumentError, QemuError
+from vmsnap.keys import Keys, one_of
 from vmsnap.memory import MemoryReport, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import cancel, save_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, survey
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
-from vmsnap.sealing import StagedSnapshot, create
-from vmsnap.snapshot import SnapshotWriter
+from vmsnap.staging import StagedSnapshot, create
+from vmsnap.writer import SnapshotWriter
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath
@@ -28,48 +29,53 @@ MACHINE, DEVICE_STATE = "machine", "device_state"
 
 _CHUNK_BYTES = 1 << 16
 
-# Bytes a second: QEMU's own limit is for a network, and the guest stands still.
+# Bytes per second. The default limit of QEMU is for a network, and would keep the guest paused for longer.
 _MAX_BANDWIDTH = 1 << 40
 
-# A QEMU that answers does so within milliseconds.
+# QEMU normally answers within milliseconds.
 _PATIENCE_SECONDS = 30.0
 
 _NOT_NOW = {
-    "postmigrate": "was saved or migrated before and has not continued since: 'cont' it first",
-    "finish-migrate": "is being migrated",
-    "inmigrate": "waits for a migration to come in",
+    "postmigrate": "it was saved or migrated before and has not run since; resume it with 'cont' first",
+    "finish-migrate": "it is being migrated",
+    "inmigrate": "it waits for an incoming migration",
 }
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How `save` went."""
+    """Sizes, times and identifiers of a save."""
 
     paused_seconds: float
-    """How long the guest stood still: from before QEMU was told ``stop`` until after it did ``cont``.
+    """How long the guest was paused: from before the command ``stop`` until after ``cont``.
 
-    Where the guest did not run, or does not go on, until all of it was read.
+    If the guest was paused before, or stays paused, the time ends when its memory has been read.
     """
     seconds: float
-    """How long all of it took, the sync included."""
+    """Duration of the whole save, including the sync."""
     device_state_bytes: int
+    """Size of the device state, in bytes."""
     memory: MemoryReport
+    """Sizes of the guest memory."""
     machine: Machine
+    """The machine that the guest runs on."""
     snapshot_id: bytes
+    """The identifier of the snapshot."""
     seal_digest: bytes
-    """To pin the snapshot by, kept elsewhere."""
+    """The digest of the seal. Keep it elsewhere to recognize this snapshot later."""
 
 
-def save(qmp: "StrPath", path: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
-    """Save a running guest; `save_async` for callers that have no event loop, with the same parameters."""
-    return run(save_async(qmp, path, encrypt, **options))
+def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
+    """Save a running guest in a new snapshot. The parameters are the same as for `save_async`."""
+    return run(save_async(qmp, location, encrypt, **options))
 
 
 async def save_async(
     qmp: "StrPath",
-    path: "StrPath",
+    location: "StrPath",
     encrypt: bool = False,
     *,
+    keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
     recipients: str | Iterable[str] | None = None,
     passphrase: "Passphrase | None" = None,
@@ -81,39 +87,41 @@ async def save_async(
     durable: bool = True,
     progress: Progress | None = None,
 ) -> SaveReport:
-    """Save a running guest into a new snapshot: its memory, QEMU's state of its devices, and what it ran on.
+    """Save a running guest in a new snapshot: its memory, its device state, and a description of the machine.
 
-    The guest stands still while its state is taken, and goes on before the snapshot is synced. After any error, and
-    where this is cancelled, there is no snapshot, and the guest runs if it ran before.
+    The guest is paused while its state is read, and resumed before the snapshot is synced. If the save fails or is
+    cancelled, there is no snapshot, and the guest runs if it ran before.
 
     Parameters
     ----------
     qmp
-        The Unix socket of QEMU's monitor: ``-qmp unix:PATH,server=on,wait=off``. No other client may be connected.
-    path, encrypt, key, recipients, passphrase, key_provider, threads, durable
-        As for `vmsnap.create`.
+        The Unix socket of the QEMU monitor: ``-qmp unix:PATH,server=on,wait=off``. No other client may be connected.
+    location, encrypt, keys, key, recipients, passphrase, key_provider, threads, durable
+        Arguments of `vmsnap.create`.
     compress
-        ``"lz4"``, or nothing: of the guest's memory.
+        The compression of the guest memory: ``"lz4"``, or None.
     then
-        What becomes of the guest: ``"as-before"`` goes on if it ran; ``"continue"`` goes on; ``"quit"`` ends QEMU once
-        the snapshot is complete.
+        The state of the guest afterwards: ``"as-before"`` resumes it if it ran before, ``"continue"`` always resumes
+        it, and ``"quit"`` ends QEMU when the snapshot is complete.
     pid
-        QEMU's process; by default whoever listens at the socket.
+        The process ID of QEMU. The default is the process that created the socket.
     progress
-        Called with the bytes of memory done and all bytes, from another thread.
+        Called from another thread with the number of bytes of memory done and the total.
 
     Raises
     ------
     QemuError
-        QEMU refuses, fails or ends; the guest's memory is not in a shared file; another client is connected; the guest
-        is being migrated.
+        QEMU refused a command, failed or ended; the guest memory is not in a shared file; another client is connected;
+        or the guest is being migrated.
     OSError
-        There is no such socket, this user may not connect to it or look into QEMU, or the disk is full.
+        There is no such socket, this user may not connect to it or access QEMU, or the disk is full.
     FileExistsError, KeyUnavailableError, InvalidArgumentError
-        As `vmsnap.create`. The guest was not stopped.
+        The snapshot cannot be created, as for `vmsnap.create`. The guest was not paused.
     """
     if then not in ("as-before", "continue", "quit"):
-        raise InvalidArgumentError(f'then is "as-before", "continue" or "quit", not {then!r}')
+        raise InvalidArgumentError(f'then must be "as-before", "continue" or "quit", not {then!r}')
+    given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
+    keys = one_of(keys, given)
     started = perf_counter()
     with ExitStack() as stack:
         connection = connection_to(Path(qmp))
@@ -121,24 +129,13 @@ async def save_async(
         async with connected(connection, os.fspath(qmp)) as monitor:
             ran = await _check_state(monitor)
             ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
-            staged = await _staged(
-                lambda: create(
-                    path,
-                    encrypt,
-                    key=key,
-                    recipients=recipients,
-                    passphrase=passphrase,
-                    key_provider=key_provider,
-                    threads=threads,
-                    durable=durable,
-                ),
-            )
+            staged = await _staged(lambda: create(location, keys=keys, threads=threads, durable=durable))
             async with _complete_or_absent(staged) as writer, _prepared(monitor):
                 writer.write_fragment(MACHINE, ram.machine)
                 async with _standing_still(monitor, ran, ran or then == "continue") as pause:
                     with writer.raw_fragment(DEVICE_STATE, chunk_size_bytes=_CHUNK_BYTES) as fragment:
                         device_state_bytes = await save_devices(monitor, fragment)
-                    # After the devices: some of them leave something in the guest's memory when they are saved.
+                    # The memory comes after the devices, because saving some devices changes the guest memory.
                     memory = await with_progress(
                         lambda show: writer.write_memory(ram.regions, compress=compress, progress=show), progress
                     )
@@ -161,7 +158,7 @@ async def save_async(
 
 
 async def _staged(make: Callable[[], StagedSnapshot]) -> StagedSnapshot:
-    """Begin a snapshot; where this is cancelled meanwhile, it is given up."""
+    """Begin a snapshot. If this is cancelled meanwhile, the snapshot is discarded."""
     made: list[StagedSnapshot] = []
     try:
         await in_thread(lambda: made.append(make()))
@@ -173,28 +170,26 @@ async def _staged(make: Callable[[], StagedSnapshot]) -> StagedSnapshot:
 
 
 async def _check_state(monitor: Monitor) -> bool:
-    """Return whether the guest runs.
+    """Return whether the guest is running.
 
     Raises
     ------
     QemuError
-        It cannot be saved now.
+        The guest cannot be saved now.
     """
     state = (await monitor.run("query-status"))["status"]
     if state not in ("running", "paused", "prelaunch"):
-        raise QemuError(
-            f"this guest {_NOT_NOW.get(state, f'is in the state {state!r}')}, so that it cannot be saved now"
-        )
+        raise QemuError(f"the guest cannot be saved now: {_NOT_NOW.get(state, f'it is in the state {state!r}')}")
     if await monitor.migrates():
-        raise QemuError("this guest is being migrated or saved already")
+        raise QemuError("the guest is already being migrated or saved: wait until that has ended")
     if reasons := (await monitor.run("query-migrate")).get("blocked-reasons"):
-        raise QemuError(f"QEMU cannot save this guest: {'; '.join(reasons)}")
+        raise QemuError(f"QEMU cannot save the guest: {'; '.join(reasons)}")
     return bool(state == "running")
 
 
 @asynccontextmanager
 async def _complete_or_absent(staged: StagedSnapshot) -> AsyncIterator[SnapshotWriter]:
-    """Commit a snapshot where the block succeeds, unless that did so itself; discard it otherwise."""
+    """Commit a snapshot if the block succeeds and has not done so itself; otherwise discard it."""
     try:
         yield staged.writer
         if staged.seal_digest is None:
@@ -208,7 +203,7 @@ async def _complete_or_absent(staged: StagedSnapshot) -> AsyncIterator[SnapshotW
 
 
 async def _commit(staged: StagedSnapshot) -> None:
-    """Commit; where this is cancelled meanwhile, there is no snapshot, as where it is cancelled before."""
+    """Commit a snapshot. If this is cancelled meanwhile, the snapshot is removed."""
     try:
         await in_thread(staged.commit)
     except asyncio.CancelledError:
@@ -219,7 +214,7 @@ async def _commit(staged: StagedSnapshot) -> None:
 
 @asynccontextmanager
 async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
-    """Set QEMU up to save all but shared memory, at full speed, and back again as it was."""
+    """Set up QEMU to save everything except shared memory at full speed; restore its settings afterwards."""
     found = await monitor.run("query-migrate-capabilities")
     wanted = without_shared_memory(found)
     bandwidth = (await monitor.run("query-migrate-parameters")).get("max-bandwidth")
@@ -227,7 +222,7 @@ async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
         await _set(monitor, wanted, _MAX_BANDWIDTH)
         yield
     finally:
-        # Where QEMU has ended this is no further error.
+        # If QEMU has ended, the first error is enough.
         with suppress(QemuError):
             await _in_time(_set(monitor, found, bandwidth))
 
@@ -240,7 +235,7 @@ async def _set(monitor: Monitor, capabilities: list[dict[str, Any]], bandwidth: 
 
 
 class _Pause:
-    """How long the guest stands still, and whether it goes on."""
+    """A pause of the guest: its duration, and whether the guest is resumed afterwards."""
 
     def __init__(self, goes_on: bool) -> None:
         self.goes_on = goes_on
@@ -253,7 +248,7 @@ class _Pause:
 
 @asynccontextmanager
 async def _standing_still(monitor: Monitor, ran: bool, goes_on: bool) -> AsyncIterator[_Pause]:
-    """Stop the guest, and let it go on at the end of the block; after an error where it ran before."""
+    """Pause the guest during the block, and resume it afterwards; after an error only if it ran before."""
     pause = _Pause(goes_on)
     try:
         await monitor.run("stop")
@@ -267,13 +262,13 @@ async def _standing_still(monitor: Monitor, ran: bool, goes_on: bool) -> AsyncIt
 
 
 async def _in_time(work: Coroutine[Any, Any, None]) -> None:
-    """Wait for what brings the guest back, to its end; but not for ever for a QEMU that does not answer."""
+    """Wait until work that restores the guest has ended, with a limit in case QEMU does not answer."""
     with suppress(TimeoutError):
         await to_the_end(asyncio.wait_for(work, _PATIENCE_SECONDS))
 
 
 async def _as_it_was(monitor: Monitor, ran: bool) -> None:
-    """Let the guest go on after an error, which nothing that goes wrong here shall hide."""
+    """Resume the guest after an error if it ran before. Failures here must not hide that error."""
     await cancel(monitor)
     with suppress(QemuError):
         if ran:

@@ -1,4 +1,4 @@
-"""A QEMU that vmsnap starts."""
+"""A QEMU process that vmsnap starts in order to load a guest."""
 
 import fcntl
 import os
@@ -14,18 +14,18 @@ from vmsnap.errors import QemuError
 from vmsnap.qemu.background import in_thread, no_thread
 from vmsnap.qemu.machine import Ram
 
-# What QEMU said last, when it fails.
+# The last lines of the standard error of QEMU, for the error if it fails.
 _LAST_LINES = 20
 _EXIT_SECONDS = 10.0
-# Below are the numbers of the standard streams.
+# The standard streams have lower numbers.
 _FIRST_FREE = 3
 
 
 class StartedQemu:
-    """A QEMU that waits for a guest; it is ended with the block, unless the guest was told to go on."""
+    """A QEMU process that waits for a guest. It ends with the ``with`` block, unless `runs` was called."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        # Files that QEMU makes for the guest's memory are not left behind where it fails.
+        # If loading fails, the files that QEMU created for the guest memory are removed.
         paths = [path.replace(",,", ",") for each in command for path in re.findall(r"mem-path=((?:[^,]|,,)+)", each)]
         self._new_paths = {os.path.realpath(path) for path in paths if not os.path.exists(path)}
         self._filled: list[tuple[str, int]] = []
@@ -47,7 +47,7 @@ class StartedQemu:
             except BaseException:
                 self.connection.close()
                 raise
-        # A copy: the number may be another file's by the time that QEMU says something.
+        # A copy, because descriptor 2 may belong to another file when QEMU prints something.
         self._stderr = None if _inherited(2) is not None else fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
         self._said: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class StartedQemu:
             raise no_thread(error) from None
 
     def _listen(self) -> None:
-        """Keep what QEMU says until the guest runs: it may be why it does not. Pass it on from then on."""
+        """Keep the output of QEMU until the guest runs, for an error; pass it on afterwards."""
         assert self.process.stderr is not None
         with self.process.stderr as lines:
             for line in lines:
@@ -81,20 +81,20 @@ class StartedQemu:
                     os.write(self._stderr, line)
 
     def _let_go(self) -> None:
-        """Close standard error's copy where nothing is to be passed on any more."""
+        """Close the copy of standard error when QEMU has ended."""
         if self._runs and self._ended and self._stderr is not None:
             os.close(self._stderr)
             self._stderr = None
 
     def fills(self, ram: Ram) -> None:
-        """Note the files that the guest's memory goes into: none of it stays there where the block fails."""
+        """Record the files that the guest memory is restored to, so that they are emptied if the block fails."""
         for region, path in zip(ram.regions, ram.files, strict=True):
             if path and path not in (known for known, _ in self._filled):
                 assert isinstance(region.source, int)
                 self._filled.append((path, os.dup(region.source)))
 
     def runs(self) -> None:
-        """Let QEMU be when the block ends."""
+        """Leave QEMU running when the block ends."""
         with self._lock:
             self._runs = True
             self._pass_on()
@@ -114,11 +114,11 @@ class StartedQemu:
             os.close(self._stderr)
         said = " ".join(b"".join(self._said).decode("utf-8", "replace").split())
         if isinstance(error, QemuError) and said:
-            raise QemuError(f"{error}; QEMU said: {said}") from None
+            raise QemuError(f"{error}; QEMU printed: {said}") from None
 
     def _undo(self) -> None:
         end(self.process)
-        # Not for ever: somebody else may hold the other end of the pipe.
+        # With a limit, because another process may hold the other end of the pipe.
         self._listener.join(_EXIT_SECONDS)
         for path, file in self._filled:
             with suppress(OSError):
@@ -132,10 +132,10 @@ class StartedQemu:
 
 
 def _inherited(number: int) -> int | None:
-    """Return what a child is to get as this standard stream: None for that of this process, else `DEVNULL`.
+    """Return the value for a standard stream of a child: None to inherit it, or `DEVNULL`.
 
-    Where a standard stream is closed, the next file that this program opens has its number. That is not for children to
-    read or write, and is told by not being inheritable, as nothing is that Python opens.
+    If a standard stream is closed, the next file that this program opens gets its number. A child must not read or
+    write such a file. It is recognized because Python opens files as not inheritable.
     """
     try:
         return None if os.get_inheritable(number) else subprocess.DEVNULL
@@ -144,7 +144,7 @@ def _inherited(number: int) -> int | None:
 
 
 def _above_standard(connection: socket.socket) -> socket.socket:
-    """Return a connection under a number that no standard stream of a child takes away."""
+    """Return a connection whose descriptor is not that of a standard stream."""
     if connection.fileno() >= _FIRST_FREE:
         return connection
     with connection:
@@ -152,7 +152,7 @@ def _above_standard(connection: socket.socket) -> socket.socket:
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process: told first, so that QEMU removes its sockets."""
+    """End a process: with SIGTERM first, so that QEMU removes its sockets."""
     process.terminate()
     try:
         process.wait(_EXIT_SECONDS)

@@ -1,10 +1,10 @@
-"""Values as bytes and back: CBOR, or JSON as crosvm wrote it before March 2025.
+"""Serialization of values: CBOR, or JSON as crosvm wrote it before March 2025.
 
-Writing, ``plain`` turns a value into what the format has. Reading, ``build`` finds what builds the type that is asked
-for: ``converter`` and ``leaves`` (what has no parts), ``containers``, ``records``; ``hints`` knows the types of fields.
-``arrays`` are numpy's, ``path`` says where in a value something is. The bytes themselves are cbor2's and the standard
-library's work; whatever is to be read is looked at by `vmsnap._vmsnap.check_serialized` first, so that no decoder sees
-what could harm it.
+To write a value, ``plain`` converts it to the types of the format. To read one into a requested type, ``build`` finds
+the converters for that type: ``converter`` is their base, ``leaves`` has those for values without parts, ``containers``
+and ``records`` the others. ``hints`` finds the types of fields, ``arrays`` converts numpy arrays, ``path`` names a
+place within a value. cbor2 and the standard library encode and decode the bytes. `vmsnap._vmsnap.check_serialized`
+checks the bytes before they are decoded, so that a decoder never gets bytes that could harm it.
 
 >>> from vmsnap.serialization import decode, encode
 >>> data = encode({"ns": 12, "host": "a"})
@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import cbor2
 
@@ -29,7 +29,7 @@ from vmsnap.serialization.build import converter
 from vmsnap.serialization.converter import Mismatch
 from vmsnap.serialization.plain import Plain, Unwritable, located
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "format_of"]
 
 if TYPE_CHECKING:
     _Format = Literal["cbor", "json"]
@@ -51,26 +51,27 @@ def encode(
         None, bool, int, float, str, anything bytes-like, lists, tuples, named tuples, sets, dicts, dataclasses, enums,
         UUIDs, dates and datetimes with a time zone, paths, numpy scalars and arrays; nested up to 127 levels.
     format
-        ``"cbor"`` or ``"json"``. JSON has less: bytes and arrays become lists of numbers, UUIDs and times texts, sets
-        lists, keys texts; NaN and infinities it has not.
+        ``"cbor"`` or ``"json"``. JSON has fewer types: bytes and arrays become lists of numbers, UUIDs and times
+        strings, sets lists, and keys strings. JSON cannot express NaN and infinities.
     default
-        Called with what is none of these; returns something that is, or raises.
+        Called with an object of any other type. It returns an object of a supported type, or raises.
     as_list
         Write numpy arrays as (nested) lists, as serde expects a ``Vec``, instead of typed arrays.
     place
-        What errors name.
+        The name of the value in errors.
 
     Returns
     -------
     bytes
-        One value, the same bytes in every process: members of a set in an order of their own, keys of a map in theirs.
+        The serialized value. The bytes are the same in every process: members of a set are sorted, keys of a map keep
+        their order.
 
     Raises
     ------
     SerializationError
-        Something in the value cannot be written. The text says where in the value.
+        A part of the value cannot be written. The text names the part.
     InvalidArgumentError
-        There is no such format.
+        The format is unknown.
     """
     return encode_at(lambda: place, value, format=format, default=default, as_list=as_list)
 
@@ -83,7 +84,7 @@ def encode_at(
     default: Callable[[Any], object] | None,
     as_list: bool,
 ) -> bytes:
-    """`encode`, with the place found out when an error names it."""
+    """Serialize a value like `encode`. `place` is called only if an error needs the name."""
     try:
         plain = Plain(json=format == "json", default=default, as_list=as_list).value(value)
         return located(plain, lambda part: _serialized(part, format))
@@ -92,7 +93,7 @@ def encode_at(
     except VmsnapError:
         raise
     except Exception as error:
-        # From the caller's own code: `default`, a property.
+        # The error comes from the caller's code, such as `default` or a property.
         error.add_note(f"while {place()} was serialized")
         raise
 
@@ -108,49 +109,60 @@ def _serialized(plain: object, format: str) -> bytes:
     try:
         _vmsnap.check_serialized(data, format, "it")
     except CorruptSnapshotError as error:
-        raise Unwritable(f"it would not read back: {error}") from error
+        raise Unwritable(f"it could not be read back: {error}") from error
     return data
 
 
 def decode(data: bytes, type: Any = None, *, format: "_Format | None" = None, place: str = "the value") -> Any:
-    """Return the value that `data` is.
+    """Decode a serialized value.
 
     Parameters
     ----------
     data
-        One value in CBOR or JSON, nothing before and nothing after it.
+        Exactly one value in CBOR or JSON, with nothing before and nothing after it.
     type
-        What to build of it, see `SnapshotReader.read_fragment`.
+        The type of the result, as for `SnapshotReader.read_fragment`.
     format
-        ``"cbor"`` or ``"json"``; found out where none is given. Only a bare number in JSON cannot be.
+        ``"cbor"`` or ``"json"``. By default it is detected, except that a JSON value which is only a number needs it.
     place
-        What errors name.
+        The name of the value in errors.
 
     Raises
     ------
     CorruptSnapshotError
-        It is no such value, or not one that `type` can be built of.
+        The bytes are not one value of the format, or the value does not fit `type`.
     InvalidArgumentError
-        There is no such format, or no way to build `type`.
+        The format is unknown, or `type` cannot be built from a value.
     UnsupportedFormatError
-        It has typed arrays, and numpy is not installed.
+        The value contains typed arrays, and numpy is not installed.
     """
-    # First, for what cannot be built cannot be built of anything.
+    # First, because a type without a converter is an error for any data.
     build = None if type is None else converter(type)
     return decode_checked(data, _vmsnap.check_serialized(data, format, place), build, lambda: place)
 
 
+def format_of(data: bytes) -> "_Format | None":
+    """Return the format of the one serialized value that `data` holds; None if it holds anything else.
+
+    A bare number in JSON cannot be told from CBOR, and counts as CBOR.
+    """
+    try:
+        return cast("_Format", _vmsnap.check_serialized(data, None, "the data"))
+    except CorruptSnapshotError:
+        return None
+
+
 def decode_checked(data: bytes, format: str, build: Callable[[Any], Any] | None, place: Callable[[], str]) -> Any:
-    """Return the value that `data` is, which `_vmsnap.check_serialized` found to be one of that format."""
+    """Decode a value of the format that `_vmsnap.check_serialized` returned for `data`."""
     value = _decode_cbor(data, place) if format == "cbor" else json.loads(data)
     if build is None:
         return value
     try:
         return build(value)
     except Mismatch as error:
-        raise CorruptSnapshotError(f"{place()} is not of the type asked for: {error}") from None
+        raise CorruptSnapshotError(f"{place()} does not have the requested type: {error}") from None
     except Exception as error:
-        # From the caller's own code: a callable, a constructor.
+        # The error comes from the caller's code, such as a callable or a constructor.
         error.add_note(f"while {place()} was read")
         raise
 
@@ -160,18 +172,18 @@ def _decode_cbor(data: bytes, place: Callable[[], str]) -> Any:
         return cbor2.loads(data, semantic_decoders=_TAGS, allow_duplicate_keys=False)
     except cbor2.CBORDecodeError as error:
         cause = error.__cause__
-        # cbor2 makes whatever a tag's decoder raises an error of its own, Ctrl-C too. These are not the bytes' fault.
+        # cbor2 wraps every exception of a tag's decoder, even KeyboardInterrupt. These say nothing about the bytes.
         if cause is not None and (isinstance(cause, (MemoryError, RecursionError)) or not isinstance(cause, Exception)):
             raise cause from None
         if isinstance(cause, ImportError):
-            text = f"{place()} has typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
+            text = f"{place()} contains typed arrays, which need numpy: pip install 'vmsnap[numpy]'"
             raise UnsupportedFormatError(text) from error
-        text = f"{place()} does not hold a serialized value: {_reason(error)}, before byte {_offset_of_error(data)}"
+        text = f"{place()} does not contain a serialized value: {_reason(error)}, before byte {_offset_of_error(data)}"
         raise CorruptSnapshotError(text) from None
 
 
 def _reason(error: cbor2.CBORDecodeError) -> str:
-    """Return what is wrong, without what was read: cbor2 and datetime quote it after a last colon."""
+    """Return the reason without data from the fragment, which cbor2 and datetime quote after the last colon."""
     if "Duplicate map key" in str(error):
         return "a key of a map comes twice"
     parts = (str(part).partition(": ")[0] for part in (error, error.__cause__) if part is not None)
@@ -179,7 +191,7 @@ def _reason(error: cbor2.CBORDecodeError) -> str:
 
 
 def _offset_of_error(data: bytes) -> int:
-    """Return how many bytes cbor2 had read when it failed. It does not tell, so it has to read them one by one."""
+    """Return how many bytes cbor2 had read when it failed. It reads them again one by one, as it does not report it."""
     file = BytesIO(data)
     with suppress(cbor2.CBORDecodeError):
         cbor2.load(file, read_size=1, semantic_decoders=_TAGS, allow_duplicate_keys=False)
@@ -190,13 +202,13 @@ def _set(immutable: bool) -> tuple[None, Callable[[Any], frozenset[Any] | set[An
     def of(members: tuple[Any, ...]) -> frozenset[Any] | set[Any]:
         result = frozenset(members) if immutable else set(members)
         if len(result) != len(members):
-            raise ValueError("a set has a member twice")
+            raise ValueError("a member of a set comes twice")
         return result
 
     return None, of
 
 
-# The other tags that check_serialized lets pass are as cbor2 reads them: times, big numbers, UUIDs.
+# cbor2 itself decodes the other tags that check_serialized accepts: times, big numbers, UUIDs.
 _TAGS: Mapping[int, Any] = {
     258: cbor2.shareable_decoder(name="set", immutable=True)(_set),
     **arrays.DECODERS,

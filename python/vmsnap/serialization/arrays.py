@@ -1,4 +1,4 @@
-"""numpy arrays as typed arrays (RFC 8746) and back, and of lists; numpy itself is needed only where there are some."""
+"""numpy arrays as typed arrays (RFC 8746), and from typed arrays or lists. numpy is imported only when it is needed."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DECODERS", "as_array", "as_scalar", "is_array", "tagged"]
 
-# RFC 8746, 2.1, by numpy's names; without its 128-bit floats, which numpy has not.
+# The tags of RFC 8746, section 2.1, by the names of numpy. 128-bit floats are missing, because numpy has no such type.
 _TAGS = {
     "|u1": 64,
     ">u2": 65,
@@ -38,11 +38,11 @@ _ROW_MAJOR, _COLUMN_MAJOR = 40, 1040
 
 
 def tagged(array: "numpy.ndarray[Any, Any]") -> CBORTag | None:
-    """Return the typed array of the same type, byte order and shape, or None where RFC 8746 has none for its type."""
+    """Return the typed array of the same type, byte order and shape, or None if RFC 8746 has no tag for the type."""
     tag = _TAGS.get(array.dtype.str)
     if tag is None:
         return None
-    # tobytes() is in the order of rows, whatever the order in memory.
+    # tobytes() returns the elements in row-major order for any order in memory.
     elements = CBORTag(tag, array.tobytes())
     return elements if array.ndim == 1 else CBORTag(_ROW_MAJOR, [list(array.shape), elements])
 
@@ -51,7 +51,7 @@ def _decoder(dtype: str) -> Callable[[bytes, bool], "numpy.ndarray[Any, Any]"]:
     def decode(elements: bytes, _immutable: bool) -> "numpy.ndarray[Any, Any]":
         import numpy
 
-        # A copy, for as the bytes' own it could not be written to.
+        # Without a copy the array would be read-only, like the bytes.
         return numpy.frombuffer(elements, dtype=dtype).copy()
 
     return decode
@@ -67,7 +67,7 @@ def _shaped_by_column(parts: Any, _immutable: bool) -> "numpy.ndarray[Any, Any]"
     return elements.reshape(shape, order="F")  # type: ignore[no-any-return]
 
 
-#: By tag, for cbor2.
+#: Decoders by tag, for cbor2.
 DECODERS: dict[int, Callable[[Any, bool], Any]] = {
     **{tag: _decoder(dtype) for dtype, tag in _TAGS.items()},
     _CLAMPED_UINT8: _decoder("|u1"),
@@ -77,26 +77,32 @@ DECODERS: dict[int, Callable[[Any, bool], Any]] = {
 
 
 def is_array(value: object) -> bool:
-    """Return whether a value is an array, without importing numpy for it."""
+    """Return whether a value is a numpy array, without importing numpy."""
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
-# By the kind of the dtype asked for, the kinds that it is built of: as for Python's own types.
+# The kinds of dtype that each requested kind is built from, as for the types of Python.
 _BUILT_OF = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 
 
 def as_array(value: Any, scalar: Any) -> Any:
-    """Return a list or an array as an array of numbers, or bools; None if it is none.
+    """Return a list or an array as an array of numbers or bools, None if that is not possible.
 
-    `scalar` is the type asked for, or a base of several (``numpy.floating``), or None. No number becomes another one,
-    but for the precision of floats.
+    No number changes, except for the precision of floats.
+
+    Parameters
+    ----------
+    value
+        A list or an array; for any other object the result is None.
+    scalar
+        The requested numpy type of the elements, a base of several types (``numpy.floating``), or None for any.
     """
     import numpy
 
     if not isinstance(value, (list, numpy.ndarray)):
         return None
     kinds = _kinds(value) if isinstance(value, list) else set()
-    # numpy would make each text as wide as the widest, and of bools among numbers numbers.
+    # numpy would pad all strings to the width of the longest, and convert bools among numbers to numbers.
     if not (kinds <= {int, float} or kinds == {bool}):
         return None
     array = numpy.asarray(value)
@@ -113,7 +119,7 @@ def as_array(value: Any, scalar: Any) -> Any:
         return result if (result == array).all() else None
     if array.dtype.kind == "f":
         return result if (numpy.isinf(result) == numpy.isinf(array)).all() else None
-    # Beyond so many not every integer has a float.
+    # Above this limit some integers have no exact float.
     limit = 2 ** (numpy.finfo(dtype).nmant + 1)
     large = (array > limit) | (array < -limit)
     exact = all(
@@ -124,7 +130,7 @@ def as_array(value: Any, scalar: Any) -> Any:
 
 
 def as_scalar(value: Any, scalar: Any) -> Any:
-    """Return a number, a text or bytes as one of numpy's, None if it is none."""
+    """Return a number, string or bytes as the numpy scalar type `scalar`, None if that is not possible."""
     if isinstance(value, (str, bytes)):
         return scalar(value) if issubclass(scalar, type(value)) else None
     array = as_array([value], scalar) if isinstance(value, (bool, int, float)) else None
@@ -132,7 +138,7 @@ def as_scalar(value: Any, scalar: Any) -> Any:
 
 
 def _kinds(items: list[Any]) -> set[type]:
-    """Return the types of all that lists in a list hold; arrays do as what they are made of."""
+    """Return the types of all elements in nested lists. An array counts as the Python type of its elements."""
     import numpy
 
     kinds = set(map(type, items))

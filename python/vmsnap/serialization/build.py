@@ -1,6 +1,6 @@
-"""What builds a type: dataclasses and all that their fields can be, by serde's conventions.
+"""Finding the converter for a type: dataclasses and the types of their fields, by the conventions of serde.
 
-docs/guide.md has the table of Rust types and Python's.
+docs/guide.md has a table of the Rust types and the Python types.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ __all__ = ["converter"]
 
 
 def converter(kind: Any) -> Converter:
-    """Return what builds a type.
+    """Return the converter for a type.
 
     Raises
     ------
     InvalidArgumentError
-        There is no way to build it, or a part of it.
+        The type, or a part of it, cannot be built from a value.
     """
     try:
         return _complete(kind)
@@ -41,7 +41,7 @@ def converter(kind: Any) -> Converter:
 
 
 def _completed(result: Converter) -> Converter:
-    """Look at all parts now, which find theirs only when asked: a class may have itself as one."""
+    """Find the converters of all parts now. They are found on demand, because a class may have itself as a part."""
     seen, pending = {result}, [result]
     while pending:
         for part in pending.pop().parts():
@@ -54,7 +54,7 @@ def _completed(result: Converter) -> Converter:
 def _part(kind: Any) -> Converter:
     try:
         return _kept(kind)
-    except TypeError:  # as above
+    except TypeError:  # not hashable, as in `converter`
         return _made(kind)
 
 
@@ -79,7 +79,7 @@ def _made(kind: Any) -> Converter:
     cls = origin or kind
     if isinstance(cls, type):
         return _class(cls, arguments)
-    # What typing has besides can be called too, but makes nothing.
+    # Other objects of typing are callable too, but return nothing useful.
     if callable(kind) and type(kind).__module__ != "typing":
         return Anything(kind)
     raise _no_way(kind)
@@ -90,11 +90,11 @@ _complete = lru_cache(maxsize=1024)(lambda kind: _completed(_kept(kind)))
 
 
 def _no_way(kind: Any) -> InvalidArgumentError:
-    return InvalidArgumentError(f"there is no way to build {kind!r}: give a class, a type of typing's, or a callable")
+    return InvalidArgumentError(f"cannot build {kind!r} from a value: pass a class, a type from typing, or a callable")
 
 
 def _union(kinds: tuple[Any, ...]) -> Converter:
-    # An int fits float as well, which may round it.
+    # An int fits float too, which may round it, so float comes last.
     by_exactness = sorted((kind for kind in kinds if kind is not NoneType), key=lambda kind: kind is float)
     return Union([_part(kind) for kind in by_exactness], NoneType in kinds)
 
@@ -129,9 +129,9 @@ def _class(cls: type, arguments: tuple[Any, ...]) -> Converter:
         return Collection(_COLLECTIONS[cls], _part(arguments[0] if arguments else Any))
     if cls in _DICTS:
         return Dict(_DICTS[cls], *map(_part, arguments or (Any, Any)))
-    # numpy is not imported for this: whoever names its types has it.
+    # numpy is not imported here: a caller that passes its types has imported it.
     if cls.__module__ == "numpy" and cls.__name__ == "ndarray":
-        # As ndarray[shape, dtype[scalar]].
+        # The type is ndarray[shape, dtype[scalar]].
         scalar = typing.get_args(arguments[1]) if len(arguments) == 2 else ()
         return leaves.array(scalar[0] if scalar and isinstance(scalar[0], type) and scalar[0] is not Any else None)
     if any(base.__module__ == "numpy" and base.__name__ == "generic" for base in cls.__mro__):
@@ -139,7 +139,7 @@ def _class(cls: type, arguments: tuple[Any, ...]) -> Converter:
     foreign = arguments and not hasattr(cls, "__orig_bases__")
     if foreign or inspect.isabstract(cls) or cls is typing.Generic or getattr(cls, "_is_protocol", False):
         raise _no_way(cls)
-    # A class of the caller's, or any other callable.
+    # This is a class defined by the caller, or another callable.
     return Anything(cls)
 
 
@@ -147,7 +147,7 @@ def _fields(cls: Any, arguments: tuple[Any, ...]) -> list[Field]:
     try:
         hints = field_types(cls, arguments)
     except (NameError, AttributeError, TypeError, SyntaxError) as error:
-        text = f"the annotations of {cls.__name__} cannot be resolved: {error}; define what they name in its module"
+        text = f"cannot resolve the annotations of {cls.__name__}: {error}; define their names in its module"
         raise InvalidArgumentError(text) from error
     if typing.is_typeddict(cls):
         return [_field(name, name, hint, name in cls.__required_keys__) for name, hint in hints.items()]
@@ -158,7 +158,7 @@ def _fields(cls: Any, arguments: tuple[Any, ...]) -> list[Field]:
     return [
         _field(name, wire_name(field), hints[name], field.default is field.default_factory is dataclasses.MISSING)
         for name, field in cls.__dataclass_fields__.items()
-        # An argument of the constructor's that is no field afterwards is one of these, but not of those.
+        # An InitVar is in __dataclass_fields__, but fields() leaves it out.
         if regular.get(name, is_init_var(hints[name]))
     ]
 

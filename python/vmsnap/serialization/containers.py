@@ -1,4 +1,4 @@
-"""Lists, tuples, sets and dicts."""
+"""Converters for lists, tuples, sets and dicts."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -13,7 +13,7 @@ __all__ = ["Collection", "Dict", "Tuple"]
 
 
 class Collection(Converter):
-    """Any number of members of one type."""
+    """A converter for any number of members of one type."""
 
     def __init__(self, kind: type, member: Converter) -> None:
         self._kind = kind
@@ -41,7 +41,7 @@ class Collection(Converter):
 
 
 class Tuple(Converter):
-    """As many members as types."""
+    """A converter for a fixed number of members, each with its own type."""
 
     def __init__(self, members: list[Converter]) -> None:
         self._members = members
@@ -49,7 +49,9 @@ class Tuple(Converter):
     def __call__(self, value: Any) -> Any:
         if not self.fits(value):
             what = f"a list of {len(self._members)}"
-            raise Mismatch(f"expected {what}, found one of {len(value)}") if _is_row(value) else expected(what, value)
+            if _is_row(value):
+                raise Mismatch(f"expected {what}, found a list of {len(value)}")
+            raise expected(what, value)
         parts = zip(self._members, _members(value), strict=True)
         return tuple(at(index, member, item) for index, (member, item) in enumerate(parts))
 
@@ -61,7 +63,7 @@ class Tuple(Converter):
 
 
 class Dict(Converter):
-    """Any number of pairs of two types."""
+    """A converter for a dict: keys of one type, items of another."""
 
     def __init__(self, kind: type[dict[Any, Any]], key: Converter, item: Converter) -> None:
         self._kind = kind
@@ -75,11 +77,11 @@ class Dict(Converter):
         _check_hash_values(keys)
         result = self._kind(zip(keys, _each(self._item, value.values(), step=NthKey), strict=True))
         if len(result) != len(value):
-            raise Mismatch("two keys of a map are the same")
+            raise Mismatch("two keys of a map are equal")
         return result
 
     def _convert_key(self, key: Any) -> Any:
-        """JSON has texts as keys, also for numbers and bools."""
+        """Convert a key. JSON has only strings as keys, so numbers and bools are parsed from them."""
         if isinstance(key, str) and not self._key.fits(key):
             if key in ("true", "false"):
                 return self._key(key == "true")
@@ -95,7 +97,7 @@ class Dict(Converter):
 
 
 def _each(convert: Callable[[Any], Any], items: Iterable[Any], *, step: Callable[[int], object]) -> list[Any]:
-    """Convert all items; `step` makes of the number of one what an error says."""
+    """Convert all items. If one fails, `step` returns the step to its index for the error."""
     result: list[Any] = []
     try:
         for item in items:
@@ -111,12 +113,12 @@ def _is_row(value: Any) -> bool:
 
 
 def _members(value: Any) -> Any:
-    """Return what can be gone through: of a typed array Python's numbers."""
+    """Return the members as an iterable. A typed array becomes a list of Python numbers."""
     return value.tolist() if arrays.is_array(value) else value
 
 
 _JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-# Of no key that is a number; converting takes time by the square of it.
+# No numeric key is longer. The time to convert digits grows with the square of their number.
 _MAX_DIGITS = 1000
 
 
@@ -126,31 +128,31 @@ def _json_number(text: str) -> int | float | None:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-# Of 64-bit numbers no more than 16 share one.
+# At most 16 numbers of 64 bits share a hash value.
 _MAX_EQUAL_HASHES = 100
 
 
 def _check_hash_values(members: Sequence[Any]) -> None:
-    """Refuse what would take long as keys or members of a set, for their hash values were chosen to collide."""
+    """Refuse keys or members of a set whose hash values were chosen to collide, because hashing them is slow."""
     hashes: list[int] = []
     alike: dict[int, list[Any]] = {}
-    # That of a text is keyed anew in every process.
+    # Python randomizes the hash values of str and bytes in every process.
     others = [member for member in members if type(member) not in (str, bytes)]
     for member in others:
         try:
             hashes.append(hash(member))
         except TypeError:
-            text = f"a key, or a member of a set, is a {type(member).__name__}, which is not hashable"
+            text = f"a map key or set member is a {type(member).__name__}, which is not hashable"
             raise Mismatch(text) from None
         if isinstance(member, float) and member != member:
-            raise Mismatch("a key, or a member of a set, is not a number (NaN)")
+            raise Mismatch("a map key or set member is NaN")
     if len(others) <= _MAX_EQUAL_HASHES:
         return
     if _vmsnap.are_crowded(hashes):
-        raise Mismatch("keys, or members of a set, were chosen to have hash values that collide")
+        raise Mismatch("map keys or set members were chosen to have hash values that collide")
     for member, value in zip(others, hashes, strict=True):
         equal = alike.setdefault(value, [])
         if member not in equal:
             equal.append(member)
             if len(equal) > _MAX_EQUAL_HASHES:
-                raise Mismatch(f"more than {_MAX_EQUAL_HASHES} keys, or members of a set, have one hash value")
+                raise Mismatch(f"more than {_MAX_EQUAL_HASHES} map keys or set members have the same hash value")

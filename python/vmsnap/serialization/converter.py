@@ -1,4 +1,4 @@
-"""What builds a type of what was read: the base of all that do, and what they say where they cannot."""
+"""The base class of converters, which build a type from a decoded value, and their errors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -10,31 +10,31 @@ __all__ = ["Anything", "Converter", "Mismatch", "at", "expected"]
 
 
 class Mismatch(Located):
-    """Something in a value is not of the type asked for."""
+    """A part of a value does not have the requested type."""
 
 
 class Converter(ABC):
-    """Builds one type. It is made once and kept.
+    """A converter for one type. It is created once and cached.
 
-    Which member of a union a value is for is told by its outermost level alone (`fits`), so that nothing is tried twice
-    and time stays in proportion to the value.
+    The member of a union is chosen by the outermost level of the value alone (`fits`). So no part is converted twice,
+    and the time is proportional to the size of the value.
     """
 
     @abstractmethod
     def __call__(self, value: Any) -> Any:
-        """Return what is built of `value`, or raise `Mismatch`."""
+        """Return the object built from `value`, or raise `Mismatch`."""
 
     @abstractmethod
     def fits(self, value: Any) -> bool:
-        """Return whether `value` is meant for this type, as far as its outermost level tells."""
+        """Return whether `value` fits this type, judged by its outermost level only."""
 
     def parts(self) -> "Iterable[Converter]":
-        """Return the converters of its parts."""
+        """Return the converters for the parts of a value."""
         return ()
 
 
 class Anything(Converter):
-    """No type is asked for, or one that is the caller's own business: a class or function that gets the value."""
+    """A converter without a type of its own: it returns the value, or calls a class or function of the caller."""
 
     def __init__(self, function: Callable[[Any], Any] | None = None) -> None:
         self.function = function
@@ -47,13 +47,13 @@ class Anything(Converter):
 
 
 def expected(what: str, value: object) -> Mismatch:
-    """Return the error that something else was expected; it tells the type of the value, not the value."""
+    """Return the error for a value of another type. The text shows the type of the value, never the value."""
     found = "nothing (null)" if value is None else type(value).__name__
     return Mismatch(f"expected {what}, found {found}")
 
 
 def at(step: object, convert: Converter, value: Any) -> Any:
-    """Convert a part of a value; an error tells where that is."""
+    """Convert a part of a value. An error gets the step to that part."""
     try:
         return convert(value)
     except Mismatch as error:

@@ -1,4 +1,4 @@
-"""What types the fields of classes have."""
+"""The types of the fields of classes."""
 
 import dataclasses
 import typing
@@ -8,12 +8,12 @@ __all__ = ["alias_value", "field_types", "is_init_var"]
 
 
 def is_init_var(hint: Any) -> bool:
-    """Return whether a field is an argument of the constructor's, and nothing else."""
+    """Return whether a type hint is an `InitVar`: only a constructor argument, not an attribute."""
     return hint is dataclasses.InitVar or isinstance(hint, dataclasses.InitVar)
 
 
 def alias_value(alias: Any) -> Any:
-    """Return what a `type` statement's alias stands for, its arguments in place where it has some."""
+    """Return the type that a `type` statement's alias stands for, with any type arguments substituted."""
     origin = typing.get_origin(alias)
     if origin is None:
         return alias.__value__
@@ -21,13 +21,13 @@ def alias_value(alias: Any) -> Any:
 
 
 def field_types(cls: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the types of a class' fields, those of a generic class with its arguments in place."""
+    """Return the types of the fields of a class, with the type arguments of a generic class substituted."""
     hints = typing.get_type_hints(cls)
     bindings: dict[Any, dict[Any, Any]] = {}
     _bind(cls, arguments, bindings)
 
     def bound(name: str, hint: Any) -> Any:
-        # By the class that has the field: a base's variable may be another one of the same name.
+        # Look in the class that defines the field: a base class may use a type variable of the same name.
         owner = next((base for base in cls.__mro__ if name in getattr(base, "__annotations__", ())), cls)
         return _substituted(hint, bindings.get(owner, {}))
 

@@ -1,4 +1,4 @@
-"""Types whose values have no parts, or none that are built apart."""
+"""Converters for values without parts, such as numbers, strings, enums, paths and numpy arrays."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -16,14 +16,14 @@ __all__ = ["LEAVES", "Leaf", "array", "array_scalar", "enum", "literal", "path"]
 
 
 class _Not:
-    """What `convert` of a leaf returns for a value that is not its."""
+    """The type of `_NOT`, which `convert` of a leaf returns for a value that it cannot convert."""
 
 
 _NOT = _Not()
 
 
 class Leaf(Converter):
-    """Builds what `convert` makes of a value; one of type `kind` is right as it is."""
+    """A converter that calls `convert`. A value that already has the type `kind` is returned as it is."""
 
     def __init__(self, kind: type | None, what: str, convert: Callable[[Any], Any]) -> None:
         self._kind = kind
@@ -54,22 +54,22 @@ def _never(_value: Any) -> Any:
 
 
 def _unit(value: Any) -> Any:
-    """Rust's ``()`` and unit structs: null, or empty."""
+    """Convert Rust's ``()`` and unit structs, which are written as null or as an empty container."""
     return None if isinstance(value, (list, tuple, dict)) and not value else _NOT
 
 
 def _float(value: Any) -> Any:
-    # Beyond 2^53 not every integer has a float.
+    # Above 2^53 some integers have no exact float.
     return float(value) if type(value) is int and float(value) == value else _NOT
 
 
 def _bytes(value: Any) -> Any:
-    """Serde writes a ``Vec<u8>`` as a list of numbers, and everything so in JSON."""
+    """Convert bytes. Serde writes a ``Vec<u8>`` as a list of numbers, and JSON has no other way."""
     if isinstance(value, list):
         return bytes(value) if {int}.issuperset(map(type, value)) else _NOT
     if isinstance(value, str):
         return _NOT
-    # An array of bytes, written from numpy.
+    # This is an array of bytes, written from numpy.
     view = memoryview(value)
     return view.tobytes() if view.format == "B" and view.ndim == 1 else _NOT
 
@@ -93,12 +93,12 @@ def _date(value: Any) -> Any:
     return date.fromisoformat(value) if isinstance(value, str) else _NOT
 
 
-#: By type.
+#: Converters by type.
 LEAVES: Mapping[Any, Leaf] = {
     kind: Leaf(kind, "null" if kind is NoneType else kind.__name__, convert)
     for kind, convert in (
         (NoneType, _unit),
-        # What is of the type already does not come here.
+        # A value that already has the type does not get here.
         (bool, _never),
         (int, _never),
         (float, _float),
@@ -113,12 +113,12 @@ LEAVES: Mapping[Any, Leaf] = {
 
 
 def path(cls: type[PurePath]) -> Leaf:
-    """Return what builds a path of a text."""
+    """Return the converter from a string to a path."""
     return Leaf(cls, cls.__name__, lambda value: cls(value) if isinstance(value, str) else _NOT)
 
 
 def literal(values: tuple[Any, ...]) -> Leaf:
-    """Return what passes these values only."""
+    """Return the converter that accepts only these values."""
 
     def own(value: Any) -> Any:
         # True is equal to 1.
@@ -128,7 +128,7 @@ def literal(values: tuple[Any, ...]) -> Leaf:
 
 
 def enum(cls: type[Enum]) -> Leaf:
-    """Return what finds a member by its value, or by its name: serde writes that of the variant."""
+    """Return the converter that finds a member by its value, or by its name as serde writes it."""
 
     def member(value: Any) -> Any:
         for form in _forms(value):
@@ -136,7 +136,7 @@ def enum(cls: type[Enum]) -> Leaf:
                 found = cls(form)
             except (ValueError, TypeError):
                 continue
-            # True and 1.0 are equal to 1, and found in its place.
+            # True and 1.0 are equal to 1, so a lookup of them finds the member with the value 1.
             if type(value) not in (bool, float) or type(found.value) is type(value):
                 return found
         return cls.__members__.get(value, _NOT) if isinstance(value, str) else _NOT
@@ -145,7 +145,7 @@ def enum(cls: type[Enum]) -> Leaf:
 
 
 def _forms(value: Any) -> Iterator[Any]:
-    """Give what the value of an enum may have been, before it was written."""
+    """Yield the values that an enum member may have had before it was written."""
     yield value
     if isinstance(value, list):
         yield _as_tuples(value)
@@ -158,13 +158,19 @@ def _as_tuples(value: Any) -> Any:
 
 
 def array(scalar: Any) -> Leaf:
-    """Return what builds a numpy array, of the type of `scalar` or, where it is None, of any; a list becomes one."""
+    """Return the converter from an array or a list to a numpy array.
+
+    Parameters
+    ----------
+    scalar
+        The numpy type of the elements, or None for any.
+    """
     what = "an array of numbers" if scalar is None else f"an array of {scalar.__name__}"
     return Leaf(None, what, lambda value: _or_not(arrays.as_array(value, scalar)))
 
 
 def array_scalar(cls: Any) -> Leaf:
-    """Return what builds one of numpy's numbers."""
+    """Return the converter to a scalar type of numpy."""
     return Leaf(cls, cls.__name__, lambda value: _or_not(arrays.as_scalar(value, cls)))
 
 

@@ -1,4 +1,4 @@
-"""Where in a value something is, and what a dataclass' fields are called there."""
+"""Places within a value, for errors, and the names of dataclass fields in a map."""
 
 from dataclasses import Field, dataclass
 from typing import Any
@@ -7,13 +7,13 @@ from vmsnap.errors import InvalidArgumentError
 
 __all__ = ["Located", "NthKey", "wire_name"]
 
-# Of what contains itself there would be as many as there may be levels.
+# A value that contains itself would have as many steps as there may be levels.
 _MAX_STEPS = 20
 _MAX_STEP_LENGTH = 60
 
 
-class Located(Exception):  # noqa: N818  the base of two, each caught where it is made an error
-    """Something about a part of a value. The steps to it are added on the way up, the innermost first."""
+class Located(Exception):  # noqa: N818  the base of two, both caught inside this package
+    """A reason why a part of a value cannot be converted. Callers append the steps to the part, the innermost first."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -31,7 +31,7 @@ class Located(Exception):  # noqa: N818  the base of two, each caught where it i
 
 @dataclass(frozen=True)
 class NthKey:
-    """Stands for a key that was read: it is part of the contents, which no error tells."""
+    """The index of a key that was read, used because errors never show contents of a fragment, such as the key."""
 
     index: int
 
@@ -41,7 +41,7 @@ def _step(step: object) -> str:
         return f"[key {step.index}]"
     if isinstance(step, str) and step.isidentifier() and len(step) <= _MAX_STEP_LENGTH:
         return f".{step}"
-    # Python refuses to write out an int of thousands of digits.
+    # Python refuses to convert an int of thousands of digits to text.
     if type(step) not in (str, bytes, int, float) or (isinstance(step, int) and step.bit_length() > 128):
         return f"[a {type(step).__qualname__}]"
     text = repr(step)
@@ -49,8 +49,8 @@ def _step(step: object) -> str:
 
 
 def wire_name(field: "Field[Any]") -> str:
-    """Return what a dataclass' field is called in a map: its name, or ``metadata={"name": ...}`` (serde's rename)."""
+    """Return the key of a dataclass field in a map: its name, or ``metadata={"name": ...}`` (serde's rename)."""
     name = field.metadata.get("name", field.name)
     if not isinstance(name, str):
-        raise InvalidArgumentError(f"metadata['name'] of the field {field.name} is a text, not {name!r}")
+        raise InvalidArgumentError(f"metadata['name'] of the field {field.name} must be a str, not {name!r}")
     return name

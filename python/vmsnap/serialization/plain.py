@@ -1,4 +1,4 @@
-"""Values as what CBOR or JSON has: the walk before serializing."""
+"""The step before serialization: values become trees of the types that CBOR or JSON has."""
 
 import sys
 from collections import UserString
@@ -23,7 +23,7 @@ __all__ = ["Plain", "Unwritable", "located"]
 
 _Result = TypeVar("_Result")
 
-# What serde_json reads.
+# The limit of serde_json.
 _MAX_DEPTH = 127
 _TOO_DEEP = f"it is nested deeper than {_MAX_DEPTH} levels, or contains itself"
 _SET_TAG = 258
@@ -31,21 +31,21 @@ _SET_TAG = 258
 _TEXT = frozenset({str})
 _JSON_SCALARS = _TEXT | {type(None), bool, int, float}
 _CBOR_SCALARS = _JSON_SCALARS | {bytes}
-# Without floats, of which one is not equal to itself.
+# Floats are left out, because NaN is not equal to itself.
 _CBOR_KEYS = _CBOR_SCALARS - {float}
 
 
-# numpy's bools, numbers and strings. Its times become bare numbers, or none at all, where datetime has no such unit or
-# value; its records lose the names of their fields.
+# The kinds of bools, numbers and strings of numpy. Its times would become plain numbers or None if datetime cannot
+# express them, and its records would lose the names of their fields.
 _NUMPY_KINDS = "biufSU"
 
 
 class Unwritable(Located):
-    """Something in a value that cannot be written."""
+    """A part of a value cannot be written."""
 
 
 class Plain:
-    """Turns values into trees of what the format has. Whatever is that already is passed on, not copied."""
+    """The conversion of values to trees of the types of a format. Parts with these types are not copied."""
 
     def __init__(self, *, json: bool, default: Callable[[Any], object] | None, as_list: bool) -> None:
         self._json = json
@@ -54,12 +54,12 @@ class Plain:
         self._scalars = _JSON_SCALARS if json else _CBOR_SCALARS
 
     def value(self, value: Any, depth: int = 1) -> Any:
-        """Return `value` as the format has it.
+        """Return `value` as a tree of the types of the format.
 
         Raises
         ------
         Unwritable
-            Something in it cannot be written.
+            A part of the value cannot be written.
         """
         kind = type(value)
         if kind in self._scalars:
@@ -72,7 +72,7 @@ class Plain:
             return self._items(value, depth)
         return _way(kind)(self, value, depth)
 
-    # Containers. Most have scalars only, which one look in C tells.
+    # Containers. Most hold only scalars, which issuperset finds out in C.
 
     def _items(self, items: Sequence[Any], depth: int) -> Sequence[Any]:
         if self._scalars.issuperset(map(type, items)):
@@ -93,7 +93,7 @@ class Plain:
         else:
             keyed = {self._key(key, depth + 1): item for key, item in mapping.items()}
             if len(keyed) != len(mapping):
-                raise Unwritable("two of its keys are the same when they are written")
+                raise Unwritable("two keys of a dict are equal when they are written")
             mapping = keyed
         plain = {}
         key = None
@@ -107,7 +107,7 @@ class Plain:
 
     def _set(self, members: Set[Any], depth: int) -> Any:
         if self._json:
-            # As _ordered.
+            # Sorted for the reason given at _ordered.
             return sorted(self._items(list(members), depth), key=json_dumps)
         return _ordered([self._key(member, depth + 1) for member in members])
 
@@ -116,7 +116,7 @@ class Plain:
         return self._mapping({wire: getattr(record, name) for name, wire in names}, depth)
 
     def _key(self, key: Any, depth: int) -> Any:
-        """Return a key of a dict, or a member of a set, as the format has it."""
+        """Return a key of a dict, or a member of a set, as the types of the format."""
         kind = type(key)
         if kind in (_TEXT if self._json else _CBOR_KEYS):
             return key
@@ -138,7 +138,7 @@ class Plain:
             return content
         if self._default is not None:
             return self._key(self._default(key), depth + 1)
-        raise Unwritable(f"there is no way to write {_name(key)} as a key or member of a set")
+        raise Unwritable(f"cannot write {_name(key)} as a key or a member of a set")
 
     def _json_key(self, key: Any, way: "_Way", depth: int) -> str:
         scalar = self._scalar(key, way, depth)
@@ -148,14 +148,14 @@ class Plain:
             return str(scalar)
         if scalar is None and key is not None and self._default is not None:
             return self._key(self._default(key), depth + 1)  # type: ignore[no-any-return]
-        raise Unwritable("JSON has texts and whole numbers as keys, and no others: use CBOR")
+        raise Unwritable("keys in JSON must be strings or whole numbers: use CBOR")
 
     def _scalar(self, key: Any, way: "_Way", depth: int) -> Any:
         if way not in _SCALAR_WAYS or (way is Plain._numpy_scalar and type(key.item()) not in _CBOR_SCALARS):
             return None
         return way(self, key, depth)
 
-    # What has no parts.
+    # Values without parts.
 
     def _enum(self, member: Enum, depth: int) -> Any:
         return self.value(member.value, depth)
@@ -184,13 +184,13 @@ class Plain:
     def _datetime(self, moment: datetime, _depth: int) -> Any:
         offset = moment.utcoffset()
         if offset is None:
-            raise Unwritable("a datetime without a time zone is no moment: give it one by replace(tzinfo=...)")
+            raise Unwritable("a datetime without a time zone is ambiguous: set one with replace(tzinfo=...)")
         if offset.total_seconds() % 60:
-            # RFC 3339 has hours and minutes.
+            # Offsets in RFC 3339 consist of hours and minutes.
             try:
                 moment = moment.astimezone(UTC)
             except OverflowError:
-                raise Unwritable("a datetime is, in UTC, before the year 1 or after 9999") from None
+                raise Unwritable("in UTC, a datetime is before the year 1 or after 9999") from None
         return moment.isoformat() if self._json else moment
 
     def _numpy_scalar(self, scalar: Any, depth: int) -> Any:
@@ -198,18 +198,18 @@ class Plain:
         return number if type(number) in self._scalars else self._unusual(scalar, depth)
 
     def _array(self, array: Any, depth: int) -> Any:
-        # Objects are looked at one by one.
+        # Elements that are objects are converted one by one.
         listable = array.dtype.kind in _NUMPY_KINDS + "O"
         if self._json or self._as_list:
             return self.value(array.tolist(), depth) if listable else self._unusual(array, depth)
         if (typed := arrays.tagged(array)) is not None:
             return typed
         if listable and self._default is None:
-            raise Unwritable(f"there is no typed array of {array.dtype}: convert it, or write it as_list=True")
+            raise Unwritable(f"CBOR has no typed array of {array.dtype}: convert it, or pass as_list=True")
         return self._unusual(array, depth)
 
     def _unusual(self, value: Any, depth: int) -> Any:
-        """Return what is told by more than its type: bytes in a buffer, a sequence, or what the caller knows."""
+        """Convert a value whose type is not enough to tell: a buffer of bytes, a sequence, or a value for `default`."""
         if (content := _bytes_of(value)) is not None:
             return list(content) if self._json else content
         if isinstance(value, memoryview):
@@ -217,14 +217,14 @@ class Plain:
         if isinstance(value, Sequence):
             return self._items(list(value), depth)
         if self._default is not None:
-            # As deep as what it stands for, and one deeper: it may return the same again and again.
+            # One level deeper, because `default` may return the same object again and again.
             return self.value(self._default(value), depth + 1)
-        raise Unwritable(f"there is no way to write {_name(value)}: convert it, or give default=")
+        raise Unwritable(f"cannot write {_name(value)}: convert it, or pass default=")
 
 
 _Way = Callable[[Plain, Any, int], Any]
 
-#: The more special before the more general.
+#: Derived types come before their bases.
 _WAYS: tuple[tuple[type | tuple[type, ...], _Way], ...] = (
     (Enum, Plain._enum),
     (str, Plain._text),
@@ -252,8 +252,8 @@ _SCALAR_WAYS = frozenset(
 
 
 def _find_way(kind: type) -> _Way:
-    """Return how values of a type become what the format has."""
-    # Not what derives from these: pandas' datetime has nanoseconds.
+    """Return the method that converts values of a type."""
+    # Only the classes themselves: the datetime of pandas is a subclass with nanoseconds.
     if kind is datetime:
         return Plain._datetime
     if kind is date:
@@ -266,16 +266,16 @@ def _find_way(kind: type) -> _Way:
     numpy = sys.modules.get("numpy")
     if numpy is not None and issubclass(kind, (numpy.bool_, numpy.number, numpy.character)):
         return Plain._unusual if issubclass(kind, numpy.timedelta64) else Plain._numpy_scalar
-    # Nor from this: a masked array is more than its elements.
+    # Only the class itself: a masked array is a subclass with more than its elements.
     if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.memmap)):
         return Plain._array
     return Plain._unusual
 
 
 def _ordered(members: list[Any]) -> CBORTag:
-    """Return a set in an order of its own, for that of Python's is another one in every process. It can be a key."""
+    """Return a set as a sorted tuple, because its order differs from process to process. The result can be a key."""
     if len(set(members)) != len(members):
-        raise Unwritable("two members of a set are the same when they are written")
+        raise Unwritable("two members of a set are equal when they are written")
     return CBORTag(_SET_TAG, tuple(sorted(members, key=cbor2.dumps)))
 
 
@@ -291,12 +291,12 @@ _field_names: Callable[[type], list[tuple[str, str]]] = lru_cache(maxsize=4096)(
 
 
 def located(plain: Any, serialize: Callable[[Any], _Result]) -> _Result:
-    """Return what `serialize` makes of a plain value; where it raises `Unwritable`, find the part that it is about."""
+    """Return the result of `serialize` for a plain value. If it raises `Unwritable`, add the steps to the bad part."""
     try:
         return serialize(plain)
     except Unwritable:
         if isinstance(plain, dict):
-            # A key is the map's own.
+            # An error of a key gets no further step.
             for key in plain:
                 serialize({key: None})
         if isinstance(plain, (dict, list, tuple)):
@@ -310,7 +310,7 @@ def located(plain: Any, serialize: Callable[[Any], _Result]) -> _Result:
 
 
 def _bytes_of(value: Any) -> bytes | None:
-    """Return the bytes of a buffer of bytes in a row, None for anything else: one of numbers is a list."""
+    """Return the bytes of a one-dimensional buffer of bytes, None for any other object. Other buffers become lists."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return value if isinstance(value, bytes) else None
@@ -322,7 +322,7 @@ def _bytes_of(value: Any) -> bytes | None:
         # A signed byte is a number.
         if view.ndim != 1 or view.format.lstrip("<>=@!|") not in ("B", "c"):
             return None
-        # A mapping may have pages that cannot be read.
+        # The buffer may be a mapping with pages that cannot be read, which copy_buffer turns into an error.
         return _vmsnap.copy_buffer(view) if view.contiguous else view.tobytes()
 
 

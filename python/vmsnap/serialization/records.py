@@ -1,4 +1,4 @@
-"""Dataclasses and their like, and unions of them: serde's structs and enums."""
+"""Converters for dataclasses, named tuples, typed dicts, and unions of them: the structs and enums of serde."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,15 +14,15 @@ __all__ = ["Alias", "Field", "Record", "Union"]
 class Field:
     """A field of a record."""
 
-    name: str  # what the constructor calls it
+    name: str  # the argument of the constructor
     wire_name: str
     converter: Converter
     required: bool
-    is_tag: bool = False  # ``Literal``: what tells one variant from another
+    is_tag: bool = False  # ``Literal``: the field tells one variant from another
 
 
 class Record(Converter):
-    """A dataclass, named tuple or typed dict: a map, a list of its fields in order, or what its only field is."""
+    """A converter for a dataclass, named tuple or typed dict: from a map, a list in order, or its only field."""
 
     def __init__(self, cls: Any, fields: Callable[[], list[Field]]) -> None:
         self._cls = cls
@@ -30,7 +30,7 @@ class Record(Converter):
 
     @cached_property
     def fields(self) -> list[Field]:
-        """The fields, found when they are asked for: a class may have itself as a part."""
+        """The fields. They are found on demand, because a class may have itself as a part."""
         return self._find_fields()
 
     def parts(self) -> Iterable[Converter]:
@@ -38,12 +38,12 @@ class Record(Converter):
 
     @property
     def name(self) -> str:
-        """That of serde's variant."""
+        """The name of the variant in serde."""
         return str(self._cls.__name__)
 
     @cached_property
     def is_empty(self) -> bool:
-        """Whether it can be built of nothing."""
+        """Whether the class can be built without any field."""
         return not any(field.required for field in self.fields)
 
     def __call__(self, value: Any) -> Any:
@@ -69,14 +69,14 @@ class Record(Converter):
                     error.steps.append(field.wire_name)
                     raise
             elif field.required:
-                # As serde: an option that is not there is none.
+                # Like serde, take None for an optional field that is missing.
                 if not _is_optional(field.converter):
-                    raise Mismatch(f"{self._cls.__name__} lacks {field.wire_name!r}")
+                    raise Mismatch(f"{self._cls.__name__} needs {field.wire_name!r}, which is missing")
                 arguments[field.name] = None
         return self._cls(**arguments)
 
     def is_newtype(self, value: Any) -> bool:
-        """Whether the only field is the whole value, as in ``struct Regs(BTreeMap<...>)``."""
+        """Return whether the only field is the whole value, as in ``struct Regs(BTreeMap<...>)``."""
         if self._newtype_of is None:
             return False
         if not isinstance(value, Mapping):
@@ -86,7 +86,7 @@ class Record(Converter):
 
     @cached_property
     def _newtype_of(self) -> Converter | None:
-        """What a record of one field may be written as; not where that could be the record again, and again."""
+        """The converter of the only field; None if there are more fields, or if it could lead to this record again."""
         only = self.fields[0].converter if len(self.fields) == 1 else None
         seen: set[Converter] = set()
         pending = [] if only is None else [only]
@@ -101,7 +101,7 @@ class Record(Converter):
         return only
 
     def knows_all(self, value: Any) -> bool:
-        """Whether there is a field for each key."""
+        """Return whether there is a field for each key."""
         return not isinstance(value, Mapping) or {field.wire_name for field in self.fields}.issuperset(value)
 
     def _can_be(self, value: Sequence[Any]) -> bool:
@@ -115,7 +115,7 @@ class Record(Converter):
             present = [field for field in self.fields if field.wire_name in value]
             if value and not present:
                 return False
-            # What serde calls internally tagged: the variant is told by a field of its own.
+            # An internally tagged enum in serde: a field of the map names the variant.
             tags = (field for field in present if field.is_tag)
             return all(tag.converter.fits(value[tag.wire_name]) for tag in tags) and all(
                 field in present or not field.required or _is_optional(field.converter) for field in self.fields
@@ -126,7 +126,10 @@ class Record(Converter):
 
 
 class Union(Converter):
-    """serde's enums with data: a variant's name alone, or a map of the one name to the data; or whatever fits first."""
+    """A converter for a union, such as an enum with data in serde.
+
+    The value is the name of a variant, a map from one name to the data, or a value for the first member that it fits.
+    """
 
     def __init__(self, members: list[Converter], optional: bool) -> None:
         self._members = members
@@ -153,7 +156,7 @@ class Union(Converter):
         fitting = [member for member in self._members if member.fits(value)]
         if not fitting:
             raise expected("a value for one member of the union", value)
-        # What would have to be a newtype is rather what another member is; and the one that knows all keys is meant.
+        # A member that the value fits directly comes before a newtype, and one that has a field for every key first.
         direct = [member for member in fitting if not (isinstance(member, Record) and member.is_newtype(value))]
         knowing = (member for member in direct if not isinstance(member, Record) or member.knows_all(value))
         return next(knowing, (direct or fitting)[0])(value)
@@ -167,14 +170,14 @@ class Union(Converter):
 
 
 class Alias(Converter):
-    """What a name stands for; it may be a part of itself."""
+    """A converter for a named type, which may be a part of itself."""
 
     def __init__(self, find: Callable[[], Converter]) -> None:
         self._find = find
 
     @cached_property
     def meant(self) -> Converter:
-        """What builds it."""
+        """The converter of the type that the name stands for."""
         return self._find()
 
     def __call__(self, value: Any) -> Any:

@@ -9,8 +9,8 @@ import java.util.HexFormat;
 import java.util.Map;
 
 /**
- * The one LZ4 frame that compressed guest memory is (section 6), as a stream of what it holds. The stream ends only
- * after the end mark was found in its place, with nothing behind it.
+ * The LZ4 frame of compressed guest memory (section 6), as a stream of its decompressed bytes. The stream ends only
+ * after the end mark was found at its place, with nothing behind it.
  */
 final class Lz4Frame extends PieceStream {
     /** vmsnap's index of the blocks: the stored length of each, without its size word. */

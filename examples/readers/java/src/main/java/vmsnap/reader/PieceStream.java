@@ -5,7 +5,7 @@ import java.io.InputStream;
 import java.nio.ByteBuffer;
 import java.nio.channels.SeekableByteChannel;
 
-/** Bytes that come in pieces: each is checked as a whole before any of it is given out, and only one is in memory. */
+/** A stream that is read chunk by chunk. Each chunk is checked before any of it is returned; only one is in memory. */
 abstract class PieceStream extends InputStream {
     private ByteBuffer piece = ByteBuffer.allocate(0);
 

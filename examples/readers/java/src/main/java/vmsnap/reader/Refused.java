@@ -3,7 +3,7 @@ package vmsnap.reader;
 import java.io.IOException;
 import java.util.Locale;
 
-/** Why a snapshot, or a part of it, is not read. The README of all readers explains the kinds. */
+/** An error in a snapshot or fragment. The README of all readers explains the kinds. */
 final class Refused extends IOException {
     private static final long serialVersionUID = 1;
 

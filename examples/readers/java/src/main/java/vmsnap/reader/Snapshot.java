@@ -10,7 +10,7 @@ import java.nio.channels.SeekableByteChannel;
 import java.nio.file.Path;
 import java.util.List;
 
-/** A snapshot opened for reading: what is in it, and the contents of its fragments (sections 1, 3 and 5). */
+/** A snapshot opened for reading: the list of its fragments, and their contents (sections 1, 3 and 5). */
 final class Snapshot {
     /** Section 3: chunks of 32 bytes to 64 MiB. */
     static final Floe.Profile FRAGMENT_PROFILE = new Floe.Profile(

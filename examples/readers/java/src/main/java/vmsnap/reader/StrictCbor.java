@@ -8,8 +8,8 @@ import java.util.HashSet;
 import java.util.Set;
 
 /**
- * Checks that bytes are one CBOR map, written in the one way that section 4 allows for each thing. Decoders are
- * lenient, each in its own way, so this walks over the bytes before one sees them. It keeps nothing but the keys.
+ * Checks that bytes are one CBOR map in the one encoding of section 4. Decoders are lenient, each in its own way, so
+ * this class walks over the bytes before a decoder sees them. It remembers only the keys of maps.
  */
 final class StrictCbor {
     private static final int MAX_LEVELS = 16;
