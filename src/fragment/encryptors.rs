@@ -226,7 +226,13 @@ impl Encryptors {
     }
 
     /// Encrypts and writes whole chunks; none of them may be the last.
-    fn encrypt_batch(&self, worker: &mut EncryptionWorker, file: &StoredFile, first_index: u64, batch: &[u8]) -> Result<()> {
+    fn encrypt_batch(
+        &self,
+        worker: &mut EncryptionWorker,
+        file: &StoredFile,
+        first_index: u64,
+        batch: &[u8],
+    ) -> Result<()> {
         let mut batch_writer = self.batch(worker, file, first_index)?;
         batch.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| batch_writer.push(chunk))?;
         batch_writer.write()

@@ -41,11 +41,7 @@ impl Credentials {
         if let Some(callback) = on_new_identity {
             options = options.on_new_identity(move |path| {
                 Python::attach(|py| callback.call1(py, (path,))).map(drop).map_err(|error| {
-                    Error::with_source(
-                        Kind::KeyUnavailable,
-                        "the new identity could not be reported",
-                        Raised(error),
-                    )
+                    Error::with_source(Kind::KeyUnavailable, "the new identity could not be reported", Raised(error))
                 })
             });
         }

@@ -1,6 +1,6 @@
 //! `_vmsnap.inspect` and `_vmsnap.key_wrapping`: a snapshot without its key.
 
-#![allow(clippy::needless_pass_by_value, reason = "what Python gives is converted")]
+#![allow(clippy::needless_pass_by_value, reason = "PyO3 converts arguments into owned values")]
 
 use std::ffi::OsString;
 use std::path::PathBuf;
