@@ -39,7 +39,7 @@ pub struct SealId {
 ///
 /// It is written in a hidden directory beside its location, through [`StagedSnapshot::writer`] and the handles made
 /// from that writer. Dropping it without a commit removes the hidden directory, in the process that created it. A
-/// process that is killed leaves the hidden directory behind. Readers refuse it, and [`crate::clean`] removes it.
+/// process that is killed leaves at most the hidden directory behind, which [`crate::clean`] removes.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;

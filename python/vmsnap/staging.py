@@ -126,8 +126,7 @@ def create(
     """Begin a snapshot that is complete or absent: ``with vmsnap.create(location) as snapshot:``.
 
     The snapshot is written in a hidden directory beside `location`, and renamed to it at the end. An exception removes
-    it. A process that is killed leaves at most the hidden directory, which is not a snapshot to any reader, and which
-    `clean` removes.
+    it. A process that is killed leaves at most the hidden directory, which `clean` removes.
 
     Parameters
     ----------
