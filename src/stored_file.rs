@@ -99,6 +99,10 @@ impl CacheUse {
         for range in lock(&self.unwritten).drain(..) {
             finish_writing(&file, &range);
         }
+        // `RWF_DONTCACHE` leaves a page that another thread uses at that moment.
+        if self.state.load(Ordering::Relaxed) != CACHED {
+            let _ = fadvise(file, 0, None, Advice::DontNeed);
+        }
     }
 
     /// Fills the beginning of `buf` from `offset`, and returns the number of bytes read.

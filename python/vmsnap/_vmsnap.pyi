@@ -57,6 +57,7 @@ def write_memory(
     zero_unreadable: bool,
     sparse: bool,
     stable: bool,
+    uncached: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
     """Write guest memory. A region is its base; a descriptor, buffer or process; the offset in that; its size."""
@@ -146,6 +147,7 @@ class GuestMemory:
         self,
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         huge_pages: bool,
+        uncached: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to destinations: the expected base, a descriptor or buffer, the offset in it, the size."""

@@ -79,6 +79,7 @@ def write(
     on_error: Literal["raise", "zero"],
     sparse: bool,
     stable: bool,
+    uncached: bool,
     detect_zeros: bool,
     min_gap_bytes: int,
     chunk_size_bytes: int,
@@ -101,6 +102,7 @@ def write(
             on_error == "zero",
             sparse,
             stable,
+            uncached,
             progress,
         )
     addresses = [range(start, end) for start, end in unreadable]
@@ -170,7 +172,12 @@ class GuestMemory:
         return self.read(start, end - start)
 
     def restore(
-        self, destinations: "Iterable[_Target]", *, huge_pages: bool = False, progress: Progress | None = None
+        self,
+        destinations: "Iterable[_Target]",
+        *,
+        huge_pages: bool = False,
+        uncached: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         """Restore all regions, each to its own destination, with several threads.
 
@@ -189,6 +196,9 @@ class GuestMemory:
         huge_pages
             Whether anonymous memory gets transparent huge pages for each 2 MiB that are all data. This makes filling
             and using the memory faster.
+        uncached
+            Whether the stored bytes, and files that are written, bypass the page cache. A restore of tens of GiB then
+            does not push everything else out of it. On Linux before 6.14 the same is requested by advice.
         progress
             Called with the number of bytes done and the total, at most ten times a second, and at the end.
 
@@ -206,7 +216,7 @@ class GuestMemory:
             A destination has an unsupported type.
         """
         with Handles(writable=True) as handles:
-            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, progress)
+            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, uncached, progress)
 
     def __repr__(self) -> str:
         regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])

@@ -202,9 +202,10 @@ class SnapshotWriter(Handle):
         on_error: Literal["raise", "zero"] = "raise",
         sparse: bool = True,
         stable: bool = False,
+        uncached: bool = False,
         detect_zeros: bool = True,
         min_gap_bytes: int = 4096,
-        chunk_size_bytes: int = 65536,
+        chunk_size_bytes: int = 16384,
         block_size_bytes: int = 65536,
     ) -> memory.MemoryReport:
         """Write guest memory with all threads: the fragments ``mem`` and ``mem_metadata``, which crosvm can read.
@@ -231,6 +232,10 @@ class SnapshotWriter(Handle):
             Promise that no buffer among the sources changes during the call, for instance because the guest is paused.
             Such buffers are stored without a copy, which is faster. If one changes, the stored contents are undefined.
             ``bytes`` objects cannot change, so they need no promise.
+        uncached
+            Bypass the page cache for the stored bytes and for files that are read. A dump of tens of GiB then does not
+            evict other data from the cache, and runs at the speed of the disk. The option has no effect on tmpfs, whose
+            files are the page cache. Before Linux 6.14, vmsnap can only advise the kernel to do so.
         detect_zeros
             Leave out pages that are not in a hole but contain only zeros, too.
         min_gap_bytes
@@ -260,6 +265,7 @@ class SnapshotWriter(Handle):
             on_error=on_error,
             sparse=sparse,
             stable=stable,
+            uncached=uncached,
             detect_zeros=detect_zeros,
             min_gap_bytes=min_gap_bytes,
             chunk_size_bytes=chunk_size_bytes,

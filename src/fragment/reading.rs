@@ -133,11 +133,19 @@ impl FragmentReader {
 
     /// Whether reads leave no page of the file in the page cache.
     pub(crate) fn set_uncached(&self, uncached: bool) {
-        let file = match &self.file.source {
+        self.stored_file().set_uncached(uncached);
+    }
+
+    /// Drops the pages that uncached reads left in the page cache.
+    pub(crate) fn drop_rest(&self) {
+        self.stored_file().drop_rest();
+    }
+
+    fn stored_file(&self) -> &StoredFile {
+        match &self.file.source {
             FragmentSource::Plain(source) => source.file(),
             FragmentSource::Encrypted(source) => source.file(),
-        };
-        file.set_uncached(uncached);
+        }
     }
 
     /// The manifest entry of an encrypted fragment; `None` for a plain one, which must be read for it.

@@ -77,6 +77,11 @@ impl Data {
         self.fragment.set_uncached(uncached);
     }
 
+    /// Drops the pages that uncached reads left in the page cache.
+    pub(super) fn drop_rest(&self) {
+        self.fragment.drop_rest();
+    }
+
     /// Returns the length of the LZ4 blocks, or else of the chunks. Data is read in whole ones, because a part takes as
     /// much time as all of it.
     fn block_bytes(&self) -> u64 {

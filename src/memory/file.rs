@@ -157,6 +157,12 @@ fn reopen(file: &impl AsFd) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
 }
 
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        self.cache.drop_rest(&self.file);
+    }
+}
+
 impl OpenFile {
     fn new(file: impl AsFd) -> Result<Self> {
         let failed = |error: io::Error| Error::io("cannot be opened as guest memory", error).context(name_of(&file));

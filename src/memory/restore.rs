@@ -76,6 +76,7 @@ impl GuestMemory {
                 Ok(())
             },
         )?;
+        self.data.drop_rest();
         for each in &prepared {
             if let Prepared::File(file, _, cache) = each {
                 cache.drop_rest(file);

@@ -109,6 +109,7 @@ pub(super) fn write_memory(
     zero_unreadable: bool,
     sparse: bool,
     stable: bool,
+    uncached: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<DumpReport> {
     let options = MemoryOptions::new()
@@ -118,7 +119,8 @@ pub(super) fn write_memory(
         .detect_zeros(detect_zeros)
         .min_gap_bytes(number(min_gap_bytes, "min_gap_bytes")?)
         .zero_unreadable(zero_unreadable)
-        .sparse(sparse);
+        .sparse(sparse)
+        .uncached(uncached);
     let mut held = Vec::new();
     for (base, source, offset, size) in &regions {
         let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;
@@ -140,7 +142,7 @@ pub(super) fn write_memory(
         HeldMemory::Descriptor(descriptor) => {
             let file: &FileMemory = match files.entry(descriptor.as_raw_fd()) {
                 Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => new.insert(FileMemory::new(*descriptor, 0, None)?),
+                Entry::Vacant(new) => new.insert(FileMemory::new(*descriptor, 0, None)?.uncached(uncached)),
             };
             Ok(GuestRegion::new(*base, file.part(*offset, *size)?))
         }
@@ -240,6 +242,7 @@ impl GuestMemory {
         py: Python<'_>,
         destinations: Vec<RegionDestination<'_>>,
         huge_pages: bool,
+        uncached: bool,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Vec::new();
@@ -271,7 +274,7 @@ impl GuestMemory {
             if let Some(size) = size {
                 destination = destination.of_size(*size);
             }
-            Ok(destination.huge_pages(huge_pages))
+            Ok(destination.huge_pages(huge_pages).uncached(uncached))
         });
         let mut opened = opened.collect::<Result<Vec<_>>>()?;
         reporting(py, progress, |interrupt| self.0.restore_interruptible(&mut opened, interrupt))

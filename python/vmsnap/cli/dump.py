@@ -17,13 +17,14 @@ from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import open_image
 from vmsnap.cli.keys import WritingKeys, writing_options
 from vmsnap.cli.options import (
-    chunk_size_option,
     compress_option,
     encrypt_option,
     json_option,
+    memory_chunk_size_option,
     no_durable_option,
     no_stop_option,
     threads_option,
+    uncached_option,
 )
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.process import Process, parse_maps
@@ -136,7 +137,8 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
     "whole process, otherwise raise]",
 )
 @click.option("--no-sparse", is_flag=True, help="Read everything, even ranges that the system reports as holes.")
-@chunk_size_option
+@memory_chunk_size_option
+@uncached_option
 @threads_option
 @no_durable_option
 @no_stop_option
@@ -151,6 +153,7 @@ def dump(
     on_error: Literal["raise", "zero"] | None,
     no_sparse: bool,
     chunk_size: int,
+    uncached: bool,
     threads: int | None,
     no_durable: bool,
     no_stop: bool,
@@ -180,6 +183,7 @@ def dump(
             chunk_size_bytes=chunk_size,
             on_error=on_error or default,
             sparse=not no_sparse,
+            uncached=uncached,
             progress=progress,
         )
 

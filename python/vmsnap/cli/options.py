@@ -1,9 +1,16 @@
 """Options that several commands have. Those for keys are in ``keys``."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 # As fast as larger chunks, and a random read decrypts no more than this.
 CHUNK_BYTES = 1 << 16
+# The default of `write_memory`: guest memory is read at random more often than other fragments.
+MEMORY_CHUNK_BYTES = 1 << 14
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 threads_option = click.option(
@@ -22,14 +29,26 @@ no_stop_option = click.option(
 force_option = click.option(
     "--force", is_flag=True, help="Overwrite FILE if it is a regular file outside any snapshot."
 )
-chunk_size_option = click.option(
-    "--chunk-size",
-    type=click.IntRange(32, 64 << 20),
-    metavar="BYTES",
-    default=CHUNK_BYTES,
-    show_default=True,
-    help="Size of a chunk, the unit of encryption: from 32 bytes to 64 MiB. A read decrypts whole chunks.",
+uncached_option = click.option(
+    "--uncached",
+    is_flag=True,
+    help="Bypass the page cache, for guests of tens of GiB: nothing else is pushed out of it.",
 )
+
+
+def _chunk_size_option(default: int) -> Callable[[Command], Command]:
+    return click.option(
+        "--chunk-size",
+        type=click.IntRange(32, 64 << 20),
+        metavar="BYTES",
+        default=default,
+        show_default=True,
+        help="Size of a chunk, the unit of encryption: from 32 bytes to 64 MiB. A read decrypts whole chunks.",
+    )
+
+
+chunk_size_option = _chunk_size_option(CHUNK_BYTES)
+memory_chunk_size_option = _chunk_size_option(MEMORY_CHUNK_BYTES)
 compress_option = click.option(
     "--compress",
     type=click.Choice(["none", "lz4"]),

@@ -10,7 +10,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.io import new_file, refuse_inside
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.options import force_option, threads_option
+from vmsnap.cli.options import force_option, threads_option, uncached_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.targets import complete_file, namespace_option, open_memory, snapshot_argument
 from vmsnap.cli.terminal import human_size, progress_so_far
@@ -27,9 +27,17 @@ from vmsnap.cli.terminal import human_size, progress_so_far
     "--region", type=click.IntRange(min=0), metavar="N", help="Write only region N; the first one is region 0."
 )
 @force_option
+@uncached_option
 @threads_option
 def restore(
-    snapshot: Path, file: str, namespace: str, keys: OpeningKeys, region: int | None, force: bool, threads: int | None
+    snapshot: Path,
+    file: str,
+    namespace: str,
+    keys: OpeningKeys,
+    region: int | None,
+    force: bool,
+    uncached: bool,
+    threads: int | None,
 ) -> None:
     """Write the guest memory of a snapshot to a sparse raw file.
 
@@ -52,7 +60,7 @@ def restore(
             for number, each in enumerate(regions)
         ]
         try:
-            memory.restore(targets, progress=show)
+            memory.restore(targets, uncached=uncached, progress=show)
         except OSError as error:
             if error.errno not in (errno.EFBIG, errno.EINVAL):
                 raise
