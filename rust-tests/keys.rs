@@ -86,7 +86,7 @@ fn recipients_are_opened_by_identities() {
     assert_eq!(vmsnap::inspect(&root).unwrap().key_wrapping, Some(wrapping));
 }
 
-/// Set in the child, whose environment has another home directory: where its snapshots are to be.
+/// Set in the child, whose environment has another home directory: the directory for its snapshots.
 #[cfg(feature = "age")]
 const NEW_IDENTITY: &str = "VMSNAP_TEST_NEW_IDENTITY";
 

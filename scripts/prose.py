@@ -67,7 +67,7 @@ LEXERS = {
         re.DOTALL | re.VERBOSE,
     ),
 }
-LEXERS[".pyi"] = LEXERS[".py"]
+LEXERS[".pyi"] = LEXERS[".toml"] = LEXERS[".py"]
 
 # Code within prose: fenced blocks and doctests are left out, inline code, placeholders and addresses count as a word.
 BLOCK = re.compile(r"^[ ]*```.*?^[ ]*```[ ]*$|^[ ]*(>>>|\.\.\.)[^\n]*$", re.DOTALL | re.MULTILINE)

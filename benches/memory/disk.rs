@@ -1,5 +1,5 @@
-//! Dumps to a disk and restores from it, past the page cache and through it, against what `dd` does with `oflag=direct` and
-//! `iflag=direct`: the same bytes, in aligned calls of 1 MiB, one after the other.
+//! Dumps to a disk and restores from it, with and without the page cache, compared with the method of `dd oflag=direct`
+//! and `dd iflag=direct`: the same bytes, in aligned calls of 1 MiB, one after the other.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -85,7 +85,7 @@ fn restore(bench: &Bench, guest: &Guest, form: Form, uncached: bool, threads: us
         let destination = GuestDestination::file(&fresh.file, None).uncached(uncached);
         bench.stored(form, threads).restore(&mut [destination]).unwrap();
     });
-    assert!(guest.is_data(fresh.memory()), "what was restored is not what was dumped");
+    assert!(guest.is_data(fresh.memory()), "the restored memory differs from the dumped memory");
     spent
 }
 

@@ -186,7 +186,7 @@ class SnapshotReader(Handle):
         Raises
         ------
         CorruptSnapshotError
-            The fragment is not exactly one value, the value cannot be converted to `type`, or the fragment is too large.
+            The fragment is too large, is not exactly one value, or the value cannot be converted to `type`.
         FileNotFoundError, AuthenticationError
             As for `raw_fragment`.
         UnsupportedFormatError
