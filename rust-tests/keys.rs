@@ -86,18 +86,18 @@ fn recipients_are_opened_by_identities() {
     assert_eq!(vmsnap::inspect(&root).unwrap().key_wrapping, Some(wrapping));
 }
 
-/// Set in the child, whose environment has another home directory: the directory for its snapshots.
+/// Set in the child process, whose environment has another home directory: the directory for its snapshots.
 #[cfg(feature = "age")]
 const NEW_IDENTITY: &str = "VMSNAP_TEST_NEW_IDENTITY";
 
 #[cfg(feature = "age")]
 #[test]
 fn a_callback_hears_of_a_new_identity_and_can_prevent_it() {
-    if let Some(folder) = std::env::var_os(NEW_IDENTITY).map(std::path::PathBuf::from) {
-        let identity = folder.join("config/vmsnap/identity.txt");
+    if let Some(directory) = std::env::var_os(NEW_IDENTITY).map(std::path::PathBuf::from) {
+        let identity = directory.join("config/vmsnap/identity.txt");
         let prevented = SnapshotOptions::new().encrypt(true).on_new_identity(|_| Err(vmsnap::Error::interrupted()));
-        assert!(prevented.create(folder.join("vm1")).unwrap_err().is_interrupted());
-        assert!(!folder.join("config").exists() && !folder.join("vm1").exists());
+        assert!(prevented.create(directory.join("vm1")).unwrap_err().is_interrupted());
+        assert!(!directory.join("config").exists() && !directory.join("vm1").exists());
 
         let heard = Arc::new(std::sync::Mutex::new(Vec::new()));
         let (paths, expected) = (Arc::clone(&heard), identity.clone());
@@ -107,29 +107,29 @@ fn a_callback_hears_of_a_new_identity_and_can_prevent_it() {
             Ok(())
         });
         for name in ["vm1", "vm2"] {
-            told.create(folder.join(name)).unwrap().commit().unwrap();
+            told.create(directory.join(name)).unwrap().commit().unwrap();
         }
         assert_eq!(*heard.lock().unwrap(), [identity]);
-        std::fs::remove_dir_all(folder.join("config")).unwrap();
-        SnapshotOptions::new().encrypt(true).create(folder.join("vm3")).unwrap().commit().unwrap();
+        std::fs::remove_dir_all(directory.join("config")).unwrap();
+        SnapshotOptions::new().encrypt(true).create(directory.join("vm3")).unwrap().commit().unwrap();
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap());
     for name in ["VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE", "CREDENTIALS_DIRECTORY"] {
         child.env_remove(name);
     }
     let done = child
         .args(["--exact", "keys::a_callback_hears_of_a_new_identity_and_can_prevent_it", "--nocapture"])
-        .env(NEW_IDENTITY, folder.path())
-        .env("XDG_CONFIG_HOME", folder.path().join("config"))
+        .env(NEW_IDENTITY, directory.path())
+        .env("XDG_CONFIG_HOME", directory.path().join("config"))
         .output()
         .unwrap();
     let stderr = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success(), "{stderr}");
     // The library itself prints nothing.
     assert_eq!(stderr, "");
-    assert!(folder.path().join("vm3").exists());
+    assert!(directory.path().join("vm3").exists());
 }
 
 #[cfg(not(feature = "age"))]

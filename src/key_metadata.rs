@@ -79,7 +79,14 @@ pub(crate) fn rekey_interruptible(
     }
     let location = &folder::absolute(location.as_ref())?;
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
-    let wrapped = read(location)?.ok_or_else(|| plain(location))?;
+    let wrapped = read(location)?.ok_or_else(|| {
+        let text = format!(
+            "the snapshot {} is not encrypted (it has no {KEY_METADATA}), so it has no key to change; \
+             copy it into an encrypted snapshot (vmsnap encrypt)",
+            location.display()
+        );
+        Error::new(Kind::NotEncrypted, text)
+    })?;
     let context = |error: Error| error.context(place(location));
     let payload = unwrapper.unwrap(&wrapped, interrupt).map_err(context)?;
     let wrapped = wrapper.wrap(&payload, interrupt);

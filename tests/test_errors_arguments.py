@@ -220,6 +220,6 @@ def test_a_buffer_that_cannot_be_written_to_is_refused(place: Place) -> None:
     write(place.create(), "mem", pattern(100))
     with place.open().raw_fragment("mem") as reader:
         for call in (reader.readinto, lambda buffer: reader.readinto_at(0, buffer)):
-            with refused("read-only-buffer", "written to", place.location):
+            with refused("read-only-buffer", "a writable, contiguous buffer is required", place.location):
                 call(bytes(10))
         assert reader.read() == pattern(100)

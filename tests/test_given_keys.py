@@ -142,7 +142,7 @@ def test_files_of_keys_that_are_empty_are_refused(tmp_path: Path, ram: Path, hom
     before = tree(tmp_path)
     for option, said in (
         ("--key-file", "is not a key file: expected 32 bytes"),
-        ("--passphrase-file", "a passphrase is 1 to 4096 bytes long"),
+        ("--passphrase-file", "must be a passphrase of 1 to 4096 bytes"),
     ):
         for file in ("empty", "/dev/null", "<(false)"):
             done = shell(tmp_path, f"vmsnap dump ram.img vm2 {option} {file}", status=1)

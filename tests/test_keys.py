@@ -961,7 +961,9 @@ def test_a_passphrase_comes_from_a_descriptor_or_the_terminal_without_echo(tmp_p
         assert subprocess.run(command, pass_fds=[file.fileno()], capture_output=True, check=True).stdout
     for content in (b"", b"\nx", b"x" * 5000):
         path = write_private(tmp_path / "pass", content)
-        assert "a passphrase is 1 to 4096 bytes long" in error_of(run("ls", root, "--passphrase-file", path, status=1))
+        assert "must be a passphrase of 1 to 4096 bytes" in error_of(
+            run("ls", root, "--passphrase-file", path, status=1)
+        )
 
 
 def answer(arguments: list[Any], answers: list[str]) -> str:

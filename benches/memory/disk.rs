@@ -1,5 +1,7 @@
-//! Dumps to a disk and restores from it, with and without the page cache, compared with the method of `dd oflag=direct`
-//! and `dd iflag=direct`: the same bytes, in aligned calls of 1 MiB, one after the other.
+//! Measures dumps to a disk and restores from it, around the page cache and through it.
+//!
+//! The reference writes and reads the same bytes as `dd` with `oflag=direct` and `iflag=direct` does: in aligned calls of
+//! 1 MiB, one after the other.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,14 +15,14 @@ use vmsnap::{FileMemory, GuestDestination, GuestRegion, MemoryOptions};
 use crate::bench::{Bench, FORMS, Form, seconds};
 use crate::guest::{Guest, Mapping, PAGE};
 
-/// Bytes of one call.
+/// Bytes that one call writes or reads.
 const CALL_BYTES: usize = 1 << 20;
 
 pub(crate) fn run(bench: &mut Bench, guest: &Guest) {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let memory = std::mem::replace(&mut bench.folder, folder.path().to_owned());
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let memory = std::mem::replace(&mut bench.directory, directory.path().to_owned());
     "disk".clone_into(&mut bench.title);
-    println!("disk: {}, {} MiB of data", folder.path().display(), guest.data_bytes >> 20);
+    println!("disk: {}, {} MiB of data", directory.path().display(), guest.data_bytes >> 20);
     for form in FORMS {
         for uncached in [true, false] {
             let how = if uncached { "uncached" } else { "through the page cache" };
@@ -58,7 +60,7 @@ pub(crate) fn run(bench: &mut Bench, guest: &Guest) {
             told(bench, &name, left);
         }
     }
-    bench.folder = memory;
+    bench.directory = memory;
 }
 
 fn told(bench: &Bench, name: &str, left: usize) {
@@ -85,7 +87,7 @@ fn restore(bench: &Bench, guest: &Guest, form: Form, uncached: bool, threads: us
         let destination = GuestDestination::file(&fresh.file, None).uncached(uncached);
         bench.stored(form, threads).restore(&mut [destination]).unwrap();
     });
-    assert!(guest.is_data(fresh.memory()), "the restored memory differs from the dumped memory");
+    assert!(guest.is_data(fresh.memory()), "the restored memory differs from the guest");
     spent
 }
 
@@ -94,7 +96,7 @@ fn direct(path: &Path, write: bool) -> File {
     File::options().read(!write).write(write).create(write).truncate(write).custom_flags(flags).open(path).unwrap()
 }
 
-/// Whole calls of data, the last of a file filled up with zeros.
+/// Whole calls of data. The last one of a file is filled up with zeros.
 fn write_direct(guest: &Guest, path: &Path) {
     let mut file = direct(path, true);
     let mut buffer = Mapping::private(CALL_BYTES);
@@ -140,19 +142,19 @@ fn read_direct(guest: &Guest, path: &Path) {
     }
 }
 
-/// Lets the page cache have nothing of a file that is written back.
+/// Drops the pages of a file that is written back from the page cache.
 fn drop_pages(path: &Path) {
     rustix::fs::fadvise(File::open(path).unwrap(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
 }
 
-/// Bytes of a file that are in the page cache.
+/// Returns how many bytes of a file are in the page cache.
 fn resident(path: &Path) -> usize {
     let file = File::open(path).unwrap();
     let bytes = usize::try_from(file.metadata().unwrap().len()).unwrap();
     let mut pages = vec![0; bytes.div_ceil(PAGE)];
-    // SAFETY: a new mapping at an address of the kernel's choice, which nobody touches.
+    // SAFETY: a new mapping at an address that the kernel chooses. Its memory is not used.
     let start = unsafe { mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, &file, 0).unwrap() };
-    // SAFETY: a byte for each page of the mapping, which is then given up.
+    // SAFETY: a byte for each page of the mapping, which is then unmapped.
     unsafe {
         assert_eq!(libc::mincore(start, bytes, pages.as_mut_ptr()), 0);
         munmap(start, bytes).unwrap();

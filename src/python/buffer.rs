@@ -28,7 +28,7 @@ impl View {
         // numpy raises ValueError instead of BufferError.
         if refusal.is_instance_of::<PyBufferError>(py) || refusal.is_instance_of::<PyValueError>(py) {
             let wanted = if flags == ffi::PyBUF_WRITABLE {
-                "a writable, contiguous buffer is required: read into a bytearray, or use the method that returns bytes"
+                "a writable, contiguous buffer is required: read into a bytearray, or use a method that returns bytes"
             } else {
                 "a contiguous buffer is required: copy it, for instance with bytes()"
             };

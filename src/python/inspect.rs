@@ -1,6 +1,6 @@
 //! `_vmsnap.inspect` and `_vmsnap.key_wrapping`: a snapshot without its key.
 
-#![allow(clippy::needless_pass_by_value, reason = "PyO3 converts arguments into owned values")]
+#![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
 
 use std::ffi::OsString;
 use std::path::PathBuf;
