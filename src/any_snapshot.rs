@@ -1,4 +1,4 @@
-//! A serialized value inside another.
+//! Serialized values that are nested in other values.
 
 use std::collections::BTreeMap;
 
@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 
-/// A value whose type was erased, serialized half-way: it nests in other values without being encoded twice.
+/// A serialized value without its type. It can be nested in other values without being encoded twice.
 ///
-/// For traits that must be dyn compatible, such as that of a device that hands out its state. Write and read by way of
-/// `AnySnapshot` alike: what is written this way may differ in detail from what the value itself would give.
+/// Use it in traits that must be dyn compatible, for instance one for devices that return their state. If a value is
+/// written as an `AnySnapshot`, read it as one: the bytes can differ in detail from those of the value itself.
 ///
 /// ```
 /// use vmsnap::AnySnapshot;
@@ -26,28 +26,28 @@ use crate::error::{Error, Kind, Result};
 pub struct AnySnapshot(Value);
 
 impl AnySnapshot {
-    /// Erases the type of a value.
+    /// Converts a value into an `AnySnapshot`.
     ///
     /// # Errors
     ///
-    /// [`Error::is_serialization`] where the value cannot be serialized.
+    /// [`Error::is_serialization`] if the value cannot be serialized.
     pub fn to_any(value: impl Serialize) -> Result<Self> {
         Value::serialized(&value)
             .map(Self)
             .map_err(|error| Error::with_source(Kind::Serialization, "the value cannot be serialized", error))
     }
 
-    /// Gives a value its type back.
+    /// Converts an `AnySnapshot` back into a value of type `T`.
     ///
     /// # Errors
     ///
-    /// [`Error::is_serialization`] where it is not of that type.
+    /// [`Error::is_serialization`] if the value is not of that type.
     #[allow(clippy::needless_pass_by_value, reason = "crosvm's signature")]
     pub fn from_any<T: DeserializeOwned>(value: Self) -> Result<T> {
         value
             .0
             .deserialized()
-            // What came from JSON has text where a type may want an integer (the keys of a map) or bytes (an address).
+            // A value from JSON has text where a type may expect an integer (the keys of a map) or bytes (an address).
             .or_else(|error| serde_json::to_value(&value).and_then(serde_json::from_value).map_err(|_| error))
             .map_err(|error| Error::with_source(Kind::Serialization, "the value is of another type", error))
     }
@@ -59,8 +59,8 @@ impl Serialize for AnySnapshot {
     }
 }
 
-/// A value, and the way crosvm wrote it: CBOR by way of `ciborium::Value`; JSON by way of `serde_json::Value`, which sorts
-/// maps by the text of their keys, and knows no float of 32 bits.
+/// Serializes a value as crosvm does: CBOR through `ciborium::Value`, and JSON through `serde_json::Value`, which sorts
+/// maps by the text of their keys and has no 32-bit float.
 struct Nested<'a>(&'a Value);
 
 impl Serialize for Nested<'_> {
@@ -78,11 +78,11 @@ impl Serialize for Nested<'_> {
                 }
                 serializer.collect_map(sorted)
             }
-            // Either would be written, but not read as what it was.
+            // `serde_json` would write these two, but a reader would get a value of another type.
             Value::Integer(number) if i128::from(*number) < i64::MIN.into() => {
-                Err(S::Error::custom("JSON cannot hold an integer of more than 64 bits here"))
+                Err(S::Error::custom("JSON cannot represent an integer of more than 64 bits here"))
             }
-            Value::Tag(..) => Err(S::Error::custom("JSON cannot hold what CBOR tags, such as a wide integer")),
+            Value::Tag(..) => Err(S::Error::custom("JSON cannot represent a CBOR tag, such as a wide integer")),
             other => other.serialize(serializer),
         }
     }
@@ -93,6 +93,6 @@ fn key_text(key: &Value) -> std::result::Result<String, &'static str> {
         Value::Text(text) => Ok(text.clone()),
         Value::Integer(number) => Ok(i128::from(*number).to_string()),
         Value::Bool(truth) => Ok(truth.to_string()),
-        _ => Err("a key of a JSON object is text, an integer or a boolean"),
+        _ => Err("a key of a JSON object must be text, an integer or a boolean"),
     }
 }

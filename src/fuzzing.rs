@@ -1,6 +1,6 @@
-//! Every parser of bytes that somebody else may have made, for fuzzers: `make fuzz`, and in short in the tests.
+//! All parsers of untrusted bytes, for fuzzers: `make fuzz`. The tests below run a short version.
 
-#![allow(missing_docs, unsafe_code, reason = "not part of the crate, but for its tests and fuzzers")]
+#![allow(missing_docs, unsafe_code, reason = "only for tests and fuzzers, not part of the public API")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -12,14 +12,14 @@ use crate::key::{self, KeyPayload};
 use crate::manifest::Manifest;
 use crate::memory::Metadata;
 
-/// A parser may allocate so many times the bytes it is given,
-const MOST_TIMES: usize = 10;
-/// and so much whatever they are: for messages, and the buffers of libraries.
-const MOST_ANYHOW_BYTES: usize = 64 << 10;
+/// The number of bytes that a parser may allocate for each byte of input.
+const MAX_BYTES_PER_INPUT_BYTE: usize = 10;
+/// The number of bytes that a parser may allocate for any input, for error texts and the buffers of libraries.
+const MAX_FIXED_BYTES: usize = 64 << 10;
 
 type Parser = fn(&[u8]);
 
-/// What is parsed, as the folders in `fuzz/seeds` are called.
+/// The parsers, each with the name of its directory in `fuzz/seeds`.
 pub const PARSERS: [(&str, Parser); 5] = [
     ("manifest", |bytes| drop(Manifest::decode(bytes, None))),
     ("payload", |bytes| drop(KeyPayload::decode(Zeroizing::new(bytes.to_vec())))),
@@ -33,15 +33,15 @@ pub const PARSERS: [(&str, Parser); 5] = [
     }),
 ];
 
-/// Lets every parser read `bytes`.
+/// Runs every parser on `bytes`. [`Counting`] must be the global allocator.
 ///
 /// # Panics
 ///
-/// Where one does, and where it allocates too much at once; [`Counting`] has to be the allocator.
+/// If a parser panics or allocates too much at once.
 pub fn parse_all(bytes: &[u8]) {
     for (name, parse) in PARSERS {
         let most = peak_of(|| parse(bytes));
-        let allowed = MOST_TIMES * bytes.len() + MOST_ANYHOW_BYTES;
+        let allowed = MAX_BYTES_PER_INPUT_BYTE * bytes.len() + MAX_FIXED_BYTES;
         assert!(most <= allowed, "{name}: {most} bytes were allocated at once for {} bytes", bytes.len());
     }
 }
@@ -53,7 +53,7 @@ fn peak_of(work: impl FnOnce()) -> usize {
     usize::try_from(PEAK.get()).unwrap_or(0)
 }
 
-/// The system's allocator, which counts what this thread holds.
+/// The system's allocator, with a count of the bytes that this thread has allocated.
 pub struct Counting;
 
 thread_local! {
@@ -62,14 +62,14 @@ thread_local! {
 }
 
 fn count(more: usize, less: usize) {
-    // Neither fails but in a thread that is ending.
+    // Both calls fail only in a thread that is ending.
     let _ = HELD.try_with(|held| {
         held.set(held.get().wrapping_add_unsigned(more).wrapping_sub_unsigned(less));
         PEAK.try_with(|peak| peak.set(peak.get().max(held.get())))
     });
 }
 
-// SAFETY: all of it is the system's allocator, and counting allocates nothing.
+// SAFETY: every method calls the system's allocator with the caller's arguments, and counting does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size(), 0);
@@ -108,7 +108,7 @@ mod tests {
             .collect()
     }
 
-    /// Not for secrets: the same numbers in every run (xorshift64, Marsaglia 2003).
+    /// A generator of the same numbers in every run (xorshift64, Marsaglia 2003). Not for secrets.
     struct Numbers(u64);
 
     impl Numbers {
@@ -119,9 +119,9 @@ mod tests {
             usize::try_from(self.0 >> 1).unwrap() % end.max(1)
         }
 
-        /// Some bytes of it, changed as damage and malice change them.
+        /// Returns one of the seeds with changes that damage or an attacker could make.
         fn mutated(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
-            /// Heads of CBOR with the largest lengths, and a few that end things.
+            /// CBOR heads that declare huge lengths, or begin or end an item of indefinite length.
             const HEADS: [&[u8]; 8] = [
                 b"\x9b\xff\xff\xff\xff\xff\xff\xff\xff",
                 b"\xbb\x00\x00\x00\x01\x00\x00\x00\x00",
@@ -193,7 +193,7 @@ mod tests {
         decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
     }
 
-    /// What costs most for its size, in each of its places.
+    /// The lists that take the most memory for their size, in every field that can contain a list.
     #[test]
     fn little_is_kept_of_lists_without_end() {
         const COUNT: usize = 200_000;
@@ -201,7 +201,7 @@ mod tests {
             |length| (0..COUNT).map(|number| format!("{number:0length$}").into()).collect();
         let empty = || Value::Array(vec!["".into(); COUNT]);
         let pairs = |value: &Value| Value::Map((0..COUNT).map(|n| (format!("{n:x}").into(), value.clone())).collect());
-        // The shortest of which there are enough.
+        // The shortest texts of which there are `COUNT` different ones.
         let digit = |number: usize| {
             char::from(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_"[number & 63])
         };
@@ -227,7 +227,7 @@ mod tests {
             let mut bytes = Vec::new();
             ciborium::into_writer(&Value::Map(fields), &mut bytes).unwrap();
             let peak = peak_of(|| drop(Manifest::decode(&bytes, None)));
-            assert!(peak <= MOST_TIMES * bytes.len(), "{key}: {peak} bytes for {}", bytes.len());
+            assert!(peak <= MAX_BYTES_PER_INPUT_BYTE * bytes.len(), "{key}: {peak} bytes for {}", bytes.len());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The file `enc_metadata` at the root of an encrypted snapshot: written with it, looked at, opened, and replaced.
+//! The file `enc_metadata` at the root of an encrypted snapshot: writing, inspecting, unwrapping and replacing it.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -11,19 +11,19 @@ use crate::key::{self, KeyPayload, KeyWrapping};
 use crate::name::KEY_METADATA;
 use crate::options::SnapshotOptions;
 
-/// How the data key of the snapshot at `root` is wrapped; none if the snapshot is not encrypted. No key is used.
+/// Returns how the data key of the snapshot at `root` is wrapped, or `None` if it is not encrypted. No key is used.
 pub(crate) fn wrapping(root: &Path) -> Result<Option<KeyWrapping>> {
     let wrapped = read(root)?;
     wrapped.map(|wrapped| key::wrapping(&wrapped).map_err(|error| error.context(place(root)))).transpose()
 }
 
-/// What `enc_metadata` of the snapshot at `root` holds, none where it is plain and may be.
+/// Unwraps `enc_metadata` of the snapshot at `root`. Returns `None` if the snapshot is not encrypted and need not be.
 pub(crate) fn unlock(
     root: &Path,
     options: &SnapshotOptions,
     interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Option<KeyPayload>> {
-    // Whatever the snapshot is, so that a mistake shows at once.
+    // Checked for a plain snapshot too, so that a wrong argument is reported at once.
     options.credentials.unwrapper()?;
     match read(root)? {
         Some(wrapped) => {
@@ -36,9 +36,9 @@ pub(crate) fn unlock(
     }
 }
 
-/// Wraps the data key of the snapshot at `location` anew: opens it with `old`, and wraps it with the key of `new`, or
-/// for the user's own identity if `new` has only [`SnapshotOptions::encrypt`]. Only `enc_metadata` is replaced, so this
-/// takes no longer for a larger snapshot; after a crash it is the old or the new one.
+/// Replaces the key of the snapshot at `location`: unwraps its data key with `old`, and wraps it with the key of `new`,
+/// or for the user's own identity if `new` has only [`SnapshotOptions::encrypt`]. Only `enc_metadata` is replaced, so
+/// this takes no longer for a larger snapshot; after a crash it is the old or the new one.
 ///
 /// The previous key no longer opens the snapshot. This does not revoke access: the data key stays the same, so anyone
 /// who has opened the snapshot, or kept a copy of `enc_metadata`, can still read its fragments and forge them. To lock
@@ -65,7 +65,7 @@ pub fn rekey(location: impl AsRef<Path>, old: &SnapshotOptions, new: &SnapshotOp
     rekey_interruptible(location, old, new, &mut || Ok(()))
 }
 
-/// [`rekey`], which may be interrupted.
+/// Replaces a snapshot's key as [`rekey`] does, and calls `interrupt` while that takes time.
 pub(crate) fn rekey_interruptible(
     location: impl AsRef<Path>,
     old: &SnapshotOptions,
@@ -79,7 +79,14 @@ pub(crate) fn rekey_interruptible(
     }
     let location = &folder::absolute(location.as_ref())?;
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
-    let wrapped = read(location)?.ok_or_else(|| plain(location))?;
+    let wrapped = read(location)?.ok_or_else(|| {
+        let text = format!(
+            "the snapshot {} is not encrypted (it has no {KEY_METADATA}), so it has no key to change; \
+             copy it into an encrypted snapshot (vmsnap encrypt)",
+            location.display()
+        );
+        Error::new(Kind::NotEncrypted, text)
+    })?;
     let context = |error: Error| error.context(place(location));
     let payload = unwrapper.unwrap(&wrapped, interrupt).map_err(context)?;
     let wrapped = wrapper.wrap(&payload, interrupt);
@@ -89,7 +96,7 @@ pub(crate) fn rekey_interruptible(
     replace(location, &wrapped, &mut || ())
 }
 
-/// Puts new contents in the place of the old. `between` is called between the steps.
+/// Replaces the contents of `enc_metadata`. `between` is called between the steps, for tests.
 fn replace(root: &Path, wrapped: &[u8], between: &mut dyn FnMut()) -> Result<()> {
     let locked = LockedRoot::shared_even_sealed(root)?;
     folder::place_file(locked.folder(), KEY_METADATA, wrapped, true, true, between)
@@ -110,9 +117,9 @@ pub(crate) fn write(root: &Path, wrapped: &[u8]) -> Result<()> {
     file.write_all_at(wrapped, 0).map_err(failed)
 }
 
-/// The contents of `enc_metadata`, or none where the snapshot is plain.
+/// Returns the contents of `enc_metadata`, or `None` if the file does not exist: the snapshot is plain.
 pub(crate) fn read(root: &Path) -> Result<Option<Vec<u8>>> {
-    // Whatever else than a file is there, the snapshot does not count as plain.
+    // Anything but a file, such as a link, is an error: the snapshot must not count as plain.
     folder::read_small(&folder::open(root, "")?, KEY_METADATA, key::MAX_KEY_METADATA_BYTES)
         .map_err(|error| error.context(place(root)))
 }
@@ -127,7 +134,7 @@ mod tests {
 
     use super::replace;
 
-    /// Set in the child: the snapshot, and after how many steps it is to be killed.
+    /// Set in the child: the snapshot, and the number of steps after which the child aborts.
     const ROOT: &str = "VMSNAP_TEST_REPLACE_ROOT";
     const STEPS: &str = "VMSNAP_TEST_REPLACE_STEPS";
 
@@ -136,7 +143,7 @@ mod tests {
         if let Some(root) = std::env::var_os(ROOT) {
             let mut left: u32 = std::env::var(STEPS).unwrap().parse().unwrap();
             replace(root.as_ref(), b"new", &mut || {
-                // As by SIGKILL: nothing is tidied up.
+                // Like SIGKILL, `abort` runs no cleanup.
                 left = left.checked_sub(1).unwrap_or_else(|| std::process::abort());
             })
             .unwrap();
@@ -163,7 +170,7 @@ mod tests {
             }
         }
         assert_eq!(contents, ["old", "old", "old", "new", "new"]);
-        // What was left behind disturbs nobody.
+        // Leftover temporary files do not prevent the next replacement.
         replace(folder.path(), b"newer", &mut || ()).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"newer");
     }

@@ -1,4 +1,4 @@
-//! What a snapshot is written or read with.
+//! Options for writing and reading snapshots.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,8 +8,9 @@ use crate::error::Result;
 use crate::key::{Credentials, Identity, KeyProvider, OnNewIdentity, Passphrase};
 use crate::serialization::Format;
 
-/// What a snapshot is written or read with, where [`crate::SnapshotWriter::new`] and [`crate::SnapshotReader::new`] do not
-/// say enough: the key, the number of threads, the format of values.
+/// Options for writing and reading snapshots: the key, the number of threads, the format of values and others.
+///
+/// [`crate::SnapshotWriter::new`] and [`crate::SnapshotReader::new`] are shorthands for the defaults.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -47,29 +48,30 @@ impl Default for SnapshotOptions {
 }
 
 impl SnapshotOptions {
-    /// Plain, all threads, CBOR.
+    /// Default options: no encryption, all threads, values as CBOR.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether a commit or a seal waits until everything is on the disk, so that it outlives a power failure; on by default.
-    /// Nothing else depends on it.
+    /// Whether a commit or a seal waits until everything is on the disk, so that the snapshot survives a power failure.
+    /// On by default. The option changes nothing else.
     #[must_use]
     pub fn durable(mut self, durable: bool) -> Self {
         self.durable = durable;
         self
     }
 
-    /// Refuses to open a snapshot that has no manifest.
+    /// Refuses to open a snapshot that is not sealed: one without a manifest.
     #[must_use]
     pub fn require_sealed(mut self, require_sealed: bool) -> Self {
         self.require_sealed = require_sealed;
         self
     }
 
-    /// Refuses to open any snapshot but the one with that seal digest, which was kept elsewhere: that catches what nothing
-    /// inside a snapshot can, an older state of it, another one in its place, and forging by those who once had its key.
+    /// Refuses to open any snapshot but the one with this seal digest. Keep the digest outside the snapshot: it detects
+    /// changes that nothing inside a snapshot can detect, namely an older state of the snapshot, another snapshot at
+    /// its location, and a forgery by somebody who once had the key.
     #[must_use]
     pub fn expect_seal_digest(mut self, seal_digest: [u8; 32]) -> Self {
         self.seal_digest = Some(seal_digest);
@@ -88,36 +90,39 @@ impl SnapshotOptions {
         self
     }
 
-    /// The key that wraps the snapshot's data key. It implies encryption, as do those below; of all these there can be one.
+    /// The key that wraps the snapshot's data key.
+    ///
+    /// A key, recipients, identities, a passphrase and a key provider each imply encryption. Only one of them can be
+    /// set.
     #[must_use]
     pub fn key(mut self, key: SecretKey) -> Self {
         self.credentials.key = Some(key);
         self
     }
 
-    /// Whom a new snapshot is written for: age recipients (`age1…`, those of plugins too) and SSH public keys. Nothing of it can
-    /// open the snapshot.
+    /// The recipients that can open a new snapshot: age recipients (`age1…`, also of plugins) and SSH public keys. They
+    /// only encrypt; opening takes [`SnapshotOptions::identities`].
     #[must_use]
     pub fn recipients(mut self, recipients: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.credentials.recipients = Some(recipients.into_iter().map(Into::into).collect());
         self
     }
 
-    /// What opens a snapshot that was written for recipients.
+    /// The identities that open a snapshot written for recipients.
     #[must_use]
     pub fn identities(mut self, identities: impl IntoIterator<Item = Identity>) -> Self {
         self.credentials.identities = Some(identities.into_iter().collect());
         self
     }
 
-    /// What wraps the data key, made a key by scrypt (a second of work).
+    /// The passphrase that wraps the snapshot's data key. Scrypt derives a key from it, which takes about a second.
     #[must_use]
     pub fn passphrase(mut self, passphrase: Passphrase) -> Self {
         self.credentials.passphrase = Some(passphrase);
         self
     }
 
-    /// The key service that wraps the data key.
+    /// The key service that wraps the snapshot's data key.
     #[must_use]
     pub fn key_provider(mut self, provider: Arc<dyn KeyProvider>) -> Self {
         self.credentials.key_provider = Some(provider);
@@ -140,21 +145,22 @@ impl SnapshotOptions {
         self
     }
 
-    /// Whether the snapshot is to be encrypted.
+    /// Whether a new snapshot is encrypted, and whether an existing one must be.
     pub(crate) fn is_encrypted(&self) -> bool {
         self.encrypt || self.credentials.are_some()
     }
 
-    /// The most threads that one call uses, itself included; no more than the process's pool has. The default is the
-    /// environment variable `VMSNAP_THREADS`, or as many as the process may run on.
+    /// The largest number of threads that one call uses, including the calling thread and limited by the size of the
+    /// process's pool. The default is the environment variable `VMSNAP_THREADS`, or the number of processors that the
+    /// process may use.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
     }
 
-    /// How values are serialized. Without it, a writer takes CBOR, and a reader finds out for each fragment; what it cannot
-    /// tell from CBOR is a bare number in JSON.
+    /// The serialization format of values. By default a writer uses CBOR, and a reader detects the format of each
+    /// fragment. A reader cannot detect JSON that is a bare number: it reads it as CBOR.
     #[must_use]
     pub fn format(mut self, format: Format) -> Self {
         self.format = Some(format);

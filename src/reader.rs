@@ -18,13 +18,13 @@ use crate::options::SnapshotOptions;
 use crate::serialization::{self, Format};
 use crate::threads;
 
-/// The buffer through which a serialized value is read.
+/// The size of the buffer through which a serialized value is read.
 const VALUE_BUFFER_BYTES: usize = 64 << 10;
 
-/// Reads a snapshot that [`crate::SnapshotWriter`] wrote, or a plain one of crosvm's.
+/// Reads a snapshot that [`crate::SnapshotWriter`] wrote, or a plain snapshot that crosvm wrote.
 ///
-/// The handle can be cloned and serialized as a writer's. **Serialized, it holds the data key in the clear.** `Debug` never
-/// shows it.
+/// The handle can be cloned, and serialized to read the snapshot in another process. **The serialized form contains the
+/// data key in the clear.** `Debug` never shows the key.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -65,9 +65,9 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is none of that name, [`Error::is_invalid_argument`] for a name none can have,
-    /// [`Error::is_corrupt`] where something else than a fragment is in its place, and in an encrypted snapshot
-    /// [`Error::is_authentication`] where it is not the one that was written there.
+    /// [`Error::is_io`] if there is no fragment of that name, [`Error::is_invalid_argument`] if the name is not
+    /// allowed, [`Error::is_corrupt`] if the name belongs to something else, such as a link, and in an encrypted
+    /// snapshot [`Error::is_authentication`] if the fragment is not the one that was written under that name.
     pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
         let path = self.namespace.join(name)?;
         let entry = match self.manifest()? {
@@ -77,7 +77,7 @@ impl SnapshotReader {
         FragmentReader::open(&self.location, &path, self.data_key.as_ref(), self.threads(), entry)
     }
 
-    /// The manifest, where the snapshot is sealed.
+    /// Returns the manifest, or `None` if the snapshot is not sealed.
     fn manifest(&self) -> Result<Option<&Manifest>> {
         self.manifest
             .as_ref()
@@ -94,14 +94,15 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// As [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] where it holds anything but one such value.
+    /// The errors of [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] if the fragment contains anything but
+    /// one value of type `T`.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.decode(name, self.raw_fragment(name)?)
     }
 
-    /// The value in an open fragment.
+    /// Reads the value in an open fragment.
     pub(crate) fn decode<T: DeserializeOwned>(&self, name: &str, fragment: FragmentReader) -> Result<T> {
-        // Through a small buffer: how much memory a value takes is for the value to say, not for the file's size.
+        // Through a small buffer: the value itself determines how much memory it takes, not the size of the file.
         let fragment = BufReader::with_capacity(VALUE_BUFFER_BYTES, fragment);
         serialization::decode(fragment, self.format, &self.place(name)?)
     }
@@ -110,12 +111,12 @@ impl SnapshotReader {
         threads::clamp(self.threads)
     }
 
-    /// A fragment as errors name it.
+    /// Returns the name of a fragment for error texts.
     pub(crate) fn place(&self, name: &str) -> Result<String> {
         Ok(format!("{} of {}", self.namespace.join(name)?, self.location.display()))
     }
 
-    /// Opens a fragment that is to be read whole, if it is not larger than that.
+    /// Opens a fragment to read it whole. Refuses it if it is larger than `max_size_bytes`.
     #[cfg(feature = "python")]
     pub(crate) fn whole_fragment(&self, name: &str, max_size_bytes: u64) -> Result<FragmentReader> {
         let fragment = self.raw_fragment(name)?;
@@ -126,11 +127,11 @@ impl SnapshotReader {
         Err(Error::corrupt(text).context(self.place(name)?))
     }
 
-    /// Names of the fragments at this level, sorted.
+    /// Returns the names of the fragments in this namespace, sorted.
     ///
     /// # Errors
     ///
-    /// [`Error::is_corrupt`] where the folder holds a link, a special file or a name that no snapshot can hold.
+    /// [`Error::is_corrupt`] if the directory contains a link, a special file or a name that is not allowed.
     pub fn list_fragments(&self) -> Result<Vec<String>> {
         match self.manifest()? {
             Some(manifest) => Ok(manifest.fragments_in(&self.namespace)),
@@ -138,11 +139,11 @@ impl SnapshotReader {
         }
     }
 
-    /// Names of the namespaces at this level, sorted.
+    /// Returns the names of the namespaces in this namespace, sorted.
     ///
     /// # Errors
     ///
-    /// As [`SnapshotReader::list_fragments`].
+    /// The errors of [`SnapshotReader::list_fragments`].
     pub fn list_namespaces(&self) -> Result<Vec<String>> {
         match self.manifest()? {
             Some(manifest) => Ok(manifest.namespaces_in(&self.namespace)),
@@ -150,11 +151,11 @@ impl SnapshotReader {
         }
     }
 
-    /// Opens a namespace.
+    /// Returns a reader of a namespace.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is none of that name.
+    /// [`Error::is_io`] if there is no namespace of that name.
     pub fn namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
         match self.manifest()? {
@@ -175,22 +176,22 @@ impl SnapshotReader {
         &self.location
     }
 
-    /// The namespace read from: names joined with `/`, empty at the root.
+    /// The path of this reader's namespace: names joined with `/`, empty at the root.
     #[must_use]
     pub fn namespace_path(&self) -> &str {
         self.namespace.as_str()
     }
 
-    /// Random bytes that name the snapshot, from its manifest; none where it is not sealed.
+    /// Returns the random bytes that identify the snapshot, from its manifest; `None` if it is not sealed.
     ///
     /// # Errors
     ///
-    /// Those of reading the manifest, in a handle that came from another process.
+    /// A handle that came from another process reads the manifest here, and returns the errors of reading it.
     pub fn snapshot_id(&self) -> Result<Option<[u8; 16]>> {
         Ok(self.manifest()?.map(|manifest| manifest.snapshot_id))
     }
 
-    /// What to pin a sealed snapshot by, see [`SnapshotOptions::expect_seal_digest`]; none where it is not sealed.
+    /// The digest for [`SnapshotOptions::expect_seal_digest`]; `None` if the snapshot is not sealed.
     #[must_use]
     pub fn seal_digest(&self) -> Option<[u8; 32]> {
         self.manifest.as_ref().map(|manifest| *manifest.digest())

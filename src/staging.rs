@@ -1,5 +1,5 @@
-//! Complete or absent: snapshots that are staged in a hidden folder and then renamed into place, and the sealing of those
-//! written in place.
+//! Snapshots that are complete or absent: they are staged in a hidden directory and then renamed into place. Also seals
+//! snapshots that were written in place.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,20 +24,22 @@ use crate::process::OwnerProcess;
 use crate::threads::{self, Interrupt, for_each};
 use crate::writer::SnapshotWriter;
 
-/// What names a sealed snapshot for ever: kept elsewhere, it tells whether a snapshot is still the same.
+/// Identifies a sealed snapshot. Keep it outside the snapshot to check later that the snapshot is unchanged, with
+/// [`SnapshotOptions::expect_seal_digest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SealId {
-    /// Random, of one snapshot.
+    /// Random bytes, different for each snapshot.
     pub snapshot_id: [u8; 16],
-    /// BLAKE3 of the manifest's plaintext.
+    /// The BLAKE3 hash of the manifest's plaintext.
     pub seal_digest: [u8; 32],
 }
 
-/// A snapshot being created: nothing is at its path until [`StagedSnapshot::commit`], and then all of it.
+/// A snapshot that is being created: nothing exists at its location until [`StagedSnapshot::commit`], which puts the
+/// complete snapshot there.
 ///
-/// It is written in a hidden folder beside its path, through [`StagedSnapshot::writer`] and what is made of that. Dropped
-/// without a commit, in the process that made it, it goes; a process that is killed leaves the folder behind, which no reader
-/// takes for a snapshot and which [`crate::clean`] removes.
+/// It is written in a hidden directory beside its location, through [`StagedSnapshot::writer`] and the handles made
+/// from that writer. Dropping it without a commit removes the hidden directory, in the process that created it. A
+/// process that is killed leaves at most the hidden directory behind, which [`crate::clean`] removes.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -61,7 +63,7 @@ pub struct StagedSnapshot {
 }
 
 enum State {
-    /// The staged folder is there, and `clean` leaves it alone as long as it is locked.
+    /// The staged directory exists. Its lock tells `clean` to leave it alone.
     Staged(LockedRoot),
     Committed,
     Discarded,
@@ -94,7 +96,7 @@ impl SnapshotOptions {
         };
         if location.file_name().and_then(|name| name.to_str()).is_some_and(folder::is_temporary) {
             let text = format!(
-                "{} cannot be the location of a snapshot: clean() removes what is called so",
+                "{} cannot be the location of a snapshot: clean() removes directories with such a name",
                 location.display()
             );
             return Err(Error::invalid_argument(text));
@@ -155,7 +157,7 @@ impl SnapshotOptions {
         }
         let id = scanned.write_manifest(locked.folder(), &location, data_key, snapshot_id, self.durable)?;
         if self.durable {
-            // The name of the snapshot itself.
+            // The entry of the snapshot in its parent directory.
             folder::parent_of(locked.folder())
                 .and_then(durability::sync_directory)
                 .map_err(|errno| not_durable(&location, errno))?;
@@ -164,21 +166,21 @@ impl SnapshotOptions {
     }
 }
 
-/// It is there, all of it, and only the last sync failed.
+/// The error for a snapshot that is complete and in place, if only the last sync failed.
 fn not_durable(path: &Path, errno: Errno) -> Error {
     let text = format!(
-        "the snapshot {} is complete and in place, but whether it outlives a power failure is not certain",
+        "the snapshot {} is complete and in place, but the last sync failed, so it may not survive a power failure",
         path.display()
     );
     Error::io(text, errno)
 }
 
-/// What was staged cannot be renamed to its path.
+/// The error for a staged directory that cannot be renamed to the snapshot's location.
 fn not_placed(errno: Errno) -> Error {
     let text = match errno {
         Errno::EXIST => "the path already exists",
         Errno::XDEV => {
-            "the file system cannot rename the staged directory into place, as if both were on different file systems; \
+            "the file system cannot rename the staged directory into place (it reports two different file systems); \
              create the snapshot in another directory"
         }
         _ => "the staged directory cannot be renamed into place",
@@ -186,7 +188,7 @@ fn not_placed(errno: Errno) -> Error {
     Error::io(text, errno)
 }
 
-/// Removes a folder that nobody finds any more, though a writer that had it open may still make a file in it.
+/// Removes a directory that has a new name already. It tries again if a writer that has the directory open adds a file.
 fn remove_all(folder: &Path) -> std::io::Result<()> {
     let mut attempts = 0..100;
     loop {
@@ -198,7 +200,7 @@ fn remove_all(folder: &Path) -> std::io::Result<()> {
     }
 }
 
-/// A hidden folder below `parent`, locked before anything is in it.
+/// Creates a hidden directory in `parent`, locked before it contains anything.
 fn new_staged_root(parent: &Path, path: &Path) -> Result<(PathBuf, LockedRoot)> {
     loop {
         let root = parent.join(folder::temporary_name()?);
@@ -219,7 +221,7 @@ fn random_id() -> Result<[u8; 16]> {
 }
 
 impl StagedSnapshot {
-    /// Writes into the snapshot, at its root. It can be cloned and can travel to other processes.
+    /// The writer at the root of the snapshot. It can be cloned and sent to other processes.
     #[must_use]
     pub fn writer(&self) -> &SnapshotWriter {
         &self.writer
@@ -233,13 +235,15 @@ impl StagedSnapshot {
     }
 
     /// Completes the snapshot: lists all its fragments in the manifest, syncs them unless
-    /// [`SnapshotOptions::durable`] says otherwise, and renames it into place. Returns what to pin it by.
+    /// [`SnapshotOptions::durable`] is off, and renames the directory into place. Returns the snapshot's id and seal
+    /// digest.
     ///
     /// # Errors
     ///
-    /// [`Error::is_state`] where a fragment is still being written, in whatever process, or was begun and never finished;
-    /// [`Error::is_io`] where something is at the path by now, or the disk is full. The snapshot stays staged. Only where the
-    /// very last sync fails it is at its path, complete, and the text says so.
+    /// [`Error::is_state`] if a fragment is still being written, in any process, or was begun and never finished;
+    /// [`Error::is_io`] if something exists at the location by now, or the disk is full. After an error the snapshot
+    /// stays staged, with one exception: if only the last sync fails, the snapshot is complete and in place, and the
+    /// error's text says so.
     pub fn commit(&mut self) -> Result<SealId> {
         self.commit_interruptible(&mut || Ok(()))
     }
@@ -254,12 +258,12 @@ impl StagedSnapshot {
         };
         locked.take_alone(self.writer.location()).map_err(context)?;
         let id = self.complete(locked, interrupt).map_err(|error| {
-            // As it was: not sealed, and open to its writers. The cause says more than what goes wrong here.
+            // Restore the staged state: not sealed, and open to its writers. A second error here would hide the cause.
             let _ = rustix::fs::unlinkat(locked.folder(), MANIFEST, rustix::fs::AtFlags::empty());
             locked.share();
             context(error)
         })?;
-        // From here on it is there. The lock's descriptor is that of the same folder, under its new name.
+        // The snapshot is in place now. The lock stays: its descriptor refers to the renamed directory.
         self.state = State::Committed;
         if self.durable {
             durability::sync_directory(&self.parent).map_err(|errno| not_durable(&self.location, errno))?;
@@ -283,22 +287,22 @@ impl StagedSnapshot {
         Ok(id)
     }
 
-    /// Gives the snapshot up and removes all of it.
+    /// Removes everything that was written. Does nothing if the snapshot was committed.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where something cannot be removed; [`Error::is_state`] in a forked process.
+    /// [`Error::is_io`] if something cannot be removed, [`Error::is_state`] in a forked process.
     pub fn discard(mut self) -> Result<()> {
         self.remove()
     }
 
-    /// Removes what is staged, if it still is.
+    /// Removes the staged directory, if the snapshot is still staged.
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.owner.check_snapshot()?;
         if !matches!(self.state, State::Staged(_)) {
             return Ok(());
         }
-        // Under another name first, where no writer in another process adds to it; still locked while it goes.
+        // Rename it first, so that writers in other processes do not find it. The lock is held until it is removed.
         let (root, parent) = (self.writer.location(), self.location.parent().unwrap_or(Path::new("/")));
         let failed = |error| Error::io(format!("cannot remove the staged directory {}", root.display()), error);
         let name = folder::temporary_name()?;
@@ -306,7 +310,7 @@ impl StagedSnapshot {
         let removed = match renamed {
             Ok(()) => parent.join(name),
             Err(Errno::NOENT) => return Err(failed(Errno::NOENT.into())),
-            // Where the file system renames nothing it goes under its own name.
+            // If the file system cannot rename, remove it under its own name.
             Err(_) => root.to_owned(),
         };
         let _locked = std::mem::replace(&mut self.state, State::Discarded);
@@ -317,7 +321,7 @@ impl StagedSnapshot {
 impl Drop for StagedSnapshot {
     fn drop(&mut self) {
         if self.owner.is_current() {
-            // Nobody is there to be told; `clean` removes what is left.
+            // A destructor cannot report an error; `clean` removes the remainder.
             let _ = self.remove();
         }
     }
@@ -337,14 +341,14 @@ impl fmt::Debug for StagedSnapshot {
     }
 }
 
-/// All that is in a snapshot.
+/// Everything that a snapshot contains.
 struct Scanned {
     namespaces: BTreeSet<Box<str>>,
     fragments: BTreeMap<String, Entry>,
 }
 
 impl Scanned {
-    /// Finds everything, and reads what `ledger` does not know.
+    /// Lists the snapshot. Reads only fragments that `ledger` does not have.
     fn of(
         root: &Path,
         data_key: Option<&SecretKey>,
@@ -364,7 +368,7 @@ impl Scanned {
                     .map_err(|errno| Error::io(format!("{path} cannot be examined"), errno))?;
                 if folder::is_unfinished(&stat) {
                     let text = format!(
-                        "{path} was never finished, so the snapshot would not be complete; discard it and write it again"
+                        "{path} was never finished, so the snapshot is not complete: discard it and write it again"
                     );
                     return Err(Error::new(Kind::State, text));
                 }
@@ -388,12 +392,12 @@ impl Scanned {
         Ok(Self { namespaces, fragments })
     }
 
-    /// All that was found reaches the disk, as do the names of it.
+    /// Syncs all files that were found, and the directories that contain them.
     fn sync(&self, root: &Path, threads: usize, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let failed = |what: &str, error: Error| error.context(format!("cannot sync {what:?}"));
+        let failed = |path: &str, error: Error| error.context(format!("cannot sync {path:?}"));
         let sync_file = |opened: &OwnedFd, name: &str| durability::sync_file(&folder::open_file(opened, name)?.0);
-        let sync_directory = |opened: &OwnedFd, what: &str| {
-            durability::sync_directory(opened).map_err(|errno| Error::io(format!("cannot sync {what}"), errno))
+        let sync_directory = |opened: &OwnedFd, named: &str| {
+            durability::sync_directory(opened).map_err(|errno| Error::io(format!("cannot sync {named}"), errno))
         };
         let paths: Vec<_> = self.fragments.keys().collect();
         let mut workers = vec![(); threads.min(paths.len())];
@@ -408,7 +412,7 @@ impl Scanned {
         if folder::exists(&root_folder, KEY_METADATA)? {
             sync_file(&root_folder, KEY_METADATA).map_err(|error| failed(KEY_METADATA, error))?;
         }
-        sync_directory(&root_folder, "the root")
+        sync_directory(&root_folder, "the snapshot's directory")
     }
 
     fn write_manifest(
@@ -427,7 +431,7 @@ impl Scanned {
     }
 }
 
-/// What the manifest is to say of a fragment that this process did not write.
+/// Returns the manifest's entry for a fragment that this process did not write.
 fn examine(
     root: &Path,
     path: &SnapshotPath,

@@ -72,8 +72,8 @@ impl<'a> Interrupt<'a> {
         if !self.owner.is_current() {
             // The callback forked, and this is the child, where cipher state must not be used.
             if self.accompanied {
-                // The other threads do not exist here: waiting for them, or for a lock that one held, would be for ever.
-                // The panic hook tells why: it is the application's to set. Nothing is unwound but this closure.
+                // The other threads do not exist here, so waiting for them, or for a lock that one held, never ends.
+                // The panic reports the reason through the application's panic hook, and unwinds only this closure.
                 let _ = std::panic::catch_unwind(|| {
                     panic!("forked in the middle of a call that uses several threads; this child cannot go on")
                 });

@@ -19,10 +19,10 @@ use crate::options::SnapshotOptions;
 use crate::serialization::{self, Format};
 use crate::threads;
 
-/// Writes a snapshot: a folder of fragments, nested by namespaces.
+/// Writes a snapshot: a directory of fragments, nested by namespaces.
 ///
-/// The handle is small and can be cloned, and serialized to travel to another process, where it goes on writing into the
-/// same snapshot. **Serialized, it holds the data key in the clear.** `Debug` never shows it.
+/// The handle is small. It can be cloned, and serialized to write into the snapshot from another process. **The
+/// serialized form contains the data key in the clear.** `Debug` never shows the key.
 ///
 /// ```
 /// use std::io::Write;
@@ -67,22 +67,24 @@ impl SnapshotWriter {
         SnapshotOptions::new().append(location)
     }
 
-    /// Creates a fragment, encrypted in chunks of 4 KiB where the snapshot is encrypted.
+    /// Creates a fragment. If the snapshot is encrypted, the chunk size is 4 KiB.
     ///
     /// # Errors
     ///
-    /// As [`SnapshotWriter::raw_fragment_with_chunk_size`].
+    /// The errors of [`SnapshotWriter::raw_fragment_with_chunk_size`].
     pub fn raw_fragment(&self, name: &str) -> Result<Fragment> {
         self.raw_fragment_with_chunk_size(name, DEFAULT_CHUNK_SIZE_BYTES)
     }
 
-    /// Creates a fragment, encrypted in chunks of `chunk_size_bytes` (32 bytes to 64 MiB) where the snapshot is encrypted.
+    /// Creates a fragment. If the snapshot is encrypted, it is encrypted in chunks of `chunk_size_bytes`: 32 bytes to
+    /// 64 MiB.
     ///
-    /// Larger chunks are faster to write, smaller ones to read at random: a read decrypts whole chunks.
+    /// Larger chunks make sequential writes faster. Smaller chunks make random reads faster, because a read decrypts
+    /// whole chunks.
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] for a name or a size that is not allowed, [`Error::is_io`] where the fragment exists.
+    /// [`Error::is_invalid_argument`] if the name or the size is not allowed, [`Error::is_io`] if the fragment exists.
     pub fn raw_fragment_with_chunk_size(&self, name: &str, chunk_size_bytes: usize) -> Result<Fragment> {
         let path = self.namespace.join(name)?;
         crate::cipher::check_chunk_size(chunk_size_bytes)?;
@@ -95,11 +97,11 @@ impl SnapshotWriter {
         Fragment::create(&self.location, &path, &writing)
     }
 
-    /// Writes a fragment with the serialized `value`. It is serialized before any file exists.
+    /// Writes a fragment with the serialized `value`. The value is serialized before a file is created.
     ///
     /// # Errors
     ///
-    /// [`Error::is_serialization`] where the format cannot hold the value, and as
+    /// [`Error::is_serialization`] if the format cannot represent the value, and the errors of
     /// [`SnapshotWriter::raw_fragment_with_chunk_size`].
     pub fn write_fragment<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<()> {
         self.write_whole(name, &self.encode(name, value)?, &mut || Ok(()))
@@ -118,7 +120,7 @@ impl SnapshotWriter {
         })
     }
 
-    /// Writes a fragment that is all at hand.
+    /// Writes a fragment whose contents are all in memory.
     pub(crate) fn write_whole(
         &self,
         name: &str,
@@ -134,7 +136,7 @@ impl SnapshotWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::is_invalid_argument`] for a name that is not allowed, [`Error::is_io`] where it exists.
+    /// [`Error::is_invalid_argument`] if the name is not allowed, [`Error::is_io`] if the namespace exists.
     pub fn add_namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
         let locked = LockedRoot::shared(&self.location)?;
@@ -146,11 +148,11 @@ impl SnapshotWriter {
         Ok(Self { namespace, ..self.clone() })
     }
 
-    /// Enters a namespace that exists.
+    /// Returns a writer into a namespace that exists.
     ///
     /// # Errors
     ///
-    /// [`Error::is_io`] where there is none of that name.
+    /// [`Error::is_io`] if there is no namespace of that name.
     pub fn namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
         folder::open(&self.location, namespace.as_str())?;
@@ -163,28 +165,28 @@ impl SnapshotWriter {
         &self.location
     }
 
-    /// The namespace written into: names joined with `/`, empty at the root.
+    /// The path of this writer's namespace: names joined with `/`, empty at the root.
     #[must_use]
     pub fn namespace_path(&self) -> &str {
         self.namespace.as_str()
     }
 
-    /// How values are serialized.
+    /// The serialization format of values.
     #[must_use]
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// Whether what is written gets encrypted.
+    /// Whether the snapshot is encrypted.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
         self.data_key.is_some()
     }
 }
 
-/// A snapshot that can be created now.
+/// Everything that is needed to create a snapshot: the options are checked, and the key is wrapped.
 pub(crate) struct Prepared {
-    /// The key, and how it goes into `enc_metadata`.
+    /// The key, and the contents of `enc_metadata` that wrap it.
     pub(crate) payload: Option<(KeyPayload, Vec<u8>)>,
     pub(crate) threads: usize,
     format: Format,
@@ -197,11 +199,11 @@ impl Prepared {
         self.write_at(location)
     }
 
-    /// Writes the key metadata into an empty directory of ours, which is removed if this fails.
+    /// Writes the key metadata into the new, empty directory at `location`. Removes the directory if this fails.
     pub(crate) fn write_at(&self, location: PathBuf) -> Result<SnapshotWriter> {
         if let Some((_, wrapped)) = &self.payload {
             key_metadata::write(&location, wrapped).inspect_err(|_| {
-                // Ours and empty but for what was just being written; an error here would hide the cause.
+                // This call created the directory, so nothing else is in it. A second error would hide the cause.
                 let _ = std::fs::remove_file(location.join(KEY_METADATA));
                 let _ = std::fs::remove_dir(&location);
             })?;
@@ -218,7 +220,7 @@ impl Prepared {
 }
 
 impl SnapshotWriter {
-    /// What this process noted of the fragments it wrote into the staged snapshot.
+    /// The entries of fragments that this process wrote into the staged snapshot.
     pub(crate) fn ledger(&self) -> Option<&Ledger> {
         self.staging.ledger()
     }
@@ -257,7 +259,7 @@ impl SnapshotOptions {
         self.prepare(&location, false, interrupt)?.create_at(location)
     }
 
-    /// Does all that comes before anything is created for a snapshot at `location`.
+    /// Checks the options and wraps a key for a new snapshot at `location`. Nothing is created yet.
     pub(crate) fn prepare(
         &self,
         location: &Path,
@@ -266,7 +268,7 @@ impl SnapshotOptions {
     ) -> Result<Prepared> {
         let threads = threads::resolve(self.threads)?;
         let wrapper = self.credentials.wrapper()?;
-        // Before a key is wrapped, which may cost somebody a passphrase, and seconds.
+        // Before the key is wrapped, because that may ask for a passphrase and take seconds.
         folder::check_new(location)?;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate(staged)?;

@@ -130,7 +130,7 @@ def test_a_foreign_image_is_stored_only_as_raw(tmp_path: Path, kind: str) -> Non
     image.write_bytes(head + RAM)
     for command in (["dump", image], ["dump", image, "--range", "1000-2000@0"]):
         line = error_of(run(*command, tmp_path / "vm", status=1))
-        assert line.startswith(f"vmsnap: error: {image}: is ")
+        assert line.startswith(f"vmsnap: error: {image} is ")
         assert told in line
         assert line.endswith("; --format raw stores it as it is")
         assert [each.name for each in tmp_path.iterdir()] == ["image"]

@@ -338,7 +338,7 @@ def test_a_pipe_is_refused_and_put_stores_it_to_its_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vmsnap"]
     refused = subprocess.run([*command, "dump", "/dev/stdin", tmp_path / "vm"], input=data, capture_output=True)
     assert refused.returncode == 1
-    assert "/dev/stdin: is a FIFO or a pipe, and guest memory needs a size: " in error_of(refused)
+    assert "/dev/stdin is a FIFO or a pipe, and guest memory needs a size: " in error_of(refused)
     assert list(tmp_path.iterdir()) == []
     for source in ("-", "/dev/stdin"):
         put = [*command, "put", source, tmp_path / f"vm{len(source)}", "ram", "--create"]

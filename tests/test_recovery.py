@@ -98,7 +98,7 @@ def append(path: Path) -> None:
 
 def cut_to_the_size_in_the_text(root: Path) -> None:
     text = run("verify", root, "--key-file", root.parent / "vm.key", status=1).stderr.decode()
-    [size] = re.findall(r"bytes long, and (\d+) bytes in the manifest", text)
+    [size] = re.findall(r"bytes long, but the manifest says (\d+) bytes", text)
     shell(f"truncate -s {size} vm1/disks/sda", root.parent)
 
 

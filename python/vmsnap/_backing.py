@@ -36,7 +36,7 @@ def refuse_special(path: str, mode: int) -> None:
         (stat.S_ISCHR, "a character device"),
     ):
         if is_kind(mode):
-            raise InvalidArgumentError(f"{path}: is {kind}; guest memory must be in a file, a memfd or a block device")
+            raise InvalidArgumentError(f"{path} is {kind}; guest memory must be in a file, a memfd or a block device")
 
 
 def _is(found: object, kind: type) -> bool:

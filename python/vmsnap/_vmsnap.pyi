@@ -60,20 +60,21 @@ def write_memory(
     uncached: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
-    """Write guest memory: of each region base; descriptor, buffer or process; offset in it; size."""
+    """Write guest memory. A region is its base; a descriptor, buffer or process; the offset in that; its size."""
 
 @final
 class ProcessMemory:
     """The memory of a live process, as the source of a `GuestRegion`: its offset is then a virtual address.
 
-    Memory mapped from a file or memfd is read from there, and of the rest only what the process has touched; pages that
-    userfaultfd brings are asked for. It is read as it was mapped when this was made; the process is not stopped. Of one
-    that is stopped then, pages that it would have to bring itself (by userfaultfd, or as a FUSE server) cannot be read.
+    The mappings are read when the object is created. Memory mapped from a file or memfd is read from
+    that file. Other memory is read only where the process has touched it. Pages of a userfaultfd are requested from its
+    handler. The process is not stopped. If it is stopped, pages that it would have to provide itself, by userfaultfd or
+    as a FUSE server, cannot be read.
 
     Parameters
     ----------
     pid
-        Its number.
+        The ID of the process.
 
     Raises
     ------
@@ -84,7 +85,7 @@ class ProcessMemory:
     def __new__(cls, pid: int) -> Self: ...
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The ID of the process."""
 
 @final
 class ProcessRange:
@@ -122,11 +123,11 @@ class StoppedProcess:
 
     def __new__(cls, pid: int, patience_seconds: float) -> Self: ...
     def let_go(self) -> None:
-        """Let the process continue. Does nothing if it does already."""
+        """Let the process continue. Does nothing if it was let go before."""
 
     @staticmethod
     def is_stopped(pid: int) -> bool:
-        """Return whether all threads of a process are stopped, for whatever reason."""
+        """Return whether all threads of a process are stopped, for any reason."""
 
 @final
 class GuestMemory:
@@ -134,7 +135,7 @@ class GuestMemory:
 
     @property
     def regions(self) -> list[tuple[int, int]]:
-        """Guest base and size of each."""
+        """The guest base and the size of each region."""
 
     @property
     def compressed(self) -> bool: ...
@@ -149,10 +150,10 @@ class GuestMemory:
         uncached: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
-        """Restore to descriptors or buffers: with the base each is to have, the offset in it, and the size."""
+        """Restore to destinations: the expected base, a descriptor or buffer, the offset in it, the size."""
 
 def copy_buffer(buffer: ReadableBuffer) -> bytes:
-    """Return the bytes of a contiguous buffer; `OSError` where a page of it cannot be read."""
+    """Return the bytes of a contiguous buffer. Raise `OSError` if a page of it cannot be read."""
 
 def generate_key() -> bytes:
     """Return 32 random bytes from the operating system: a key that a snapshot can be written with."""
@@ -160,34 +161,37 @@ def generate_key() -> bytes:
 def aead_provider() -> str:
     """Return the name of the AEAD provider this process uses: ``aws-lc`` or ``aes-gcm``.
 
-    The fastest one compiled in, unless the environment variable ``VMSNAP_AEAD`` names another; chosen once a process.
+    This is the fastest provider of this build, or the one that the environment variable ``VMSNAP_AEAD`` names. It is
+    chosen once per process.
 
     Raises
     ------
     InvalidArgumentError
-        ``VMSNAP_AEAD`` names none that was compiled in.
+        ``VMSNAP_AEAD`` does not name a provider of this build.
     """
 
 def are_crowded(hashes: list[int]) -> bool:
     """Return whether different keys with these hash values would make a dict or a set of them slow."""
 
 def check_serialized(data: bytes, format: str | None, place: str) -> str:
-    """Return the format of the one serialized value `data`, ``cbor`` or ``json``; found out where none is given.
+    """Return the format of `data`, which must be one serialized value: ``cbor`` or ``json``.
+
+    If `format` is None, the format is detected.
 
     Raises
     ------
     CorruptSnapshotError
-        It is none. The text names `place` and the byte.
+        `data` is not such a value. The text names `place` and the byte.
     """
 
 def key_wrapping(location: str) -> tuple[str, str | None, list[str]] | None:
-    """Return how the key of a snapshot is wrapped: the kind, the key service's name, the kinds of recipients."""
+    """Return the wrapping of a snapshot's data key: the kind, the name of the key service, the kinds of recipients."""
 
 def generate_identity() -> tuple[str, str]:
     """Return a new age identity, and its recipient."""
 
 def identity_file(identity: str, recipient: str) -> str:
-    """Return a file for these, as ``age-keygen`` writes it."""
+    """Return the text of an identity file, as ``age-keygen`` writes it."""
 
 def recipients_of(identity: tuple[object, bool, object]) -> list[str]:
     """Return the recipients of an identity: a text or a path, whether it is a path, and its passphrase."""
@@ -196,17 +200,17 @@ def read_recipients(path: str) -> tuple[list[str], list[str]]:
     """Return the recipients in a file, at least one, and a warning for each line that is ignored."""
 
 def read_secret_file(path: str) -> bytearray:
-    """Return the contents of a file with a secret; refused where others may use the file."""
+    """Return the contents of a file with a secret. Raise if other users may read or change the file."""
 
 def rekey(location: str, old: Credentials, new: Credentials) -> None:
-    """Wrap a snapshot's data key anew."""
+    """Replace the key that wraps a snapshot's data key."""
 
 @final
 class Credentials:
-    """What was passed to write or open a snapshot with.
+    """The keys for writing or opening a snapshot.
 
-    An identity is as for `recipients_of`. `on_new_identity` is called with the path of the user's own identity before
-    it is made there; an exception prevents that and is passed on.
+    An identity has the form that `recipients_of` takes. `on_new_identity` is called with the path of the user's own
+    identity before it is made there; an exception prevents that and is passed on.
     """
 
     def __new__(
@@ -296,15 +300,15 @@ class StagedSnapshot:
     def discard(self) -> None: ...
 
 def seal(location: str, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
-    """Seal a snapshot in place; return its snapshot id and seal digest."""
+    """Seal a snapshot that was written in place; return its snapshot id and seal digest."""
 
 def clean(parent: str) -> tuple[list[Path], list[Path]]:
-    """Remove what killed processes left; return what was removed, and what is held."""
+    """Remove temporary files of killed processes; return the paths that were removed, and those still in use."""
 
 def verify(
     location: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
 ) -> tuple[list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None]:
-    """Return problems (path, kind, text), what was not checked, fragments with their kinds, bytes, id and digest."""
+    """Return problems, unchecked things, fragments with their kinds, the number of bytes, the id with the digest."""
 
 @final
 class Fragment:

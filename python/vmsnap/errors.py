@@ -1,4 +1,4 @@
-"""Exceptions. What the operating system refuses stays an `OSError` with its errno (`FileExistsError` and so on)."""
+"""Exceptions. An error of the operating system stays an `OSError` with its errno, such as `FileExistsError`."""
 
 __all__ = [
     "AuthenticationError",
@@ -22,7 +22,7 @@ class VmsnapError(Exception):
 
 
 class AuthenticationError(VmsnapError):
-    """A tag did not verify.
+    """A key or data failed authentication.
 
     The key is wrong, or the file is damaged, truncated, renamed, moved or from another snapshot. Cryptography cannot
     tell these apart.
@@ -30,10 +30,10 @@ class AuthenticationError(VmsnapError):
 
 
 class KeyUnavailableError(VmsnapError):
-    """There is no key for a snapshot that is, or is to be, encrypted.
+    """The key of an encrypted snapshot is not available.
 
-    None was given and none found, one of another kind than it was written with, a file that others may read, or what
-    holds the key (a plugin, a key service) failed.
+    No key was given or found; the given one is of another kind than the snapshot's; other users may read its file; or
+    the plugin or key service that has the key failed.
     """
 
 
@@ -46,23 +46,23 @@ class NotSealedError(VmsnapError):
 
 
 class CorruptSnapshotError(VmsnapError):
-    """What is on disk cannot be a snapshot's: a link, a special file, a header that is none, a malformed value."""
+    """The data on disk is not valid in a snapshot: a link, a special file, a malformed header or value."""
 
 
 class UnsupportedFormatError(VmsnapError):
-    """The snapshot needs a newer version of vmsnap, or its key is wrapped in a way this version does not open."""
+    """The snapshot needs a newer version of vmsnap, or its key is wrapped in a way that this version cannot open."""
 
 
 class InvalidArgumentError(VmsnapError, ValueError):
-    """A name, a chunk size, a key length, an offset or a thread count that is not allowed."""
+    """An argument is not allowed: a name, a chunk size, a key length, an offset, a thread count or another value."""
 
 
 class SerializationError(VmsnapError, ValueError):
-    """A value that cannot be written as CBOR or JSON; the text says what in it, and where."""
+    """A value cannot be written as CBOR or JSON. The text names the part of the value that cannot."""
 
 
 class QemuError(VmsnapError):
-    """QEMU refuses, fails or ends, or what it runs cannot be saved or loaded as it is."""
+    """QEMU refused a command, failed or ended, or its guest cannot be saved or loaded in its present state."""
 
 
 class NewIdentityWarning(UserWarning):
@@ -70,7 +70,7 @@ class NewIdentityWarning(UserWarning):
 
 
 class StateError(VmsnapError):
-    """A fragment or a snapshot cannot be used in its current state.
+    """A fragment or a snapshot cannot be used in its present state.
 
     An earlier write failed; a fragment is still being written or was never finished; or this process was forked from
     the one that opened it.

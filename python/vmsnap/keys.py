@@ -1,4 +1,4 @@
-"""Keys: what a snapshot is encrypted for, and what opens it.
+"""Keys that encrypt and open snapshots.
 
 >>> import vmsnap
 >>> identity = vmsnap.generate_identity()
@@ -36,7 +36,7 @@ __all__ = [
     "rekey",
 ]
 
-#: A text, its bytes (a bytearray is cleared once it is read), or a callable that returns one when it is needed.
+#: A text, its bytes (a bytearray is cleared after it is read), or a callable that returns one when it is needed.
 Passphrase: TypeAlias = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
 
 
@@ -53,10 +53,10 @@ class KeyProvider(Protocol):
         """The name of the service. It is written into the snapshot and is not a secret."""
 
     def wrap(self, payload: bytes, /) -> bytes:
-        """Encrypt."""
+        """Return `payload` encrypted."""
 
     def unwrap(self, wrapped: bytes, /) -> bytes:
-        """Decrypt what `wrap` returned."""
+        """Return the payload of `wrapped`, which `wrap` returned."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class IdentityFile:
     passphrase: Passphrase = field(repr=False)
 
 
-#: The text (``AGE-SECRET-KEY-1...``, an SSH private key) or the path of a file that has it.
+#: The text of an identity (``AGE-SECRET-KEY-1...`` or an SSH private key), or the path of a file that contains it.
 Identity: TypeAlias = str | os.PathLike[str] | IdentityFile
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Keys:
-    """What encrypts a new snapshot, or opens an existing one, as one object.
+    """The key that encrypts a new snapshot or opens an existing one.
 
-    Every function that takes these as keyword arguments also accepts ``keys=``. At most one of `key`, `recipients`,
-    `identities`, `passphrase` and `key_provider` may be given, and any of them implies `encrypt`. The representation of
-    the object shows no secret.
+    Every function that takes these attributes as keyword arguments also accepts ``keys=``. At most one of `key`,
+    `recipients`, `identities`, `passphrase` and `key_provider` may be given, and any of them implies `encrypt`. The
+    representation of the object shows no secret.
 
     >>> import vmsnap
     >>> keys = vmsnap.Keys(key=vmsnap.generate_key())
@@ -169,7 +169,7 @@ def one_of(keys: Keys | None, given: Keys) -> Keys:
 
 @dataclass(frozen=True)
 class KeyWrapping:
-    """How the data key of an encrypted snapshot is wrapped. Nothing of it is authenticated.
+    """The way in which the data key of an encrypted snapshot is wrapped. None of the attributes is authenticated.
 
     Attributes
     ----------
@@ -213,18 +213,20 @@ def identity_file(identity: str) -> str:
     Raises
     ------
     InvalidArgumentError
-        It is not an age identity.
+        `identity` is not an age identity.
     """
     return _vmsnap.identity_file(identity.strip(), recipients_of(identity)[0])
 
 
 def recipients_of(identity: Identity) -> list[str]:
-    """Return the recipients of an identity, or of all identities in a file: encrypt to them so that it can open.
+    """Return the recipients of an identity, or of all identities in a file.
+
+    The identity opens snapshots that are encrypted to its recipient.
 
     Raises
     ------
     InvalidArgumentError
-        It is not an identity, or it is the identity of a plugin; only the plugin knows its recipient.
+        `identity` is not an identity, or it is the identity of a plugin, whose recipient only the plugin knows.
     OSError, KeyUnavailableError
         The file cannot be read, or may be read by others.
     """
@@ -271,7 +273,7 @@ def rekey(
     new_passphrase: Passphrase | None = None,
     new_key_provider: KeyProvider | None = None,
 ) -> None:
-    """Wrap a snapshot's data key anew, so that other keys open it. This takes milliseconds, whatever the size.
+    """Change the key of a snapshot, without copying the snapshot. This takes milliseconds for any size.
 
     The previous keys no longer open the snapshot. This does not revoke access: the data key stays the same, so anyone
     who has opened the snapshot, or kept a copy of ``enc_metadata``, can still read its fragments and forge them. To
@@ -283,9 +285,9 @@ def rekey(
         The directory of the snapshot. Only the file ``enc_metadata`` is replaced; after a crash it is the old or the
         new one.
     keys, key, identities, passphrase, key_provider
-        What opens the snapshot now, as for `SnapshotReader`: one of them. By default the user's own identity.
+        The key that opens the snapshot now, as for `SnapshotReader`: one of these. By default the user's own identity.
     new_keys, recipients, new_key, new_passphrase, new_key_provider
-        What opens the snapshot from now on, as for `SnapshotWriter`: one of them.
+        The key that opens the snapshot from now on, as for `SnapshotWriter`: one of these.
 
     Raises
     ------
@@ -307,7 +309,8 @@ def rekey(
 def _warn_of_new_identity(path: Path) -> None:
     """Warn the caller of this package that an identity is about to be made; as an error, the warning prevents it."""
     text = f"creating the identity {path}: back it up, because snapshots encrypted to it cannot be opened without it"
-    # This function was called from Rust, which has no frame, and that from a function of this package.
+    # The caller's frame is the third: Rust, which called this function, has no frame, and a function of this package
+    # called Rust.
     warnings.warn(text, NewIdentityWarning, stacklevel=3)
 
 
@@ -316,7 +319,8 @@ def _identity(identity: Identity) -> "tuple[str | Path, bool, Passphrase | None]
         return Path(os.fsdecode(identity.path)), True, identity.passphrase
     if isinstance(identity, str):
         if not identity.lstrip().startswith(("AGE-", "#", "-----BEGIN ")):
-            # Not quoted: it may be a secret all the same.
-            raise InvalidArgumentError("an identity begins with AGE-SECRET-KEY- or the like; a file is given as a Path")
+            # The error does not quote the text, because it may still be a secret.
+            text = "the text is not an identity (AGE-SECRET-KEY-... or similar); pass the path of a file as a Path"
+            raise InvalidArgumentError(text)
         return identity, False, None
     return Path(os.fsdecode(identity)), True, None

@@ -197,8 +197,8 @@ class GuestMemory:
             Whether anonymous memory gets transparent huge pages for each 2 MiB that are all data. This makes filling
             and using the memory faster.
         uncached
-            Whether the stored bytes, and files that are written, bypass the page cache. A restore of tens of GiB then
-            does not push everything else out of it. On Linux before 6.14 the same is requested by advice.
+            Bypass the page cache for the stored bytes and for files that are written. A restore of tens of GiB then
+            does not evict other data from the cache. Before Linux 6.14, vmsnap can only advise the kernel to do so.
         progress
             Called with the number of bytes done and the total, at most ten times a second, and at the end.
 

@@ -34,7 +34,7 @@ class SnapshotReader(Handle):
     require_encrypted
         Refuse a snapshot that is not encrypted.
     keys
-        What opens the snapshot as one object, in place of the single arguments.
+        The key as one object, instead of the single arguments.
     key
         The 32 bytes that the snapshot was written with. At most one of `key`, `identities`, `passphrase` and
         `key_provider` can be given, and any of them implies `require_encrypted`. Without them, the user's own age
@@ -62,8 +62,8 @@ class SnapshotReader(Handle):
     NotSealedError
         The snapshot was required to be sealed, and is not.
     KeyUnavailableError
-        The snapshot is encrypted, and no key or another kind of key was given; a file of identities may be read by
-        others; an age plugin or the key service failed.
+        The snapshot is encrypted, and no key or another kind of key was given; other users may read a file of
+        identities; an age plugin or the key service failed.
     NotEncryptedError
         The snapshot was required to be encrypted, and is not.
     AuthenticationError
@@ -75,7 +75,7 @@ class SnapshotReader(Handle):
 
     Notes
     -----
-    The handle can be copied and pickled like a writer. **The pickle holds the data key in the clear.**
+    The handle can be copied and pickled like a writer. **The pickle contains the data key in the clear.**
     """
 
     _raw: _vmsnap.SnapshotReader
@@ -108,12 +108,12 @@ class SnapshotReader(Handle):
 
     @property
     def snapshot_id(self) -> bytes | None:
-        """16 random bytes that name a sealed snapshot; None where it is not sealed."""
+        """The 16 random bytes that identify a sealed snapshot; None if the snapshot is not sealed."""
         return self._raw.snapshot_id
 
     @property
     def seal_digest(self) -> bytes | None:
-        """What to pin a sealed snapshot by, 32 bytes; None where it is not sealed."""
+        """The 32 bytes for `expect_seal_digest`; None if the snapshot is not sealed."""
         return self._raw.seal_digest
 
     def raw_fragment(self, name: str) -> FragmentReader:
@@ -122,11 +122,12 @@ class SnapshotReader(Handle):
         Raises
         ------
         FileNotFoundError
-            There is none of that name in this namespace.
+            There is no fragment of that name in this namespace.
         AuthenticationError
-            It is not the fragment that was written there: damaged, truncated, renamed, moved or another snapshot's.
+            The fragment is not the one that was written under that name: it was damaged, truncated, renamed, moved, or
+            comes from another snapshot.
         CorruptSnapshotError
-            Something else is in its place: a link, a special file, a file that is no encrypted fragment.
+            The name belongs to something else: a link, a special file, a file that is not an encrypted fragment.
         """
         return FragmentReader(self._raw.raw_fragment(name), name)
 
@@ -136,11 +137,11 @@ class SnapshotReader(Handle):
         Raises
         ------
         FileNotFoundError
-            There is none.
+            This namespace does not contain guest memory.
         CorruptSnapshotError
-            Its regions and ranges contradict each other, or do not fit the data.
+            The regions and ranges contradict each other, or do not fit the data.
         AuthenticationError
-            It is not what was written.
+            The data or the metadata is not authentic.
         """
         return memory.GuestMemory(self._raw.memory())
 
@@ -169,65 +170,68 @@ class SnapshotReader(Handle):
         Parameters
         ----------
         name
-            The fragment's.
+            The name of the fragment.
         type
-            What to build of the value: a dataclass, named tuple, typed dict, enum, ``Optional``, ``list[...]``,
-            ``dict[...]``, ``bytes``, ... , nested as they come, by serde's conventions (the table is in
-            ``docs/guide.md``); or any callable, which gets the value. By default the value as it was decoded.
+            The type of the result: a dataclass, named tuple, typed dict, enum, ``Optional``, ``list[...]``,
+            ``dict[...]``, ``bytes`` and others, in any nesting. Values are converted by serde's conventions; the table
+            is in ``docs/guide.md``. Any other callable is called with the decoded value. By default the decoded value
+            is returned.
         format
-            Found out by default. Only a bare number in JSON cannot be told from CBOR: ``format="json"``.
+            The format is detected by default. Only JSON that is a bare number cannot be told from CBOR: pass
+            ``format="json"``.
         max_size_bytes
-            A larger fragment is refused, for it is read whole. What is decoded may take many times its memory.
+            The largest fragment that is accepted. A fragment is read whole, and the decoded value can take many times
+            its size in memory.
 
         Raises
         ------
         CorruptSnapshotError
-            It does not hold one value and nothing else, it is not one that `type` can be built of, or it is too large.
+            The fragment is too large, is not exactly one value, or the value cannot be converted to `type`.
         FileNotFoundError, AuthenticationError
             As for `raw_fragment`.
         UnsupportedFormatError
-            It has typed arrays, and numpy is not installed.
+            The value contains typed arrays, and numpy is not installed.
         InvalidArgumentError
-            There is no such format, or no way to build `type`.
+            The format is unknown, or values cannot be converted to `type`.
 
         Notes
         -----
-        What a `type` that is a callable, or a constructor of the caller's raises is passed on as it is.
+        Exceptions of the caller's own callables and constructors are passed on unchanged.
         """
         build = None if type is None else converter(type)
         data, found = self._raw.read_value(name, format, max_size_bytes)
         return serialization.decode_checked(data, found, build, lambda: self._raw.place(name))
 
     def list_fragments(self) -> list[str]:
-        """Return the names of the fragments at this level, sorted.
+        """Return the names of the fragments in this namespace, sorted.
 
         Raises
         ------
         CorruptSnapshotError
-            The folder holds a link, a special file, or a name that no snapshot can hold.
+            The directory contains a link, a special file, or a name that is not allowed.
         """
         return self._raw.list_fragments()
 
     def list_namespaces(self) -> list[str]:
-        """Return the names of the namespaces at this level, sorted; raises as `list_fragments`."""
+        """Return the names of the namespaces in this namespace, sorted. Raises the errors of `list_fragments`."""
         return self._raw.list_namespaces()
 
     def namespace(self, name: str) -> "SnapshotReader":
-        """Open a namespace.
+        """Return a reader of a namespace.
 
         Raises
         ------
         FileNotFoundError
-            There is none of that name.
+            There is no namespace of that name.
         """
         return self._of(self._raw.namespace(name))
 
 
 def digest_bytes(digest: "ReadableBuffer | str | None") -> bytes | None:
-    """Return a seal digest that may be given in hexadecimal digits."""
+    """Return the bytes of a seal digest, which may be given in hexadecimal digits."""
     if isinstance(digest, str):
         try:
             return bytes.fromhex(digest)
         except ValueError:
-            raise InvalidArgumentError("a seal digest is 64 hexadecimal digits") from None
+            raise InvalidArgumentError("expect_seal_digest must be 32 bytes or 64 hexadecimal digits") from None
     return None if digest is None else bytes(digest)

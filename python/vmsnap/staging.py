@@ -1,4 +1,4 @@
-"""Snapshots that are complete or absent: created and sealed, and cleaned up after."""
+"""Snapshots that are complete or absent: creating, sealing and cleaning up."""
 
 import os
 from collections.abc import Iterable
@@ -21,11 +21,11 @@ __all__ = ["Cleaned", "StagedSnapshot", "clean", "create", "seal"]
 
 
 class StagedSnapshot:
-    """A snapshot that `create` began: nothing is at its location until `commit`, and then all of it.
+    """A snapshot that `create` began: nothing exists at its location until `commit`, which puts all of it there.
 
-    As a context manager it gives the `SnapshotWriter` of the root and commits at the end; if the block raises, nothing
-    is left behind. Only this object commits or discards, in the process that created it. It cannot be copied or
-    pickled; its writers can.
+    As a context manager it returns the `SnapshotWriter` of the root, and commits at the end of the block. If the block
+    raises, nothing is left behind. Only the process that created the object can commit or discard the snapshot. The
+    object cannot be copied or pickled; its writers can.
     """
 
     def __init__(self, raw: _vmsnap.StagedSnapshot) -> None:
@@ -39,7 +39,7 @@ class StagedSnapshot:
 
     @property
     def location(self) -> str:
-        """Where the snapshot will be, as an absolute path. The writer's location is the hidden directory."""
+        """The absolute path where the snapshot will be. The location of its writer is the hidden directory."""
         return self._raw.location
 
     @property
@@ -126,8 +126,7 @@ def create(
     """Begin a snapshot that is complete or absent: ``with vmsnap.create(location) as snapshot:``.
 
     The snapshot is written in a hidden directory beside `location`, and renamed to it at the end. An exception removes
-    it. A process that is killed leaves at most the hidden directory, which is not a snapshot to any reader, and which
-    `clean` removes.
+    it. A process that is killed leaves at most the hidden directory, which `clean` removes.
 
     Parameters
     ----------

@@ -82,8 +82,8 @@ def verify(
 ) -> Verification:
     """Read all of a snapshot with all threads, and report every difference from its sealed state.
 
-    Without the key of an encrypted snapshot it checks as much as it can, and reports what it could not check. A
-    snapshot that is not sealed is read as well; that it is not sealed is reported as a problem.
+    Without the key of an encrypted snapshot it checks as much as it can, and reports everything else in `not_checked`.
+    A snapshot that is not sealed is read too; the missing seal is reported as a problem.
 
     Raises
     ------

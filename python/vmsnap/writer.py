@@ -34,13 +34,13 @@ class SnapshotWriter(Handle):
         the last one is made, and a `NewIdentityWarning` says to back it up. Any of the next four implies `encrypt`, and
         only one of them can be given.
     keys
-        All of these as one object, in place of the single arguments.
+        The key as one object, instead of the single arguments.
     key
         The 32 bytes that wrap the snapshot's own data key, from `generate_key`. Without them the snapshot cannot be
         read.
     recipients
-        Recipients that can open the snapshot: age (``age1...``, those of plugins too) or SSH public keys. They encrypt
-        only.
+        The recipients that can open the snapshot: age (``age1...``, also of plugins) or SSH public keys. They only
+        encrypt.
     passphrase
         A passphrase, or a callable that returns one; stretched by scrypt (about 1 s). A ``str`` cannot be wiped from
         memory; a ``bytearray`` is cleared once it is read.
@@ -50,7 +50,7 @@ class SnapshotWriter(Handle):
         The maximum number of threads that one call uses, including its own; never more than the process's pool has. By
         default the environment variable ``VMSNAP_THREADS``, or the number of processors that the process may use.
     format
-        How `write_fragment` serializes: ``"cbor"``, or ``"json"`` as crosvm did before March 2025.
+        The format of values that `write_fragment` writes: ``"cbor"``, or ``"json"`` as in crosvm before March 2025.
 
     Raises
     ------
@@ -59,17 +59,17 @@ class SnapshotWriter(Handle):
     FileNotFoundError
         The parent directory does not exist.
     KeyUnavailableError
-        The user's own identity may be read by others, or an age plugin or the key service failed. Nothing is created.
+        Other users may read the user's own identity, or an age plugin or the key service failed. Nothing is created.
     InvalidArgumentError
         The key is not 32 bytes long, a text is not a recipient, more than one kind of key is given, the thread count is
         out of range, or the format is unknown.
     NewIdentityWarning
-        As a warning: an identity is made, and must be backed up.
+        This is a warning: an identity is made, and must be backed up.
 
     Notes
     -----
     The handle is small, may be used by many threads, and can be copied and pickled: workers of `multiprocessing` and
-    `concurrent.futures` write their own fragments into one snapshot. **The pickle holds the data key in the clear.**
+    `concurrent.futures` write their own fragments into one snapshot. **The pickle contains the data key in the clear.**
     """
 
     _raw: _vmsnap.SnapshotWriter
@@ -94,7 +94,7 @@ class SnapshotWriter(Handle):
 
     @property
     def format(self) -> "_Format":
-        """How values are serialized."""
+        """The serialization format of values."""
         return cast("_Format", self._raw.format)
 
     @classmethod
@@ -117,11 +117,11 @@ class SnapshotWriter(Handle):
         location
             The directory of the snapshot.
         keys, key, identities, passphrase, key_provider
-            What opens an encrypted snapshot, as for `SnapshotReader`.
+            The key that opens an encrypted snapshot, as for `SnapshotReader`.
         threads
             The maximum number of threads that one call uses.
         format
-            How `write_fragment` serializes from now on.
+            The format of values that `write_fragment` writes.
 
         Raises
         ------
@@ -140,10 +140,10 @@ class SnapshotWriter(Handle):
         Parameters
         ----------
         name
-            Up to 255 bytes of UTF-8 without slash, backslash and NUL; not ``.``, ``..`` or one of vmsnap's own.
+            Up to 255 bytes of UTF-8 without slash, backslash and NUL; not ``.``, ``..`` or a name that vmsnap reserves.
         chunk_size_bytes
-            Where the snapshot is encrypted: bytes that are encrypted, and later decrypted, together; 32 to 64 MiB.
-            Larger ones are faster to write, smaller ones to read at random.
+            The size of the chunks in which an encrypted fragment is encrypted: 32 bytes to 64 MiB. Larger chunks make
+            sequential writes faster, smaller ones random reads. Ignored if the snapshot is not encrypted.
 
         Raises
         ------
@@ -155,31 +155,31 @@ class SnapshotWriter(Handle):
         return Fragment(self._raw.raw_fragment(name, chunk_size_bytes), name)
 
     def raw_fragment_with_chunk_size(self, name: str, chunk_size_bytes: int) -> Fragment:
-        """Create a fragment, as `raw_fragment`; crosvm's name."""
+        """Create a fragment as `raw_fragment` does. This is the name of the method in crosvm."""
         return self.raw_fragment(name, chunk_size_bytes=chunk_size_bytes)
 
     def write_fragment(
         self, name: str, value: object, *, default: Callable[[Any], object] | None = None, as_list: bool = False
     ) -> None:
-        """Write a fragment that holds one value. It is serialized before any file exists.
+        """Write a fragment that holds one value. The value is serialized before a file is created.
 
         Parameters
         ----------
         name
             As for `raw_fragment`.
         value
-            None, bool, int, float, str, anything bytes-like, lists, tuples, named tuples, sets, dicts, dataclasses,
-            enums (by value), UUIDs, dates, datetimes with a time zone, paths, numpy scalars and arrays (with their
-            dtype and shape, where the format is CBOR); nested up to 127 levels. ``docs/guide.md`` has the table.
+            None, bool, int, float, str, bytes-like objects, lists, tuples, named tuples, sets, dicts, dataclasses,
+            enums (by value), UUIDs, dates, datetimes with a time zone, paths, numpy scalars and arrays (in CBOR with
+            their dtype and shape), nested up to 127 levels. ``docs/guide.md`` has the table.
         default
-            Called with what is none of these; returns something that is, or raises.
+            Called with an object of any other type. Returns an object of one of these types, or raises.
         as_list
             Write numpy arrays as (nested) lists, as serde expects a ``Vec``, instead of as typed arrays.
 
         Raises
         ------
         SerializationError
-            Something in the value cannot be written; the text says where in it. Nothing is created.
+            A part of the value cannot be written; the text names it. Nothing is created.
         FileExistsError
             There is a fragment or a namespace of that name.
         InvalidArgumentError
@@ -208,53 +208,54 @@ class SnapshotWriter(Handle):
         chunk_size_bytes: int = 16384,
         block_size_bytes: int = 65536,
     ) -> memory.MemoryReport:
-        """Write guest memory, by all threads: the fragments ``mem`` and ``mem_metadata``, as crosvm reads them.
+        """Write guest memory with all threads: the fragments ``mem`` and ``mem_metadata``, which crosvm can read.
 
-        Holes, and pages of zeros, are not stored. Memory may change meanwhile; what is stored is what one read gave.
+        Holes and pages of zeros are not stored. Memory may change during the call: each byte is read once and stored as
+        it was then.
 
         Parameters
         ----------
         regions
-            What memory there is, in the order in which it is to be restored. Regions do not overlap.
+            The regions of guest memory, in the order in which they will be restored. They must not overlap.
         compress
-            ``"lz4"``, or nothing.
+            ``"lz4"``, or None for no compression.
         progress
-            Called with the bytes done and all bytes, ten times a second at most, and at the end. What it raises cancels
-            the dump.
+            Called with the number of bytes done and of all bytes, at most ten times a second, and at the end. An
+            exception of the callback cancels the dump.
         on_error
-            Whether pages that cannot be read are an error, or zeros that the report tells of.
+            ``"raise"``: a page that cannot be read is an error. ``"zero"``: it is stored as zeros and reported.
         sparse
-            Whether holes are left out unread, as the file system or the page table of the process tells of them.
-            ``False`` reads everything: for a file system that tells of holes where there are none. Pages of zeros are
-            left out all the same.
+            Skip the holes that the file system, or the page table of the process, reports, without reading them. Pass
+            ``False`` to read everything, if the file system reports holes wrongly. Pages of zeros are left out in
+            either case.
         stable
-            The promise that no buffer among the sources changes during the call, as the memory of a paused guest does
-            not. Such buffers are stored without a copy, which is faster. Where the promise is broken, what is stored is
-            undefined; a ``bytes`` object cannot change, and needs no promise.
+            Promise that no buffer among the sources changes during the call, for instance because the guest is paused.
+            Such buffers are stored without a copy, which is faster. If one changes, the stored contents are undefined.
+            ``bytes`` objects cannot change, so they need no promise.
         uncached
-            Whether the stored bytes, and files that are read, bypass the page cache. A dump of tens of GiB then does
-            not push everything else out of it, and runs at the speed of the disk. It has no effect on tmpfs, whose
-            files are the page cache. On Linux before 6.14 the same is requested by advice.
+            Bypass the page cache for the stored bytes and for files that are read. A dump of tens of GiB then does not
+            evict other data from the cache, and runs at the speed of the disk. The option has no effect on tmpfs, whose
+            files are the page cache. Before Linux 6.14, vmsnap can only advise the kernel to do so.
         detect_zeros
-            Whether pages that were touched and are zero are left out too.
+            Leave out pages that are not in a hole but contain only zeros, too.
         min_gap_bytes
-            Shorter gaps between data are stored as zeros.
+            Gaps between data that are shorter than this are stored as zeros.
         chunk_size_bytes
-            Where the snapshot is encrypted: bytes that are encrypted together, as for `raw_fragment`.
+            The size of the chunks in which the memory is encrypted, as for `raw_fragment`.
         block_size_bytes
-            Bytes that are compressed together: 64 KiB, 256 KiB, 1 MiB or 4 MiB.
+            The size of the blocks in which the memory is compressed: 64 KiB, 256 KiB, 1 MiB or 4 MiB.
 
         Raises
         ------
         FileExistsError
-            There is a ``mem`` or ``mem_metadata`` in this namespace.
+            ``mem`` or ``mem_metadata`` exists in this namespace.
         InvalidArgumentError
-            Regions overlap, a source is too short or does not tell its size, or a size is not allowed.
+            Regions overlap, a source is too short or has no known size, or an option is not allowed.
         TypeError
-            A source is not one of those that `GuestRegion` names.
+            A source is not of a kind that `GuestRegion` allows.
         OSError
-            Memory cannot be read, and the text has its guest-physical address; or the disk is full. After any error
-            neither fragment is there.
+            Memory cannot be read, and the text has its guest-physical address; or the disk is full. After an error
+            neither fragment exists.
         """
         return memory.write(
             self._raw,
@@ -284,11 +285,11 @@ class SnapshotWriter(Handle):
         return self._of(self._raw.add_namespace(name))
 
     def namespace(self, name: str) -> "SnapshotWriter":
-        """Enter a namespace that exists.
+        """Return a writer into a namespace that exists.
 
         Raises
         ------
         FileNotFoundError
-            There is none of that name.
+            There is no namespace of that name.
         """
         return self._of(self._raw.namespace(name))

@@ -89,7 +89,7 @@ impl FragmentReader {
         })?;
         let tag = match expected {
             Some(entry) if entry.stored_size != stored_size => {
-                let text = format!("is {stored_size} bytes long, and {} bytes in the manifest", entry.stored_size);
+                let text = format!("is {stored_size} bytes long, but the manifest says {} bytes", entry.stored_size);
                 return Err(Error::corrupt(text).context(&place));
             }
             Some(Entry { proof: Proof::HeaderTag { tag, .. }, .. }) => Some(*tag),

@@ -224,7 +224,7 @@ impl Checker<'_> {
 impl FoundFragment<'_> {
     fn check_size(&self) -> std::result::Result<(), Failure> {
         let (size, listed) = (self.stored_size, self.entry.map_or(self.stored_size, |entry| entry.stored_size));
-        let text = || format!("it is {size} bytes long, and {listed} bytes in the manifest");
+        let text = || format!("it is {size} bytes long, but the manifest says {listed} bytes");
         match size.cmp(&listed) {
             std::cmp::Ordering::Less => Err(problem(ProblemKind::Truncated, text())),
             std::cmp::Ordering::Greater => Err(problem(ProblemKind::WrongSize, text())),

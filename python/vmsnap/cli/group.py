@@ -142,7 +142,7 @@ def run() -> int:
         return status_of(error)
     except UnicodeEncodeError as error:
         # Arguments that are names were checked before: this is other text for the library.
-        click.echo(f"vmsnap: error: {printable(str(error.object))}: is not UTF-8", err=True)
+        click.echo(f"vmsnap: error: {printable(str(error.object))} is not UTF-8", err=True)
         return 1
     except RecursionError:
         click.echo("vmsnap: error: the value is nested too deeply to be shown", err=True)

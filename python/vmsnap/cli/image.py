@@ -26,7 +26,7 @@ def open_image(path: str, form: str) -> Iterator[io.FileIO]:
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode):
         raise CommandError(
-            f"{path}: is a FIFO or a pipe, and guest memory needs a size: copy the data to a file first, or store it "
+            f"{path} is a FIFO or a pipe, and guest memory needs a size: copy the data to a file first, or store it "
             "as an ordinary fragment with vmsnap put"
         )
     refuse_special(path, mode)
@@ -36,13 +36,13 @@ def open_image(path: str, form: str) -> Iterator[io.FileIO]:
             head = os.pread(file.fileno(), HEAD_BYTES, 0) if size else b""
         if size == 0:
             raise CommandError(
-                f"{path}: has a size of 0: it is empty, or a file of /proc, which does not report its size; "
+                f"{path} has a size of 0: it is empty, or a file of /proc, which does not report its size; "
                 "for a process, give its ID"
             )
         if form == "auto" and (foreign := _foreign(path, head)):
             name, remedy = foreign
             raise CommandError(
-                f"{path}: is {name}, not a raw image of memory: {remedy}; --format raw stores it as it is"
+                f"{path} is {name}, not a raw image of memory: {remedy}; --format raw stores it as it is"
             )
         yield file
 
@@ -52,7 +52,7 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CommandError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _foreign(path: str, head: bytes) -> tuple[str, str] | None:
@@ -64,7 +64,7 @@ def _foreign(path: str, head: bytes) -> tuple[str, str] | None:
     if encrypted or (os.path.basename(path) == "mem" and os.path.exists(directory / "mem_metadata")):
         return (
             "a fragment of a snapshot",
-            "vmsnap restore makes a raw image of guest memory, vmsnap get of any other fragment",
+            "make one with vmsnap restore (guest memory) or vmsnap get (other fragments)",
         )
     found = recognize(head)
     return (found.name, found.remedy) if found else None

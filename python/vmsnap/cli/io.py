@@ -39,7 +39,7 @@ def refuse_inside(target: str, location: str) -> None:
     directory, snapshot = Path(target).absolute().parent.resolve(), Path(location).resolve()
     for parent in (directory, *directory.parents):
         if parent == snapshot or any((parent / name).exists() for name in ("enc_metadata", "vmsnap_manifest")):
-            raise CommandError(f"{target}: is in the snapshot {parent}; add fragments with vmsnap put")
+            raise CommandError(f"{target} is in the snapshot {parent}; add fragments with vmsnap put")
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
     """
     if force and os.path.lexists(target):
         if not stat.S_ISREG(os.lstat(target).st_mode):
-            raise CommandError(f"{target}: is not a regular file, and --force overwrites only regular files")
+            raise CommandError(f"{target} is not a regular file, and --force overwrites only regular files")
         descriptor, path = tempfile.mkstemp(prefix=".vmsnap-", dir=os.path.dirname(target) or ".")
     else:
         path = target

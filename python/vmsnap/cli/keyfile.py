@@ -45,4 +45,4 @@ def read_key_file(path: Path) -> bytes:
         return bytes.fromhex(content.decode())
     if len(content) == KEY_BYTES:
         return content
-    raise CommandError(f"{path}: is not a key file: expected {KEY_BYTES} bytes or {2 * KEY_BYTES} hex digits")
+    raise CommandError(f"{path} is not a key file: expected {KEY_BYTES} bytes or {2 * KEY_BYTES} hex digits")

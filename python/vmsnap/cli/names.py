@@ -24,7 +24,7 @@ def as_name(argument: str) -> str:
         return stored.decode()
     except UnicodeDecodeError:
         shown = stored.decode("utf-8", "backslashreplace")
-        raise CommandError(f"{shown}: is not UTF-8, and names and recipients must be") from None
+        raise CommandError(f"{shown} is not UTF-8, and names and recipients must be") from None
 
 
 class _Name(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only

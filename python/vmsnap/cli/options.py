@@ -32,7 +32,7 @@ force_option = click.option(
 uncached_option = click.option(
     "--uncached",
     is_flag=True,
-    help="Bypass the page cache, for guests of tens of GiB: nothing else is pushed out of it.",
+    help="Bypass the page cache, so that a guest of tens of GiB does not evict other data from it.",
 )
 
 

@@ -35,8 +35,8 @@ def expecting_snapshot(location: str | Path) -> Iterator[None]:
         if is_marked(location):
             raise
         raise CorruptSnapshotError(
-            f"{location} is not a vmsnap snapshot: it contains neither {' nor '.join(_MARKERS)}, and something else: "
-            f"{error}"
+            f"{location} is not a vmsnap snapshot: it contains neither {' nor '.join(_MARKERS)}, "
+            f"and it has other contents: {error}"
         ) from error
 
 

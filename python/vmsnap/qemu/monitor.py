@@ -125,7 +125,7 @@ async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monit
         ) from None
     except (QMPError, EOFError, OSError) as error:
         connection.close()
-        raise QemuError(f"{name}: is not a QMP monitor of QEMU: {error}") from None
+        raise QemuError(f"{name} is not a QMP monitor of QEMU: {error}") from None
     try:
         yield Monitor(client, connection)
     finally:
