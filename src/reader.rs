@@ -86,7 +86,7 @@ impl SnapshotReader {
     }
 
     fn not_listed(&self, path: &SnapshotPath) -> Error {
-        let text = format!("{path} of {} is not in its manifest", self.location.display());
+        let text = format!("the snapshot {} has no {path}", self.location.display());
         Error::io(text, rustix::io::Errno::NOENT)
     }
 
@@ -162,7 +162,7 @@ impl SnapshotReader {
             Some(manifest) if manifest.namespaces.contains(namespace.as_str()) => {}
             Some(_) => {
                 let text =
-                    format!("namespace {:?} of {} is not in its manifest", namespace.as_str(), self.location.display());
+                    format!("the snapshot {} has no namespace {:?}", self.location.display(), namespace.as_str());
                 return Err(Error::io(text, rustix::io::Errno::NOENT));
             }
             None => drop(folder::open(&self.location, namespace.as_str())?),

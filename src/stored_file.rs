@@ -17,7 +17,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::fs::{Advice, fadvise};
-use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev, pwritev2};
+use rustix::io::{Errno, ReadWriteFlags, pread, preadv2, pwrite, pwritev, pwritev2};
 
 use crate::threads::lock;
 
@@ -67,7 +67,10 @@ impl CacheUse {
                 written => return written,
             }
         }
-        let written = pwritev(&file, runs, offset)?;
+        let written = match runs {
+            [run] => pwrite(&file, run, offset)?,
+            _ => pwritev(&file, runs, offset)?,
+        };
         if self.state.load(Ordering::Relaxed) == ADVISED {
             self.write_back(file, offset..offset + written as u64);
         }
@@ -113,7 +116,7 @@ impl CacheUse {
                 read => return read,
             }
         }
-        let read = preadv(&file, &mut [IoSliceMut::new(buf)], offset)?;
+        let read = pread(&file, &mut *buf, offset)?;
         if self.state.load(Ordering::Relaxed) == ADVISED {
             let _ = fadvise(file, offset, NonZeroU64::new(read as u64), Advice::DontNeed);
         }

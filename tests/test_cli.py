@@ -257,7 +257,7 @@ def test_a_number_with_a_slash_names_a_file_always(tmp_path: Path, victim: Victi
 
 def test_the_command_for_processes_names_the_one_for_files(tmp_path: Path, ram: Path) -> None:
     done = run("dump-process", ram, tmp_path / "vm", status=2)
-    assert b"is not a process ID; vmsnap dump stores a file" in done.stderr
+    assert b"is not a process ID; to store a file, use vmsnap dump" in done.stderr
     assert not (tmp_path / "vm").exists()
 
 

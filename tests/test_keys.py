@@ -539,9 +539,9 @@ def test_what_is_no_recipient_is_refused_before_anything_is_made(tmp_path: Path,
 def test_what_is_no_identity_is_refused(tmp_path: Path, pair: Pair) -> None:
     root = write_some(tmp_path / "vm1", recipients=pair.recipient).path
     cases: list[tuple[Any, str]] = [
-        ("hunter2", r"the text is not an identity \(AGE-SECRET-KEY-"),
-        ("id.txt", "pass the path of a file as a Path"),
-        (pair.recipient, "the text is not an identity"),
+        ("hunter2", "an identity begins with AGE-SECRET-KEY-"),
+        ("id.txt", "a file is given as a Path"),
+        (pair.recipient, "an identity begins with"),
         ("AGE-SECRET-KEY-1HUNTER2", "line 1 is not an identity"),
         (f"{pair.identity}\nhunter2", "line 2 is not an identity"),
         (f"# me\n\n{pair.recipient}", "line 3 is a recipient, not an identity"),
@@ -961,9 +961,8 @@ def test_a_passphrase_comes_from_a_descriptor_or_the_terminal_without_echo(tmp_p
         assert subprocess.run(command, pass_fds=[file.fileno()], capture_output=True, check=True).stdout
     for content in (b"", b"\nx", b"x" * 5000):
         path = write_private(tmp_path / "pass", content)
-        assert "must be a passphrase of 1 to 4096 bytes" in error_of(
-            run("ls", root, "--passphrase-file", path, status=1)
-        )
+        refused_file = run("ls", root, "--passphrase-file", path, status=1)
+        assert "must be a passphrase of 1 to 4096 bytes" in error_of(refused_file)
 
 
 def answer(arguments: list[Any], answers: list[str]) -> str:

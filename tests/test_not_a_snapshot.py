@@ -60,7 +60,7 @@ def test_a_snapshot_with_a_mark_is_damaged_instead(tmp_path: Path, key: bytes, k
         assert "is not a vmsnap snapshot: it contains neither" not in line
     done = run("verify", tmp_path / "vm1", "--key-file", key_file, status=1)
     assert b"link: kvm: " in done.stderr
-    assert done.stdout.endswith(b"FAILED: 2 problems, everything checked\n")
+    assert done.stdout.endswith(b"FAILED: 2 problems, all fragments were read\n")
 
 
 def test_a_plain_snapshot_that_is_not_sealed_is_legal(tmp_path: Path) -> None:
@@ -70,8 +70,12 @@ def test_a_plain_snapshot_that_is_not_sealed_is_legal(tmp_path: Path) -> None:
     assert b"sealed\tno\n" in run("info", tmp_path / "vm1").stdout
     done = run("verify", tmp_path / "vm1", status=1)
     # There is nothing that it could be compared with.
-    assert done.stdout == b"read  cpu/clock\nFAILED: 1 problem, everything checked\n"
-    assert done.stderr.startswith(b"not sealed: ")
+    assert done.stdout == b"read  cpu/clock\nFAILED: 1 problem, all fragments were read\n"
+    assert (
+        b" has neither enc_metadata nor vmsnap_manifest: it is a plain snapshot that is not sealed, or not a"
+        in done.stderr
+    )
+    assert b"\nnot sealed: " in done.stderr
 
 
 def test_the_last_line_of_verify_counts(tmp_path: Path, key: bytes, key_file: Path) -> None:

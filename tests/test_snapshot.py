@@ -241,7 +241,7 @@ def test_nothing_is_added_to_a_sealed_snapshot(place: Place) -> None:
     place.file("vmsnap_manifest").write_bytes(b"whatever it holds")
     with refused(
         "sealed",
-        r"cannot change the snapshot .*vm1: it is sealed \(it has a vmsnap_manifest\); write a new snapshot",
+        r"the snapshot .*vm1 is already sealed \(it has a vmsnap_manifest\): nothing can be added to it",
         place.location,
     ):
         vmsnap.SnapshotWriter.open(place.location, key=place.key)

@@ -142,7 +142,7 @@ pub(crate) fn check_unsealed(root: &Path, folder: &OwnedFd) -> Result<()> {
         return Ok(());
     }
     let text = format!(
-        "cannot change the snapshot {}: it is sealed (it has a {MANIFEST}); write a new snapshot",
+        "the snapshot {} is already sealed (it has a {MANIFEST}): nothing can be added to it; write a new snapshot",
         root.display()
     );
     Err(Error::new(Kind::Sealed, text))

@@ -30,4 +30,6 @@ def cat(snapshot: Path, path: str, keys: OpeningKeys, offset: int, size: int | N
         end = fragment.size if size is None else min(fragment.size, offset + size)
         for batch in batches(path, fragment, offset, end):
             write_all(output, batch)
+        if offset > fragment.size:
+            click.echo(f"vmsnap: offset {offset} is beyond the end: the fragment has {fragment.size} bytes", err=True)
     output.flush()

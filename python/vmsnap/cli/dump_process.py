@@ -158,7 +158,7 @@ class _Pid(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     def convert(self, value: object, parameter: click.Parameter | None, context: click.Context | None) -> int:
         text = str(value)
         if not (text.isascii() and text.isdigit()):
-            self.fail(f"{text!r} is not a process ID; vmsnap dump stores a file", parameter, context)
+            self.fail(f"{text!r} is not a process ID; to store a file, use vmsnap dump", parameter, context)
         return int(text)
 
 

@@ -11,7 +11,7 @@ from vmsnap import FragmentReader, SnapshotReader
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.options import json_option
-from vmsnap.cli.targets import expecting_snapshot, snapshot_argument, walk
+from vmsnap.cli.targets import doubt, expecting_snapshot, snapshot_argument, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
 from vmsnap.serialization import format_of
 
@@ -146,6 +146,7 @@ def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
     """
     with expecting_snapshot(snapshot):
         found = summarize(snapshot, keys)
+    doubt(snapshot)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     elif to_terminal():

@@ -54,7 +54,10 @@ def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
         descriptor, path = tempfile.mkstemp(prefix=".vmsnap-", dir=os.path.dirname(target) or ".")
     else:
         path = target
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError as error:
+            raise CommandError(f"{target}: {error.strerror}; --force overwrites a regular file") from None
     try:
         with NamedFile(descriptor, "wb", target) as file:
             yield file

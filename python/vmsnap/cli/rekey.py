@@ -29,10 +29,14 @@ def rekey(snapshot: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
     """
     if not new_keys.given:
         raise click.UsageError("give the new key or recipients: -r, -R, --new-key-file or --new-passphrase")
-    vmsnap.rekey(
-        snapshot,
-        **keys.arguments(snapshot),
-        recipients=new_keys.recipients,
-        new_key=new_keys.key,
-        new_passphrase=new_keys.passphrase,
-    )
+    try:
+        vmsnap.rekey(
+            snapshot,
+            **keys.arguments(snapshot),
+            recipients=new_keys.recipients,
+            new_key=new_keys.key,
+            new_passphrase=new_keys.passphrase,
+        )
+    except vmsnap.NotEncryptedError as error:
+        text = f"{snapshot} is not encrypted, so it has no key to change; vmsnap encrypt makes an encrypted copy"
+        raise vmsnap.NotEncryptedError(text) from error

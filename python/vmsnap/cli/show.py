@@ -32,7 +32,7 @@ def _show_bytes(
     path: str, fragment: FragmentReader, offset: int, size: int | None, *, as_json: bool, full: bool
 ) -> None:
     size = size if size is not None else fragment.size if full else _SHOWN_BYTES
-    offset = min(offset, fragment.size)
+    begin, offset = offset, min(offset, fragment.size)
     end = min(fragment.size, offset + size)
     if as_json:
         shown = b"".join(batches(path, fragment, offset, end))
@@ -42,6 +42,8 @@ def _show_bytes(
         print_lines(hexdump(batches(path, fragment, offset, end), offset))
     if left := fragment.size - end:
         click.echo(f"vmsnap: {left} more bytes: --offset {end} shows the next ones, --size N more at once", err=True)
+    elif begin > fragment.size:
+        click.echo(f"vmsnap: offset {begin} is beyond the end: the fragment has {fragment.size} bytes", err=True)
     elif not fragment.size:
         click.echo("vmsnap: the fragment is empty", err=True)
 
@@ -89,9 +91,9 @@ def show(
         if not raw and (format_ or fragment.size <= _VALUE_BYTES):
             try:
                 value = namespace.read_fragment(name, format=format_)
-            except CorruptSnapshotError:
+            except CorruptSnapshotError as error:
                 if format_:
-                    raise
+                    raise CorruptSnapshotError(f"{error}; try without --format") from error
             else:
                 _show_value(value, as_json=as_json, full=full)
                 return

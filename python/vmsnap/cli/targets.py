@@ -16,6 +16,7 @@ from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH
+from vmsnap.cli.terminal import printable
 
 _MARKERS = ("enc_metadata", "vmsnap_manifest")
 _MEMORY_METADATA = "mem_metadata"
@@ -24,6 +25,13 @@ _MEMORY_METADATA = "mem_metadata"
 def is_marked(location: str | Path) -> bool:
     """Return whether a directory has a file that only snapshots have. A plain, unsealed snapshot does not have one."""
     return any(os.path.lexists(os.path.join(location, name)) for name in _MARKERS)
+
+
+def doubt(location: str | Path) -> None:
+    """Report on standard error that a directory may not be a snapshot, if it has no file that only snapshots have."""
+    if not is_marked(location):
+        text = f"{printable(str(location))} has neither {_MARKERS[0]} nor {_MARKERS[1]}: it is a plain snapshot that "
+        click.echo(f"vmsnap: {text}is not sealed, or not a snapshot", err=True)
 
 
 @contextmanager

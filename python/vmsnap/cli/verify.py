@@ -11,7 +11,7 @@ from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.names import NAME
 from vmsnap.cli.options import json_option
-from vmsnap.cli.targets import expecting_snapshot, is_marked, snapshot_argument
+from vmsnap.cli.targets import doubt, expecting_snapshot, is_marked, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable
 
 
@@ -46,7 +46,7 @@ def _print(report: Verification, *, marked: bool) -> None:
         click.echo(f"not checked: {printable(text)}", err=True)
     if not report.ok:
         skipped = len(report.not_checked)
-        rest = f"{_counted(skipped, 'check')} skipped" if skipped else "everything checked"
+        rest = f"{_counted(skipped, 'check')} skipped" if skipped else "all fragments were read"
         click.echo(f"FAILED: {_counted(len(report.problems), 'problem')}, {rest}")
         return
     fragments = _counted(len(report.fragments), "fragment")
@@ -81,6 +81,7 @@ def verify(
     if not marked:
         with expecting_snapshot(snapshot):
             vmsnap.inspect(snapshot)
+        doubt(snapshot)
     report = vmsnap.verify(snapshot, expect_seal_digest=expect_seal_digest, **keys.arguments(snapshot))
     if as_json:
         click.echo(_as_json(report))
