@@ -648,7 +648,7 @@ def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> 
 def test_an_unfinished_fragment_by_its_row(tmp_path: Path) -> None:
     staged = vmsnap.create(tmp_path / "vm1")
     staged.writer.raw_fragment("half").write(b"half")
-    with refused("never-finished", '"half" was begun and never finished', tmp_path):
+    with refused("never-finished", '"half" was never finished, so the snapshot is not complete', tmp_path):
         staged.commit()
 
 
