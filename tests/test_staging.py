@@ -604,9 +604,9 @@ def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
             vmsnap.open(path, key=key, expect_seal_digest=digest)
     reader = vmsnap.open(path, key=key)
     (path / "more").write_bytes(b"")
-    with refused("not-listed", "not in its manifest", tmp_path):
+    with refused("not-listed", 'has no fragment "more"', tmp_path):
         reader.raw_fragment("more")
-    with refused("not-listed", "not in its manifest", tmp_path):
+    with refused("not-listed", "has no namespace", tmp_path):
         reader.namespace("rooms")
     _damage("append")(path)
     with refused("not-as-listed", "in the manifest", tmp_path):
