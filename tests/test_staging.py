@@ -609,7 +609,7 @@ def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
     with refused("not-listed", "has no namespace", tmp_path):
         reader.namespace("rooms")
     _damage("append")(path)
-    with refused("not-as-listed", "in the manifest", tmp_path):
+    with refused("not-as-listed", "but the manifest says", tmp_path):
         reader.raw_fragment("clock")
     _damage("delete")(path)
     with refused("not-as-listed", "is missing", tmp_path):
