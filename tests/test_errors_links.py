@@ -86,13 +86,13 @@ def test_key_metadata_that_is_no_file_is_refused_and_not_waited_for(encrypted_pl
             vmsnap.SnapshotReader(encrypted_place.location, key=key)
 
 
-@row("key-metadata-folder")
+@row("key-metadata-directory")
 def test_key_metadata_that_is_a_folder_is_refused(encrypted_place: Place) -> None:
     encrypted_place.create()
     encrypted_place.file("enc_metadata").unlink()
     encrypted_place.file("enc_metadata").mkdir()
     for key in (encrypted_place.key, None):
-        with refused("key-metadata-folder", "enc_metadata of .*vm1", encrypted_place.location):
+        with refused("key-metadata-directory", "enc_metadata of .*vm1", encrypted_place.location):
             vmsnap.SnapshotReader(encrypted_place.location, key=key)
 
 

@@ -16,10 +16,10 @@ def test_a_snapshot_that_is_not_there_is_missed(place: Place, tmp_path: Path) ->
         place.open()
 
 
-@row("root-no-folder")
+@row("root-not-directory")
 def test_a_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
     place.location.write_bytes(b"x")
-    with refused("root-no-folder", "cannot open the snapshot .*vm1", tmp_path):
+    with refused("root-not-directory", "cannot open the snapshot .*vm1", tmp_path):
         place.open()
 
 

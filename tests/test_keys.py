@@ -314,7 +314,7 @@ def test_processes_that_make_an_identity_at_once_agree_on_one(tmp_path: Path, ho
             assert vmsnap.SnapshotReader(root).read_fragment("a") == 1
 
 
-@row("unparsable-identity", "identity-for-all", "identity-folder")
+@row("unparsable-identity", "identity-for-all", "identity-directory")
 @pytest.mark.parametrize("where", ["VMSNAP_IDENTITY", "VMSNAP_IDENTITY_FILE", "home"])
 def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_tried(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -344,7 +344,7 @@ def test_a_default_identity_that_cannot_be_used_is_an_error_and_nothing_else_is_
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
     file.unlink()
     file.mkdir()
-    with refused("identity-folder", f"{file}.*cannot be read", tmp_path):
+    with refused("identity-directory", f"{file}.*cannot be read", tmp_path):
         vmsnap.SnapshotWriter(tmp_path / "vm1", True)
 
 

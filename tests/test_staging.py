@@ -604,12 +604,12 @@ def test_each_refusal_by_its_row(tmp_path: Path, key: bytes | None) -> None:
             vmsnap.open(path, key=key, expect_seal_digest=digest)
     reader = vmsnap.open(path, key=key)
     (path / "more").write_bytes(b"")
-    with refused("not-listed", "not in its manifest", tmp_path):
+    with refused("not-listed", 'has no fragment "more"', tmp_path):
         reader.raw_fragment("more")
-    with refused("not-listed", "not in its manifest", tmp_path):
+    with refused("not-listed", "has no namespace", tmp_path):
         reader.namespace("rooms")
     _damage("append")(path)
-    with refused("not-as-listed", "in the manifest", tmp_path):
+    with refused("not-as-listed", "but the manifest says", tmp_path):
         reader.raw_fragment("clock")
     _damage("delete")(path)
     with refused("not-as-listed", "is missing", tmp_path):
@@ -648,7 +648,7 @@ def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> 
 def test_an_unfinished_fragment_by_its_row(tmp_path: Path) -> None:
     staged = vmsnap.create(tmp_path / "vm1")
     staged.writer.raw_fragment("half").write(b"half")
-    with refused("never-finished", '"half" was begun and never finished', tmp_path):
+    with refused("never-finished", '"half" was never finished, so the snapshot is not complete', tmp_path):
         staged.commit()
 
 

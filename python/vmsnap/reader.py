@@ -233,5 +233,5 @@ def digest_bytes(digest: "ReadableBuffer | str | None") -> bytes | None:
         try:
             return bytes.fromhex(digest)
         except ValueError:
-            raise InvalidArgumentError("expect_seal_digest must be 32 bytes or 64 hexadecimal digits") from None
+            raise InvalidArgumentError("a seal digest must be 32 bytes or 64 hexadecimal digits") from None
     return None if digest is None else bytes(digest)
