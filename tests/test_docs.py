@@ -48,7 +48,7 @@ BLOCKS = {
     ("docs/qemu.md", "python"): 1,  # test_qemu
     ("docs/qemu.md", "sh"): 5,  # test_qemu
     ("docs/recovery.md", "python"): 2,  # test_recovery
-    ("docs/recovery.md", "sh"): 10,  # test_recovery
+    ("docs/recovery.md", "sh"): 13,  # test_recovery
     ("docs/rust.md", "rust"): 1,  # the README's
 }
 
