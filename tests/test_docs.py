@@ -49,7 +49,8 @@ BLOCKS = {
     ("docs/qemu.md", "sh"): 5,  # test_qemu
     ("docs/recovery.md", "python"): 2,  # test_recovery
     ("docs/recovery.md", "sh"): 13,  # test_recovery
-    ("docs/rust.md", "rust"): 1,  # the README's
+    ("docs/rust.md", "rust"): 2,  # cargo test: src/lib.rs includes the page; the first is the README's
+    ("docs/rust.md", "toml"): 1,  # how to depend on the crate; below
 }
 
 
@@ -77,8 +78,14 @@ def test_the_two_minutes_of_the_first_page_are_what_it_says(tmp_path: Path, monk
 
 
 def test_the_rust_of_its_page_is_the_one_that_cargo_runs() -> None:
-    assert blocks("docs/rust.md", "rust") == blocks("README.md", "rust")
-    assert '#[cfg(doctest)]\n#[doc = include_str!("../README.md")]' in (REPOSITORY / "src/lib.rs").read_text()
+    assert blocks("docs/rust.md", "rust")[:1] == blocks("README.md", "rust")
+    library = (REPOSITORY / "src/lib.rs").read_text()
+    assert '#[cfg(doctest)]\n#[doc = include_str!("../README.md")]' in library
+    assert '#[cfg(all(doctest, feature = "age"))]\n#[doc = include_str!("../docs/rust.md")]' in library
+    package = tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["package"]
+    [dependency] = blocks("docs/rust.md", "toml")
+    assert list(tomllib.loads(dependency)["dependencies"]) == [package["name"]]
+    assert package["repository"] in dependency
 
 
 @pytest.fixture

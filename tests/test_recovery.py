@@ -265,6 +265,9 @@ def test_of_a_damaged_fragment_all_but_one_segment_is_saved(damaged: Path) -> No
     (damaged / "ram.img").write_bytes(RAM)
     run("dump", damaged / "ram.img", damaged / "vm5", "--key-file", damaged / "vm.key")
     with vmsnap.open(damaged / "vm5", key=KEY).raw_fragment("mem") as fragment:
+        assert fragment.chunk_size_bytes == 16384
+    run("put", damaged / "ram.img", damaged / "vm6", "ram", "--create", "--key-file", damaged / "vm.key")
+    with vmsnap.open(damaged / "vm6", key=KEY).raw_fragment("ram") as fragment:
         assert fragment.chunk_size_bytes == 65536
 
 
