@@ -1,4 +1,4 @@
-//! Virtual-machine snapshots: encrypted, written in parallel, readable at random.
+//! Virtual-machine snapshots with random access, written in parallel, optionally encrypted and compressed.
 //!
 //! A snapshot is a directory of *fragments* (guest memory, a disk, the state of a device), which nest in *namespaces*.
 //! The names and semantics are those that crosvm gives `SnapshotWriter` and `SnapshotReader`. An encrypted fragment is
