@@ -1,4 +1,4 @@
-//! Virtual-machine snapshots: encrypted, written in parallel, readable at random.
+//! Virtual-machine snapshots with random access, written in parallel, optionally encrypted and compressed.
 //!
 //! A snapshot is a directory of *fragments* (guest memory, a disk, the state of a device), which nest in *namespaces*.
 //! The names and semantics are those that crosvm gives `SnapshotWriter` and `SnapshotReader`. An encrypted fragment is
@@ -89,7 +89,7 @@
 // Whether and where to print is for the program to decide; clippy.toml forbids the streams themselves.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
-// The map of the rooms. A room imports from its own row and from the rows below; `docs/design.md` explains each.
+// The table of the modules. A module imports from its own row and from the rows below; `docs/design.md` explains each.
 //
 //     python, crosvm                                the extension module; crosvm's own signatures
 //     memory, verify                                guest memory; verification
@@ -138,6 +138,11 @@ mod writer;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// Runs the Rust of its page as a test.
+#[cfg(all(doctest, feature = "age"))]
+#[doc = include_str!("../docs/rust.md")]
+struct RustPage;
 
 pub use any_snapshot::AnySnapshot;
 pub use cipher::{

@@ -1,4 +1,4 @@
-"""docs/design.md describes the source as it is: its rooms, the direction of imports, its files and types."""
+"""docs/design.md describes the source as it is: its modules, the direction of imports, its files and types."""
 
 import re
 from pathlib import Path
@@ -8,43 +8,43 @@ from pages import REPOSITORY, text_of
 
 SOURCE = REPOSITORY / "src"
 PAGE = text_of("docs/design.md")
-SECTION = text_of("docs/design.md", "Rooms")
+SECTION = text_of("docs/design.md", "Modules")
 
-# The rows of the first table, from above: the names of the rooms in each.
+# The rows of the first table, from above: the names of the modules in each.
 ROWS = [
     {Path(path).stem for path in re.findall(r"`(src/[^`]+)`", row)}
     for row in SECTION[: SECTION.index("In `src/fragment`")].splitlines()
     if row.startswith("| ") and "`src/" in row
 ]
 
-# lib.rs declares the rooms; fuzzing.rs is not in a release.
-ROOMS = sorted(
+# lib.rs declares the modules; fuzzing.rs is not in a release.
+MODULES = sorted(
     {path.relative_to(SOURCE).parts[0].removesuffix(".rs") for path in SOURCE.rglob("*.rs")} - {"lib", "fuzzing"}
 )
 
 
-def row_of(room: str) -> int:
-    return next(number for number, rooms in enumerate(ROWS) if room in rooms)
+def row_of(module: str) -> int:
+    return next(number for number, modules in enumerate(ROWS) if module in modules)
 
 
-def imported(room: str) -> set[str]:
-    """The rooms that a room names, outside comments and tests."""
+def imported(module: str) -> set[str]:
+    """The modules that a module names, outside comments and tests."""
     found: set[str] = set()
-    for file in [*SOURCE.glob(f"{room}.rs"), *SOURCE.glob(f"{room}/**/*.rs")]:
+    for file in [*SOURCE.glob(f"{module}.rs"), *SOURCE.glob(f"{module}/**/*.rs")]:
         if file.name == "tests.rs":
             continue
         code = re.sub(r"//[^\n]*", "", file.read_text()).split("#[cfg(test)]\nmod")[0]
         found.update(re.findall(r"\bcrate::(\w+)", code))
-    return found & set(ROOMS) - {room}
+    return found & set(MODULES) - {module}
 
 
-def test_every_room_is_in_one_row() -> None:
-    assert sorted(room for row in ROWS for room in row) == ROOMS
+def test_every_module_is_in_one_row() -> None:
+    assert sorted(module for row in ROWS for module in row) == MODULES
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_from_its_own_row_and_those_below(room: str) -> None:
-    above = {other for other in imported(room) if row_of(other) < row_of(room)}
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_its_own_row_and_those_below(module: str) -> None:
+    above = {other for other in imported(module) if row_of(other) < row_of(module)}
     assert not above
 
 

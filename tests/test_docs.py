@@ -37,10 +37,10 @@ BLOCKS = {
     ("README.md", "sh"): 3,  # test_readme; of the one with `make` it tells only that there are such targets
     ("README.md", "python"): 3,  # test_readme
     ("README.md", "rust"): 1,  # cargo test: src/lib.rs includes the README
-    ("docs/cli.md", "sh"): 6,  # below
+    ("docs/cli.md", "sh"): 7,  # below
     ("docs/design.md", "text"): 3,  # diagrams
     ("docs/format.md", ""): 9,  # the worked example in test_independent_reader, and below; the others are formulas
-    ("docs/guide.md", "python"): 4,  # test_readme
+    ("docs/guide.md", "python"): 5,  # test_readme
     ("docs/index.md", "python"): 1,  # below
     ("docs/index.md", "sh"): 1,  # below
     ("docs/keys.md", "python"): 5,  # test_readme
@@ -48,8 +48,9 @@ BLOCKS = {
     ("docs/qemu.md", "python"): 1,  # test_qemu
     ("docs/qemu.md", "sh"): 5,  # test_qemu
     ("docs/recovery.md", "python"): 2,  # test_recovery
-    ("docs/recovery.md", "sh"): 10,  # test_recovery
-    ("docs/rust.md", "rust"): 1,  # the README's
+    ("docs/recovery.md", "sh"): 13,  # test_recovery
+    ("docs/rust.md", "rust"): 2,  # cargo test: src/lib.rs includes the page; the first is the README's
+    ("docs/rust.md", "toml"): 1,  # how to depend on the crate; below
 }
 
 
@@ -77,8 +78,14 @@ def test_the_two_minutes_of_the_first_page_are_what_it_says(tmp_path: Path, monk
 
 
 def test_the_rust_of_its_page_is_the_one_that_cargo_runs() -> None:
-    assert blocks("docs/rust.md", "rust") == blocks("README.md", "rust")
-    assert '#[cfg(doctest)]\n#[doc = include_str!("../README.md")]' in (REPOSITORY / "src/lib.rs").read_text()
+    assert blocks("docs/rust.md", "rust")[:1] == blocks("README.md", "rust")
+    library = (REPOSITORY / "src/lib.rs").read_text()
+    assert '#[cfg(doctest)]\n#[doc = include_str!("../README.md")]' in library
+    assert '#[cfg(all(doctest, feature = "age"))]\n#[doc = include_str!("../docs/rust.md")]' in library
+    package = tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["package"]
+    [dependency] = blocks("docs/rust.md", "toml")
+    assert list(tomllib.loads(dependency)["dependencies"]) == [package["name"]]
+    assert package["repository"] in dependency
 
 
 @pytest.fixture
@@ -149,6 +156,12 @@ def test_the_commands_with_guest_memory_do_what_their_page_says(tmp_path: Path, 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
         assert guest.stdout is not None
         addresses = guest.stdout.readline().strip()
+        # The line that finds the guest's memory. The kernel may merge the mapping with its neighbours.
+        [find] = commands(blocks("docs/cli.md", "sh", "Guest memory")[1])
+        found = shell(find.replace("4711", str(guest.pid)), tmp_path).stdout
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        mappings = [[int(each, 16) for each in line.split()[0].split("-")] for line in found.splitlines()]
+        assert any(first <= start and end <= last for first, last in mappings)
         # The number and the addresses belong to a process on another machine.
         for written, here in (("4711", str(guest.pid)), ("7f3a00000000-7f3a40000000", addresses)):
             assert process.count(written) == 1

@@ -126,8 +126,8 @@ def test_the_first_commands_of_the_readme_run(folder: Path) -> None:
     output = subprocess.check_output(["sh", "-euc", commands], cwd=folder, env={**os.environ, "PATH": path})
     ram = (folder / "ram.img").read_bytes()
     assert f"00001000  {ram[4096:4104].hex(' ')}".encode() in output
-    assert (folder / "back.img").read_bytes() == ram
-    assert vmsnap.open(folder / "vm1").encrypted
+    assert (folder / "first.img").read_bytes() == ram
+    assert vmsnap.open(folder / "first").encrypted
 
 
 def test_the_commands_of_the_readme_run(folder: Path) -> None:

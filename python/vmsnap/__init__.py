@@ -1,4 +1,4 @@
-"""Virtual-machine snapshots: encrypted, written in parallel, readable at random.
+"""Virtual-machine snapshots with random access, written in parallel, optionally encrypted and compressed.
 
 A snapshot is a directory of fragments (byte blobs: guest memory, a disk, the state of a device), nested by namespaces.
 

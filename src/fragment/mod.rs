@@ -1,4 +1,4 @@
-//! Fragments: files that are written once, front to back, and read at random.
+//! Fragments: files that are written once, front to back, and read with random access.
 //!
 //! ```text
 //! writing.rs           Fragment (Write): open, failed or finished
