@@ -168,7 +168,10 @@ impl Data {
     /// Fills `buf` with the data from `start` on, through the cache of blocks. Meant for a few bytes.
     pub(super) fn read_small(&self, start: u64, mut buf: &mut [u8]) -> Result<()> {
         let block_bytes = self.block_bytes();
-        if block_bytes == 1 || block_bytes > MAX_CACHED_BLOCK_BYTES as u64 {
+        if block_bytes == 1 {
+            return self.fill(start, buf);
+        }
+        if block_bytes > MAX_CACHED_BLOCK_BYTES as u64 {
             let mut done = 0;
             return self.read(&mut ReadBuffers::default(), start, start + buf.len() as u64, |data| {
                 buf[done..done + data.len()].copy_from_slice(data);
