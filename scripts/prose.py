@@ -18,7 +18,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SCOPE = ["*.md", "docs/*.md", "examples/**/*.md", ".github/**/*.md", ".github/**/*.yml", "Makefile", "mkdocs.yml"]
 SCOPE += ["scripts/*.sh", "scripts/*.py", "src/**/*.rs", "python/**/*.py", "python/**/*.pyi", "build.rs", "*.toml"]
 SCOPE += ["benches/**/*.py", "benches/**/*.rs", "rust-tests/**/*.rs", "fuzz/*.py", "fuzz/**/*.rs", "fuzz/**/*.toml"]
-# Files that still have findings.
 
 # Patterns see a paragraph as one line with single spaces, inline code as x, and code as NUL.
 RULES = {

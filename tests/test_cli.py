@@ -110,7 +110,7 @@ def test_a_dumped_file_reads_back_byte_for_byte(tmp_path: Path, ram: Path) -> No
 def test_a_key_file_encrypts_the_dump(tmp_path: Path, ram: Path, key_file: Path, key: bytes) -> None:
     run("dump", ram, tmp_path / "vm", "--key-file", key_file)
     with vmsnap.SnapshotReader(tmp_path / "vm", True, key=key).raw_fragment("mem") as fragment:
-        assert fragment.chunk_size_bytes == 65536
+        assert fragment.chunk_size_bytes == 16384
     assert memory_of(tmp_path / "vm", key) == ram.read_bytes()
 
 

@@ -175,7 +175,7 @@ INTO_PLACE = "when=2+"
 @row("cannot-rename")
 def test_a_rename_across_file_systems_is_refused_and_leaves_nothing(folder: Path, inject: Inject) -> None:
     inject(f"renameat2:error=EXDEV:{INTO_PLACE}")
-    message = "cannot commit the snapshot .*vm1: the file system does not rename .*another directory: Invalid cross"
+    message = "cannot commit the snapshot .*vm1: the file system cannot rename .*another directory: Invalid cross"
     refused_elsewhere("cannot-rename", message, folder, CREATE, folder / "vm1")
 
 
@@ -235,7 +235,7 @@ def test_the_command_line_says_so_too(folder: Path) -> None:
     (folder / LEFT).mkdir()
     done = command_line(f_type(NETWORK["NFS"]), "clean", folder)
     assert done.returncode == 1
-    assert "it lies on NFS" in error_of(done)
+    assert "it is on NFS" in error_of(done)
     assert os.listdir(folder) == [LEFT]
 
 

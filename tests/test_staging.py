@@ -692,7 +692,7 @@ def test_the_command_line_verifies_seals_and_cleans(tmp_path: Path) -> None:
     status, digest = run("seal", str(path))
     assert status == 0
     assert len(digest.strip()) == 64
-    assert "it is sealed" in error_of(run_command("seal", path, status=1))
+    assert "is already sealed" in error_of(run_command("seal", path, status=1))
     status, output = run("verify", str(path), "--expect-seal-digest", digest.strip())
     assert status == 0
     assert "ok: 3 fragments" in output

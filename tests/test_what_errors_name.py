@@ -120,7 +120,7 @@ def error_with(injection: str, *arguments: object, of: Path | None = None) -> st
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, ram: Path) -> None:
     # First its beginning is read, which tells its format; then its memory.
-    for number, said in ((1, f"{ram}: cannot be read"), (2, "guest-physical address 0x0 cannot be read")):
+    for number, said in ((1, f"{ram} cannot be read"), (2, "guest-physical address 0x0 cannot be read")):
         text = error_with(f"pread64:error=EIO:when={number}", "dump", ram, tmp_path / "out", of=ram)
         assert text.endswith(f"{said}: Input/output error")
         assert os.listdir(tmp_path) == ["ram.img"]
@@ -176,7 +176,9 @@ def test_what_a_failed_command_leaves_behind_is_said(tmp_path: Path, ram: Path) 
     folder.mkdir()
     text = error_with("renameat2,unlinkat:error=EIO", "dump", ram, folder / "out")
     [left] = os.listdir(folder)
-    assert re.search(rf"cannot commit .*; cannot remove what was staged in .*{left}: .*; vmsnap.clean removes it", text)
+    assert re.search(
+        rf"cannot commit .*; cannot remove the staged directory .*{left}: .*; vmsnap.clean removes it", text
+    )
 
 
 def test_a_staged_directory_that_cannot_be_made_is_one_error_of_the_snapshot(tmp_path: Path, ram: Path) -> None:
