@@ -215,5 +215,5 @@ def test_refusals_name_the_process(tmp_path: Path) -> None:
         with pytest.raises(vmsnap.InvalidArgumentError, match=text):
             writer.write_memory([region])
     vmsnap.SnapshotWriter(tmp_path / "vm2").write_memory([GuestRegion(0, bytes(PAGE))])
-    with pytest.raises(vmsnap.InvalidArgumentError, match="not restored into a process"):
+    with pytest.raises(vmsnap.InvalidArgumentError, match="cannot be restored into a process"):
         vmsnap.open(tmp_path / "vm2").memory().restore([GuestRegion(0, own, offset=start, size=PAGE)])

@@ -146,10 +146,10 @@ def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
     """
     with expecting_snapshot(snapshot):
         found = summarize(snapshot, keys)
-    doubt(snapshot)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     elif to_terminal():
         print_table(found.rows(exact=False))
     else:
         click.echo("".join(f"{label}\t{text}\n" for label, text in found.rows(exact=True)), nl=False)
+    doubt(snapshot)
