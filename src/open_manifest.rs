@@ -80,7 +80,7 @@ pub(crate) fn incomplete(root: &Path) -> Error {
 pub(crate) fn unsealed(root: &Path) -> Error {
     let text = format!(
         "the snapshot {} is not sealed (it has no {MANIFEST}), so nothing shows whether it is complete; `vmsnap seal` \
-         or seal() seals it in its present state",
+         or seal() seals it in its present state, if you know that it is complete",
         root.display()
     );
     Error::new(Kind::NotSealed, text)

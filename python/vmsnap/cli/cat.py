@@ -31,5 +31,8 @@ def cat(snapshot: Path, path: str, keys: OpeningKeys, offset: int, size: int | N
         for batch in batches(path, fragment, offset, end):
             write_all(output, batch)
         if offset > fragment.size:
-            click.echo(f"vmsnap: offset {offset} is beyond the end: the fragment has {fragment.size} bytes", err=True)
+            click.echo(
+                f"vmsnap: warning: offset {offset} is beyond the end of {path}, which has {fragment.size} bytes",
+                err=True,
+            )
     output.flush()

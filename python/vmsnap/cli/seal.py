@@ -23,4 +23,9 @@ def seal(snapshot: Path, keys: OpeningKeys, no_durable: bool) -> None:
     "vmsnap verify --expect-seal-digest" then also detects that the whole snapshot was replaced. A snapshot is sealed
     once.
     """
-    click.echo(vmsnap.seal(snapshot, **keys.arguments(snapshot), durable=not no_durable).hex())
+    try:
+        digest = vmsnap.seal(snapshot, **keys.arguments(snapshot), durable=not no_durable)
+    except vmsnap.SealedError as error:
+        text = f"{snapshot} is already sealed, so there is nothing to do; vmsnap verify prints its seal digest"
+        raise vmsnap.SealedError(text) from error
+    click.echo(digest.hex())

@@ -43,7 +43,9 @@ def _show_bytes(
     if left := fragment.size - end:
         click.echo(f"vmsnap: {left} more bytes: --offset {end} shows the next ones, --size N more at once", err=True)
     elif begin > fragment.size:
-        click.echo(f"vmsnap: offset {begin} is beyond the end: the fragment has {fragment.size} bytes", err=True)
+        click.echo(
+            f"vmsnap: warning: offset {begin} is beyond the end of {path}, which has {fragment.size} bytes", err=True
+        )
     elif not fragment.size:
         click.echo("vmsnap: the fragment is empty", err=True)
 
@@ -93,7 +95,7 @@ def show(
                 value = namespace.read_fragment(name, format=format_)
             except CorruptSnapshotError as error:
                 if format_:
-                    raise CorruptSnapshotError(f"{error}; try without --format") from error
+                    raise CorruptSnapshotError(f"{error}; without --format, show detects the format") from error
             else:
                 _show_value(value, as_json=as_json, full=full)
                 return

@@ -31,7 +31,7 @@ def doubt(location: str | Path) -> None:
     """Report on standard error that a directory may not be a snapshot, if it has no file that only snapshots have."""
     if not is_marked(location):
         text = f"{printable(str(location))} has neither {_MARKERS[0]} nor {_MARKERS[1]}: it is a plain snapshot that "
-        click.echo(f"vmsnap: {text}is not sealed, or not a snapshot", err=True)
+        click.echo(f"vmsnap: warning: {text}is not sealed, or not a snapshot", err=True)
 
 
 @contextmanager
