@@ -162,3 +162,15 @@ def test_the_command_line_does_not_use_the_extension_module() -> None:
             elif isinstance(node, ast.Attribute):
                 names = [f".{node.attr}"]
             assert not [name for name in names if "._vmsnap" in name], file.name
+
+
+def test_empty_keys_never_mean_a_plain_snapshot(tmp_path: Path) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: vmsnap.create(tmp_path / "vm1", keys=vmsnap.Keys()),
+        lambda: vmsnap.SnapshotWriter(tmp_path / "vm1", keys=vmsnap.Keys()),
+        lambda: vmsnap.open(tmp_path / "vm1", keys=vmsnap.Keys()),
+    ]
+    for call in calls:
+        with pytest.raises(vmsnap.InvalidArgumentError, match="keys= holds no key"):
+            call()
+    assert list(tmp_path.iterdir()) == []

@@ -156,7 +156,7 @@ def one_of(keys: Keys | None, given: Keys) -> Keys:
     Raises
     ------
     InvalidArgumentError
-        Both were passed.
+        Both were passed, or ``keys=`` is empty, which must not mean "not encrypted".
     """
     if keys is None:
         return given
@@ -164,6 +164,8 @@ def one_of(keys: Keys | None, given: Keys) -> Keys:
         raise TypeError(f"keys must be vmsnap.Keys, not {type(keys).__name__}")
     if given.given:
         raise InvalidArgumentError("keys= and single key arguments were passed together: pass one or the other")
+    if not keys.given:
+        raise InvalidArgumentError("keys= holds no key: leave it out, or pass Keys(encrypt=True) for your own identity")
     return keys
 
 

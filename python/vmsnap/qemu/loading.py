@@ -112,6 +112,7 @@ async def load_async(
     _check_command(command)
     given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
     keys = one_of(keys, given)
+    keys = keys if keys.given else None
     pinned: dict[str, Any] = {"threads": threads, "expect_seal_digest": expect_seal_digest}
 
     def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory]:

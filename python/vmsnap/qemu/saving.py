@@ -122,6 +122,7 @@ async def save_async(
         raise InvalidArgumentError(f'then must be "as-before", "continue" or "quit", not {then!r}')
     given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
     keys = one_of(keys, given)
+    keys = keys if keys.given else None
     started = perf_counter()
     with ExitStack() as stack:
         connection = connection_to(Path(qmp))
