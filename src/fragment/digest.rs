@@ -82,7 +82,7 @@ impl Digest {
         let first = self.next_subtree();
         let batches = body.chunks(BATCH_BYTES);
         let mut workers: Vec<_> = (0..threads.min(batches.len())).map(|_| Vec::new()).collect();
-        for_each(&mut workers, batches.enumerate(), interrupt, |done: &mut Vec<_>, (number, batch)| {
+        for_each(&mut workers, batches.enumerate(), interrupt, |done: &mut Vec<_>, (number, batch), _| {
             also(head.len() + number * BATCH_BYTES, batch)?;
             // After `also`, the batch is in the cache.
             let subtrees = batch.chunks(SUBTREE_BYTES).zip(first + (number * (BATCH_BYTES / SUBTREE_BYTES)) as u64..);

@@ -106,7 +106,7 @@ impl EncryptedSource {
             }
         };
         let result =
-            for_each(workers, batches, interrupt, |worker, (offset, batch)| worker.read_batch(self, offset, batch));
+            for_each(workers, batches, interrupt, |worker, (offset, batch), _| worker.read_batch(self, offset, batch));
         self.put_back(one.into_iter().chain(many));
         result
     }

@@ -17,7 +17,7 @@ use crate::cipher::{Encryption, Encryptor, SEGMENT_OVERHEAD_BYTES, segment_offse
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
 use crate::stored_file::StoredFile;
-use crate::threads::{INTERRUPT_INTERVAL, Interrupt, for_each, lock};
+use crate::threads::{Interrupt, for_each, lock};
 
 pub(super) struct Encryptors {
     encryption: Encryption,
@@ -119,7 +119,7 @@ impl Encryptors {
         let batch_chunks = (batch_bytes / self.chunk_size_bytes) as u64;
         let batches = plaintext.chunks(batch_bytes);
         let mut workers = self.workers(self.threads.min(batches.len()));
-        let result = for_each(&mut workers, batches.enumerate(), interrupt, |worker, (number, batch)| {
+        let result = for_each(&mut workers, batches.enumerate(), interrupt, |worker, (number, batch), _| {
             self.encrypt_batch(worker, file, first_index + number as u64 * batch_chunks, batch)
         });
         lock(&self.queue).idle_workers.append(&mut workers);
@@ -187,9 +187,9 @@ impl Encryptors {
         interrupt: &mut Interrupt<'_>,
         mut ready: impl FnMut(&mut Queue) -> Option<R>,
     ) -> Result<R> {
+        interrupt.check()?;
+        let mut queue = lock(&self.queue);
         loop {
-            interrupt.check()?;
-            let mut queue = lock(&self.queue);
             if let Some(failure) = queue.failure.take() {
                 return Err(failure);
             }
@@ -200,8 +200,10 @@ impl Encryptors {
                 Some(batch) => {
                     drop(queue);
                     self.encrypt_taken(batch);
+                    interrupt.check()?;
+                    queue = lock(&self.queue);
                 }
-                None => drop(self.done.wait_timeout(queue, INTERRUPT_INTERVAL)),
+                None => queue = interrupt.wait(&self.done, queue, &self.queue)?,
             }
         }
     }

@@ -130,7 +130,7 @@ impl PlainSource {
     ) -> Result<()> {
         let batches = Batches::new(offset, buf, BATCH_BYTES);
         let mut workers = vec![(); threads.min(batches.len())];
-        for_each(&mut workers, batches, interrupt, |(), (offset, batch)| {
+        for_each(&mut workers, batches, interrupt, |(), (offset, batch), _| {
             self.file.read_exact_at(batch, offset).map_err(|error| match error.kind() {
                 std::io::ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
                 _ => Error::io("cannot be read", error),
