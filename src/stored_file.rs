@@ -35,6 +35,8 @@ const IOV_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct StoredFile {
     file: File,
+    /// The length when it was opened to be read; 0 for a new file.
+    size: u64,
     cache: CacheUse,
 }
 
@@ -190,17 +192,22 @@ fn sync_range(file: impl AsFd, range: &Range<u64>, flags: libc::c_uint) {
 }
 
 impl StoredFile {
+    /// A new, empty file.
     pub(crate) fn new(file: File) -> Self {
-        Self { file, cache: CacheUse::default() }
+        Self::of_size(file, 0)
+    }
+
+    /// A file of `size` bytes, to be read.
+    pub(crate) fn of_size(file: File, size: u64) -> Self {
+        Self { file, size, cache: CacheUse::default() }
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size
     }
 
     pub(crate) fn set_uncached(&self, uncached: bool) {
         self.cache.set_uncached(uncached);
-    }
-
-    /// Writes all of `data` to `offset`.
-    pub(crate) fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        if data.is_empty() { Ok(()) } else { self.write_runs(&[data], offset) }
     }
 
     /// Writes all of `runs`, one after the other, from `offset` on.
@@ -246,8 +253,7 @@ mod tests {
     fn write_and_read(file: &StoredFile) {
         let bytes: Vec<u8> = (0..200_000_u32).map(|n| n.to_le_bytes()[0]).collect();
         file.write_runs(&[&bytes[..3], &bytes[3..70_000]], 5).unwrap();
-        file.write_all_at(&bytes[70_000..], 70_005).unwrap();
-        file.write_all_at(&[], 1 << 40).unwrap();
+        file.write_runs(&[&bytes[70_000..]], 70_005).unwrap();
         file.drop_rest();
         assert_eq!(file.metadata().unwrap().len(), 200_005);
         let mut back = vec![0; 200_000];
@@ -280,7 +286,7 @@ mod tests {
         file.cache.state.store(ADVISED, Ordering::Relaxed);
         let mib = vec![7; 1 << 20];
         for number in 0..40 {
-            file.write_all_at(&mib, number << 20).unwrap();
+            file.write_runs(&[&mib], number << 20).unwrap();
         }
         let waiting: u64 = lock(&file.cache.unwritten).iter().map(|range| range.end - range.start).sum();
         assert_eq!(waiting, MAX_UNWRITTEN_BYTES);

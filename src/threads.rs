@@ -69,8 +69,8 @@ impl<'a> Interrupt<'a> {
         }
     }
 
-    /// The interrupt of a thread that helps the calling thread.
-    fn of_helper(stop: &'a AtomicBool) -> Self {
+    /// The interrupt of a thread that helps another one, until `stop` is set.
+    pub(crate) fn of_helper(stop: &'a AtomicBool) -> Self {
         Self { callback: None, next: Instant::now(), owner: OwnerProcess::current(), stop: Some(stop) }
     }
 

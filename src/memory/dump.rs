@@ -307,14 +307,14 @@ impl<'a> Dump<'a> {
                     lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
                     Result::Ok(())
                 })?;
-                let write = |offset, aligned: &[u8]| {
+                let write = |offset, aligned: &[u8], interrupt: &mut Interrupt<'_>| {
                     let mut rope = Rope::new();
                     rope.push(aligned);
-                    positioned.write(position_worker, offset, &rope)
+                    positioned.write(position_worker, offset, &rope, interrupt)
                 };
                 *buffer = Some(reordered.put(number, (packed, lengths), interrupt, write)?);
             }
-            _ => positioned.write(position_worker, offset, &aligned)?,
+            _ => positioned.write(position_worker, offset, &aligned, interrupt)?,
         }
         self.done.fetch_add(end - start, Ordering::Relaxed);
         Ok(())

@@ -210,7 +210,7 @@ impl ReorderBuffer {
         number: usize,
         batch: AnnotatedBatch,
         interrupt: &mut Interrupt<'_>,
-        mut write: impl FnMut(u64, &[u8]) -> Result<()>,
+        mut write: impl FnMut(u64, &[u8], &mut Interrupt<'_>) -> Result<()>,
     ) -> Result<AnnotatedBatch> {
         let mut state = lock(&self.state);
         state.waiting.insert(number, batch);
@@ -221,7 +221,7 @@ impl ReorderBuffer {
                 state.notes.extend_from_slice(&note);
                 let (offset, aligned) = state.stream.join(&mut batch, self.alignment)?;
                 drop(state);
-                write(offset, aligned)?;
+                write(offset, aligned, interrupt)?;
                 batch.clear();
                 note.clear();
                 state = lock(&self.state);
@@ -331,7 +331,7 @@ mod tests {
                     if number % 7 == 0 {
                         std::thread::sleep(std::time::Duration::from_micros(300));
                     }
-                    let write = |offset, aligned: &[u8]| {
+                    let write = |offset, aligned: &[u8], _: &mut Interrupt<'_>| {
                         lock(&taken).push((offset, aligned.to_vec()));
                         Ok(())
                     };
@@ -351,7 +351,7 @@ mod tests {
 
     fn put(reordered: &ReorderBuffer, callback: &mut dyn FnMut() -> Result<()>) -> Error {
         reordered
-            .put(1, reordered.batch().unwrap().unwrap(), &mut Interrupt::new(callback), |_, _| Ok(()))
+            .put(1, reordered.batch().unwrap().unwrap(), &mut Interrupt::new(callback), |_, _, _| Ok(()))
             .map(drop)
             .unwrap_err()
     }

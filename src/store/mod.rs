@@ -1,0 +1,3 @@
+//! The place where a snapshot is kept.
+
+pub(crate) mod bytes;
