@@ -93,18 +93,14 @@
 //
 //     python, crosvm                                the extension module; crosvm's own signatures
 //     memory, verify                                guest memory; verification
-//     staging                                       StagedSnapshot: commit, seal
-//     writer, reader, any_snapshot                  the handles
-//     open_manifest, key_metadata, inspect, clean   the files at the root of a snapshot
-//     options                                       SnapshotOptions
-//     fragment, key, serialization                  files; wrapped keys; values
+//     snapshot                                      the handles, SnapshotOptions, commit and seal
+//     fragment, key, serialization                  contents of fragments; wrapped keys; values
+//     store                                         the place where a snapshot is kept
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
-//     threads, pool, process, buffer, durability, stored_file, error
+//     threads, pool, process, buffer, durability, stored_file, location, error
 
-mod any_snapshot;
 mod buffer;
 mod cipher;
-mod clean;
 #[cfg(feature = "crosvm")]
 pub mod crosvm;
 mod durability;
@@ -113,27 +109,22 @@ mod fragment;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
-mod inspect;
 mod key;
-mod key_metadata;
+mod location;
 mod manifest;
 mod memory;
 mod name;
-mod open_manifest;
-mod options;
 mod pool;
 mod process;
 #[cfg(feature = "python")]
 mod python;
-mod reader;
 mod serialization;
-mod staging;
+mod snapshot;
 mod store;
 mod stored_file;
 mod strict_cbor;
 mod threads;
 mod verify;
-mod writer;
 
 /// Runs the Rust of the README as a test.
 #[cfg(doctest)]
@@ -145,25 +136,22 @@ struct Readme;
 #[doc = include_str!("../docs/rust.md")]
 struct RustPage;
 
-pub use any_snapshot::AnySnapshot;
 pub use cipher::{
     DEFAULT_CHUNK_SIZE_BYTES, KEY_BYTES, MAX_CHUNK_SIZE_BYTES, MIN_CHUNK_SIZE_BYTES, SecretKey, aead_provider,
 };
-pub use clean::{Cleaned, clean};
 pub use error::{Error, Result};
 pub use fragment::{Fragment, FragmentReader};
-pub use inspect::{InspectedFragment, Inspection, inspect};
 pub use key::{
     Identity, KeyProvider, KeyWrapping, Passphrase, ProviderError, generate_identity, identity_file, recipients_of,
 };
-pub use key_metadata::rekey;
+pub use manifest::SealId;
 pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
     MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
-pub use options::SnapshotOptions;
-pub use reader::SnapshotReader;
-pub use serialization::Format;
-pub use staging::{SealId, StagedSnapshot};
+pub use serialization::{AnySnapshot, Format};
+pub use snapshot::{
+    InspectedFragment, Inspection, SnapshotOptions, SnapshotReader, SnapshotWriter, StagedSnapshot, inspect, rekey,
+};
+pub use store::directory::clean::{Cleaned, clean};
 pub use verify::{Problem, ProblemKind, Verification};
-pub use writer::SnapshotWriter;

@@ -26,6 +26,16 @@ const MEMORY_PER_BYTE: usize = 4;
 const CHUNK_SIZE_BYTES: usize = 64 << 10;
 const AAD: &[u8] = b"vmsnap/1/manifest";
 
+/// Identifies a sealed snapshot. Keep it outside the snapshot to check later that the snapshot is unchanged, with
+/// [`crate::SnapshotOptions::expect_seal_digest`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SealId {
+    /// Random bytes, different for each snapshot.
+    pub snapshot_id: [u8; 16],
+    /// The BLAKE3 hash of the manifest's plaintext.
+    pub seal_digest: [u8; 32],
+}
+
 /// The contents of a sealed snapshot.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Manifest {

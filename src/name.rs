@@ -15,6 +15,9 @@ const RESERVED_PREFIX: &str = ".vmsnap";
 /// The file with the wrapped data key, at the root of an encrypted snapshot.
 pub(crate) const KEY_METADATA: &str = "enc_metadata";
 
+/// A larger file is not valid key metadata.
+pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
+
 /// The file with the list of all fragments, at the root of a sealed snapshot.
 pub(crate) const MANIFEST: &str = "vmsnap_manifest";
 

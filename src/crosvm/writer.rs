@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dropped::{DropError, DroppedFragment};
 use super::into_anyhow;
-use crate::options::SnapshotOptions;
+use crate::snapshot::SnapshotOptions;
 
 /// Writes a snapshot: [`crate::SnapshotWriter`] with crosvm's signatures.
 ///

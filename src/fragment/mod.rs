@@ -1,4 +1,4 @@
-//! Fragments: files that are written once, front to back, and read with random access.
+//! Fragments: byte strings that are written once, front to back, and read with random access.
 //!
 //! ```text
 //! writing.rs           Fragment (Write): open, failed or finished
@@ -13,9 +13,6 @@
 //! place.rs             the location and path of a fragment, for errors and the cipher
 //! digest.rs            BLAKE3 of a plain fragment
 //! ledger.rs            the fragments a process wrote into a staged snapshot
-//! lock.rs              the lock on the snapshot's directory
-//! file_system.rs       file systems on which that lock does not reach every writer
-//! folder.rs            files and directories below the location; links are never followed
 //! ```
 
 mod batches;
@@ -23,10 +20,7 @@ pub(crate) mod digest;
 mod encrypted_sink;
 mod encrypted_source;
 mod encryptors;
-mod file_system;
-pub(crate) mod folder;
 pub(crate) mod ledger;
-pub(crate) mod lock;
 mod place;
 mod plain;
 pub(crate) mod positioned;

@@ -1,26 +1,26 @@
 //! The location and path of a fragment, for errors and the cipher.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
 
+use crate::location::Location;
 use crate::name::SnapshotPath;
 
 /// The location and path of a fragment, for errors.
 #[derive(Clone, Debug)]
 pub(super) struct FragmentPlace {
-    pub(super) root: PathBuf,
+    location: Location,
     pub(super) path: SnapshotPath,
 }
 
 impl FragmentPlace {
-    pub(super) fn new(root: &Path, path: &SnapshotPath) -> Self {
-        Self { root: root.to_owned(), path: path.clone() }
+    pub(super) fn new(location: &Location, path: &SnapshotPath) -> Self {
+        Self { location: location.clone(), path: path.clone() }
     }
 }
 
 impl fmt::Display for FragmentPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {}", self.path, self.root.display())
+        write!(f, "{} of {}", self.path, self.location)
     }
 }
 

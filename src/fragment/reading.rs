@@ -2,12 +2,10 @@
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::path::Path;
 use std::sync::Arc;
 
 use super::digest::Digest;
 use super::encrypted_source::EncryptedSource;
-use super::folder;
 use super::place::FragmentPlace;
 use super::plain;
 use crate::buffer;
@@ -16,8 +14,8 @@ use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
+use crate::store::Store;
 use crate::store::bytes::ReadAt;
-use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
 /// The size of each read when a whole fragment is read.
@@ -70,20 +68,18 @@ struct OpenFile {
 impl FragmentReader {
     /// Opens a fragment; `expected` is its manifest entry.
     pub(crate) fn open(
-        root: &Path,
+        store: &Store,
         path: &SnapshotPath,
         key: Option<&SecretKey>,
         threads: usize,
         expected: Option<&Entry>,
     ) -> Result<Self> {
-        let place = FragmentPlace::new(root, path);
-        let (namespace, name) = path.split();
-        let opened = folder::open(root, namespace)
-            .and_then(|folder| folder::open_file(&folder, name).map_err(|error| error.context(&place)));
-        let (file, stored_size) = opened.map_err(|error| match expected {
+        let place = FragmentPlace::new(store.location(), path);
+        let object = store.object(path).map_err(|error| match expected {
             Some(_) if error.is_not_found() => Error::corrupt("is missing, but the manifest lists it").context(&place),
             _ => error,
         })?;
+        let stored_size = object.size();
         let tag = match expected {
             Some(entry) if entry.stored_size != stored_size => {
                 let text = format!("is {stored_size} bytes long, but the manifest says {} bytes", entry.stored_size);
@@ -92,7 +88,6 @@ impl FragmentReader {
             Some(Entry { proof: Proof::HeaderTag { tag, .. }, .. }) => Some(*tag),
             _ => None,
         };
-        let object: Arc<dyn ReadAt> = Arc::new(StoredFile::of_size(file, stored_size));
         let encrypted = match key {
             None => None,
             Some(key) => {

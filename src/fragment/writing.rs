@@ -2,16 +2,10 @@
 
 use std::fmt;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
 use super::encrypted_sink::EncryptedSink;
-use super::folder;
-use super::ledger::Staging;
-use super::lock::LockedRoot;
+use super::ledger::Ledger;
 use super::place::FragmentPlace;
 use super::plain::PlainSink;
 use super::positioned::PositionedWriter;
@@ -19,8 +13,8 @@ use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
-use crate::store::bytes::WriteAt;
-use crate::stored_file::StoredFile;
+use crate::store::Draft;
+use crate::store::bytes::{NewObject, WriteAt};
 use crate::threads::Interrupt;
 
 /// A fragment being written, front to back, with [`Write`].
@@ -36,11 +30,10 @@ use crate::threads::Interrupt;
 /// In a process that was forked after the opening, every call fails and a drop does nothing.
 pub struct Fragment {
     state: State,
-    file: Arc<StoredFile>,
-    folder: OwnedFd,
-    staging: Staging,
-    /// Held until the fragment is closed.
-    lock: Option<LockedRoot>,
+    object: Arc<dyn NewObject>,
+    /// Whether the snapshot is complete or absent.
+    staged: bool,
+    ledger: Option<Arc<Ledger>>,
     place: FragmentPlace,
     owner: OwnerProcess,
 }
@@ -61,35 +54,19 @@ pub(crate) struct Writing<'a> {
     pub(crate) key: Option<&'a SecretKey>,
     pub(crate) chunk_size_bytes: usize,
     pub(crate) threads: usize,
-    pub(crate) staging: Staging,
+    /// Where a commit finds the entry of the fragment; only in the process that staged the snapshot.
+    pub(crate) ledger: Option<&'a Arc<Ledger>>,
 }
 
 impl Fragment {
-    pub(crate) fn create(root: &Path, path: &SnapshotPath, writing: &Writing<'_>) -> Result<Self> {
-        let place = FragmentPlace::new(root, path);
-        let (namespace, name) = path.split();
-        let lock = LockedRoot::shared(root)?;
-        let folder = folder::open_below(
-            lock.folder().try_clone().map_err(|error| Error::io(format!("{place} cannot be created"), error))?,
-            root,
-            namespace,
-        )?;
-        let created = if writing.staging.is_staged() {
-            folder::create_unfinished(&folder, name)
-        } else {
-            folder::create_file(&folder, name)
-        };
-        let file = created.map_err(|errno| {
-            let reason = if errno == Errno::EXIST { "exists already" } else { "cannot be created" };
-            Error::io(format!("{place} {reason}"), errno)
-        })?;
-        // Failed for now: if the sink cannot be made, the drop removes the file.
+    pub(crate) fn create(draft: &Draft, path: &SnapshotPath, writing: &Writing<'_>) -> Result<Self> {
+        let place = FragmentPlace::new(draft.location(), path);
+        // Failed for now: if the sink cannot be made, the drop removes the object.
         let mut fragment = Self {
             state: State::Failed,
-            file: Arc::new(StoredFile::new(file)),
-            folder,
-            staging: writing.staging.clone(),
-            lock: Some(lock),
+            object: draft.create(path)?,
+            staged: draft.is_staged(),
+            ledger: writing.ledger.cloned(),
             place,
             owner: OwnerProcess::current(),
         };
@@ -99,12 +76,12 @@ impl Fragment {
 
     fn sink(&self, writing: &Writing<'_>) -> Result<Sink> {
         let go_on = &mut || Ok(());
-        let object: Arc<dyn WriteAt> = Arc::<StoredFile>::clone(&self.file);
+        let object: Arc<dyn WriteAt> = Arc::<dyn NewObject>::clone(&self.object);
         let interrupt = &mut Interrupt::new(go_on);
         let Writing { key, chunk_size_bytes, threads, .. } = *writing;
         Ok(match key {
             // Only the process that staged the snapshot needs the digest.
-            None => Sink::Plain(PlainSink::new(object, writing.staging.ledger().is_some(), threads)),
+            None => Sink::Plain(PlainSink::new(object, writing.ledger.is_some(), threads)),
             Some(key) => {
                 let path = &self.place.path;
                 Sink::Encrypted(EncryptedSink::new(object, key, path, chunk_size_bytes, threads, interrupt)?)
@@ -162,14 +139,12 @@ impl Fragment {
 
     /// Whether writes leave no page of the file in the page cache.
     pub(crate) fn set_uncached(&self, uncached: bool) {
-        self.file.set_uncached(uncached);
+        self.object.set_uncached(uncached);
     }
 
-    /// The length of its file.
+    /// The number of bytes that are stored so far.
     pub(crate) fn stored_size(&self) -> Result<u64> {
-        let metadata =
-            self.file.metadata().map_err(|error| Error::io("cannot be examined", error).context(&self.place))?;
-        Ok(metadata.len())
+        self.object.stored_size().map_err(|error| error.context(&self.place))
     }
 
     /// Lets `work` write batches at their offsets, before anything else is written; `work` returns the end of the
@@ -215,18 +190,13 @@ impl Fragment {
             }
             Ok(())
         })?;
-        self.file.drop_rest();
-        if self.staging.is_staged() {
-            // Failed until the file is marked: no commit accepts an unmarked file.
-            self.state = State::Failed;
-            folder::mark_finished(&self.file)
-                .map_err(|error| Error::io("cannot be finished", error).context(&self.place))?;
-            if let (Some(ledger), Some(entry)) = (self.staging.ledger(), entry) {
-                ledger.enter(self.place.path.as_str(), entry);
-            }
+        // Failed until the object is finished: no commit accepts it before that.
+        self.state = State::Failed;
+        self.object.finish(interrupt).map_err(|error| error.context(&self.place))?;
+        if let (Some(ledger), Some(entry)) = (&self.ledger, entry) {
+            ledger.enter(self.place.path.as_str(), entry);
         }
         self.state = State::Closed;
-        self.lock = None;
         Ok(())
     }
 
@@ -243,33 +213,24 @@ impl Fragment {
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.owner.check_fragment().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
-        if let Some(ledger) = self.staging.ledger() {
+        if let Some(ledger) = &self.ledger {
             ledger.strike_out(self.place.path.as_str());
         }
-        let (_, name) = self.place.path.split();
-        let removed = folder::remove_file(&self.folder, name, &self.file)
-            .map_err(|error| Error::io(format!("{} cannot be removed", self.place), error));
-        self.lock = None;
-        removed
+        self.object.discard().map_err(|error| error.context(&self.place))
     }
 
     /// Closes a fragment that was neither finished nor discarded, so that it does not count as complete.
     pub(crate) fn abandon(&mut self) {
-        if !self.staging.is_staged() {
-            // A drop cannot report an error. If the file stays, it does not open.
-            let _ = self.remove();
-        } else if self.owner.is_current() {
-            // The file stays, empty and marked as unfinished, so that the commit fails, also in another process.
+        if self.owner.is_current() {
             self.state = State::Closed;
-            let _ = self.file.set_len(0);
-            self.lock = None;
+            self.object.abandon();
         }
     }
 
     /// Whether the snapshot is staged.
     #[cfg(feature = "python")]
     pub(crate) fn is_staged(&self) -> bool {
-        self.staging.is_staged()
+        self.staged
     }
 
     #[cfg(feature = "python")]
@@ -345,7 +306,7 @@ impl Drop for Fragment {
         let complete = match self.state {
             State::Closed => true,
             // A staged snapshot is complete or absent, and this fragment was not finished.
-            State::Open(_) if self.staging.is_staged() => false,
+            State::Open(_) if self.staged => false,
             State::Open(_) => !std::thread::panicking() && self.finish_interruptible(&mut || Ok(())).is_ok(),
             State::Failed => false,
         };

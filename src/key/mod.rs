@@ -49,9 +49,6 @@ use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
 
-/// A larger file is not valid key metadata.
-pub(crate) const MAX_KEY_METADATA_BYTES: u64 = 1 << 20;
-
 const AGE_PREFIX: &[u8] = b"age-encryption.org/";
 
 /// The wrapping of the data key of an encrypted snapshot, with its recipients as far as they are visible.

@@ -20,8 +20,8 @@ use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::positioned::{PositionedWorker, PositionedWriter};
 use crate::fragment::rope::Rope;
+use crate::snapshot::SnapshotWriter;
 use crate::threads::{Interrupt, for_each, lock};
-use crate::writer::SnapshotWriter;
 
 /// The guest memory that one thread reads at a time: it fits the second-level cache, and waiting for turns takes a
 /// negligible time.

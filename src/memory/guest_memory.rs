@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::data::Data;
 use super::metadata::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
 use crate::error::{Error, Result};
-use crate::reader::SnapshotReader;
+use crate::snapshot::SnapshotReader;
 
 /// Reads of at most this size go through the cache of blocks, because they come from random access.
 const MAX_CACHED_READ_BYTES: usize = 256 << 10;

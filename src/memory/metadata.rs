@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::lz4;
 use crate::buffer;
 use crate::error::{Error, Result};
-use crate::reader::SnapshotReader;
 #[cfg(any(test, fuzzing))]
 use crate::serialization;
+use crate::snapshot::SnapshotReader;
 
 /// The names of the fragments and their fields come from crosvm.
 pub(super) const MEMORY: &str = "mem";

@@ -5,8 +5,8 @@ use pyo3::types::PyBytes;
 
 use super::credentials::Credentials;
 use crate::error::{Error, Result};
-use crate::options::SnapshotOptions;
 use crate::serialization::Format;
+use crate::snapshot::SnapshotOptions;
 
 pub(super) fn parse_format(name: &str) -> Result<Format> {
     Format::from_name(name)

@@ -14,8 +14,8 @@ use super::call::interruptible;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind};
 use crate::key::{self, RecipientsFile};
-use crate::key_metadata;
-use crate::options::SnapshotOptions;
+use crate::snapshot::SnapshotOptions;
+use crate::snapshot::key_metadata;
 use crate::{Identity, KeyProvider, Passphrase, ProviderError};
 
 /// The keys and passphrases with which a snapshot is written or opened.

@@ -8,7 +8,10 @@ use std::time::SystemTime;
 
 use pyo3::prelude::*;
 
-use crate::{InspectedFragment, Inspection, KeyWrapping, key_metadata};
+use crate::location::Location;
+use crate::snapshot::key_metadata;
+use crate::store::Store;
+use crate::{InspectedFragment, Inspection, KeyWrapping};
 
 /// The kind, the name of the key service, and the kinds of recipients.
 type Wrapping = (&'static str, Option<String>, Vec<String>);
@@ -30,8 +33,7 @@ fn wrapping(wrapping: KeyWrapping) -> Wrapping {
 
 #[pyfunction]
 pub(super) fn key_wrapping(location: PathBuf) -> PyResult<Option<Wrapping>> {
-    let location = crate::fragment::folder::absolute(&location)?;
-    Ok(key_metadata::wrapping(&location)?.map(wrapping))
+    Ok(key_metadata::wrapping(&Store::at(Location::new(&location)?))?.map(wrapping))
 }
 
 #[pyfunction]

@@ -1,15 +1,17 @@
 //! Values as bytes, by serde: CBOR, or JSON in the form that crosvm wrote before March 2025.
 //!
 //! ```text
-//! mod.rs        the two formats, their detection, encoding and decoding
-//! floats.rs     JSON with floats in the form that crosvm printed
-//! check.rs      the check of untrusted bytes before another decoder than serde reads them
-//! cbor.rs       the check of CBOR
-//! json.rs       the check of JSON
-//! malformed.rs  the error for bytes that are not one value
-//! hashes.rs     keys that make Python's dicts and sets slow
+//! mod.rs           the two formats, their detection, encoding and decoding
+//! any_snapshot.rs  values that are nested in other values
+//! floats.rs        JSON with floats in the form that crosvm printed
+//! check.rs         the check of untrusted bytes before another decoder than serde reads them
+//! cbor.rs          the check of CBOR
+//! json.rs          the check of JSON
+//! malformed.rs     the error for bytes that are not one value
+//! hashes.rs        keys that make Python's dicts and sets slow
 //! ```
 
+mod any_snapshot;
 #[cfg(any(feature = "python", test))]
 mod cbor;
 #[cfg(any(feature = "python", test))]
@@ -22,6 +24,7 @@ mod json;
 #[cfg(any(feature = "python", test))]
 mod malformed;
 
+pub use any_snapshot::AnySnapshot;
 #[cfg(feature = "python")]
 pub(crate) use {check::check, hashes::crowded};
 

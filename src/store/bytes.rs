@@ -38,6 +38,24 @@ pub(crate) trait WriteAt: Send + Sync {
     fn write_all_at(&self, data: &[u8], offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
         if data.is_empty() { Ok(()) } else { self.write_runs_at(&[data], offset, interrupt) }
     }
+
+    /// Asks that writes leave no page of the object in the page cache, if it has one.
+    fn set_uncached(&self, _uncached: bool) {}
+}
+
+/// A fragment that is being written. Errors do not name it; the caller adds its place.
+pub(crate) trait NewObject: WriteAt {
+    /// Completes the object: from now on a commit accepts it.
+    fn finish(&self, interrupt: &mut Interrupt<'_>) -> Result<()>;
+
+    /// Removes the object. It may be called again.
+    fn discard(&self) -> Result<()>;
+
+    /// Gives up an object that was neither finished nor discarded, so that it never counts as complete.
+    fn abandon(&self);
+
+    /// The number of bytes that are stored so far.
+    fn stored_size(&self) -> Result<u64>;
 }
 
 impl ReadAt for StoredFile {
@@ -64,5 +82,9 @@ impl ReadAt for StoredFile {
 impl WriteAt for StoredFile {
     fn write_runs_at(&self, runs: &[&[u8]], offset: u64, _interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.write_runs(runs, offset).map_err(|error| Error::io("cannot be written", error))
+    }
+
+    fn set_uncached(&self, uncached: bool) {
+        Self::set_uncached(self, uncached);
     }
 }

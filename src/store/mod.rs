@@ -1,3 +1,178 @@
-//! The place where a snapshot is kept.
+//! The place where a snapshot is kept: a directory.
 
 pub(crate) mod bytes;
+pub(crate) mod directory;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::location::Location;
+use crate::name::SnapshotPath;
+use bytes::{NewObject, ReadAt};
+use directory::Directory;
+
+/// A snapshot, opened to be read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Store {
+    Directory(Directory),
+}
+
+/// The two files at the root of a snapshot. Either may be absent.
+pub(crate) struct Head {
+    pub(crate) key_metadata: Result<Option<Vec<u8>>>,
+    pub(crate) manifest: Result<Option<Vec<u8>>>,
+}
+
+/// Everything that is stored of a snapshot, as it looks from outside.
+#[derive(Default)]
+pub(crate) struct Survey {
+    /// All namespaces, each after the one that contains it.
+    pub(crate) namespaces: Vec<SnapshotPath>,
+    /// All fragments; those of one namespace are adjacent.
+    pub(crate) fragments: Vec<StoredFragment>,
+    /// Everything that a snapshot does not contain.
+    pub(crate) strange: Vec<Strange>,
+}
+
+/// A stored fragment.
+pub(crate) struct StoredFragment {
+    pub(crate) path: SnapshotPath,
+    pub(crate) stored_size: u64,
+    pub(crate) modified: SystemTime,
+    /// Whether its writer has finished it. Only staged snapshots record this.
+    pub(crate) finished: bool,
+}
+
+/// An entry that is neither a fragment nor a namespace.
+pub(crate) struct Strange {
+    /// Its path. Bytes that are not UTF-8 are replaced by U+FFFD.
+    pub(crate) path: String,
+    pub(crate) kind: StrangeKind,
+    /// The error for it, unless readers leave it out.
+    pub(crate) refusal: Option<Error>,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum StrangeKind {
+    Link,
+    SpecialFile,
+    NotUtf8,
+    ReservedName,
+    BadName,
+    /// A namespace that cannot be listed.
+    Unreadable,
+    /// A fragment whose size cannot be found out.
+    NotExamined,
+}
+
+impl Survey {
+    /// Refuses everything that a reader refuses.
+    pub(crate) fn strict(mut self) -> Result<Self> {
+        let refusal = self.strange.iter_mut().find_map(|strange| strange.refusal.take());
+        refusal.map_or(Ok(self), Err)
+    }
+}
+
+impl Store {
+    /// The snapshot at `location`.
+    pub(crate) fn at(location: Location) -> Self {
+        Self::Directory(Directory::new(location))
+    }
+
+    pub(crate) fn location(&self) -> &Location {
+        match self {
+            Self::Directory(directory) => directory.location(),
+        }
+    }
+
+    /// Reads the files at the root.
+    pub(crate) fn head(&self) -> Result<Head> {
+        match self {
+            Self::Directory(directory) => directory.head(),
+        }
+    }
+
+    /// Whether the snapshot has a manifest. Nothing of it is read.
+    pub(crate) fn is_sealed(&self) -> Result<bool> {
+        match self {
+            Self::Directory(directory) => directory.is_sealed(),
+        }
+    }
+
+    /// Opens a fragment.
+    pub(crate) fn object(&self, path: &SnapshotPath) -> Result<Arc<dyn ReadAt>> {
+        match self {
+            Self::Directory(directory) => Ok(Arc::new(directory.object(path)?)),
+        }
+    }
+
+    /// Finds everything that is there.
+    pub(crate) fn survey(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Survey> {
+        match self {
+            Self::Directory(directory) => directory.survey(interrupt),
+        }
+    }
+
+    /// Replaces the key metadata: at any moment, also after a crash, the old or the new one is there.
+    pub(crate) fn replace_key_metadata(&self, wrapped: &[u8]) -> Result<()> {
+        match self {
+            Self::Directory(directory) => directory.replace_key_metadata(wrapped, &mut || ()),
+        }
+    }
+
+    /// The directory of a snapshot that is not sealed: only there can be listed without a manifest and added to.
+    #[allow(clippy::unnecessary_wraps, reason = "the archive, which follows, is refused here")]
+    pub(crate) fn directory(&self) -> Result<&Directory> {
+        match self {
+            Self::Directory(directory) => Ok(directory),
+        }
+    }
+}
+
+/// A snapshot that is being written, as a handle to write into it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Draft {
+    /// It is written at its location.
+    InPlace(Directory),
+    /// It is written in a hidden directory, and absent until it is committed.
+    Staged(Directory),
+}
+
+impl Draft {
+    fn directory(&self) -> &Directory {
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory,
+        }
+    }
+
+    pub(crate) fn location(&self) -> &Location {
+        self.directory().location()
+    }
+
+    /// Whether the snapshot is complete or absent.
+    pub(crate) fn is_staged(&self) -> bool {
+        matches!(self, Self::Staged(_))
+    }
+
+    /// Writes the key metadata of a new, empty snapshot. Removes the directory if that fails.
+    pub(crate) fn write_key_metadata(&self, wrapped: &[u8]) -> Result<()> {
+        self.directory().write_key_metadata(wrapped)
+    }
+
+    /// Creates a fragment.
+    pub(crate) fn create(&self, path: &SnapshotPath) -> Result<Arc<dyn NewObject>> {
+        Ok(Arc::new(self.directory().create(path, self.is_staged())?))
+    }
+
+    pub(crate) fn add_namespace(&self, namespace: &SnapshotPath) -> Result<()> {
+        self.directory().add_namespace(namespace)
+    }
+
+    /// Checks that there is such a namespace.
+    pub(crate) fn check_namespace(&self, namespace: &SnapshotPath) -> Result<()> {
+        self.directory().check_namespace(namespace)
+    }
+}

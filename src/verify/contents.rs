@@ -1,17 +1,15 @@
 //! Reads the contents of all fragments: each small fragment by one thread, each large one by all threads.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Mutex;
 
-use super::{Key, ProblemKind, Verifier};
+use super::{Key, ProblemKind, SealedManifest, Verifier};
 use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, header_tag};
 use crate::error::{Error, Result};
-use crate::fragment::{FragmentReader, folder};
+use crate::fragment::FragmentReader;
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
-use crate::open_manifest::OpenManifest;
+use crate::store::Store;
 use crate::threads::{Interrupt, for_each, lock};
 
 /// Each thread reads a fragment up to this size alone; all threads read a larger one together.
@@ -22,12 +20,12 @@ impl Verifier {
     pub(super) fn read_all(
         &mut self,
         key: &Key,
-        open_manifest: Option<&OpenManifest>,
+        sealed: Option<&SealedManifest>,
         threads: usize,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
-        let manifest = open_manifest.map(|open_manifest| open_manifest.manifest(&self.root, None)).transpose()?;
-        let checker = Checker { root: &self.root, key, proofs: manifest.map(proofs_of).unwrap_or_default() };
+        let manifest = sealed.map(|sealed| &sealed.manifest);
+        let checker = Checker { store: &self.store, key, proofs: manifest.map(proofs_of).unwrap_or_default() };
         let listed = |path: &str| manifest.and_then(|manifest| manifest.fragments.get(path));
         let found: Vec<_> = self
             .found
@@ -67,10 +65,10 @@ impl Verifier {
     }
 }
 
-/// A fragment on disk.
+/// A stored fragment.
 struct FoundFragment<'a> {
     path: &'a str,
-    /// The size of its file when it was found.
+    /// Its stored size when it was found.
     stored_size: u64,
     /// Its entry in the manifest, if there is a manifest.
     entry: Option<&'a Entry>,
@@ -80,7 +78,7 @@ struct FoundFragment<'a> {
 type Checked = std::result::Result<u64, (ProblemKind, String)>;
 
 struct Checker<'a> {
-    root: &'a Path,
+    store: &'a Store,
     key: &'a Key,
     /// The path of each digest or tag, to find fragments that were swapped.
     proofs: BTreeMap<[u8; 32], &'a str>,
@@ -133,24 +131,21 @@ impl Checker<'_> {
     /// The name of a fragment in errors.
     fn place(&self, found: &FoundFragment<'_>) -> String {
         let path = SnapshotPath::try_from(found.path.to_owned()).unwrap_or_default();
-        format!("{path} of {}", self.root.display())
+        format!("{path} of {}", self.store.location())
     }
 
     fn open(&self, found: &FoundFragment<'_>, key: Option<&SecretKey>, threads: usize) -> Result<FragmentReader> {
-        FragmentReader::open(self.root, &SnapshotPath::try_from(found.path.to_owned())?, key, threads, None)
+        FragmentReader::open(self.store, &SnapshotPath::try_from(found.path.to_owned())?, key, threads, None)
     }
 
     /// The tag of a FLOE header, not authenticated.
     fn header(&self, found: &FoundFragment<'_>) -> std::result::Result<[u8; 32], Failure> {
-        let (namespace, name) = found.path.rsplit_once('/').unwrap_or(("", found.path));
-        let (file, _) = folder::open_file(&folder::open(self.root, namespace)?, name)?;
+        let object = self.store.object(&SnapshotPath::try_from(found.path.to_owned())?)?;
+        if object.size() < HEADER_BYTES as u64 {
+            return Err(problem(ProblemKind::Truncated, "it is shorter than any encrypted fragment"));
+        }
         let mut header = [0; HEADER_BYTES];
-        file.read_exact_at(&mut header, 0).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                problem(ProblemKind::Truncated, "it is shorter than any encrypted fragment")
-            }
-            _ => Failure::Error(Error::io("cannot be read", error)),
-        })?;
+        object.read_exact_at(&mut header, 0, &mut Interrupt::new(&mut || Ok(())))?;
         check_declared_chunk_size(header).map_err(|error| problem(ProblemKind::NotAuthentic, error.to_string()))?;
         Ok(header_tag(&header))
     }

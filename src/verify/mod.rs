@@ -1,20 +1,19 @@
 //! Verification: reads a whole snapshot and compares it with its manifest.
 
+mod compare;
 mod contents;
-mod tree;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::fragment::folder;
 use crate::key::KeyPayload;
-use crate::key_metadata;
+use crate::location::Location;
+use crate::manifest::{Manifest, SealId};
 use crate::name::{KEY_METADATA, MANIFEST};
-use crate::open_manifest::{self, OpenManifest};
-use crate::options::SnapshotOptions;
-use crate::staging::SealId;
+use crate::snapshot::{SnapshotOptions, key_metadata, open_manifest};
+use crate::store::{Head, Store};
 use crate::threads;
 
 /// The result of [`SnapshotOptions::verify`].
@@ -139,14 +138,14 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
-        let location = folder::absolute(location.as_ref())?;
-        drop(folder::open(&location, "")?);
-        let mut verifier = Verifier { root: location, report: Verification::default(), found: BTreeMap::new() };
-        let key = verifier.key(self, interrupt)?;
-        let manifest = verifier.manifest(self, &key)?;
-        let namespaces = verifier.walk(interrupt)?;
-        if let Some(open_manifest) = &manifest {
-            verifier.compare(open_manifest, &namespaces);
+        let store = Store::at(Location::new(location.as_ref())?);
+        let Head { key_metadata, manifest } = store.head()?;
+        let mut verifier = Verifier { store, report: Verification::default(), found: BTreeMap::new() };
+        let key = verifier.key(key_metadata, self, interrupt)?;
+        let manifest = verifier.manifest(manifest, self, &key)?;
+        let namespaces = verifier.survey(interrupt)?;
+        if let Some(manifest) = &manifest {
+            verifier.compare(manifest, &namespaces);
         }
         verifier.read_all(&key, manifest.as_ref(), threads, interrupt)?;
         Ok(verifier.finish())
@@ -171,10 +170,16 @@ impl Key {
     }
 }
 
+/// The manifest, with the seal digest.
+struct SealedManifest {
+    manifest: Manifest,
+    digest: [u8; 32],
+}
+
 struct Verifier {
-    root: PathBuf,
+    store: Store,
     report: Verification,
-    /// The fragments on disk, with the sizes of their files.
+    /// The stored fragments, with their sizes.
     found: BTreeMap<String, u64>,
 }
 
@@ -185,12 +190,27 @@ impl Verifier {
 
     /// Adds a problem of one of vmsnap's own files.
     fn problem_of(&mut self, name: &str, kind: ProblemKind, error: &Error) {
-        let text = error.text_without(format!("{name} of {}", self.root.display()));
+        let text = error.text_without(format!("{name} of {}", self.store.location()));
         self.problem(name, kind, text);
     }
 
-    fn key(&mut self, options: &SnapshotOptions, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Key> {
-        match key_metadata::unlock(&self.root, options, interrupt) {
+    fn key(
+        &mut self,
+        key_metadata: Result<Option<Vec<u8>>>,
+        options: &SnapshotOptions,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Key> {
+        options.credentials.unwrapper()?;
+        let wrapped = match key_metadata {
+            Ok(wrapped) => wrapped,
+            Err(error) if error.is_io() => {
+                self.problem_of(KEY_METADATA, ProblemKind::Unreadable, &error);
+                self.report.not_checked.push(WITHOUT_KEY.to_owned());
+                return Ok(Key::Lacking);
+            }
+            Err(error) => return Ok(self.bad_key(&error)),
+        };
+        match key_metadata::unlock(self.store.location(), wrapped, options, interrupt) {
             Ok(None) => Ok(Key::Plain),
             Ok(Some(payload)) => Ok(Key::Held(payload)),
             Err(error) if error.is_key_unavailable() => {
@@ -198,57 +218,62 @@ impl Verifier {
                 Ok(Key::Lacking)
             }
             Err(error) if error.is_authentication() || error.is_corrupt() || error.is_unsupported_format() => {
-                let kind =
-                    if error.is_authentication() { ProblemKind::NotAuthentic } else { ProblemKind::BadKeyMetadata };
-                self.problem_of(KEY_METADATA, kind, &error);
-                self.report.not_checked.push(WITHOUT_KEY.to_owned());
-                Ok(Key::Lacking)
-            }
-            // An identity file that cannot be read is an error of the caller instead.
-            Err(error) if error.is_io() && key_metadata::read(&self.root).is_err() => {
-                self.problem_of(KEY_METADATA, ProblemKind::Unreadable, &error);
-                self.report.not_checked.push(WITHOUT_KEY.to_owned());
-                Ok(Key::Lacking)
+                Ok(self.bad_key(&error))
             }
             Err(error) => Err(error),
         }
     }
 
-    fn has_no_manifest(&self) -> bool {
-        let exists = folder::open(&self.root, "").and_then(|opened| folder::exists(&opened, MANIFEST));
-        matches!(exists, Ok(false))
+    fn bad_key(&mut self, error: &Error) -> Key {
+        let kind = if error.is_authentication() { ProblemKind::NotAuthentic } else { ProblemKind::BadKeyMetadata };
+        self.problem_of(KEY_METADATA, kind, error);
+        self.report.not_checked.push(WITHOUT_KEY.to_owned());
+        Key::Lacking
     }
 
-    fn manifest(&mut self, options: &SnapshotOptions, key: &Key) -> Result<Option<OpenManifest>> {
+    fn not_sealed(&mut self) {
+        self.problem(MANIFEST, ProblemKind::NotSealed, open_manifest::unsealed(self.store.location()).to_string());
+    }
+
+    /// Decodes the manifest; returns it with its digest.
+    fn manifest(
+        &mut self,
+        stored: Result<Option<Vec<u8>>>,
+        options: &SnapshotOptions,
+        key: &Key,
+    ) -> Result<Option<SealedManifest>> {
+        let is_absent = matches!(stored, Ok(None));
         if matches!(key, Key::Lacking) {
-            if self.has_no_manifest() {
-                self.problem(MANIFEST, ProblemKind::NotSealed, open_manifest::unsealed(&self.root).to_string());
+            if is_absent {
+                self.not_sealed();
             }
             return Ok(None);
         }
-        let open_manifest = match OpenManifest::read(&self.root, key.payload()) {
-            Ok(Some(open_manifest)) => open_manifest,
-            Ok(None) => {
-                self.problem(MANIFEST, ProblemKind::NotSealed, open_manifest::unsealed(&self.root).to_string());
-                return Ok(None);
+        let location = self.store.location();
+        match stored.and_then(|stored| open_manifest::decode(location, stored, key.payload())) {
+            Ok(Some((manifest, digest))) => {
+                if options.seal_digest.is_some_and(|expected| expected != digest) {
+                    let text = open_manifest::another(location).to_string();
+                    self.problem(MANIFEST, ProblemKind::BadManifest, text);
+                }
+                Ok(Some(SealedManifest { manifest, digest }))
             }
-            Err(error) if error.is_out_of_memory() => return Err(error),
+            Ok(None) => {
+                self.not_sealed();
+                Ok(None)
+            }
+            Err(error) if error.is_out_of_memory() => Err(error),
             Err(error) => {
-                let absent = self.has_no_manifest();
-                let kind = match absent {
+                let kind = match is_absent {
                     true => ProblemKind::Missing,
                     false if error.is_authentication() => ProblemKind::NotAuthentic,
                     false if error.is_io() => ProblemKind::Unreadable,
                     false => ProblemKind::BadManifest,
                 };
                 self.problem_of(MANIFEST, kind, &error);
-                return Ok(None);
+                Ok(None)
             }
-        };
-        if options.seal_digest.is_some_and(|expected| expected != *open_manifest.digest()) {
-            self.problem(MANIFEST, ProblemKind::BadManifest, open_manifest::another(&self.root).to_string());
         }
-        Ok(Some(open_manifest))
     }
 
     fn finish(mut self) -> Verification {

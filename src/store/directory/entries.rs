@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use crate::cipher::fill_random;
 use crate::durability;
 use crate::error::{Error, Result};
-use crate::name::{self, SnapshotPath};
+use crate::name::SnapshotPath;
 
 /// Only its owner may read guest memory.
 const FOLDER_MODE: Mode = Mode::RWXU;
@@ -24,16 +24,6 @@ const FOLDER_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlag
 /// The mode of a staged fragment's file until it is finished. So a commit finds the unfinished files of killed
 /// processes.
 const UNFINISHED_MODE: Mode = Mode::WUSR;
-
-/// The absolute path for a handle, because another process, or this one later, may have another working directory.
-pub(crate) fn absolute(root: &Path) -> Result<PathBuf> {
-    if root.as_os_str().as_encoded_bytes().contains(&0) {
-        return Err(Error::invalid_argument("the path of a snapshot cannot contain NUL"));
-    }
-    std::path::absolute(root).map_err(|error| {
-        Error::invalid_argument(format!("'{}' cannot be the path of a snapshot: {error}", root.display()))
-    })
-}
 
 /// Creates the directory of a new snapshot, whose final location is `path`.
 pub(crate) fn create_root(root: &Path, path: &Path) -> Result<()> {
@@ -129,6 +119,11 @@ fn create_file_with(folder: &OwnedFd, name: &str, mode: Mode) -> std::result::Re
     fs::openat(folder, name, flags, mode).map(File::from)
 }
 
+/// Creates a small file of vmsnap's own.
+pub(crate) fn create_small(folder: &OwnedFd, name: &str, contents: &[u8]) -> io::Result<()> {
+    create_file(folder, name)?.write_all_at(contents, 0)
+}
+
 /// Marks the file of a staged fragment as finished.
 pub(crate) fn mark_finished(file: &File) -> io::Result<()> {
     match fs::fchmod(file, FILE_MODE) {
@@ -140,17 +135,8 @@ pub(crate) fn mark_finished(file: &File) -> io::Result<()> {
 
 /// Whether the file belongs to a staged fragment that was never finished.
 pub(crate) fn is_unfinished(stat: &fs::Stat) -> bool {
-    is_unfinished_mode(stat.st_mode)
-}
-
-pub(crate) fn is_unfinished_mode(mode: u32) -> bool {
-    FileType::from_raw_mode(mode) == FileType::RegularFile && Mode::from_raw_mode(mode) & Mode::RUSR != Mode::RUSR
-}
-
-/// Size, mode and times of a file, which need not be readable; links are not followed.
-pub(crate) fn metadata(folder: &OwnedFd, name: &str) -> io::Result<std::fs::Metadata> {
-    let file = fs::openat(folder, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    File::from(file).metadata()
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        && Mode::from_raw_mode(stat.st_mode) & Mode::RUSR != Mode::RUSR
 }
 
 /// Examines an entry of a directory; links are not followed.
@@ -297,32 +283,6 @@ pub(crate) fn entries(folder: &OwnedFd) -> std::result::Result<Vec<(Vec<u8>, Fil
     Ok(entries)
 }
 
-/// Lists the fragments and the namespaces in a directory, sorted, without vmsnap's own files.
-pub(crate) fn list(root: &Path, namespace: &str) -> Result<(Vec<String>, Vec<String>)> {
-    let (mut fragments, mut namespaces) = (Vec::new(), Vec::new());
-    let folder = open(root, namespace)?;
-    let place = || format!("{} of {}", if namespace.is_empty() { "the root" } else { namespace }, root.display());
-    let failed = |errno| Error::io(format!("cannot list {}", place()), errno);
-    for (bytes, kind) in entries(&folder).map_err(failed)? {
-        let name = std::str::from_utf8(&bytes)
-            .map_err(|_| Error::corrupt(format!("\"{}\" is not UTF-8", bytes.escape_ascii())).context(place()))?;
-        if name::is_reserved(name) {
-            continue;
-        }
-        match kind {
-            FileType::RegularFile | FileType::Directory if name::check(name).is_err() => {
-                return Err(Error::corrupt(format!("a snapshot cannot contain the name {name:?}")).context(place()));
-            }
-            FileType::RegularFile => fragments.push(name.to_owned()),
-            FileType::Directory => namespaces.push(name.to_owned()),
-            kind => return Err(stray_named(name, kind).context(place())),
-        }
-    }
-    fragments.sort_unstable();
-    namespaces.sort_unstable();
-    Ok((fragments, namespaces))
-}
-
 /// Whether an entry of any kind has that name.
 pub(crate) fn exists(folder: &OwnedFd, name: &str) -> Result<bool> {
     match stat(folder, name) {
@@ -343,7 +303,7 @@ fn stray(kind: FileType) -> Error {
 }
 
 /// The error for an entry of a wrong kind, with its name.
-fn stray_named(name: &str, kind: FileType) -> Error {
+pub(super) fn stray_named(name: &str, kind: FileType) -> Error {
     Error::corrupt(format!("{name:?} is {}, {NOT_ALLOWED}", kind_text(kind)))
 }
 
@@ -356,21 +316,5 @@ fn kind_text(kind: FileType) -> &'static str {
         FileType::Socket => "a socket",
         FileType::CharacterDevice | FileType::BlockDevice => "a device",
         _ => "a special file",
-    }
-}
-
-/// The path in a serialized handle. serde's own form of a path must be UTF-8, but a path on Linux need not be.
-pub(crate) mod root_path {
-    use std::ffi::OsString;
-    use std::path::{Path, PathBuf};
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(crate) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-        path.as_os_str().serialize(serializer)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        OsString::deserialize(deserializer).map(PathBuf::from)
     }
 }

@@ -2,20 +2,23 @@
 
 use std::fmt;
 use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::SnapshotOptions;
+use super::handle_version::HandleVersion;
+use super::key_metadata::Unlocked;
+use super::open_manifest::{self, OpenManifest};
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
-use crate::fragment::{FragmentReader, folder};
-use crate::key_metadata;
+use crate::fragment::FragmentReader;
+use crate::location::Location;
 use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
-use crate::open_manifest::{self, OpenManifest};
-use crate::options::SnapshotOptions;
 use crate::serialization::{self, Format};
+use crate::store::Store;
 use crate::threads;
 
 /// The size of the buffer through which a serialized value is read.
@@ -40,8 +43,8 @@ const VALUE_BUFFER_BYTES: usize = 64 << 10;
 /// ```
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SnapshotReader {
-    #[serde(with = "folder::root_path")]
-    location: PathBuf,
+    version: HandleVersion,
+    store: Store,
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
     threads: usize,
@@ -74,19 +77,19 @@ impl SnapshotReader {
             None => None,
             Some(manifest) => Some(manifest.fragments.get(path.as_str()).ok_or_else(|| self.not_listed(&path))?),
         };
-        FragmentReader::open(&self.location, &path, self.data_key.as_ref(), self.threads(), entry)
+        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), entry)
     }
 
     /// Returns the manifest, or `None` if the snapshot is not sealed.
     fn manifest(&self) -> Result<Option<&Manifest>> {
         self.manifest
             .as_ref()
-            .map(|open_manifest| open_manifest.manifest(&self.location, self.data_key.as_ref()))
+            .map(|open_manifest| open_manifest.manifest(&self.store, self.data_key.as_ref()))
             .transpose()
     }
 
     fn not_listed(&self, path: &SnapshotPath) -> Error {
-        let text = format!("the snapshot {} has no {path}", self.location.display());
+        let text = format!("the snapshot {} has no {path}", self.store.location());
         Error::io(text, rustix::io::Errno::NOENT)
     }
 
@@ -113,7 +116,7 @@ impl SnapshotReader {
 
     /// Returns the name of a fragment for error texts.
     pub(crate) fn place(&self, name: &str) -> Result<String> {
-        Ok(format!("{} of {}", self.namespace.join(name)?, self.location.display()))
+        Ok(format!("{} of {}", self.namespace.join(name)?, self.store.location()))
     }
 
     /// Opens a fragment to read it whole. Refuses it if it is larger than `max_size_bytes`.
@@ -135,7 +138,7 @@ impl SnapshotReader {
     pub fn list_fragments(&self) -> Result<Vec<String>> {
         match self.manifest()? {
             Some(manifest) => Ok(manifest.fragments_in(&self.namespace)),
-            None => folder::list(&self.location, self.namespace.as_str()).map(|(fragments, _)| fragments),
+            None => self.store.directory()?.list(&self.namespace).map(|(fragments, _)| fragments),
         }
     }
 
@@ -147,7 +150,7 @@ impl SnapshotReader {
     pub fn list_namespaces(&self) -> Result<Vec<String>> {
         match self.manifest()? {
             Some(manifest) => Ok(manifest.namespaces_in(&self.namespace)),
-            None => folder::list(&self.location, self.namespace.as_str()).map(|(_, namespaces)| namespaces),
+            None => self.store.directory()?.list(&self.namespace).map(|(_, namespaces)| namespaces),
         }
     }
 
@@ -161,11 +164,10 @@ impl SnapshotReader {
         match self.manifest()? {
             Some(manifest) if manifest.namespaces.contains(namespace.as_str()) => {}
             Some(_) => {
-                let text =
-                    format!("the snapshot {} has no namespace {:?}", self.location.display(), namespace.as_str());
+                let text = format!("the snapshot {} has no namespace {:?}", self.store.location(), namespace.as_str());
                 return Err(Error::io(text, rustix::io::Errno::NOENT));
             }
-            None => drop(folder::open(&self.location, namespace.as_str())?),
+            None => self.store.directory()?.check_namespace(&namespace)?,
         }
         Ok(Self { namespace, ..self.clone() })
     }
@@ -173,7 +175,7 @@ impl SnapshotReader {
     /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
     pub fn location(&self) -> &Path {
-        &self.location
+        self.store.location().path()
     }
 
     /// The path of this reader's namespace: names joined with `/`, empty at the root.
@@ -224,20 +226,21 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
-        let location = folder::absolute(location.as_ref())?;
-        let payload = key_metadata::unlock(&location, self, interrupt)?;
-        let manifest = OpenManifest::read(&location, payload.as_ref())?;
+        let store = Store::at(Location::new(location.as_ref())?);
+        let Unlocked { payload, manifest } = Unlocked::open(&store, self, interrupt)?;
+        let manifest = OpenManifest::decode(store.location(), manifest?, payload.as_ref())?;
         match (&manifest, &self.seal_digest) {
             (None, expected) if self.require_sealed || expected.is_some() => {
-                return Err(open_manifest::unsealed(&location));
+                return Err(open_manifest::unsealed(store.location()));
             }
             (Some(manifest), Some(expected)) if manifest.digest() != expected => {
-                return Err(open_manifest::another(&location));
+                return Err(open_manifest::another(store.location()));
             }
             _ => {}
         }
         Ok(SnapshotReader {
-            location,
+            version: HandleVersion,
+            store,
             namespace: SnapshotPath::default(),
             data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
@@ -250,7 +253,7 @@ impl SnapshotOptions {
 impl fmt::Debug for SnapshotReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SnapshotReader")
-            .field("location", &self.location)
+            .field("location", &self.location())
             .field("namespace", &self.namespace.as_str())
             .field("encrypted", &self.is_encrypted())
             .finish_non_exhaustive()

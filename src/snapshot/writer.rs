@@ -6,17 +6,19 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::handle_version::HandleVersion;
+use super::key_metadata::Unlocked;
+use super::{SnapshotOptions, open_manifest};
 use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey, wipe_stack};
 use crate::error::{Error, Kind, Result};
-use crate::fragment::ledger::{Ledger, Staging};
-use crate::fragment::lock::{self, LockedRoot};
-use crate::fragment::{Fragment, Writing, folder};
+use crate::fragment::ledger::Ledger;
+use crate::fragment::{Fragment, Writing};
 use crate::key::KeyPayload;
-use crate::key_metadata;
-use crate::name::{KEY_METADATA, SnapshotPath};
-use crate::open_manifest;
-use crate::options::SnapshotOptions;
+use crate::location::Location;
+use crate::name::SnapshotPath;
 use crate::serialization::{self, Format};
+use crate::store::directory::{Directory, entries};
+use crate::store::{Draft, Store};
 use crate::threads;
 
 /// Writes a snapshot: a directory of fragments, nested by namespaces.
@@ -37,13 +39,15 @@ use crate::threads;
 /// ```
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SnapshotWriter {
-    #[serde(with = "folder::root_path")]
-    location: PathBuf,
+    version: HandleVersion,
+    draft: Draft,
     namespace: SnapshotPath,
     data_key: Option<SecretKey>,
     threads: usize,
     format: Format,
-    staging: Staging,
+    /// The entries of the fragments that this process wrote into the snapshot that it staged.
+    #[serde(skip)]
+    ledger: Option<Arc<Ledger>>,
 }
 
 impl SnapshotWriter {
@@ -92,9 +96,9 @@ impl SnapshotWriter {
             key: self.data_key.as_ref(),
             chunk_size_bytes,
             threads: threads::clamp(self.threads),
-            staging: self.staging.clone(),
+            ledger: self.ledger.as_ref(),
         };
-        Fragment::create(&self.location, &path, &writing)
+        Fragment::create(&self.draft, &path, &writing)
     }
 
     /// Writes a fragment with the serialized `value`. The value is serialized before a file is created.
@@ -111,7 +115,7 @@ impl SnapshotWriter {
     pub(crate) fn encode<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> Result<Vec<u8>> {
         let path = self.namespace.join(name)?;
         serialization::encode(value, self.format).map_err(|error| {
-            let place = format!("{path} of {}", self.location.display());
+            let place = format!("{path} of {}", self.draft.location());
             let error = match error.downcast::<Error>() {
                 Ok(own) => return own.context(place),
                 Err(error) => error,
@@ -139,12 +143,7 @@ impl SnapshotWriter {
     /// [`Error::is_invalid_argument`] if the name is not allowed, [`Error::is_io`] if the namespace exists.
     pub fn add_namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
-        let locked = LockedRoot::shared(&self.location)?;
-        let root_folder = locked.folder().try_clone().map_err(|error| {
-            let (name, location) = (namespace.as_str(), self.location.display());
-            Error::io(format!("namespace {name:?} of {location} cannot be created"), error)
-        })?;
-        folder::create(root_folder, &self.location, &namespace)?;
+        self.draft.add_namespace(&namespace)?;
         Ok(Self { namespace, ..self.clone() })
     }
 
@@ -155,14 +154,14 @@ impl SnapshotWriter {
     /// [`Error::is_io`] if there is no namespace of that name.
     pub fn namespace(&self, name: &str) -> Result<Self> {
         let namespace = self.namespace.join(name)?;
-        folder::open(&self.location, namespace.as_str())?;
+        self.draft.check_namespace(&namespace)?;
         Ok(Self { namespace, ..self.clone() })
     }
 
     /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
     pub fn location(&self) -> &Path {
-        &self.location
+        self.draft.location().path()
     }
 
     /// The path of this writer's namespace: names joined with `/`, empty at the root.
@@ -190,31 +189,22 @@ pub(crate) struct Prepared {
     pub(crate) payload: Option<(KeyPayload, Vec<u8>)>,
     pub(crate) threads: usize,
     format: Format,
-    staged: bool,
 }
 
 impl Prepared {
-    pub(crate) fn create_at(&self, location: PathBuf) -> Result<SnapshotWriter> {
-        folder::create_root(&location, &location)?;
-        self.write_at(location)
-    }
-
-    /// Writes the key metadata into the new, empty directory at `location`. Removes the directory if this fails.
-    pub(crate) fn write_at(&self, location: PathBuf) -> Result<SnapshotWriter> {
+    /// Writes the key metadata into the new, empty snapshot. Removes its directory if this fails.
+    pub(crate) fn writer(&self, draft: Draft) -> Result<SnapshotWriter> {
         if let Some((_, wrapped)) = &self.payload {
-            key_metadata::write(&location, wrapped).inspect_err(|_| {
-                // This call created the directory, so nothing else is in it. A second error would hide the cause.
-                let _ = std::fs::remove_file(location.join(KEY_METADATA));
-                let _ = std::fs::remove_dir(&location);
-            })?;
+            draft.write_key_metadata(wrapped)?;
         }
         Ok(SnapshotWriter {
-            location,
+            version: HandleVersion,
+            ledger: draft.is_staged().then(Arc::default),
+            draft,
             namespace: SnapshotPath::default(),
             data_key: self.payload.as_ref().map(|(payload, _)| payload.data_key().clone()),
             threads: self.threads,
             format: self.format,
-            staging: if self.staged { Staging::Here(Arc::default()) } else { Staging::InPlace },
         })
     }
 }
@@ -222,7 +212,7 @@ impl Prepared {
 impl SnapshotWriter {
     /// The entries of fragments that this process wrote into the staged snapshot.
     pub(crate) fn ledger(&self) -> Option<&Ledger> {
-        self.staging.ledger()
+        self.ledger.as_deref()
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -255,33 +245,33 @@ impl SnapshotOptions {
         location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
-        let location = folder::absolute(location.as_ref())?;
-        self.prepare(&location, false, interrupt)?.create_at(location)
+        let location = Location::new(location.as_ref())?;
+        let prepared = self.prepare(&location, false, interrupt)?;
+        prepared.writer(Draft::InPlace(Directory::create_in_place(location)?))
     }
 
     /// Checks the options and wraps a key for a new snapshot at `location`. Nothing is created yet.
     pub(crate) fn prepare(
         &self,
-        location: &Path,
+        location: &Location,
         staged: bool,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Prepared> {
         let threads = threads::resolve(self.threads)?;
         let wrapper = self.credentials.wrapper()?;
         // Before the key is wrapped, because that may ask for a passphrase and take seconds.
-        folder::check_new(location)?;
+        entries::check_new(location.path())?;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate(staged)?;
             let wrapped = wrapper.wrap(&payload, interrupt);
             wipe_stack();
-            let wrapped = wrapped.map_err(|error| {
-                error.context(format!("cannot create the encrypted snapshot {}", location.display()))
-            })?;
+            let wrapped =
+                wrapped.map_err(|error| error.context(format!("cannot create the encrypted snapshot {location}")))?;
             Some((payload, wrapped))
         } else {
             None
         };
-        Ok(Prepared { payload, threads, format: self.format.unwrap_or_default(), staged })
+        Ok(Prepared { payload, threads, format: self.format.unwrap_or_default() })
     }
 
     /// Opens the snapshot at `location` to add fragments and namespaces to it, with the key that it was written with. A
@@ -310,19 +300,21 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
-        let location = folder::absolute(location.as_ref())?;
-        let payload = key_metadata::unlock(&location, self, interrupt)?;
-        lock::check_unsealed(&location, &folder::open(&location, "")?)?;
+        let store = Store::at(Location::new(location.as_ref())?);
+        let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
+        let directory = store.directory()?;
+        directory.check_unsealed()?;
         if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
-            return Err(open_manifest::incomplete(&location));
+            return Err(open_manifest::incomplete(store.location()));
         }
         Ok(SnapshotWriter {
-            location,
+            version: HandleVersion,
+            draft: Draft::InPlace(directory.clone()),
             namespace: SnapshotPath::default(),
             data_key: payload.map(|payload| payload.data_key().clone()),
             threads,
             format: self.format.unwrap_or_default(),
-            staging: Staging::InPlace,
+            ledger: None,
         })
     }
 }
@@ -330,7 +322,7 @@ impl SnapshotOptions {
 impl fmt::Debug for SnapshotWriter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SnapshotWriter")
-            .field("location", &self.location)
+            .field("location", &self.location())
             .field("namespace", &self.namespace.as_str())
             .field("encrypted", &self.is_encrypted())
             .finish_non_exhaustive()

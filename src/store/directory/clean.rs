@@ -3,9 +3,10 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::entries;
+use super::lock::LockedRoot;
 use crate::error::{Error, Result};
-use crate::fragment::folder;
-use crate::fragment::lock::LockedRoot;
+use crate::location::Location;
 
 /// The result of [`clean`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,13 +35,13 @@ pub struct Cleaned {
 /// the file system cannot show whether a directory is in use: on NFS, SMB, 9p, FUSE and other file systems that several
 /// hosts write to, a lock on a directory does not reach the other hosts. Remove abandoned directories there by hand.
 pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
-    let parent = folder::absolute(parent.as_ref())?;
+    let parent = Location::new(parent.as_ref())?.path().to_owned();
     let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);
     let (mut cleaned, mut first_error) = (Cleaned::default(), None);
     let (mut folders, mut files) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir(&parent).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        if !entry.file_name().to_str().is_some_and(folder::is_temporary) {
+        if !entry.file_name().to_str().is_some_and(entries::is_temporary) {
             continue;
         }
         match entry.file_type() {

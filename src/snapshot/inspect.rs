@@ -1,14 +1,13 @@
 //! A snapshot as it looks without its key.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use crate::error::{Error, Result};
-use crate::fragment::folder;
+use super::key_metadata;
+use crate::error::Result;
 use crate::key::KeyWrapping;
-use crate::key_metadata;
-use crate::name::{MANIFEST, SnapshotPath};
+use crate::location::Location;
+use crate::store::{Store, StoredFragment};
 
 /// A snapshot as it looks to anybody who may read its directory, encrypted or not: how its key is wrapped, and the
 /// names, sizes and times of its fragments.
@@ -71,37 +70,24 @@ impl Inspection {
 ///
 /// # Errors
 ///
-/// [`Error::is_io`] if there is no such directory, [`Error::is_corrupt`] if it contains something that a snapshot
+/// [`crate::Error::is_io`] if there is no such directory, [`crate::Error::is_corrupt`] if it contains something that a snapshot
 /// cannot contain (a link, a special file, a name that is not allowed) or if `enc_metadata` is not a wrapped key.
 pub fn inspect(location: impl AsRef<Path>) -> Result<Inspection> {
-    let location = folder::absolute(location.as_ref())?;
-    let key_wrapping = key_metadata::wrapping(&location)?;
-    let sealed = folder::exists(&folder::open(&location, "")?, MANIFEST)?;
-    let (mut namespaces, mut fragments) = (Vec::new(), Vec::new());
-    let mut pending = vec![SnapshotPath::default()];
-    while let Some(namespace) = pending.pop() {
-        let (names, inner) = folder::list(&location, namespace.as_str())?;
-        let opened = folder::open(&location, namespace.as_str())?;
-        for name in names {
-            let path = namespace.join(&name)?;
-            let metadata = folder::metadata(&opened, &name)
-                .map_err(|error| Error::io(format!("{path} of {} cannot be examined", location.display()), error))?;
-            let modified = metadata
-                .modified()
-                .map_err(|error| Error::io(format!("{path} of {} has no time", location.display()), error))?;
-            fragments.push(InspectedFragment {
-                path: path.into(),
-                stored_size_bytes: metadata.len(),
-                modified,
-                finished: !folder::is_unfinished_mode(metadata.permissions().mode()),
-            });
-        }
-        for name in inner.iter().rev() {
-            pending.push(namespace.join(name)?);
-        }
-        if !namespace.as_str().is_empty() {
-            namespaces.push(namespace.into());
-        }
-    }
-    Ok(Inspection { location, key_wrapping, sealed, namespaces, fragments })
+    let store = Store::at(Location::new(location.as_ref())?);
+    let key_wrapping = key_metadata::wrapping(&store)?;
+    let sealed = store.is_sealed()?;
+    let survey = store.survey(&mut || Ok(()))?.strict()?;
+    let fragment = |stored: StoredFragment| InspectedFragment {
+        path: stored.path.into(),
+        stored_size_bytes: stored.stored_size,
+        modified: stored.modified,
+        finished: stored.finished,
+    };
+    Ok(Inspection {
+        location: store.location().path().to_owned(),
+        key_wrapping,
+        sealed,
+        namespaces: survey.namespaces.into_iter().map(String::from).collect(),
+        fragments: survey.fragments.into_iter().map(fragment).collect(),
+    })
 }

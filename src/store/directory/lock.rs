@@ -11,8 +11,8 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use super::entries;
 use super::file_system::{self, Locking};
-use super::folder;
 use crate::error::{Error, Kind, Result};
 use crate::name::MANIFEST;
 use crate::process::OwnerProcess;
@@ -36,7 +36,7 @@ impl LockedRoot {
 
     /// Locks the root shared, also of a sealed snapshot: for a change of the key's wrapping.
     pub(crate) fn shared_even_sealed(root: &Path) -> Result<Self> {
-        let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
+        let locked = Self { folder: entries::open(root, "")?, owner: OwnerProcess::current() };
         match flock(&locked.folder, FlockOperation::NonBlockingLockShared) {
             Err(Errno::WOULDBLOCK) => {
                 let text =
@@ -50,7 +50,7 @@ impl LockedRoot {
 
     /// Locks the root exclusively: no other process may write into the snapshot.
     pub(crate) fn exclusive(root: &Path) -> Result<Self> {
-        let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
+        let locked = Self { folder: entries::open(root, "")?, owner: OwnerProcess::current() };
         locked.take_alone(root)?;
         check_unsealed(root, &locked.folder)?;
         Ok(locked)
@@ -79,7 +79,7 @@ impl LockedRoot {
 
     /// Locks the directory of a new staged snapshot; `None` if `clean` removed it before the lock.
     pub(crate) fn of_new(root: &Path) -> Result<Option<Self>> {
-        let folder = match folder::open(root, "") {
+        let folder = match entries::open(root, "") {
             Ok(folder) => folder,
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error),
@@ -87,12 +87,12 @@ impl LockedRoot {
         // This waits: `clean` holds the lock only for a moment, to check whether the directory is abandoned.
         let _ = rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockShared));
         let locked = Self { folder, owner: OwnerProcess::current() };
-        Ok(folder::is_at(&locked.folder, root).then_some(locked))
+        Ok(entries::is_at(&locked.folder, root).then_some(locked))
     }
 
     /// Locks an abandoned directory exclusively; `None` if a process uses it.
     pub(crate) fn abandoned(root: &Path) -> Result<Option<Self>> {
-        let locked = Self { folder: folder::open(root, "")?, owner: OwnerProcess::current() };
+        let locked = Self { folder: entries::open(root, "")?, owner: OwnerProcess::current() };
         let unknown = |why: &str| {
             let text = format!("cannot tell whether {} is in use: {why}", root.display());
             Error::new(Kind::State, text)
@@ -138,7 +138,7 @@ impl Drop for LockedRoot {
 
 /// Refuses a sealed snapshot, which must not change.
 pub(crate) fn check_unsealed(root: &Path, folder: &OwnedFd) -> Result<()> {
-    if !folder::exists(folder, MANIFEST)? {
+    if !entries::exists(folder, MANIFEST)? {
         return Ok(());
     }
     let text = format!(

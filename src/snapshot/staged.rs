@@ -1,0 +1,185 @@
+//! A snapshot that is complete or absent: it is staged, and committed.
+
+use std::fmt;
+use std::path::Path;
+
+use super::contents::Contents;
+use super::seal::{not_durable, random_id};
+use super::{SnapshotOptions, SnapshotWriter};
+use crate::error::{Error, Kind, Result};
+use crate::location::Location;
+use crate::manifest::SealId;
+use crate::process::OwnerProcess;
+use crate::store::Draft;
+use crate::store::directory::StagedDirectory;
+
+/// A snapshot that is being created: nothing exists at its location until [`StagedSnapshot::commit`], which puts the
+/// complete snapshot there.
+///
+/// It is written in a hidden directory beside its location, through [`StagedSnapshot::writer`] and the handles made
+/// from that writer. Dropping it without a commit removes the hidden directory, in the process that created it. A
+/// process that is killed leaves at most the hidden directory behind, which [`crate::clean`] removes.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("vm1");
+/// let mut staged = vmsnap::SnapshotOptions::new().create(&path)?;
+/// staged.writer().write_fragment("clock", &12_u64)?;
+/// assert!(!path.exists());
+/// let id = staged.commit()?;
+/// let reader = vmsnap::SnapshotOptions::new().expect_seal_digest(id.seal_digest).open(&path)?;
+/// assert_eq!(reader.read_fragment::<u64>("clock")?, 12);
+/// # Ok::<(), vmsnap::Error>(())
+/// ```
+pub struct StagedSnapshot {
+    writer: SnapshotWriter,
+    location: Location,
+    snapshot_id: [u8; 16],
+    durable: bool,
+    owner: OwnerProcess,
+    state: State,
+}
+
+enum State {
+    Staged(StagedDirectory),
+    Committed,
+    Discarded,
+}
+
+impl SnapshotOptions {
+    /// Begins a snapshot that is complete or absent: nothing is at `location` until [`StagedSnapshot::commit`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] if something exists at `location` or the parent directory does not exist,
+    /// [`Error::is_invalid_argument`] if an option or the file name is not allowed, and [`Error::is_key_unavailable`]
+    /// if the data key cannot be wrapped. After an error nothing is left behind.
+    pub fn create(&self, location: impl AsRef<Path>) -> Result<StagedSnapshot> {
+        self.create_interruptible(location, &mut || Ok(()))
+    }
+
+    /// Begins a snapshot as [`SnapshotOptions::create`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn create_interruptible(
+        &self,
+        location: impl AsRef<Path>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<StagedSnapshot> {
+        let location = Location::new(location.as_ref())?;
+        StagedDirectory::check(&location)?;
+        let prepared = self.prepare(&location, true, interrupt)?;
+        let snapshot_id = prepared.payload.as_ref().map_or_else(random_id, |(payload, _)| Ok(payload.snapshot_id()))?;
+        let failed = |error: Error| error.context(format!("cannot create the snapshot {location}"));
+        let staged = StagedDirectory::create(location.clone()).map_err(failed)?;
+        let writer = prepared.writer(Draft::Staged(staged.directory().clone())).map_err(failed)?;
+        let (durable, owner) = (self.durable, OwnerProcess::current());
+        Ok(StagedSnapshot { writer, location, snapshot_id, durable, owner, state: State::Staged(staged) })
+    }
+}
+
+impl StagedSnapshot {
+    /// The writer at the root of the snapshot. It can be cloned and sent to other processes.
+    #[must_use]
+    pub fn writer(&self) -> &SnapshotWriter {
+        &self.writer
+    }
+
+    /// Where the snapshot will be, as an absolute path. The location of [`StagedSnapshot::writer`] is the hidden
+    /// directory.
+    #[must_use]
+    pub fn location(&self) -> &Path {
+        self.location.path()
+    }
+
+    /// Completes the snapshot: lists all its fragments in the manifest, syncs them unless
+    /// [`SnapshotOptions::durable`] is off, and renames the directory into place. Returns the snapshot's id and seal
+    /// digest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_state`] if a fragment is still being written, in any process, or was begun and never finished;
+    /// [`Error::is_io`] if something exists at the location by now, or the disk is full. After an error the snapshot
+    /// stays staged, with one exception: if only the last sync fails, the snapshot is complete and in place, and the
+    /// error's text says so.
+    pub fn commit(&mut self) -> Result<SealId> {
+        self.commit_interruptible(&mut || Ok(()))
+    }
+
+    pub(crate) fn commit_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.location));
+        self.owner.check_snapshot().map_err(context)?;
+        let staged = match &self.state {
+            State::Staged(staged) => staged,
+            State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
+            State::Discarded => return Err(context(Error::new(Kind::State, "it was discarded"))),
+        };
+        staged.stop_writers().map_err(context)?;
+        let id = self.complete(staged, interrupt).map_err(|error| {
+            staged.reopen();
+            context(error)
+        })?;
+        // The snapshot is in place now.
+        let State::Staged(placed) = std::mem::replace(&mut self.state, State::Committed) else { return Ok(id) };
+        if self.durable {
+            placed.sync_entry().map_err(|errno| not_durable(&self.location, errno))?;
+        }
+        Ok(id)
+    }
+
+    fn complete(&self, staged: &StagedDirectory, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        let directory = staged.directory();
+        let threads = self.writer.threads();
+        let data_key = self.writer.data_key();
+        let contents = Contents::of(directory, data_key, self.writer.ledger(), threads, interrupt)?;
+        if self.durable {
+            contents.sync(directory, threads, interrupt)?;
+        }
+        let snapshot_id = self.snapshot_id;
+        let (manifest, seal_digest) = contents.into_manifest(snapshot_id, data_key.is_some()).encode(data_key)?;
+        staged.publish(&manifest, self.durable, interrupt)?;
+        Ok(SealId { snapshot_id, seal_digest })
+    }
+
+    /// Removes everything that was written. Does nothing if the snapshot was committed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_io`] if something cannot be removed, [`Error::is_state`] in a forked process.
+    pub fn discard(mut self) -> Result<()> {
+        self.remove()
+    }
+
+    /// Removes the staged directory, if the snapshot is still staged.
+    pub(crate) fn remove(&mut self) -> Result<()> {
+        self.owner.check_snapshot()?;
+        if !matches!(self.state, State::Staged(_)) {
+            return Ok(());
+        }
+        match std::mem::replace(&mut self.state, State::Discarded) {
+            State::Staged(staged) => staged.discard(),
+            State::Committed | State::Discarded => Ok(()),
+        }
+    }
+}
+
+impl Drop for StagedSnapshot {
+    fn drop(&mut self) {
+        if self.owner.is_current() {
+            // A destructor cannot report an error; `clean` removes the remainder.
+            let _ = self.remove();
+        }
+    }
+}
+
+impl fmt::Debug for StagedSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Staged(_) => "staged",
+            State::Committed => "committed",
+            State::Discarded => "discarded",
+        };
+        f.debug_struct("StagedSnapshot")
+            .field("location", &self.location())
+            .field("state", &state)
+            .finish_non_exhaustive()
+    }
+}
