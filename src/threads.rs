@@ -83,6 +83,12 @@ impl<'a> Interrupt<'a> {
         }
         result
     }
+
+    /// Checks at once, after a system call that a signal ended: the callback may be due to act on that signal.
+    pub(crate) fn check_now(&mut self) -> Result<()> {
+        self.next = Instant::now();
+        self.check()
+    }
 }
 
 /// Calls `work` for every item, with one worker per thread: the first on the calling thread, the others in the pool.
