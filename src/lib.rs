@@ -98,8 +98,9 @@
 //     open_manifest, key_metadata, inspect, clean   the files at the root of a snapshot
 //     options                                       SnapshotOptions
 //     fragment, key, serialization                  files; wrapped keys; values
+//     store                                         the bytes of stored fragments, wherever they are kept
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
-//     threads, pool, process, buffer, durability, stored_file, error
+//     threads, pool, process, buffer, durability, stored_file, zeros, error
 
 mod any_snapshot;
 mod buffer;
@@ -128,11 +129,13 @@ mod python;
 mod reader;
 mod serialization;
 mod staging;
+mod store;
 mod stored_file;
 mod strict_cbor;
 mod threads;
 mod verify;
 mod writer;
+mod zeros;
 
 /// Runs the Rust of the README as a test.
 #[cfg(doctest)]
