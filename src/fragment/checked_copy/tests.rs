@@ -1,1 +1,510 @@
+//! Every kind of input and output, sizes at all borders, and damage everywhere.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::super::batches::BATCH_BYTES;
+use super::*;
+use crate::cipher::{MAX_CHUNK_SIZE_BYTES, encrypt_message};
+use crate::stored_file::StoredFile;
+
+/// Where the fragment begins in a positioned input and output: neither aligned nor equal.
+const AT: u64 = 1536;
+const TO: u64 = 512;
+
+/// The bytes of a stream behind the fragment.
+const NEXT: &[u8] = b"the next member";
+
+/// A file as an object, which counts the bytes that are read and written.
+struct Object {
+    file: StoredFile,
+    size: u64,
+    is_sparse: bool,
+    moved: AtomicU64,
+}
+
+impl Object {
+    fn new(file: File) -> Self {
+        let size = file.metadata().unwrap().len();
+        Self { file: StoredFile::new(file), size, is_sparse: true, moved: AtomicU64::new(0) }
+    }
+
+    fn empty() -> Self {
+        Self::new(tempfile::tempfile().unwrap())
+    }
+
+    /// An object with `stored` at `AT`.
+    fn holding(stored: &[u8]) -> Self {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(AT + stored.len() as u64).unwrap();
+        file.write_all_at(stored, AT).unwrap();
+        Self::new(file)
+    }
+
+    fn moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    fn contents(&self, offset: u64, length: usize) -> Vec<u8> {
+        self.file.set_len(self.file.metadata().unwrap().len().max(offset + length as u64)).unwrap();
+        let mut contents = vec![0; length];
+        self.file.read_exact_at(&mut contents, offset).unwrap();
+        contents
+    }
+}
+
+impl ReadAt for Object {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64, _: &mut Interrupt<'_>) -> Result<()> {
+        self.moved.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        Ok(self.file.read_exact_at(buf, offset)?)
+    }
+
+    fn next_data(&self, from: u64) -> u64 {
+        self.file.next_data(from)
+    }
+}
+
+impl WriteAt for Object {
+    fn write_runs_at(&self, runs: &[&[u8]], offset: u64, _: &mut Interrupt<'_>) -> Result<()> {
+        self.moved.fetch_add(runs.iter().map(|run| run.len() as u64).sum(), Ordering::Relaxed);
+        Ok(self.file.write_runs(runs, offset)?)
+    }
+
+    fn is_sparse(&self) -> bool {
+        self.is_sparse
+    }
+}
+
+/// A stream that moves a few bytes at a time, and whose every third call a signal ends.
+struct Slow<S> {
+    stream: S,
+    calls: usize,
+}
+
+impl<S> Slow<S> {
+    fn new(stream: S) -> Self {
+        Self { stream, calls: 0 }
+    }
+
+    /// The number of bytes of this call.
+    fn next(&mut self, wanted: usize) -> io::Result<usize> {
+        self.calls += 1;
+        if self.calls.is_multiple_of(3) {
+            return Err(ErrorKind::Interrupted.into());
+        }
+        Ok(wanted.min(if self.calls.is_multiple_of(2) { 10_007 } else { 61_000 }))
+    }
+}
+
+impl<S: Read> Read for Slow<S> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.next(buf.len())?;
+        self.stream.read(&mut buf[..count])
+    }
+}
+
+impl<S: Write> Write for Slow<S> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let count = self.next(data.len())?;
+        self.stream.write(&data[..count])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+/// A fragment of a snapshot.
+struct Sealed {
+    stored: Vec<u8>,
+    entry: Entry,
+    key: Option<SecretKey>,
+}
+
+fn path() -> SnapshotPath {
+    SnapshotPath::try_from("devices/disk".to_owned()).unwrap()
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0_u32..).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).take(length).collect()
+}
+
+impl Sealed {
+    fn plain(contents: Vec<u8>) -> Self {
+        let size = contents.len() as u64;
+        let proof = Proof::Blake3(*blake3::hash(&contents).as_bytes());
+        Self { stored: contents, entry: Entry { size, stored_size: size, proof }, key: None }
+    }
+
+    fn encrypted(contents: &[u8], chunk_size_bytes: usize) -> Self {
+        let key = SecretKey::from([7; 32]);
+        let stored = encrypt_message(&key, &aad(&path()), chunk_size_bytes, contents).unwrap();
+        let tag = header_tag(stored.first_chunk().unwrap());
+        let proof = Proof::HeaderTag { chunk_size_bytes: chunk_size_bytes as u64, tag };
+        let entry = Entry { size: contents.len() as u64, stored_size: stored.len() as u64, proof };
+        Self { stored, entry, key: Some(key) }
+    }
+
+    fn copy(&self, input: Input<'_>, output: Output<'_>, threads: usize) -> Result<()> {
+        let mut go_on = || Ok(());
+        self.copy_with(input, output, threads, &mut go_on)
+    }
+
+    fn copy_with(
+        &self,
+        input: Input<'_>,
+        output: Output<'_>,
+        threads: usize,
+        callback: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let interrupt = &mut Interrupt::new(callback);
+        copy_checked(input, output, &path(), &self.entry, self.key.as_ref(), threads, interrupt)
+    }
+
+    /// Copies `stored` through every pair of an input and an output; all must agree.
+    fn copy_everywhere(&self, stored: &[u8]) -> Result<()> {
+        let length = self.stored.len();
+        let object = Object::holding(stored);
+        let piped = [stored, NEXT].concat();
+        let mut results = Vec::new();
+        for threads in [1, 3] {
+            let results_before = results.len();
+            for sparse in [true, false] {
+                let copy = Object { is_sparse: sparse, ..Object::empty() };
+                results.push(self.copy(Input::At(&object, AT), Output::At(&copy, TO), threads));
+                if results.last().unwrap().is_ok() {
+                    assert_eq!(copy.contents(TO, length), self.stored);
+                }
+                let copy = Object { is_sparse: sparse, ..Object::empty() };
+                let mut stream = Slow::new(&piped[..]);
+                results.push(self.copy(Input::Stream(&mut stream), Output::At(&copy, TO), threads));
+                if results.last().unwrap().is_ok() {
+                    assert_eq!(copy.contents(TO, length), self.stored);
+                    assert_eq!(stream.stream, NEXT);
+                }
+            }
+            let mut copy = Slow::new(Vec::new());
+            results.push(self.copy(Input::At(&object, AT), Output::Stream(&mut copy), threads));
+            if results.last().unwrap().is_ok() {
+                assert_eq!(copy.stream, self.stored);
+            }
+            let (mut stream, mut copy) = (&piped[..], Vec::new());
+            results.push(self.copy(Input::Stream(&mut stream), Output::Stream(&mut copy), threads));
+            if results.last().unwrap().is_ok() {
+                assert_eq!((stream, copy), (NEXT, self.stored.clone()));
+            }
+            results.push(self.copy(Input::At(&object, AT), Output::Nowhere, threads));
+            results.push(self.copy(Input::Stream(&mut &piped[..]), Output::Nowhere, threads));
+            assert_eq!(results.len() - results_before, 8);
+        }
+        let texts: Vec<_> = results.iter().map(|result| format!("{result:?}")).collect();
+        assert!(texts.iter().all(|text| *text == texts[0]), "{texts:#?}");
+        results.pop().unwrap()
+    }
+
+    /// Checks that a change of one bit is found, wherever it is.
+    fn is_damage_found(&self, at: usize) -> Error {
+        let mut damaged = self.stored.clone();
+        damaged[at] ^= 1;
+        self.copy_everywhere(&damaged).unwrap_err()
+    }
+}
+
+/// A number of bytes and its neighbours.
+fn around(bytes: usize) -> [usize; 3] {
+    [bytes - 1, bytes, bytes + 1]
+}
+
+#[test]
+fn a_plain_fragment_of_any_size_is_copied() {
+    let window = 3 * WINDOW_BYTES_PER_THREAD;
+    for length in [0, 1].into_iter().chain([SUBTREE_BYTES, BATCH_BYTES, 3 * BATCH_BYTES, window].map(around).concat()) {
+        Sealed::plain(pattern(length)).copy_everywhere(&pattern(length)).unwrap();
+    }
+}
+
+#[test]
+fn an_encrypted_fragment_of_any_size_and_chunk_size_is_copied() {
+    for chunk in [32, 4096, 65_536, 1_000_003] {
+        let batch = batch_bytes(segment_size(chunk)) / segment_size(chunk) * chunk;
+        let mut lengths = [chunk, 2 * chunk, batch, 2 * batch].map(around).concat();
+        lengths.extend([0, 1]);
+        for length in lengths {
+            let sealed = Sealed::encrypted(&pattern(length), chunk);
+            sealed.copy_everywhere(&sealed.stored).unwrap();
+        }
+    }
+    for chunk in [4096, 1 << 20] {
+        let sealed = Sealed::encrypted(&pattern(3 * WINDOW_BYTES_PER_THREAD + 5), chunk);
+        sealed.copy_everywhere(&sealed.stored).unwrap();
+    }
+}
+
+#[test]
+fn the_largest_chunks_are_copied_one_by_one() {
+    let sealed = Sealed::encrypted(&pattern(MAX_CHUNK_SIZE_BYTES + 1), MAX_CHUNK_SIZE_BYTES);
+    let (object, copy) = (Object::holding(&sealed.stored), Object::empty());
+    sealed.copy(Input::At(&object, AT), Output::At(&copy, TO), 2).unwrap();
+    assert_eq!(copy.contents(TO, sealed.stored.len()), sealed.stored);
+    let mut copy = Vec::new();
+    sealed.copy(Input::Stream(&mut &sealed.stored[..]), Output::Stream(&mut copy), 2).unwrap();
+    assert_eq!(copy, sealed.stored);
+}
+
+#[test]
+fn damage_anywhere_is_found() {
+    for length in [1, 1000, SUBTREE_BYTES, 3 * BATCH_BYTES + 1] {
+        let plain = Sealed::plain(pattern(length));
+        for at in [0, length / 2, length - 1] {
+            let error = plain.is_damage_found(at);
+            assert!(error.is_corrupt() && error.to_string().contains("have changed since"), "{error}");
+        }
+    }
+    for chunk in [64, 4096, 300_000] {
+        let encrypted = Sealed::encrypted(&pattern(700_000), chunk);
+        let length = encrypted.stored.len();
+        for at in [10, HEADER_BYTES, HEADER_BYTES + 40, length / 2, length - 1] {
+            let error = encrypted.is_damage_found(at);
+            assert!(error.is_authentication(), "{at}: {error}");
+        }
+        for at in [0, 5, HEADER_BYTES - 1] {
+            let error = encrypted.is_damage_found(at);
+            assert!(error.is_corrupt(), "{at}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_fragment_that_is_authentic_and_another_one_is_refused() {
+    let sealed = Sealed::encrypted(&pattern(5000), 4096);
+    // A later version of the fragment, and one with other chunks.
+    for chunk in [4096, 4095] {
+        let other = Sealed::encrypted(&pattern(5000), chunk);
+        let error = sealed.copy_everywhere(&other.stored).unwrap_err();
+        assert!(error.is_corrupt() && error.to_string().contains("differs from the manifest"), "{error}");
+    }
+    let error = sealed.copy_everywhere(&pattern(sealed.stored.len())).unwrap_err();
+    assert!(error.is_corrupt() && error.to_string().contains("no FLOE header"), "{error}");
+    // The chunk size of the entry counts, even if the tag is right.
+    let proof = Proof::HeaderTag { chunk_size_bytes: 8192, tag: header_tag(sealed.stored.first_chunk().unwrap()) };
+    let other = Sealed { entry: Entry { proof, ..sealed.entry }, ..sealed };
+    assert!(other.copy_everywhere(&other.stored).unwrap_err().is_corrupt());
+}
+
+#[test]
+fn an_encrypted_fragment_needs_its_own_key_and_path() {
+    let sealed = Sealed::encrypted(b"secret", 4096);
+    let other = Sealed { key: Some(SecretKey::from([8; 32])), ..sealed };
+    assert!(other.copy_everywhere(&other.stored).unwrap_err().is_authentication());
+    let without = Sealed { key: None, ..other };
+    assert!(without.copy_everywhere(&without.stored).unwrap_err().is_key_unavailable());
+    let moved = Sealed { key: Some(SecretKey::from([7; 32])), ..without };
+    let (mut stream, elsewhere) = (&moved.stored[..], SnapshotPath::try_from("disk".to_owned()).unwrap());
+    let (mut go_on, key) = (|| Ok(()), moved.key.as_ref());
+    let interrupt = &mut Interrupt::new(&mut go_on);
+    let copied = copy_checked(Input::Stream(&mut stream), Output::Nowhere, &elsewhere, &moved.entry, key, 2, interrupt);
+    assert!(copied.unwrap_err().is_authentication());
+}
+
+#[test]
+fn a_truncated_fragment_ends_too_early() {
+    for sealed in [
+        Sealed::plain(pattern(1)),
+        Sealed::plain(pattern(3 * BATCH_BYTES)),
+        Sealed::encrypted(&[], 4096),
+        Sealed::encrypted(&pattern(3 * BATCH_BYTES), 4096),
+    ] {
+        let length = sealed.stored.len();
+        for left in [0, length / 2, length - 1] {
+            let left = &sealed.stored[..left];
+            let said = format!("ends before its {length} bytes");
+            let object = Object::holding(left);
+            for threads in [1, 3] {
+                for error in [
+                    sealed.copy(Input::At(&object, AT), Output::Nowhere, threads).unwrap_err(),
+                    sealed.copy(Input::Stream(&mut Slow::new(left)), Output::Nowhere, threads).unwrap_err(),
+                ] {
+                    assert!(error.is_corrupt(), "{error}");
+                    assert_eq!(error.to_string(), said);
+                }
+            }
+        }
+    }
+    // An offset of a forged archive.
+    let object = Object::holding(&[]);
+    assert!(Sealed::plain(vec![1]).copy(Input::At(&object, u64::MAX), Output::Nowhere, 1).unwrap_err().is_corrupt());
+}
+
+#[test]
+fn a_segment_is_not_written_before_it_is_checked() {
+    let sealed = Sealed::encrypted(&pattern(3 * BATCH_BYTES), 4096);
+    let mut damaged = sealed.stored.clone();
+    damaged[HEADER_BYTES + 50] ^= 1;
+    let mut copy = Vec::new();
+    sealed.copy(Input::Stream(&mut &damaged[..]), Output::Stream(&mut copy), 2).unwrap_err();
+    assert_eq!(copy, sealed.stored[..HEADER_BYTES]);
+    let (object, copy) = (Object::holding(&damaged), Object::empty());
+    sealed.copy(Input::At(&object, AT), Output::At(&copy, 0), 1).unwrap_err();
+    assert_eq!(copy.moved(), HEADER_BYTES as u64);
+}
+
+#[test]
+fn holes_stay_holes_and_are_not_read() {
+    const SIZE: u64 = 64 << 20;
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&pattern(100_000), AT + SIZE / 2).unwrap();
+    file.set_len(AT + SIZE).unwrap();
+    let mut contents = vec![0; usize::try_from(SIZE).unwrap()];
+    file.read_exact_at(&mut contents, AT).unwrap();
+    let sealed = Sealed::plain(contents);
+
+    let (object, copy) = (Object::new(file), Object::empty());
+    sealed.copy(Input::At(&object, AT), Output::At(&copy, TO), 3).unwrap();
+    // At most one batch on each side of the data.
+    assert!(object.moved() <= 100_000 + 2 * BATCH_BYTES as u64, "{}", object.moved());
+    let mut piped = Vec::new();
+    sealed.copy(Input::At(&object, AT), Output::Stream(&mut piped), 3).unwrap();
+    assert!(piped == sealed.stored);
+    let unpiped = Object::empty();
+    sealed.copy(Input::Stream(&mut &piped[..]), Output::At(&unpiped, TO), 3).unwrap();
+    for copy in [copy, unpiped] {
+        assert!(copy.moved() <= 100_000 + 2 * BATCH_BYTES as u64, "{}", copy.moved());
+        // The owner sets the size.
+        copy.file.set_len(TO + SIZE).unwrap();
+        assert!(copy.file.metadata().unwrap().blocks() * 512 < SIZE / 16);
+        assert!(copy.contents(TO, sealed.stored.len()) == sealed.stored);
+    }
+    let full = Object { is_sparse: false, ..Object::empty() };
+    sealed.copy(Input::At(&object, AT), Output::At(&full, TO), 3).unwrap();
+    assert_eq!(full.moved(), SIZE);
+}
+
+/// An input and output of which every call fails.
+struct Failing;
+
+impl WriteAt for Failing {
+    fn write_runs_at(&self, _: &[&[u8]], _: u64, _: &mut Interrupt<'_>) -> Result<()> {
+        Err(Error::io("cannot be written", io::Error::from_raw_os_error(libc::ENOSPC)))
+    }
+}
+
+impl Read for Failing {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(libc::EIO))
+    }
+}
+
+impl Write for Failing {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(libc::EPIPE))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_error_of_the_input_or_output_ends_the_copy_with_its_errno() {
+    let contents = pattern(4 * WINDOW_BYTES_PER_THREAD);
+    for sealed in [Sealed::encrypted(&contents, 4096), Sealed::plain(contents)] {
+        for threads in [1, 2] {
+            let object = Object::holding(&sealed.stored);
+            let errno = |input: Input<'_>, output: Output<'_>| {
+                sealed.copy(input, output, threads).unwrap_err().raw_os_error().unwrap()
+            };
+            let mut stream = &sealed.stored[..];
+            assert_eq!(errno(Input::At(&object, AT), Output::At(&Failing, 0)), libc::ENOSPC);
+            assert!(object.moved() <= (threads * 2 * BATCH_BYTES) as u64, "{}", object.moved());
+            assert_eq!(errno(Input::Stream(&mut stream), Output::Stream(&mut Failing)), libc::EPIPE);
+            assert!(stream.len() >= sealed.stored.len() - threads * WINDOW_BYTES_PER_THREAD - HEADER_BYTES);
+            assert_eq!(errno(Input::Stream(&mut Failing), Output::Nowhere), libc::EIO);
+        }
+    }
+}
+
+/// An input and output that never has anything. A signal ends each call of a stream.
+struct Stuck;
+
+fn wait_forever(interrupt: &mut Interrupt<'_>) -> Result<()> {
+    loop {
+        interrupt.check()?;
+        std::thread::yield_now();
+    }
+}
+
+impl ReadAt for Stuck {
+    fn size(&self) -> u64 {
+        u64::MAX
+    }
+
+    fn read_exact_at(&self, _: &mut [u8], _: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        wait_forever(interrupt)
+    }
+}
+
+impl WriteAt for Stuck {
+    fn write_runs_at(&self, _: &[&[u8]], _: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        wait_forever(interrupt)
+    }
+}
+
+impl Read for Stuck {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(ErrorKind::Interrupted.into())
+    }
+}
+
+impl Write for Stuck {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(ErrorKind::Interrupted.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_interrupt_ends_a_copy_that_waits() {
+    let contents = pattern(4 * BATCH_BYTES);
+    for sealed in [Sealed::encrypted(&contents, 4096), Sealed::plain(contents)] {
+        let object = Object::holding(&sealed.stored);
+        for threads in [1, 3] {
+            let stopped = |input: Input<'_>, output: Output<'_>| {
+                let mut calls = 0;
+                let copied = sealed.copy_with(input, output, threads, &mut || {
+                    calls += 1;
+                    if calls == 2 { Err(Error::interrupted()) } else { Ok(()) }
+                });
+                assert!(copied.unwrap_err().is_interrupted());
+                assert_eq!(calls, 2);
+            };
+            stopped(Input::At(&Stuck, 0), Output::Nowhere);
+            stopped(Input::At(&object, AT), Output::At(&Stuck, 0));
+            stopped(Input::At(&object, AT), Output::Stream(&mut Stuck));
+            stopped(Input::Stream(&mut Stuck), Output::At(&Stuck, 0));
+            stopped(Input::Stream(&mut &sealed.stored[..]), Output::At(&Stuck, 0));
+            stopped(Input::Stream(&mut &sealed.stored[..]), Output::Stream(&mut Stuck));
+        }
+    }
+}
+
+#[test]
+fn a_signal_is_acted_on_although_the_callback_was_called_just_now() {
+    let mut calls = 0;
+    let mut callback = || {
+        calls += 1;
+        Err(Error::interrupted())
+    };
+    // The first call of the stream is within the interval after the beginning.
+    let copied = Sealed::plain(vec![1]).copy_with(Input::Stream(&mut Stuck), Output::Nowhere, 1, &mut callback);
+    assert!(copied.unwrap_err().is_interrupted());
+    assert_eq!(calls, 1);
+}
