@@ -401,7 +401,7 @@ impl Scanned {
         };
         let paths: Vec<_> = self.fragments.keys().collect();
         let mut workers = vec![(); threads.min(paths.len())];
-        for_each(&mut workers, paths.into_iter(), &mut Interrupt::new(interrupt), |(), path| {
+        for_each(&mut workers, paths.into_iter(), &mut Interrupt::new(interrupt), |(), path, _| {
             let (namespace, name) = path.rsplit_once('/').unwrap_or(("", path));
             sync_file(&folder::open(root, namespace)?, name).map_err(|error| failed(path, error))
         })?;

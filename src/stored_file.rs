@@ -35,6 +35,8 @@ const IOV_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct StoredFile {
     file: File,
+    /// The length when it was opened to be read; 0 for a new file.
+    size: u64,
     cache: CacheUse,
 }
 
@@ -190,17 +192,22 @@ fn sync_range(file: impl AsFd, range: &Range<u64>, flags: libc::c_uint) {
 }
 
 impl StoredFile {
+    /// A new, empty file.
     pub(crate) fn new(file: File) -> Self {
-        Self { file, cache: CacheUse::default() }
+        Self::of_size(file, 0)
+    }
+
+    /// A file of `size` bytes, to be read.
+    pub(crate) fn of_size(file: File, size: u64) -> Self {
+        Self { file, size, cache: CacheUse::default() }
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size
     }
 
     pub(crate) fn set_uncached(&self, uncached: bool) {
         self.cache.set_uncached(uncached);
-    }
-
-    /// Writes all of `data` to `offset`.
-    pub(crate) fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        if data.is_empty() { Ok(()) } else { self.write_runs(&[data], offset) }
     }
 
     /// Writes all of `runs`, one after the other, from `offset` on.
@@ -226,7 +233,6 @@ impl StoredFile {
 
     /// Where the next data begins, from `from` on: before that is a hole. A file system that does not know its holes
     /// has data everywhere.
-    #[allow(dead_code, reason = "its users follow")]
     pub(crate) fn next_data(&self, from: u64) -> u64 {
         match seek(&self.file, SeekFrom::Data(from)) {
             Ok(found) => found.max(from),
@@ -258,8 +264,7 @@ mod tests {
     fn write_and_read(file: &StoredFile) {
         let bytes: Vec<u8> = (0..200_000_u32).map(|n| n.to_le_bytes()[0]).collect();
         file.write_runs(&[&bytes[..3], &bytes[3..70_000]], 5).unwrap();
-        file.write_all_at(&bytes[70_000..], 70_005).unwrap();
-        file.write_all_at(&[], 1 << 40).unwrap();
+        file.write_runs(&[&bytes[70_000..]], 70_005).unwrap();
         file.drop_rest();
         assert_eq!(file.metadata().unwrap().len(), 200_005);
         let mut back = vec![0; 200_000];
@@ -279,8 +284,8 @@ mod tests {
 
     #[test]
     fn data_is_found_after_a_hole() {
-        let file = StoredFile::new(tempfile::tempfile().unwrap());
-        file.write_all_at(&[7; 10], 1 << 20).unwrap();
+        let file = StoredFile::new(memfd_create("stored", MemfdFlags::CLOEXEC).unwrap().into());
+        file.write_runs(&[&[7; 10]], 1 << 20).unwrap();
         file.set_len(4 << 20).unwrap();
         assert_eq!(file.next_data(0), 1 << 20);
         assert_eq!(file.next_data((1 << 20) + 3), (1 << 20) + 3);
@@ -305,7 +310,7 @@ mod tests {
         file.cache.state.store(ADVISED, Ordering::Relaxed);
         let mib = vec![7; 1 << 20];
         for number in 0..40 {
-            file.write_all_at(&mib, number << 20).unwrap();
+            file.write_runs(&[&mib], number << 20).unwrap();
         }
         let waiting: u64 = lock(&file.cache.unwritten).iter().map(|range| range.end - range.start).sum();
         assert_eq!(waiting, MAX_UNWRITTEN_BYTES);

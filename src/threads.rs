@@ -4,7 +4,7 @@
 //! an interruption. A helper returns its thread to the pool after an item if another job waits for a thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
@@ -48,30 +48,53 @@ fn most() -> Result<usize> {
     .map_err(Error::invalid_argument)
 }
 
-/// Calls the caller's callback from time to time, which may stop the work.
+/// Ends long work: on the calling thread its callback may ask for that, and on every thread that shares the work, a
+/// failure of another thread. Everything that takes long checks it, and everything that waits does so through it.
 pub(crate) struct Interrupt<'a> {
-    callback: &'a mut dyn FnMut() -> Result<()>,
+    /// The callback of the caller; only the calling thread has it.
+    callback: Option<&'a mut dyn FnMut() -> Result<()>>,
     next: Instant,
     owner: OwnerProcess,
-    /// Whether other threads work at the same call.
-    accompanied: bool,
+    /// Set when a thread has failed, if several threads share the work.
+    stop: Option<&'a AtomicBool>,
 }
 
 impl<'a> Interrupt<'a> {
     pub(crate) fn new(callback: &'a mut dyn FnMut() -> Result<()>) -> Self {
-        Self { callback, next: Instant::now() + INTERRUPT_INTERVAL, owner: OwnerProcess::current(), accompanied: false }
+        Self {
+            callback: Some(callback),
+            next: Instant::now() + INTERRUPT_INTERVAL,
+            owner: OwnerProcess::current(),
+            stop: None,
+        }
     }
 
+    /// The interrupt of a thread that helps another one, until `stop` is set.
+    pub(crate) fn of_helper(stop: &'a AtomicBool) -> Self {
+        Self { callback: None, next: Instant::now(), owner: OwnerProcess::current(), stop: Some(stop) }
+    }
+
+    /// The interrupt of the calling thread while other threads help it.
+    fn shared<'b>(&'b mut self, stop: &'b AtomicBool) -> Interrupt<'b> {
+        let callback = self.callback.as_mut().map(|callback| &mut **callback as &mut dyn FnMut() -> Result<()>);
+        Interrupt { callback, next: self.next, owner: self.owner, stop: Some(stop) }
+    }
+
+    /// Returns an error if the work must end. Calls the callback at most every 50 ms.
     pub(crate) fn check(&mut self) -> Result<()> {
+        if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            return Err(Error::interrupted());
+        }
+        let Some(callback) = &mut self.callback else { return Ok(()) };
         let now = Instant::now();
         if now < self.next {
             return Ok(());
         }
         self.next = now + INTERRUPT_INTERVAL;
-        let result = (self.callback)();
+        let result = callback();
         if !self.owner.is_current() {
             // The callback forked, and this is the child, where cipher state must not be used.
-            if self.accompanied {
+            if self.stop.is_some() {
                 // The other threads do not exist here, so waiting for them, or for a lock that one held, never ends.
                 // The panic reports the reason through the application's panic hook, and unwinds only this closure.
                 let _ = std::panic::catch_unwind(|| {
@@ -89,9 +112,23 @@ impl<'a> Interrupt<'a> {
         self.next = Instant::now();
         self.check()
     }
+
+    /// Waits briefly for a notification, and checks while the lock is released. The caller looks whether its condition
+    /// holds now, and waits again if not.
+    pub(crate) fn wait<'b, T>(
+        &mut self,
+        changed: &Condvar,
+        guard: MutexGuard<'_, T>,
+        mutex: &'b Mutex<T>,
+    ) -> Result<MutexGuard<'b, T>> {
+        drop(changed.wait_timeout(guard, INTERRUPT_INTERVAL));
+        self.check()?;
+        Ok(lock(mutex))
+    }
 }
 
 /// Calls `work` for every item, with one worker per thread: the first on the calling thread, the others in the pool.
+/// Work that takes long or waits must check the interrupt that it is given.
 ///
 /// # Errors
 ///
@@ -101,21 +138,6 @@ impl<'a> Interrupt<'a> {
 ///
 /// If `work` panics in any thread.
 pub(crate) fn for_each<W, I>(
-    workers: &mut [W],
-    items: I,
-    interrupt: &mut Interrupt<'_>,
-    work: impl Fn(&mut W, I::Item) -> Result<()> + Sync,
-) -> Result<()>
-where
-    W: Send,
-    I: Iterator + Send,
-    I::Item: Send,
-{
-    for_each_interruptible(workers, items, interrupt, |worker, item, _| work(worker, item))
-}
-
-/// Like [`for_each`], for work that waits: `work` must check the interrupt from time to time.
-pub(crate) fn for_each_interruptible<W, I>(
     workers: &mut [W],
     items: I,
     interrupt: &mut Interrupt<'_>,
@@ -170,28 +192,24 @@ where
     let idle: Mutex<Vec<_>> = Mutex::new(others[..helpers].iter_mut().collect());
     let help = || {
         let Some(worker) = lock(&idle).pop() else { return false };
-        let mut go_on = || if stop.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) };
-        let more = run(worker, &mut Interrupt::new(&mut go_on), &|| pool.is_wanted());
+        let more = run(worker, &mut Interrupt::of_helper(&stop), &|| pool.is_wanted());
         lock(&idle).push(worker);
         more
     };
-    interrupt.accompanied = true;
+    let mut shared = interrupt.shared(&stop);
     pool.share(helpers, &help, |helpers| {
-        run(own, interrupt, &|| false);
+        run(own, &mut shared, &|| false);
         helpers.wait(|| {
-            if !stop.load(Ordering::Relaxed)
-                && let Err(error) = interrupt.check()
-            {
+            if let Err(error) = shared.check() {
                 fail(error);
             }
         });
     });
-    interrupt.accompanied = false;
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// Calls a function if the thread panics.
-pub(crate) struct PanicGuard<F: Fn()>(pub(crate) F);
+struct PanicGuard<F: Fn()>(F);
 
 impl<F: Fn()> Drop for PanicGuard<F> {
     fn drop(&mut self) {
@@ -219,7 +237,7 @@ mod tests {
             &mut workers,
             0..usize::try_from(count).unwrap(),
             &mut Interrupt::new(&mut callback),
-            |sum, item| {
+            |sum, item, _| {
                 if stop_at == Some(item as u64) {
                     return Err(Error::interrupted());
                 }
@@ -253,7 +271,7 @@ mod tests {
     fn by_all_threads(items: impl Iterator<Item = usize> + Send, work: impl Fn(usize) + Sync) {
         let mut go_on = || Ok(());
         let mut workers = vec![(); most().unwrap() + 1];
-        for_each(&mut workers, items, &mut Interrupt::new(&mut go_on), |(), item| {
+        for_each(&mut workers, items, &mut Interrupt::new(&mut go_on), |(), item, _| {
             work(item);
             Ok(())
         })
@@ -310,7 +328,7 @@ mod tests {
             release.send(()).unwrap();
             Ok(())
         };
-        for_each(&mut [(); 2], 0..2, &mut Interrupt::new(&mut callback), |(), _| {
+        for_each(&mut [(); 2], 0..2, &mut Interrupt::new(&mut callback), |(), _, _| {
             both.wait();
             if std::thread::current().id() != caller {
                 lock(&released).recv().unwrap();
@@ -321,12 +339,39 @@ mod tests {
     }
 
     #[test]
+    fn whoever_waits_for_a_thread_that_fails_is_released() {
+        // Of two items, one fails and the other waits for it, once on the calling thread and once on a helper.
+        for panics in [false, true] {
+            for failing in 0..2 {
+                let caller = std::thread::current().id();
+                let both = Barrier::new(2);
+                let (never, changed) = (Mutex::new(()), Condvar::new());
+                let ended = std::panic::catch_unwind(|| {
+                    let mut go_on = || Ok(());
+                    for_each(&mut [(); 2], 0..2, &mut Interrupt::new(&mut go_on), |(), _, interrupt| {
+                        both.wait();
+                        if (std::thread::current().id() == caller) == (failing == 0) {
+                            assert!(!panics, "a panic of the test");
+                            return Err(Error::corrupt("a failure of the test"));
+                        }
+                        loop {
+                            drop(interrupt.wait(&changed, lock(&never), &never)?);
+                        }
+                    })
+                });
+                assert_eq!(ended.is_err(), panics);
+                assert!(ended.is_err() || ended.unwrap().unwrap_err().is_corrupt());
+            }
+        }
+    }
+
+    #[test]
     fn a_helper_that_panics_ends_the_call() {
         let caller = std::thread::current().id();
         let both = Barrier::new(2);
         let panicked = std::panic::catch_unwind(|| {
             let mut go_on = || Ok(());
-            for_each(&mut [(); 2], 0.., &mut Interrupt::new(&mut go_on), |(), item| {
+            for_each(&mut [(); 2], 0.., &mut Interrupt::new(&mut go_on), |(), item, _| {
                 if item < 2 {
                     both.wait();
                 }
@@ -348,7 +393,7 @@ mod tests {
         let (both, helping) = (Barrier::new(2), std::sync::atomic::AtomicUsize::new(0));
         let panicked = std::panic::catch_unwind(|| {
             let mut go_on = || Ok(());
-            for_each(&mut [(); 2], 0.., &mut Interrupt::new(&mut go_on), |(), item| {
+            for_each(&mut [(); 2], 0.., &mut Interrupt::new(&mut go_on), |(), item, _| {
                 if item < 2 {
                     both.wait();
                 }

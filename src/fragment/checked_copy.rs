@@ -22,7 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::store::bytes::{ReadAt, WriteAt};
-use crate::threads::{Interrupt, for_each_interruptible, lock};
+use crate::threads::{Interrupt, for_each, lock};
 use crate::zeros::is_zero;
 
 /// The bytes of a stream that are in memory at a time, for each thread: enough batches that all threads are busy.
@@ -36,6 +36,9 @@ pub(crate) enum Input<'a> {
     /// An object, and the offset of the fragment in it. Its holes are not read.
     At(&'a dyn ReadAt, u64),
     /// A stream whose next bytes are the fragment. The bytes after them are left unread.
+    ///
+    /// A call that waits should end with `ErrorKind::Interrupted` after a while, as those of [`Pipe`](crate::store::pipe::Pipe) do. Then, and
+    /// after a signal, the interrupt is checked at once and the call is repeated.
     Stream(&'a mut dyn Read),
 }
 
@@ -44,6 +47,7 @@ pub(crate) enum Output<'a> {
     /// A new object, and the offset of the fragment in it. If the object is sparse, batches of zeros are not written,
     /// and its owner must set its size.
     At(&'a dyn WriteAt, u64),
+    /// A stream, which should not wait too long either.
     Stream(&'a mut dyn Write),
     /// The fragment is only checked.
     Nowhere,
@@ -52,8 +56,7 @@ pub(crate) enum Output<'a> {
 /// Copies the stored bytes of a fragment, and checks them against `entry`, which a decoded manifest has for `path`.
 ///
 /// A segment is checked before it is written. The digest of a plain fragment is known only at the end; after an error
-/// the caller must discard the output. A call of a stream may block until a signal ends it, and then the interrupt is
-/// checked at once.
+/// the caller must discard the output.
 ///
 /// # Errors
 ///
@@ -136,7 +139,7 @@ fn copy_body(
 
     if source.is_some() && !matches!(output, Output::Stream(_)) {
         let offsets = (0..batches).map(|number| range.start + number * batch_bytes as u64);
-        return for_each_interruptible(&mut workers, offsets, interrupt, |worker, offset, interrupt| {
+        return for_each(&mut workers, offsets, interrupt, |worker, offset, interrupt| {
             let mut buffer = std::mem::take(&mut worker.buffer);
             let wanted = at_most(range.end - offset, batch_bytes);
             buffer::at_least(&mut buffer, wanted)?;
@@ -156,7 +159,7 @@ fn copy_body(
             read_exact(*stream, window, entry, interrupt)?;
         }
         let batches = window.chunks_mut(batch_bytes).zip((offset..).step_by(batch_bytes));
-        for_each_interruptible(&mut workers, batches, interrupt, |worker, (batch, offset), interrupt| {
+        for_each(&mut workers, batches, interrupt, |worker, (batch, offset), interrupt| {
             copy_batch(worker, offset, batch, interrupt)
         })?;
         if let Output::Stream(stream) = &mut output {

@@ -73,18 +73,18 @@ impl Digest {
         data: &[u8],
         threads: usize,
         interrupt: &mut Interrupt<'_>,
-        also: impl Fn(usize, &[u8]) -> Result<()> + Sync,
+        also: impl Fn(usize, &[u8], &mut Interrupt<'_>) -> Result<()> + Sync,
     ) -> Result<()> {
         let (head, rest) = data.split_at((self.until_subtree_ends() % SUBTREE_BYTES).min(data.len()));
         // At least a byte is left for the end, because the last subtree must not be pushed.
         let (body, tail) = rest.split_at(rest.len().saturating_sub(1) / SUBTREE_BYTES * SUBTREE_BYTES);
         self.update(head);
-        also(0, head)?;
+        also(0, head, interrupt)?;
         let first = self.next_subtree();
         let batches = body.chunks(BATCH_BYTES);
         let mut workers: Vec<_> = (0..threads.min(batches.len())).map(|_| Vec::new()).collect();
-        for_each(&mut workers, batches.enumerate(), interrupt, |done: &mut Vec<_>, (number, batch)| {
-            also(head.len() + number * BATCH_BYTES, batch)?;
+        for_each(&mut workers, batches.enumerate(), interrupt, |done: &mut Vec<_>, (number, batch), interrupt| {
+            also(head.len() + number * BATCH_BYTES, batch, interrupt)?;
             // After `also`, the batch is in the cache.
             let subtrees = batch.chunks(SUBTREE_BYTES).zip(first + (number * (BATCH_BYTES / SUBTREE_BYTES)) as u64..);
             buffer::reserve(done, BATCH_BYTES / SUBTREE_BYTES)?;
@@ -97,7 +97,7 @@ impl Digest {
             self.push(subtrees.into_iter().map(|(_, subtree)| subtree));
         }
         self.update(tail);
-        also(head.len() + body.len(), tail)
+        also(head.len() + body.len(), tail, interrupt)
     }
 
     fn end_subtree(&mut self) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::batches::batch_bytes;
 use super::encryptors::Encryptors;
-use super::place::{aad, not_written};
+use super::place::aad;
 use super::positioned::{PositionedKind, PositionedWriter};
 use crate::buffer;
 use crate::cipher::{Encryption, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey, header_tag, segment_offset};
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
-use crate::stored_file::StoredFile;
+use crate::store::bytes::WriteAt;
 use crate::threads::Interrupt;
 
 /// A write of at least this size is encrypted directly from the caller's buffer, and returns when all of it is written.
@@ -20,7 +20,7 @@ use crate::threads::Interrupt;
 const MIN_DIRECT_WRITE_BYTES: usize = 4 << 20;
 
 pub(super) struct EncryptedSink {
-    file: Arc<StoredFile>,
+    object: Arc<dyn WriteAt>,
     encryptors: Arc<Encryptors>,
     chunk_size_bytes: usize,
     /// Plaintext that is not submitted yet, from the start of chunk `next_index`. A chunk is not the last if more bytes
@@ -33,18 +33,19 @@ pub(super) struct EncryptedSink {
 
 impl EncryptedSink {
     pub(super) fn new(
-        file: Arc<StoredFile>,
+        object: Arc<dyn WriteAt>,
         key: &SecretKey,
         path: &SnapshotPath,
         chunk_size_bytes: usize,
         threads: usize,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<Self> {
         let (encryption, header) = Encryption::start(key, &aad(path), chunk_size_bytes)?;
-        file.write_all_at(&header, 0).map_err(not_written)?;
+        object.write_all_at(&header, 0, interrupt)?;
         let encryptors = Arc::new(Encryptors::new(encryption, threads));
         let header_tag = header_tag(&header);
         Ok(Self {
-            file,
+            object,
             encryptors,
             chunk_size_bytes,
             gathered: Vec::new(),
@@ -88,12 +89,12 @@ impl EncryptedSink {
             if !self.gathered.is_empty() {
                 let batch = std::mem::replace(&mut self.gathered, self.encryptors.buffer(interrupt)?);
                 let first_index = self.advance(batch.len());
-                self.encryptors.submit(&self.file, first_index, batch);
+                self.encryptors.submit(&self.object, first_index, batch);
             }
             if data.len() >= MIN_DIRECT_WRITE_BYTES {
                 let (body, tail) = self.split_last(data);
                 let first_index = self.advance(body.len());
-                self.encryptors.encrypt(&self.file, first_index, body, interrupt)?;
+                self.encryptors.encrypt(&*self.object, first_index, body, interrupt)?;
                 data = tail;
             }
         }
@@ -106,7 +107,7 @@ impl EncryptedSink {
             encryptors: Arc::clone(&self.encryptors),
             chunk_size_bytes: self.chunk_size_bytes,
         };
-        (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
+        (self.written() == 0).then(|| PositionedWriter { object: Arc::clone(&self.object), kind })
     }
 
     /// Continues after positioned batches that end at `end`.
@@ -118,9 +119,9 @@ impl EncryptedSink {
         let mut gathered = std::mem::take(&mut self.gathered);
         let (body, last) = self.split_last(&gathered);
         let first_index = self.advance(body.len());
-        self.encryptors.encrypt(&self.file, first_index, body, interrupt)?;
+        self.encryptors.encrypt(&*self.object, first_index, body, interrupt)?;
         self.encryptors.drain(interrupt)?;
-        self.encryptors.encrypt_last(&self.file, self.next_index, last)?;
+        self.encryptors.encrypt_last(&*self.object, self.next_index, last, interrupt)?;
         let body_bytes = body.len();
         gathered.drain(..body_bytes);
         self.gathered = gathered;

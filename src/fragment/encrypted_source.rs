@@ -3,7 +3,7 @@
 //! Segments have a fixed size, so the offset of a segment follows from its index. Each thread reads its segments,
 //! decrypts them into the caller's buffer, and never waits for the others.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::batches::{Batches, batch_bytes};
 use super::place::aad;
@@ -14,7 +14,7 @@ use crate::cipher::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
-use crate::stored_file::StoredFile;
+use crate::store::bytes::ReadAt;
 use crate::threads::{Interrupt, for_each, lock};
 
 /// An idle fragment keeps at most this many workers, and none with a larger buffer.
@@ -22,7 +22,7 @@ const MAX_IDLE_WORKERS: usize = 8;
 const MAX_IDLE_SEGMENT_BYTES: usize = 2 << 20;
 
 pub(super) struct EncryptedSource {
-    file: StoredFile,
+    object: Arc<dyn ReadAt>,
     decryption: Decryption,
     header_tag: [u8; HEADER_TAG_BYTES],
     chunk_size_bytes: usize,
@@ -41,12 +41,13 @@ impl EncryptedSource {
     ///
     /// `expected` is the header tag in the manifest, if there is one.
     pub(super) fn open(
-        file: StoredFile,
-        stored_size: u64,
+        object: Arc<dyn ReadAt>,
         key: &SecretKey,
         path: &SnapshotPath,
         expected: Option<[u8; HEADER_TAG_BYTES]>,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<Self> {
+        let stored_size = object.size();
         let mut header = [0; HEADER_BYTES];
         if stored_size < (HEADER_BYTES + SEGMENT_OVERHEAD_BYTES) as u64 {
             return Err(Error::corrupt(format!(
@@ -54,7 +55,7 @@ impl EncryptedSource {
                  an encrypted snapshot?)"
             )));
         }
-        file.read_exact_at(&mut header, 0).map_err(not_read)?;
+        object.read_exact_at(&mut header, 0, interrupt).map_err(not_read)?;
         check_declared_chunk_size(header)?;
         let header_tag = header_tag(&header);
         if expected.is_some_and(|expected| expected != header_tag) {
@@ -62,9 +63,9 @@ impl EncryptedSource {
         }
         let decryption = Decryption::start(key, &aad(path), header, stored_size)?;
         let chunk_size_bytes = decryption.chunk_size_bytes();
-        let source = Self { file, decryption, header_tag, chunk_size_bytes, idle: Mutex::default() };
+        let source = Self { object, decryption, header_tag, chunk_size_bytes, idle: Mutex::default() };
         let mut worker = source.worker();
-        worker.load(&source, source.decryption.last_index(), source.decryption.last_index())?;
+        worker.load(&source, source.decryption.last_index(), source.decryption.last_index(), interrupt)?;
         worker.decrypt_chunk(&source, source.decryption.last_index(), 0)?;
         source.put_back([worker]);
         Ok(source)
@@ -72,10 +73,6 @@ impl EncryptedSource {
 
     pub(super) fn size(&self) -> u64 {
         self.decryption.size()
-    }
-
-    pub(super) fn file(&self) -> &StoredFile {
-        &self.file
     }
 
     pub(super) fn header_tag(&self) -> [u8; HEADER_TAG_BYTES] {
@@ -105,8 +102,9 @@ impl EncryptedSource {
                 &mut many[..]
             }
         };
-        let result =
-            for_each(workers, batches, interrupt, |worker, (offset, batch)| worker.read_batch(self, offset, batch));
+        let result = for_each(workers, batches, interrupt, |worker, (offset, batch), interrupt| {
+            worker.read_batch(self, offset, batch, interrupt)
+        });
         self.put_back(one.into_iter().chain(many));
         result
     }
@@ -140,10 +138,16 @@ impl EncryptedSource {
 
 impl DecryptionWorker {
     /// Reads the segments of a batch at once, and decrypts each to its position.
-    fn read_batch(&mut self, source: &EncryptedSource, offset: u64, mut batch: &mut [u8]) -> Result<()> {
+    fn read_batch(
+        &mut self,
+        source: &EncryptedSource,
+        offset: u64,
+        mut batch: &mut [u8],
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let chunk_size = source.chunk_size_bytes as u64;
         let first_index = offset / chunk_size;
-        self.load(source, first_index, (offset + batch.len() as u64 - 1) / chunk_size)?;
+        self.load(source, first_index, (offset + batch.len() as u64 - 1) / chunk_size, interrupt)?;
         let mut from = usize::try_from(offset % chunk_size).unwrap_or(0);
         for (number, index) in (first_index..).enumerate() {
             let chunk_bytes = source.chunk_bytes(index);
@@ -164,13 +168,13 @@ impl DecryptionWorker {
         Ok(())
     }
 
-    /// Reads the segments `first..=last` from the file.
-    fn load(&mut self, source: &EncryptedSource, first: u64, last: u64) -> Result<()> {
+    /// Reads the segments `first..=last`.
+    fn load(&mut self, source: &EncryptedSource, first: u64, last: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let full = usize::try_from(last - first).unwrap_or(usize::MAX);
         let stored = full * segment_size(source.chunk_size_bytes) + source.chunk_bytes(last) + SEGMENT_OVERHEAD_BYTES;
         buffer::at_least(&mut self.segments, stored)?;
         let offset = segment_offset(first, source.chunk_size_bytes);
-        source.file.read_exact_at(&mut self.segments[..stored], offset).map_err(not_read)
+        source.object.read_exact_at(&mut self.segments[..stored], offset, interrupt).map_err(not_read)
     }
 
     /// Decrypts segment `index` into the worker's own buffer.
@@ -181,11 +185,7 @@ impl DecryptionWorker {
     }
 }
 
-fn not_read(error: std::io::Error) -> Error {
-    match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => {
-            Error::with_source(Kind::Authentication, "became shorter while it was read", error)
-        }
-        _ => Error::io("cannot be read", error),
-    }
+/// A fragment that became shorter does not verify any more.
+fn not_read(error: Error) -> Error {
+    if error.is_corrupt() { Error::with_source(Kind::Authentication, error.to_string(), error) } else { error }
 }

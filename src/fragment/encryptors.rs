@@ -7,17 +7,17 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::batches::batch_bytes;
-use super::place::not_written;
 use super::rope::Rope;
 use crate::buffer;
 use crate::cipher::{Encryption, Encryptor, SEGMENT_OVERHEAD_BYTES, segment_offset, segment_size};
 use crate::error::{Error, Kind, Result};
 use crate::pool::{Job, pool};
-use crate::stored_file::StoredFile;
-use crate::threads::{INTERRUPT_INTERVAL, Interrupt, for_each, lock};
+use crate::store::bytes::WriteAt;
+use crate::threads::{Interrupt, for_each, lock};
 
 pub(super) struct Encryptors {
     encryption: Encryption,
@@ -26,6 +26,8 @@ pub(super) struct Encryptors {
     queue: Mutex<Queue>,
     /// A batch was done.
     done: Condvar,
+    /// Set by [`Encryptors::stop`], which ends the helpers' waits.
+    stopped: AtomicBool,
 }
 
 #[derive(Default)]
@@ -52,8 +54,8 @@ impl Queue {
 
 /// Whole chunks, none of them the last.
 struct Batch {
-    /// Not in `Encryptors`, because a helper that ends late would keep the file of a finished fragment open.
-    file: Arc<StoredFile>,
+    /// Not in `Encryptors`, because a helper that ends late would keep a finished fragment open.
+    object: Arc<dyn WriteAt>,
     first_index: u64,
     plaintext: Vec<u8>,
 }
@@ -66,30 +68,30 @@ pub(super) struct EncryptionWorker {
 /// Encrypted segments that are written together.
 struct EncryptedBatch<'a> {
     worker: &'a mut EncryptionWorker,
-    file: &'a StoredFile,
+    object: &'a dyn WriteAt,
     first_index: u64,
     chunk_size_bytes: usize,
     chunks: usize,
 }
 
 impl EncryptedBatch<'_> {
-    fn push(&mut self, chunk: &[u8]) -> Result<()> {
+    fn push(&mut self, chunk: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         let size = segment_size(self.chunk_size_bytes);
         let at = self.chunks * size;
         let segment = &mut self.worker.segments[at..at + size];
         self.worker.encryptor.encrypt(self.first_index + self.chunks as u64, chunk, segment)?;
         self.chunks += 1;
         if (self.chunks + 1) * self.chunk_size_bytes > batch_bytes(self.chunk_size_bytes) {
-            self.write()
+            self.write(interrupt)
         } else {
             Ok(())
         }
     }
 
-    fn write(&mut self) -> Result<()> {
+    fn write(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let stored = self.chunks * segment_size(self.chunk_size_bytes);
         let offset = segment_offset(self.first_index, self.chunk_size_bytes);
-        self.file.write_all_at(&self.worker.segments[..stored], offset).map_err(not_written)?;
+        self.object.write_all_at(&self.worker.segments[..stored], offset, interrupt)?;
         self.first_index += self.chunks as u64;
         self.chunks = 0;
         Ok(())
@@ -104,13 +106,14 @@ impl Encryptors {
             threads,
             queue: Mutex::new(Queue { buffers: 1, ..Queue::default() }),
             done: Condvar::new(),
+            stopped: AtomicBool::new(false),
         }
     }
 
     /// Encrypts chunks of the caller with all threads; none of them may be the last.
     pub(super) fn encrypt(
         &self,
-        file: &StoredFile,
+        object: &dyn WriteAt,
         first_index: u64,
         plaintext: &[u8],
         interrupt: &mut Interrupt<'_>,
@@ -119,25 +122,31 @@ impl Encryptors {
         let batch_chunks = (batch_bytes / self.chunk_size_bytes) as u64;
         let batches = plaintext.chunks(batch_bytes);
         let mut workers = self.workers(self.threads.min(batches.len()));
-        let result = for_each(&mut workers, batches.enumerate(), interrupt, |worker, (number, batch)| {
-            self.encrypt_batch(worker, file, first_index + number as u64 * batch_chunks, batch)
+        let result = for_each(&mut workers, batches.enumerate(), interrupt, |worker, (number, batch), interrupt| {
+            self.encrypt_batch(worker, object, first_index + number as u64 * batch_chunks, batch, interrupt)
         });
         lock(&self.queue).idle_workers.append(&mut workers);
         result
     }
 
     /// Encrypts and writes the last chunk.
-    pub(super) fn encrypt_last(&self, file: &StoredFile, index: u64, chunk: &[u8]) -> Result<()> {
+    pub(super) fn encrypt_last(
+        &self,
+        object: &dyn WriteAt,
+        index: u64,
+        chunk: &[u8],
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let EncryptionWorker { mut encryptor, mut segments } = self.worker();
         buffer::fit(&mut segments, chunk.len() + SEGMENT_OVERHEAD_BYTES)?;
         encryptor.encrypt_last(index, chunk, &mut segments)?;
-        file.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes)).map_err(not_written)
+        object.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes), interrupt)
     }
 
     /// Hands a batch to the other threads. A later call returns its error, [`Encryptors::drain`] at the latest.
-    pub(super) fn submit(self: &Arc<Self>, file: &Arc<StoredFile>, first_index: u64, plaintext: Vec<u8>) {
+    pub(super) fn submit(self: &Arc<Self>, object: &Arc<dyn WriteAt>, first_index: u64, plaintext: Vec<u8>) {
         let mut queue = lock(&self.queue);
-        queue.batches.push_back(Batch { file: Arc::clone(file), first_index, plaintext });
+        queue.batches.push_back(Batch { object: Arc::clone(object), first_index, plaintext });
         let wanted = queue.helpers + 1 < self.threads;
         queue.helpers += usize::from(wanted);
         drop(queue);
@@ -171,8 +180,9 @@ impl Encryptors {
         self.help_until(interrupt, |queue| (queue.batches.is_empty() && queue.running == 0).then_some(()))
     }
 
-    /// Drops the batches that were not begun, and waits for the others. Afterwards no thread uses the file.
+    /// Drops the batches that were not begun, and waits for the others. Afterwards no thread uses the object.
     pub(super) fn stop(self: &Arc<Self>) {
+        self.stopped.store(true, Ordering::Relaxed);
         pool().withdraw(&self.job());
         let mut queue = lock(&self.queue);
         queue.batches.clear();
@@ -187,9 +197,9 @@ impl Encryptors {
         interrupt: &mut Interrupt<'_>,
         mut ready: impl FnMut(&mut Queue) -> Option<R>,
     ) -> Result<R> {
+        interrupt.check()?;
+        let mut queue = lock(&self.queue);
         loop {
-            interrupt.check()?;
-            let mut queue = lock(&self.queue);
             if let Some(failure) = queue.failure.take() {
                 return Err(failure);
             }
@@ -199,20 +209,23 @@ impl Encryptors {
             match queue.take() {
                 Some(batch) => {
                     drop(queue);
-                    self.encrypt_taken(batch);
+                    self.encrypt_taken(batch, interrupt);
+                    interrupt.check()?;
+                    queue = lock(&self.queue);
                 }
-                None => drop(self.done.wait_timeout(queue, INTERRUPT_INTERVAL)),
+                None => queue = interrupt.wait(&self.done, queue, &self.queue)?,
             }
         }
     }
 
-    fn encrypt_taken(&self, Batch { file, first_index, mut plaintext }: Batch) {
+    fn encrypt_taken(&self, Batch { object, first_index, mut plaintext }: Batch, interrupt: &mut Interrupt<'_>) {
         let mut worker = self.worker();
         // The caller waits until the batch is counted as done, so count it even after a panic.
-        let encrypted =
-            catch_unwind(AssertUnwindSafe(|| self.encrypt_batch(&mut worker, &file, first_index, &plaintext)));
+        let encrypted = catch_unwind(AssertUnwindSafe(|| {
+            self.encrypt_batch(&mut worker, &*object, first_index, &plaintext, interrupt)
+        }));
         let result = encrypted.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "an encryption thread panicked")));
-        drop(file);
+        drop(object);
         plaintext.clear();
         let mut queue = lock(&self.queue);
         queue.running -= 1;
@@ -229,39 +242,41 @@ impl Encryptors {
     fn encrypt_batch(
         &self,
         worker: &mut EncryptionWorker,
-        file: &StoredFile,
+        object: &dyn WriteAt,
         first_index: u64,
         batch: &[u8],
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        let mut batch_writer = self.batch(worker, file, first_index)?;
-        batch.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| batch_writer.push(chunk))?;
-        batch_writer.write()
+        let mut batch_writer = self.batch(worker, object, first_index)?;
+        batch.chunks_exact(self.chunk_size_bytes).try_for_each(|chunk| batch_writer.push(chunk, interrupt))?;
+        batch_writer.write(interrupt)
     }
 
     /// Encrypts and writes chunks that may be scattered in memory; `room` is a buffer for a scattered chunk.
     pub(super) fn encrypt_rope(
         &self,
         worker: &mut EncryptionWorker,
-        file: &StoredFile,
+        object: &dyn WriteAt,
         first_index: u64,
         rope: &Rope<'_>,
         room: &mut Vec<u8>,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        let mut batch = self.batch(worker, file, first_index)?;
-        rope.in_steps(self.chunk_size_bytes, room, |chunk| batch.push(chunk))?;
-        batch.write()
+        let mut batch = self.batch(worker, object, first_index)?;
+        rope.in_steps(self.chunk_size_bytes, room, |chunk| batch.push(chunk, interrupt))?;
+        batch.write(interrupt)
     }
 
     fn batch<'a>(
         &self,
         worker: &'a mut EncryptionWorker,
-        file: &'a StoredFile,
+        object: &'a dyn WriteAt,
         first_index: u64,
     ) -> Result<EncryptedBatch<'a>> {
         let chunk_size_bytes = self.chunk_size_bytes;
         let stored = batch_bytes(chunk_size_bytes) / chunk_size_bytes * segment_size(chunk_size_bytes);
         buffer::at_least(&mut worker.segments, stored)?;
-        Ok(EncryptedBatch { worker, file, first_index, chunk_size_bytes, chunks: 0 })
+        Ok(EncryptedBatch { worker, object, first_index, chunk_size_bytes, chunks: 0 })
     }
 
     pub(super) fn worker(&self) -> EncryptionWorker {
@@ -285,7 +300,7 @@ impl Job for Encryptors {
                 return false;
             };
             drop(queue);
-            self.encrypt_taken(batch);
+            self.encrypt_taken(batch, &mut Interrupt::of_helper(&self.stopped));
             if pool().is_wanted() {
                 return true;
             }

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::error::Error;
 use crate::name::SnapshotPath;
 
 /// The location and path of a fragment, for errors.
@@ -28,8 +27,4 @@ impl fmt::Display for FragmentPlace {
 /// The AAD that binds an encrypted fragment to its path: after a move, swap or rename it does not decrypt.
 pub(super) fn aad(path: &SnapshotPath) -> Vec<u8> {
     [b"vmsnap/1/fragment\0", path.as_str().as_bytes()].concat()
-}
-
-pub(super) fn not_written(error: std::io::Error) -> Error {
-    Error::io("cannot be written", error)
 }

@@ -1,14 +1,13 @@
-//! Sink and source of a plain fragment, whose file holds the bytes themselves.
+//! Sink and source of a plain fragment, whose stored bytes are its contents.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batches::{BATCH_BYTES, Batches};
 use super::digest::Digest;
-use super::place::not_written;
 use super::positioned::{PositionedKind, PositionedWriter};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::manifest::{Entry, Proof};
-use crate::stored_file::StoredFile;
+use crate::store::bytes::{ReadAt, WriteAt};
 use crate::threads::{Interrupt, for_each};
 
 /// Smaller writes are gathered, because a system call for a few bytes is slow.
@@ -18,7 +17,7 @@ const MAX_GATHERED_BYTES: usize = 64 << 10;
 const SYSCALL_BYTES: usize = 1 << 20;
 
 pub(super) struct PlainSink {
-    file: Arc<StoredFile>,
+    object: Arc<dyn WriteAt>,
     offset: u64,
     gathered: Vec<u8>,
     /// The digest of the written bytes, if the manifest needs it.
@@ -27,8 +26,8 @@ pub(super) struct PlainSink {
 }
 
 impl PlainSink {
-    pub(super) fn new(file: Arc<StoredFile>, digested: bool, threads: usize) -> Self {
-        Self { file, offset: 0, gathered: Vec::new(), digest: digested.then(Box::default), threads }
+    pub(super) fn new(object: Arc<dyn WriteAt>, digested: bool, threads: usize) -> Self {
+        Self { object, offset: 0, gathered: Vec::new(), digest: digested.then(Box::default), threads }
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -50,22 +49,22 @@ impl PlainSink {
         if self.gather(data) {
             return Ok(());
         }
-        self.flush()?;
+        self.flush(interrupt)?;
         if self.gather(data) {
             return Ok(());
         }
         if let Some(digest) = &mut self.digest {
             // While one thread writes, the others hash.
-            let (file, offset) = (&*self.file, self.offset);
-            digest.update_with(data, self.threads, interrupt, |at, batch| {
-                file.write_all_at(batch, offset + at as u64).map_err(not_written)
+            let (object, offset) = (&*self.object, self.offset);
+            digest.update_with(data, self.threads, interrupt, |at, batch, interrupt| {
+                object.write_all_at(batch, offset + at as u64, interrupt)
             })?;
             self.offset += data.len() as u64;
             return Ok(());
         }
         for batch in data.chunks(SYSCALL_BYTES) {
             interrupt.check()?;
-            self.file.write_all_at(batch, self.offset).map_err(not_written)?;
+            self.object.write_all_at(batch, self.offset, interrupt)?;
             self.offset += batch.len() as u64;
         }
         Ok(())
@@ -74,7 +73,7 @@ impl PlainSink {
     /// A positioned writer of the fragment from its start on; `None` if something was written already.
     pub(super) fn positioned(&self) -> Option<PositionedWriter> {
         let kind = PositionedKind::Plain(self.digest.as_ref().map(|_| Mutex::default()));
-        (self.written() == 0).then(|| PositionedWriter { file: Arc::clone(&self.file), kind })
+        (self.written() == 0).then(|| PositionedWriter { object: Arc::clone(&self.object), kind })
     }
 
     /// Continues after positioned batches that end at `end`.
@@ -91,8 +90,8 @@ impl PlainSink {
         Some(Entry { size: self.offset, stored_size: self.offset, proof: Proof::Blake3(digest.finish()) })
     }
 
-    pub(super) fn flush(&mut self) -> Result<()> {
-        self.file.write_all_at(&self.gathered, self.offset).map_err(not_written)?;
+    pub(super) fn flush(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        self.object.write_all_at(&self.gathered, self.offset, interrupt)?;
         if let Some(digest) = &mut self.digest {
             digest.update(&self.gathered);
         }
@@ -102,39 +101,17 @@ impl PlainSink {
     }
 }
 
-pub(super) struct PlainSource {
-    file: StoredFile,
-    size: u64,
-}
-
-impl PlainSource {
-    pub(super) fn new(file: StoredFile, size: u64) -> Self {
-        Self { file, size }
-    }
-
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
-    pub(super) fn file(&self) -> &StoredFile {
-        &self.file
-    }
-
-    /// Fills `buf` from `offset`; both must be within the size.
-    pub(super) fn read(
-        &self,
-        offset: u64,
-        buf: &mut [u8],
-        threads: usize,
-        interrupt: &mut Interrupt<'_>,
-    ) -> Result<()> {
-        let batches = Batches::new(offset, buf, BATCH_BYTES);
-        let mut workers = vec![(); threads.min(batches.len())];
-        for_each(&mut workers, batches, interrupt, |(), (offset, batch)| {
-            self.file.read_exact_at(batch, offset).map_err(|error| match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
-                _ => Error::io("cannot be read", error),
-            })
-        })
-    }
+/// Fills `buf` from `offset` of a plain fragment; both must be within its size.
+pub(super) fn read(
+    object: &dyn ReadAt,
+    offset: u64,
+    buf: &mut [u8],
+    threads: usize,
+    interrupt: &mut Interrupt<'_>,
+) -> Result<()> {
+    let batches = Batches::new(offset, buf, BATCH_BYTES);
+    let mut workers = vec![(); threads.min(batches.len())];
+    for_each(&mut workers, batches, interrupt, |(), (offset, batch), interrupt| {
+        object.read_exact_at(batch, offset, interrupt)
+    })
 }

@@ -5,16 +5,15 @@ use std::sync::{Arc, Mutex};
 
 use super::digest::{Digest, SUBTREE_BYTES, Subtree, subtree};
 use super::encryptors::{EncryptionWorker, Encryptors};
-use super::place::not_written;
 use super::rope::Rope;
 use crate::error::Result;
-use crate::stored_file::StoredFile;
-use crate::threads::lock;
+use crate::store::bytes::WriteAt;
+use crate::threads::{Interrupt, lock};
 
 /// Writes batches at their offsets. A batch begins and ends at multiples of [`PositionedWriter::alignment_bytes`], and
 /// an ordinary write must follow the last batch.
 pub(crate) struct PositionedWriter {
-    pub(super) file: Arc<StoredFile>,
+    pub(super) object: Arc<dyn WriteAt>,
     pub(super) kind: PositionedKind,
 }
 
@@ -57,14 +56,21 @@ impl PositionedWriter {
     }
 
     /// Writes a batch to `offset`, in bytes of plaintext.
-    pub(crate) fn write(&self, worker: &mut PositionedWorker, offset: u64, batch: &Rope<'_>) -> Result<()> {
+    pub(crate) fn write(
+        &self,
+        worker: &mut PositionedWorker,
+        offset: u64,
+        batch: &Rope<'_>,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let PositionedWorker { encryption, room } = worker;
         match (&self.kind, encryption) {
             (PositionedKind::Encrypted { encryptors, chunk_size_bytes }, Some(worker)) => {
-                encryptors.encrypt_rope(worker, &self.file, offset / *chunk_size_bytes as u64, batch, room)
+                let first_index = offset / *chunk_size_bytes as u64;
+                encryptors.encrypt_rope(worker, &*self.object, first_index, batch, room, interrupt)
             }
             (PositionedKind::Plain(digest), _) => {
-                self.file.write_runs(batch.runs(), offset).map_err(not_written)?;
+                self.object.write_runs_at(batch.runs(), offset, interrupt)?;
                 if let Some(collected) = digest
                     && batch.len() > 0
                 {

@@ -9,13 +9,14 @@ use super::digest::Digest;
 use super::encrypted_source::EncryptedSource;
 use super::folder;
 use super::place::FragmentPlace;
-use super::plain::PlainSource;
+use super::plain;
 use crate::buffer;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
+use crate::store::bytes::ReadAt;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
@@ -58,16 +59,12 @@ pub struct FragmentReader {
 }
 
 struct OpenFile {
-    source: FragmentSource,
-    stored_size: u64,
+    object: Arc<dyn ReadAt>,
+    /// How the object is decrypted; `None` for a plain fragment.
+    encrypted: Option<Box<EncryptedSource>>,
     threads: usize,
     place: FragmentPlace,
     owner: OwnerProcess,
-}
-
-enum FragmentSource {
-    Plain(PlainSource),
-    Encrypted(Box<EncryptedSource>),
 }
 
 impl FragmentReader {
@@ -95,72 +92,55 @@ impl FragmentReader {
             Some(Entry { proof: Proof::HeaderTag { tag, .. }, .. }) => Some(*tag),
             _ => None,
         };
-        let source = match key {
-            None => FragmentSource::Plain(PlainSource::new(StoredFile::new(file), stored_size)),
+        let object: Arc<dyn ReadAt> = Arc::new(StoredFile::of_size(file, stored_size));
+        let encrypted = match key {
+            None => None,
             Some(key) => {
-                let source = EncryptedSource::open(StoredFile::new(file), stored_size, key, path, tag)
-                    .map_err(|error| error.context(&place))?;
-                FragmentSource::Encrypted(Box::new(source))
+                let source =
+                    EncryptedSource::open(Arc::clone(&object), key, path, tag, &mut Interrupt::new(&mut || Ok(())))
+                        .map_err(|error| error.context(&place))?;
+                Some(Box::new(source))
             }
         };
-        let file = Arc::new(OpenFile { source, stored_size, threads, place, owner: OwnerProcess::current() });
+        let file = Arc::new(OpenFile { object, encrypted, threads, place, owner: OwnerProcess::current() });
         Ok(Self { file, position: 0, current: None })
     }
 
     /// The length of the fragment, in bytes of plaintext.
     #[must_use]
     pub fn size(&self) -> u64 {
-        match &self.file.source {
-            FragmentSource::Plain(source) => source.size(),
-            FragmentSource::Encrypted(source) => source.size(),
-        }
+        self.file.encrypted.as_ref().map_or_else(|| self.file.object.size(), |source| source.size())
     }
 
     /// The length of the file.
     #[must_use]
     pub fn stored_size(&self) -> u64 {
-        self.file.stored_size
+        self.file.object.size()
     }
 
     /// The chunk size: the least that a read decrypts; `None` for a plain fragment.
     #[must_use]
     pub fn chunk_size_bytes(&self) -> Option<usize> {
-        match &self.file.source {
-            FragmentSource::Plain(_) => None,
-            FragmentSource::Encrypted(source) => Some(source.chunk_size_bytes()),
-        }
+        self.file.encrypted.as_ref().map(|source| source.chunk_size_bytes())
     }
 
     /// Whether reads leave no page of the file in the page cache.
     pub(crate) fn set_uncached(&self, uncached: bool) {
-        self.stored_file().set_uncached(uncached);
+        self.file.object.set_uncached(uncached);
     }
 
     /// Drops the pages that uncached reads left in the page cache.
     pub(crate) fn drop_rest(&self) {
-        self.stored_file().drop_rest();
-    }
-
-    fn stored_file(&self) -> &StoredFile {
-        match &self.file.source {
-            FragmentSource::Plain(source) => source.file(),
-            FragmentSource::Encrypted(source) => source.file(),
-        }
+        self.file.object.drop_rest();
     }
 
     /// The manifest entry of an encrypted fragment; `None` for a plain one, which must be read for it.
     pub(crate) fn encrypted_entry(&self) -> Option<Entry> {
-        match &self.file.source {
-            FragmentSource::Plain(_) => None,
-            FragmentSource::Encrypted(source) => Some(Entry {
-                size: source.size(),
-                stored_size: self.file.stored_size,
-                proof: Proof::HeaderTag {
-                    chunk_size_bytes: source.chunk_size_bytes() as u64,
-                    tag: source.header_tag(),
-                },
-            }),
-        }
+        self.file.encrypted.as_ref().map(|source| Entry {
+            size: source.size(),
+            stored_size: self.stored_size(),
+            proof: Proof::HeaderTag { chunk_size_bytes: source.chunk_size_bytes() as u64, tag: source.header_tag() },
+        })
     }
 
     /// Reads from `offset`, in bytes of plaintext, until `buf` is full or the fragment ends; returns the number of
@@ -211,9 +191,9 @@ impl FragmentReader {
         let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let wanted = &mut buf[..length];
         let interrupt = &mut Interrupt::new(interrupt);
-        let result = file.owner.check_fragment().and_then(|()| match &file.source {
-            FragmentSource::Plain(source) => source.read(offset, wanted, threads, interrupt),
-            FragmentSource::Encrypted(source) => source.read(offset, wanted, threads, interrupt),
+        let result = file.owner.check_fragment().and_then(|()| match &file.encrypted {
+            None => plain::read(&*file.object, offset, wanted, threads, interrupt),
+            Some(source) => source.read(offset, wanted, threads, interrupt),
         });
         match result {
             Ok(()) => Ok(length),
@@ -250,7 +230,7 @@ impl FragmentReader {
     pub(crate) fn blake3(&self, buffer: &mut Vec<u8>, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<[u8; 32]> {
         let mut digest = Digest::default();
         self.read_through(buffer, interrupt, |batch| {
-            digest.update_with(batch, self.file.threads, &mut Interrupt::new(&mut || Ok(())), |_, _| Ok(()))
+            digest.update_with(batch, self.file.threads, &mut Interrupt::new(&mut || Ok(())), |_, _, _| Ok(()))
         })?;
         Ok(digest.finish())
     }

@@ -19,6 +19,7 @@ use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
+use crate::store::bytes::WriteAt;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
@@ -97,12 +98,17 @@ impl Fragment {
     }
 
     fn sink(&self, writing: &Writing<'_>) -> Result<Sink> {
-        let file = Arc::clone(&self.file);
+        let go_on = &mut || Ok(());
+        let object: Arc<dyn WriteAt> = Arc::<StoredFile>::clone(&self.file);
+        let interrupt = &mut Interrupt::new(go_on);
         let Writing { key, chunk_size_bytes, threads, .. } = *writing;
         Ok(match key {
             // Only the process that staged the snapshot needs the digest.
-            None => Sink::Plain(PlainSink::new(file, writing.staging.ledger().is_some(), threads)),
-            Some(key) => Sink::Encrypted(EncryptedSink::new(file, key, &self.place.path, chunk_size_bytes, threads)?),
+            None => Sink::Plain(PlainSink::new(object, writing.staging.ledger().is_some(), threads)),
+            Some(key) => {
+                let path = &self.place.path;
+                Sink::Encrypted(EncryptedSink::new(object, key, path, chunk_size_bytes, threads, interrupt)?)
+            }
         })
     }
 
@@ -199,7 +205,7 @@ impl Fragment {
         self.with_sink(|sink| {
             match sink {
                 Sink::Plain(sink) => {
-                    sink.flush()?;
+                    sink.flush(interrupt)?;
                     entry = sink.entry();
                 }
                 Sink::Encrypted(sink) => {
@@ -323,7 +329,7 @@ impl Write for Fragment {
     /// written only when it is full, and the last one by [`Fragment::finish`].
     fn flush(&mut self) -> io::Result<()> {
         self.with_sink(|sink| match sink {
-            Sink::Plain(sink) => sink.flush(),
+            Sink::Plain(sink) => sink.flush(&mut Interrupt::new(&mut || Ok(()))),
             Sink::Encrypted(_) => Ok(()),
         })?;
         Ok(())

@@ -20,7 +20,7 @@ use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::positioned::{PositionedWorker, PositionedWriter};
 use crate::fragment::rope::Rope;
-use crate::threads::{Interrupt, for_each_interruptible, lock};
+use crate::threads::{Interrupt, for_each, lock};
 use crate::writer::SnapshotWriter;
 
 /// The guest memory that one thread reads at a time: it fits the second-level cache, and waiting for turns takes a
@@ -132,7 +132,6 @@ struct Dump<'a> {
     done: AtomicU64,
     ranges: AtomicUsize,
     found: Mutex<Found>,
-    failure: Mutex<Option<Error>>,
 }
 
 /// The range of guest memory that one thread works on at a time.
@@ -189,7 +188,6 @@ impl<'a> Dump<'a> {
             done: AtomicU64::new(0),
             ranges: AtomicUsize::new(0),
             found: Mutex::new(Found { ranges: vec![Vec::new(); regions.len()], unreadable: Vec::new() }),
-            failure: Mutex::default(),
         }
     }
 
@@ -212,19 +210,9 @@ impl<'a> Dump<'a> {
             usize::try_from(self.logical_bytes.div_ceil(DUMP_BATCH_BYTES as u64)).map_or(threads, |most| most.max(1));
         let mut workers: Vec<_> =
             (0..threads.min(most)).map(|_| Self::worker(&stages, positioned)).collect::<Result<_>>()?;
-        let result = for_each_interruptible(&mut workers, self.batches(), interrupt, |worker, batch, interrupt| {
-            let _guards = (stages.data.guard(), stages.frame.as_ref().map(ReorderBuffer::guard));
-            batch.and_then(|batch| self.batch(&stages, positioned, worker, &batch, interrupt)).map_err(|error| {
-                // Recorded before the other threads are woken, because they only return that they were interrupted.
-                lock(&self.failure).get_or_insert(error);
-                stages.fail();
-                Error::interrupted()
-            })
-        });
-        if let Some(failure) = lock(&self.failure).take() {
-            return Err(failure);
-        }
-        result?;
+        for_each(&mut workers, self.batches(), interrupt, |worker, batch, interrupt| {
+            self.batch(&stages, positioned, worker, &batch?, interrupt)
+        })?;
         stages.finish(self.options)
     }
 
@@ -319,14 +307,14 @@ impl<'a> Dump<'a> {
                     lengths.extend_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
                     Result::Ok(())
                 })?;
-                let write = |offset, aligned: &[u8]| {
+                let write = |offset, aligned: &[u8], interrupt: &mut Interrupt<'_>| {
                     let mut rope = Rope::new();
                     rope.push(aligned);
-                    positioned.write(position_worker, offset, &rope)
+                    positioned.write(position_worker, offset, &rope, interrupt)
                 };
                 *buffer = Some(reordered.put(number, (packed, lengths), interrupt, write)?);
             }
-            _ => positioned.write(position_worker, offset, &aligned)?,
+            _ => positioned.write(position_worker, offset, &aligned, interrupt)?,
         }
         self.done.fetch_add(end - start, Ordering::Relaxed);
         Ok(())
@@ -440,13 +428,6 @@ impl<'a> Dump<'a> {
 }
 
 impl Stages {
-    fn fail(&self) {
-        self.data.fail();
-        if let Some(reordered) = &self.frame {
-            reordered.fail();
-        }
-    }
-
     /// Returns the end of the stream after the last batch: the last block, and the end mark.
     fn finish(self, options: &MemoryOptions) -> Result<Stored> {
         let data = self.data.rest();

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fragment::rope::Rope;
-use crate::threads::{INTERRUPT_INTERVAL, Interrupt, PanicGuard, lock};
+use crate::threads::{Interrupt, lock};
 
 /// Adds batches to the stream in order: a thread waits for the turn of its batch.
 pub(super) struct Sequencer {
@@ -28,7 +28,6 @@ struct StreamState {
     offset: u64,
     /// The bytes after them. Once the stream has a byte, at least one is carried.
     carry: Vec<u8>,
-    failed: bool,
 }
 
 impl StreamState {
@@ -151,23 +150,9 @@ impl Sequencer {
     fn turn_of(&self, number: usize, interrupt: &mut Interrupt<'_>) -> Result<MutexGuard<'_, StreamState>> {
         let mut stream = lock(&self.stream);
         while stream.next != number {
-            if stream.failed {
-                return Err(Error::interrupted());
-            }
-            stream = wait(&self.changed, stream, &self.stream, interrupt)?;
+            stream = interrupt.wait(&self.changed, stream, &self.stream)?;
         }
         Ok(stream)
-    }
-
-    /// Returns a guard that wakes the waiting threads if this thread panics, because its turn will never end.
-    pub(super) fn guard(&self) -> PanicGuard<impl Fn()> {
-        PanicGuard(|| self.fail())
-    }
-
-    /// Wakes the waiting threads, because a turn will never end.
-    pub(super) fn fail(&self) {
-        lock(&self.stream).failed = true;
-        self.changed.notify_all();
     }
 
     pub(super) fn rest(self) -> Rest {
@@ -225,21 +210,18 @@ impl ReorderBuffer {
         number: usize,
         batch: AnnotatedBatch,
         interrupt: &mut Interrupt<'_>,
-        mut write: impl FnMut(u64, &[u8]) -> Result<()>,
+        mut write: impl FnMut(u64, &[u8], &mut Interrupt<'_>) -> Result<()>,
     ) -> Result<AnnotatedBatch> {
         let mut state = lock(&self.state);
         state.waiting.insert(number, batch);
         loop {
-            if state.stream.failed {
-                return Err(Error::interrupted());
-            }
             let next = state.stream.next;
             if let Some((mut batch, mut note)) = state.waiting.remove(&next) {
                 buffer::reserve(&mut state.notes, note.len())?;
                 state.notes.extend_from_slice(&note);
                 let (offset, aligned) = state.stream.join(&mut batch, self.alignment)?;
                 drop(state);
-                write(offset, aligned)?;
+                write(offset, aligned, interrupt)?;
                 batch.clear();
                 note.clear();
                 state = lock(&self.state);
@@ -248,18 +230,9 @@ impl ReorderBuffer {
             } else if let Some(idle) = self.idle(&mut state)? {
                 return Ok(idle);
             } else {
-                state = wait(&self.changed, state, &self.state, interrupt)?;
+                state = interrupt.wait(&self.changed, state, &self.state)?;
             }
         }
-    }
-
-    pub(super) fn guard(&self) -> PanicGuard<impl Fn()> {
-        PanicGuard(|| self.fail())
-    }
-
-    pub(super) fn fail(&self) {
-        lock(&self.state).stream.failed = true;
-        self.changed.notify_all();
     }
 
     /// Returns the end of the stream, and all notes.
@@ -269,21 +242,10 @@ impl ReorderBuffer {
     }
 }
 
-/// Waits briefly for a change, and then checks for an interrupt while the lock is released.
-fn wait<'a, T>(
-    changed: &Condvar,
-    guard: MutexGuard<'_, T>,
-    mutex: &'a Mutex<T>,
-    interrupt: &mut Interrupt<'_>,
-) -> Result<MutexGuard<'a, T>> {
-    drop(changed.wait_timeout(guard, INTERRUPT_INTERVAL));
-    interrupt.check()?;
-    Ok(lock(mutex))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     type Taken = Mutex<Vec<(u64, Vec<u8>)>>;
 
@@ -318,7 +280,6 @@ mod tests {
         for alignment in [1, 3, 8, 64] {
             let (sequencer, taken) = (Sequencer::new(alignment, b"start"), Taken::default());
             four_threads(|next| {
-                let _guard = sequencer.guard();
                 let mut go_on = || Ok(());
                 let mut batch = sequencer.batch(100).unwrap();
                 while let Some(number) = next() {
@@ -362,7 +323,6 @@ mod tests {
             let (reordered, taken) = (ReorderBuffer::new(alignment, b"start", 100, most), Taken::default());
             let batches = Mutex::new((0..4).map(|_| reordered.batch().unwrap().unwrap()).collect::<Vec<_>>());
             four_threads(|next| {
-                let _guard = reordered.guard();
                 let mut go_on = || Ok(());
                 let (mut batch, mut note) = lock(&batches).pop().unwrap();
                 while let Some(number) = next() {
@@ -371,7 +331,7 @@ mod tests {
                     if number % 7 == 0 {
                         std::thread::sleep(std::time::Duration::from_micros(300));
                     }
-                    let write = |offset, aligned: &[u8]| {
+                    let write = |offset, aligned: &[u8], _: &mut Interrupt<'_>| {
                         lock(&taken).push((offset, aligned.to_vec()));
                         Ok(())
                     };
@@ -391,22 +351,9 @@ mod tests {
 
     fn put(reordered: &ReorderBuffer, callback: &mut dyn FnMut() -> Result<()>) -> Error {
         reordered
-            .put(1, reordered.batch().unwrap().unwrap(), &mut Interrupt::new(callback), |_, _| Ok(()))
+            .put(1, reordered.batch().unwrap().unwrap(), &mut Interrupt::new(callback), |_, _, _| Ok(()))
             .map(drop)
             .unwrap_err()
-    }
-
-    #[test]
-    fn nobody_waits_for_a_batch_that_failed() {
-        let (sequencer, reordered) = (Sequencer::new(4, b""), ReorderBuffer::new(4, b"", 10, 1));
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| take(&sequencer, &mut || Ok(())));
-            let putting = scope.spawn(|| put(&reordered, &mut || Ok(())));
-            sequencer.fail();
-            reordered.fail();
-            assert!(waiting.join().unwrap().is_interrupted());
-            assert!(putting.join().unwrap().is_interrupted());
-        });
     }
 
     #[test]

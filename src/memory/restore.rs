@@ -70,7 +70,7 @@ impl GuestMemory {
             &mut workers,
             batches.into_iter(),
             &mut Interrupt::new(&mut interrupt),
-            |buffers, (region, start, target)| {
+            |buffers, (region, start, target), _| {
                 self.restore_batch(buffers, region, start, target).map_err(|error| error.context(&self.place))?;
                 done.fetch_add(RESTORE_BATCH_BYTES as u64, Ordering::Relaxed);
                 Ok(())
@@ -97,7 +97,7 @@ impl GuestMemory {
         let starts = (0..count as u64).map(|number| offset + number * RESTORE_BATCH_BYTES as u64);
         let batches: Vec<_> = buf.chunks_mut(RESTORE_BATCH_BYTES).zip(starts).collect();
         let mut workers: Vec<_> = (0..self.threads.min(count)).map(|_| ReadBuffers::default()).collect();
-        for_each(&mut workers, batches.into_iter(), &mut Interrupt::new(interrupt), |buffers, (buffer, start)| {
+        for_each(&mut workers, batches.into_iter(), &mut Interrupt::new(interrupt), |buffers, (buffer, start), _| {
             self.restore_batch(buffers, region, start, Target::Buffer(buffer, Backing::Other))
         })
     }

@@ -1,6 +1,9 @@
 //! Stored bytes, read and written at offsets: the ciphertext of an encrypted fragment, or a plain fragment itself.
 
-use crate::error::Result;
+use std::io::ErrorKind;
+
+use crate::error::{Error, Result};
+use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
 /// An object that is stored somewhere and is read at any offset, by any thread.
@@ -41,29 +44,44 @@ pub(crate) trait WriteAt: Send + Sync {
         if data.is_empty() { Ok(()) } else { self.write_runs_at(&[data], offset, interrupt) }
     }
 
-    /// Whether a range that is never written reads as zeros, so that zeros need not be written. The size of the object
-    /// must then be set by its owner.
+    /// Whether a range that is never written reads as zeros, so that zeros need not be written. The owner of the object
+    /// must then set its size.
     fn is_sparse(&self) -> bool {
         false
     }
-
-    /// Asks that writes leave no page of the object in the page cache, if it has one.
-    fn set_uncached(&self, _uncached: bool) {}
 }
 
-/// A fragment that is being written.
-///
-/// Until [`NewObject::finish`], the snapshot cannot be committed.
-pub(crate) trait NewObject: WriteAt {
-    /// Completes the object: from now on a commit accepts it.
-    fn finish(&self, interrupt: &mut Interrupt<'_>) -> Result<()>;
+impl ReadAt for StoredFile {
+    fn size(&self) -> u64 {
+        Self::size(self)
+    }
 
-    /// Removes the object. It may be called again.
-    fn discard(&self) -> Result<()>;
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64, _interrupt: &mut Interrupt<'_>) -> Result<()> {
+        Self::read_exact_at(self, buf, offset).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
+            _ => Error::io("cannot be read", error),
+        })
+    }
 
-    /// Gives the object up, so that a commit fails.
-    fn abandon(&self);
+    fn next_data(&self, from: u64) -> u64 {
+        Self::next_data(self, from)
+    }
 
-    /// The number of bytes that are stored so far.
-    fn stored_size(&self) -> Result<u64>;
+    fn set_uncached(&self, uncached: bool) {
+        Self::set_uncached(self, uncached);
+    }
+
+    fn drop_rest(&self) {
+        Self::drop_rest(self);
+    }
+}
+
+impl WriteAt for StoredFile {
+    fn write_runs_at(&self, runs: &[&[u8]], offset: u64, _interrupt: &mut Interrupt<'_>) -> Result<()> {
+        self.write_runs(runs, offset).map_err(|error| Error::io("cannot be written", error))
+    }
+
+    fn is_sparse(&self) -> bool {
+        true
+    }
 }

@@ -39,7 +39,7 @@ impl Verifier {
             found.into_iter().partition(|found| found.stored_size <= MAX_SMALL_FRAGMENT_BYTES);
         let results = Mutex::new(Vec::new());
         let mut buffers = vec![Vec::new(); threads.min(small.len()).max(1)];
-        for_each(&mut buffers, small.into_iter(), &mut Interrupt::new(interrupt), |buffer, found| {
+        for_each(&mut buffers, small.into_iter(), &mut Interrupt::new(interrupt), |buffer, found, _| {
             let result = checker.check(&found, 1, buffer, &mut || Ok(()))?;
             lock(&results).push((found.path.to_owned(), result));
             Ok(())

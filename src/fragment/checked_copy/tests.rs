@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::super::batches::BATCH_BYTES;
 use super::*;
 use crate::cipher::{MAX_CHUNK_SIZE_BYTES, encrypt_message};
+use crate::store::pipe::Pipe;
 use crate::stored_file::StoredFile;
 
 /// Where the fragment begins in a positioned input and output: neither aligned nor equal.
@@ -20,7 +22,6 @@ const NEXT: &[u8] = b"the next member";
 /// A file as an object, which counts the bytes that are read and written.
 struct Object {
     file: StoredFile,
-    size: u64,
     is_sparse: bool,
     moved: AtomicU64,
 }
@@ -28,7 +29,7 @@ struct Object {
 impl Object {
     fn new(file: File) -> Self {
         let size = file.metadata().unwrap().len();
-        Self { file: StoredFile::new(file), size, is_sparse: true, moved: AtomicU64::new(0) }
+        Self { file: StoredFile::of_size(file, size), is_sparse: true, moved: AtomicU64::new(0) }
     }
 
     fn empty() -> Self {
@@ -57,12 +58,12 @@ impl Object {
 
 impl ReadAt for Object {
     fn size(&self) -> u64 {
-        self.size
+        self.file.size()
     }
 
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64, _: &mut Interrupt<'_>) -> Result<()> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.moved.fetch_add(buf.len() as u64, Ordering::Relaxed);
-        Ok(self.file.read_exact_at(buf, offset)?)
+        ReadAt::read_exact_at(&self.file, buf, offset, interrupt)
     }
 
     fn next_data(&self, from: u64) -> u64 {
@@ -71,9 +72,9 @@ impl ReadAt for Object {
 }
 
 impl WriteAt for Object {
-    fn write_runs_at(&self, runs: &[&[u8]], offset: u64, _: &mut Interrupt<'_>) -> Result<()> {
+    fn write_runs_at(&self, runs: &[&[u8]], offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.moved.fetch_add(runs.iter().map(|run| run.len() as u64).sum(), Ordering::Relaxed);
-        Ok(self.file.write_runs(runs, offset)?)
+        self.file.write_runs_at(runs, offset, interrupt)
     }
 
     fn is_sparse(&self) -> bool {
@@ -494,6 +495,19 @@ fn an_interrupt_ends_a_copy_that_waits() {
             stopped(Input::Stream(&mut &sealed.stored[..]), Output::Stream(&mut Stuck));
         }
     }
+}
+
+#[test]
+fn a_pipe_can_be_interrupted_while_it_is_empty_or_full() {
+    let sealed = Sealed::plain(pattern(BATCH_BYTES));
+    let stop_at_once = &mut || Err(Error::interrupted());
+    let (reader, writer) = io::pipe().unwrap();
+    let (mut empty, mut full) = (Pipe::new(OwnedFd::from(reader).into()), Pipe::new(OwnedFd::from(writer).into()));
+    let copied = sealed.copy_with(Input::Stream(&mut empty), Output::Nowhere, 2, stop_at_once);
+    assert!(copied.unwrap_err().is_interrupted());
+    // More than the capacity of a pipe.
+    let copied = sealed.copy_with(Input::Stream(&mut &sealed.stored[..]), Output::Stream(&mut full), 2, stop_at_once);
+    assert!(copied.unwrap_err().is_interrupted());
 }
 
 #[test]
