@@ -37,8 +37,9 @@ pub(crate) enum Input<'a> {
     At(&'a dyn ReadAt, u64),
     /// A stream whose next bytes are the fragment. The bytes after them are left unread.
     ///
-    /// A call that waits should end with `ErrorKind::Interrupted` after a while, as those of [`Pipe`](crate::store::pipe::Pipe) do. Then, and
-    /// after a signal, the interrupt is checked at once and the call is repeated.
+    /// A call that waits should end with `ErrorKind::Interrupted` after a while, as those of
+    /// [`Pipe`](crate::store::pipe::Pipe) do. Then, and after a signal, the interrupt is checked at once and the call is
+    /// repeated.
     Stream(&'a mut dyn Read),
 }
 
@@ -61,8 +62,8 @@ pub(crate) enum Output<'a> {
 /// # Errors
 ///
 /// `Corrupt` if the fragment is shorter than the entry says, has another header, or its digest differs;
-/// `Authentication` if a segment does not verify; `KeyUnavailable` if the fragment is encrypted and `key` is `None`; the
-/// errors of the input, the output and the interrupt. They do not name the fragment; the caller adds its place.
+/// `Authentication` if a segment does not verify; `KeyUnavailable` if the fragment is encrypted and `key` is `None`;
+/// the errors of the input, the output and the interrupt. They do not name the fragment; the caller adds its place.
 pub(crate) fn copy_checked(
     mut input: Input<'_>,
     mut output: Output<'_>,
@@ -272,16 +273,10 @@ fn read_exact(stream: &mut dyn Read, mut buf: &mut [u8], entry: &Entry, interrup
 fn write_all(stream: &mut dyn Write, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
     while !data.is_empty() {
         interrupt.check()?;
-        let wanted = data.len().min(STREAM_CALL_BYTES);
-        match stream.write(&data[..wanted]) {
+        let most = data.len().min(STREAM_CALL_BYTES);
+        match stream.write(&data[..most]) {
             Ok(0) => return Err(Error::io("the stream cannot be written", ErrorKind::WriteZero)),
-            Ok(count) => {
-                data = &data[count..];
-                // A signal ends a call that has written a part.
-                if count < wanted {
-                    interrupt.check_now()?;
-                }
-            }
+            Ok(count) => data = &data[count..],
             Err(error) if error.kind() == ErrorKind::Interrupted => interrupt.check_now()?,
             Err(error) => return Err(Error::io("the stream cannot be written", error)),
         }

@@ -24,7 +24,7 @@ impl Pipe {
     /// Waits until a call does not block, but only for a moment.
     fn wait(&self, event: PollFlags) -> io::Result<()> {
         let timeout = Timespec { tv_sec: 0, tv_nsec: INTERRUPT_INTERVAL.subsec_nanos().into() };
-        // A signal ends the wait, as an error of this kind too. An end or an error of the stream is for the call itself.
+        // A signal ends the wait with an error of this kind too. The call itself reports an end or an error of the stream.
         if poll(&mut [PollFd::new(&self.0, event)], Some(&timeout))? == 0 {
             return Err(ErrorKind::Interrupted.into());
         }
@@ -79,7 +79,7 @@ mod tests {
     fn a_pipe_that_is_empty_or_full_does_not_hold_its_caller() {
         let (mut reader, mut writer) = pipe();
         assert_eq!(reader.read(&mut [0]).unwrap_err().kind(), ErrorKind::Interrupted);
-        // Writes that do not fit PIPE_BUF may wait, and these never do.
+        // A blocking write of more than fits would wait for a reader.
         let full = loop {
             if let Err(error) = writer.write(&[7; 3 * PIPE_BUF]) {
                 break error;
