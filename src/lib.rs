@@ -97,7 +97,7 @@
 //     fragment, key, serialization                  contents of fragments; wrapped keys; values
 //     store                                         the place where a snapshot is kept
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
-//     threads, pool, process, buffer, durability, stored_file, location, error
+//     threads, pool, process, buffer, durability, stored_file, location, zeros, error
 
 mod buffer;
 mod cipher;
@@ -125,6 +125,7 @@ mod stored_file;
 mod strict_cbor;
 mod threads;
 mod verify;
+mod zeros;
 
 /// Runs the Rust of the README as a test.
 #[cfg(doctest)]

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev, pwritev2};
 
 use crate::threads::lock;
@@ -231,6 +231,17 @@ impl StoredFile {
         Ok(())
     }
 
+    /// Where the next data begins, from `from` on: before that is a hole. A file system that does not know its holes
+    /// has data everywhere.
+    pub(crate) fn next_data(&self, from: u64) -> u64 {
+        match seek(&self.file, SeekFrom::Data(from)) {
+            Ok(found) => found.max(from),
+            // There is no data up to the end.
+            Err(Errno::NXIO) => u64::MAX,
+            Err(_) => from,
+        }
+    }
+
     /// Drops the pages that are still in the cache, if the file bypasses it.
     pub(crate) fn drop_rest(&self) {
         self.cache.drop_rest(&self.file);
@@ -269,6 +280,19 @@ mod tests {
             file.cache.state.store(state, Ordering::Relaxed);
             write_and_read(&file);
         }
+    }
+
+    #[test]
+    fn data_is_found_after_a_hole() {
+        let file = StoredFile::new(memfd_create("stored", MemfdFlags::CLOEXEC).unwrap().into());
+        file.write_runs(&[&[7; 10]], 1 << 20).unwrap();
+        file.set_len(4 << 20).unwrap();
+        assert_eq!(file.next_data(0), 1 << 20);
+        assert_eq!(file.next_data((1 << 20) + 3), (1 << 20) + 3);
+        assert_eq!(file.next_data(2 << 20), u64::MAX);
+        // A pipe does not have holes.
+        let (reader, _writer) = io::pipe().unwrap();
+        assert_eq!(StoredFile::new(std::os::fd::OwnedFd::from(reader).into()).next_data(5), 5);
     }
 
     #[test]

@@ -107,6 +107,12 @@ impl<'a> Interrupt<'a> {
         result
     }
 
+    /// Checks at once, after a system call that a signal ended: the callback may be due to act on that signal.
+    pub(crate) fn check_now(&mut self) -> Result<()> {
+        self.next = Instant::now();
+        self.check()
+    }
+
     /// Waits briefly for a notification, and checks while the lock is released. The caller looks whether its condition
     /// holds now, and waits again if not.
     pub(crate) fn wait<'b, T>(

@@ -55,7 +55,8 @@ impl Digest {
         }
     }
 
-    /// Adds the next whole subtrees, hashed by [`subtree`]. Some other bytes must come before or after them.
+    /// Adds the next subtrees, hashed by [`subtree`]. All are whole, except the last of the fragment, which may be short.
+    /// Some other bytes must come before or after them.
     pub(super) fn push(&mut self, subtrees: impl IntoIterator<Item = ChainingValue>) {
         if self.until_subtree_ends() == 0 {
             self.end_subtree();
@@ -143,7 +144,7 @@ impl Digest {
     }
 }
 
-/// The digest of one whole subtree, which must not be the whole fragment; `index` counts subtrees from the start.
+/// The digest of one subtree, which must not be the whole fragment; `index` counts subtrees from the start.
 pub(super) fn subtree(index: u64, bytes: &[u8]) -> ChainingValue {
     Digest::hasher_at(index).update(bytes).finalize_non_root()
 }

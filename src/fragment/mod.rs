@@ -8,6 +8,7 @@
 //! encryptors.rs        its chunks, encrypted by all threads
 //! encrypted_source.rs  an encrypted fragment being read, decrypted by all threads
 //! positioned.rs        batches that several threads write, each at its own offset
+//! checked_copy.rs      stored bytes that are copied and checked on the way
 //! batches.rs           a buffer cut into the batches that one thread reads at a time
 //! rope.rs              consecutive bytes that are scattered in memory
 //! place.rs             the location and path of a fragment, for errors and the cipher
@@ -16,6 +17,8 @@
 //! ```
 
 mod batches;
+#[allow(dead_code, reason = "its users follow")]
+pub(crate) mod checked_copy;
 pub(crate) mod digest;
 mod encrypted_sink;
 mod encrypted_source;

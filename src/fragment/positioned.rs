@@ -90,7 +90,7 @@ impl PositionedWriter {
 }
 
 impl Collected {
-    fn add(&mut self, first: u64, subtrees: Vec<Subtree>) {
+    pub(super) fn add(&mut self, first: u64, subtrees: Vec<Subtree>) {
         self.waiting.insert(first, subtrees);
         while let Some(next) = self.waiting.remove(&self.digest.next_subtree()) {
             self.digest.push(next);

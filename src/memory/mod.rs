@@ -12,7 +12,6 @@
 //! options.rs          GuestRegion, MemoryOptions, MemoryReport, MemoryProgress
 //! dump.rs             SnapshotWriter::write_memory
 //! ranges.rs           merges data ranges, and finds them between zeros
-//! zeros.rs            tests for zeros
 //! reorder.rs          joins the batches of several threads into one stream
 //! lz4.rs              writes and reads an LZ4 frame block by block
 //! metadata.rs         the fragment `mem_metadata`
@@ -44,7 +43,6 @@ mod reorder;
 mod restore;
 mod source;
 mod stop;
-mod zeros;
 
 pub use destination::GuestDestination;
 pub use file::FileMemory;

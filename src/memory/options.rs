@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::source::GuestMemorySource;
-use super::zeros::PAGE_BYTES;
+use crate::zeros::PAGE_BYTES;
 
 /// The default chunk size. A random read decrypts whole chunks, and larger ones are hardly faster.
 const CHUNK_SIZE_BYTES: usize = 16 << 10;

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
 use super::own_mappings::{Backing, is_permitted};
-use super::zeros::{PAGE_BYTES, is_zero};
+use crate::zeros::{PAGE_BYTES, is_zero};
 
 /// Zeroes a range of a buffer, and releases its pages if possible.
 pub(super) fn make_zero(bytes: &mut [u8], backing: Backing) -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::zeros::{PAGE_BYTES, is_zero};
+use crate::zeros::{PAGE_BYTES, is_zero};
 
 pub(super) fn page_end(offset: u64) -> u64 {
     (offset / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64

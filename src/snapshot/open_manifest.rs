@@ -22,7 +22,7 @@ pub(crate) struct OpenManifest {
 }
 
 impl OpenManifest {
-    /// Decodes the manifest of the snapshot at `location`; `None` if there is none and none is needed.
+    /// Decodes the manifest of the snapshot at `location`; `None` if nothing is stored and nothing need be.
     pub(crate) fn decode(
         location: &Location,
         stored: Option<Vec<u8>>,
@@ -53,8 +53,8 @@ impl OpenManifest {
     }
 }
 
-/// Decodes the manifest of the snapshot at `location`, and its seal digest; `None` if there is none and none
-/// is needed.
+/// Decodes the manifest of the snapshot at `location`, and its seal digest; `None` if
+/// nothing is stored and nothing need be.
 pub(crate) fn decode(
     location: &Location,
     stored: Option<Vec<u8>>,

@@ -20,6 +20,11 @@ pub(crate) trait ReadAt: Send + Sync {
     /// `Corrupt` if the object ends before that: it became shorter while it was read.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()>;
 
+    /// Where the next data may begin, from `from` on: all bytes before that are zero. A hint that saves reads.
+    fn next_data(&self, from: u64) -> u64 {
+        from
+    }
+
     /// Asks that reads leave no page of the object in the page cache, if it has one.
     fn set_uncached(&self, _uncached: bool) {}
 
@@ -29,7 +34,7 @@ pub(crate) trait ReadAt: Send + Sync {
 
 /// Bytes that are being stored, at any offset and by any thread.
 ///
-/// Ranges never overlap. When the object is finished, they cover it without a gap.
+/// Ranges never overlap. When the object is finished, they cover it without a gap, unless it is sparse.
 pub(crate) trait WriteAt: Send + Sync {
     /// Writes all of `runs`, one after the other, from `offset` on.
     fn write_runs_at(&self, runs: &[&[u8]], offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()>;
@@ -41,6 +46,12 @@ pub(crate) trait WriteAt: Send + Sync {
 
     /// Asks that writes leave no page of the object in the page cache, if it has one.
     fn set_uncached(&self, _uncached: bool) {}
+
+    /// Whether a range that is never written reads as zeros, so that zeros need not be written. The owner of the object
+    /// must then set its size.
+    fn is_sparse(&self) -> bool {
+        false
+    }
 }
 
 /// A fragment that is being written. Errors do not name it; the caller adds its place.
@@ -70,6 +81,10 @@ impl ReadAt for StoredFile {
         })
     }
 
+    fn next_data(&self, from: u64) -> u64 {
+        Self::next_data(self, from)
+    }
+
     fn set_uncached(&self, uncached: bool) {
         Self::set_uncached(self, uncached);
     }
@@ -86,5 +101,9 @@ impl WriteAt for StoredFile {
 
     fn set_uncached(&self, uncached: bool) {
         Self::set_uncached(self, uncached);
+    }
+
+    fn is_sparse(&self) -> bool {
+        true
     }
 }

@@ -2,6 +2,8 @@
 
 pub(crate) mod bytes;
 pub(crate) mod directory;
+#[allow(dead_code, reason = "its user, the transfer of whole snapshots, follows")]
+pub(crate) mod pipe;
 
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -1,14 +1,14 @@
 //! Tests for zeros.
 
 /// The unit in which zeros and holes are found, which is independent of the page size of the guest.
-pub(super) const PAGE_BYTES: usize = 4096;
+pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// Bytes that are combined before the next decision whether to go on.
 const STEP_BYTES: usize = 256;
 
 /// Whether all bytes are zero. Most pages with data show it in their first bytes. The compiler makes vector
 /// instructions of the inner loop on every processor.
-pub(super) fn is_zero(page: &[u8]) -> bool {
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     let (steps, rest) = page.as_chunks::<STEP_BYTES>();
     steps.iter().all(|step| step.iter().fold(0, |bits, byte| bits | byte) == 0) && rest.iter().all(|byte| *byte == 0)
 }
