@@ -128,6 +128,7 @@ mod python;
 mod reader;
 mod serialization;
 mod staging;
+mod store;
 mod stored_file;
 mod strict_cbor;
 mod threads;
