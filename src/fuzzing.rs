@@ -11,6 +11,7 @@ use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, decrypt_
 use crate::key::{self, KeyPayload};
 use crate::manifest::Manifest;
 use crate::memory::Metadata;
+use crate::store::archive::member::{self, Member};
 
 /// The number of bytes that a parser may allocate for each byte of input.
 const MAX_BYTES_PER_INPUT_BYTE: usize = 10;
@@ -20,7 +21,7 @@ const MAX_FIXED_BYTES: usize = 64 << 10;
 type Parser = fn(&[u8]);
 
 /// The parsers, each with the name of its directory in `fuzz/seeds`.
-pub const PARSERS: [(&str, Parser); 5] = [
+pub const PARSERS: [(&str, Parser); 6] = [
     ("manifest", |bytes| drop(Manifest::decode(bytes, None))),
     ("payload", |bytes| drop(KeyPayload::decode(Zeroizing::new(bytes.to_vec())))),
     ("mem_metadata", |bytes| drop(Metadata::decode(bytes))),
@@ -31,7 +32,21 @@ pub const PARSERS: [(&str, Parser); 5] = [
         }
         drop(decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, bytes));
     }),
+    ("archive", parse_member),
 ];
+
+/// Parses the headers at the beginning of `bytes` as those of the first member of an archive.
+fn parse_member(bytes: &[u8]) {
+    let start = member::GLOBAL_HEADER_BYTES as u64;
+    let Some(Ok(Some(length))) = bytes.first_chunk().map(|first| member::headers_bytes_from(start, first)) else {
+        return;
+    };
+    let Some(headers) = bytes.get(..length) else { return };
+    if let Ok(member) = Member::parse(start, headers) {
+        assert_eq!(member.headers(), headers);
+        assert_eq!(member.data().start, start + length as u64);
+    }
+}
 
 /// Runs every parser on `bytes`. [`Counting`] must be the global allocator.
 ///
@@ -191,6 +206,10 @@ mod tests {
             let _ = key::wrapping(&read(&format!("enc_metadata/{wrapped}"))).unwrap();
         }
         decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
+        for (seed, path) in [("key_metadata", "enc_metadata"), ("namespace", "disks/é"), ("large", "mem_data")] {
+            let headers = read(&format!("archive/{seed}"));
+            assert_eq!(Member::parse(member::GLOBAL_HEADER_BYTES as u64, &headers).unwrap().path, path);
+        }
     }
 
     /// The lists that take the most memory for their size, in every field that can contain a list.

@@ -1,5 +1,7 @@
 //! The place where a snapshot is kept: a directory.
 
+#[allow(dead_code, reason = "its users follow")]
+pub(crate) mod archive;
 pub(crate) mod bytes;
 pub(crate) mod directory;
 #[allow(dead_code, reason = "its user, the transfer of whole snapshots, follows")]

@@ -1,0 +1,4 @@
+//! A snapshot in one file: section 7 of `docs/format.md`.
+
+pub(crate) mod layout;
+pub(crate) mod member;
