@@ -5,7 +5,7 @@
 //! writes a batch while it is in the cache. A stream is read or written in order, by the calling thread alone, a window
 //! at a time; meanwhile the others wait.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -22,14 +22,12 @@ use crate::error::{Error, Kind, Result};
 use crate::manifest::{Entry, Proof};
 use crate::name::SnapshotPath;
 use crate::store::bytes::{ReadAt, WriteAt};
+use crate::store::pipe;
 use crate::threads::{Interrupt, for_each, lock};
 use crate::zeros::is_zero;
 
 /// The bytes of a stream that are in memory at a time, for each thread: enough batches that all threads are busy.
 const WINDOW_BYTES_PER_THREAD: usize = 2 << 20;
-
-/// The most bytes of one call of a stream: a pipe with the usual capacity takes so many at once.
-const STREAM_CALL_BYTES: usize = 64 << 10;
 
 /// The source of a copy.
 pub(crate) enum Input<'a> {
@@ -97,7 +95,7 @@ pub(crate) fn copy_checked(
             let decryption = Decryption::start(key, &aad(path), header, entry.stored_size)?;
             match &mut output {
                 Output::At(sink, start) => sink.write_all_at(&header, *start, interrupt)?,
-                Output::Stream(stream) => write_all(*stream, &header, interrupt)?,
+                Output::Stream(stream) => pipe::write_all(*stream, &header, interrupt)?,
                 Output::Nowhere => {}
             }
             Check::Encrypted(Box::new(decryption))
@@ -164,7 +162,7 @@ fn copy_body(
             copy_batch(worker, offset, batch, interrupt)
         })?;
         if let Output::Stream(stream) = &mut output {
-            write_all(*stream, window, interrupt)?;
+            pipe::write_all(*stream, window, interrupt)?;
         }
         offset += wanted as u64;
     }
@@ -255,33 +253,8 @@ fn read_batch(source: &dyn ReadAt, offset: u64, batch: &mut [u8], interrupt: &mu
 }
 
 /// Fills `buf` with the next bytes of a stream.
-fn read_exact(stream: &mut dyn Read, mut buf: &mut [u8], entry: &Entry, interrupt: &mut Interrupt<'_>) -> Result<()> {
-    while !buf.is_empty() {
-        interrupt.check()?;
-        let most = buf.len().min(STREAM_CALL_BYTES);
-        match stream.read(&mut buf[..most]) {
-            Ok(0) => return Err(too_short(entry)),
-            Ok(count) => buf = &mut buf[count..],
-            Err(error) if error.kind() == ErrorKind::Interrupted => interrupt.check_now()?,
-            Err(error) => return Err(Error::io("the stream cannot be read", error)),
-        }
-    }
-    Ok(())
-}
-
-/// Writes all of `data` to a stream.
-fn write_all(stream: &mut dyn Write, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
-    while !data.is_empty() {
-        interrupt.check()?;
-        let most = data.len().min(STREAM_CALL_BYTES);
-        match stream.write(&data[..most]) {
-            Ok(0) => return Err(Error::io("the stream cannot be written", ErrorKind::WriteZero)),
-            Ok(count) => data = &data[count..],
-            Err(error) if error.kind() == ErrorKind::Interrupted => interrupt.check_now()?,
-            Err(error) => return Err(Error::io("the stream cannot be written", error)),
-        }
-    }
-    Ok(())
+fn read_exact(stream: &mut dyn Read, buf: &mut [u8], entry: &Entry, interrupt: &mut Interrupt<'_>) -> Result<()> {
+    if pipe::read_full(stream, buf, interrupt)? == buf.len() { Ok(()) } else { Err(too_short(entry)) }
 }
 
 fn too_short(entry: &Entry) -> Error {

@@ -5,7 +5,8 @@ use std::io::{self, ErrorKind, Read, Write};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::threads::INTERRUPT_INTERVAL;
+use crate::error::{Error, Result};
+use crate::threads::{INTERRUPT_INTERVAL, Interrupt};
 
 /// A pipe with room for anything takes this many bytes without waiting (`PIPE_BUF` of linux/limits.h).
 const PIPE_BUF: usize = 4096;
@@ -48,6 +49,40 @@ impl Write for Pipe {
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
+}
+
+/// The most bytes of one call: a pipe with the usual capacity takes so many at once.
+const CALL_BYTES: usize = 64 << 10;
+
+/// Fills `buf` with the next bytes of a stream; returns their number, which is less than asked for only at the end.
+pub(crate) fn read_full(stream: &mut dyn Read, buf: &mut [u8], interrupt: &mut Interrupt<'_>) -> Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        interrupt.check()?;
+        let end = buf.len().min(done + CALL_BYTES);
+        match stream.read(&mut buf[done..end]) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => interrupt.check_now()?,
+            Err(error) => return Err(Error::io("the stream cannot be read", error)),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes all of `data` to a stream.
+pub(crate) fn write_all(stream: &mut dyn Write, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
+    while !data.is_empty() {
+        interrupt.check()?;
+        let most = data.len().min(CALL_BYTES);
+        match stream.write(&data[..most]) {
+            Ok(0) => return Err(Error::io("the stream cannot be written", ErrorKind::WriteZero)),
+            Ok(count) => data = &data[count..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => interrupt.check_now()?,
+            Err(error) => return Err(Error::io("the stream cannot be written", error)),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

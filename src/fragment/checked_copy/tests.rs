@@ -1,6 +1,7 @@
 //! Every kind of input and output, sizes at all borders, and damage everywhere.
 
 use std::io;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 

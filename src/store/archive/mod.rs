@@ -1,4 +1,5 @@
 //! A snapshot in one file: section 7 of `docs/format.md`.
 
+pub(crate) mod front;
 pub(crate) mod layout;
 pub(crate) mod member;
