@@ -110,7 +110,7 @@ func list(s *snapshot, _ []string) (bool, error) {
 	}
 	good := true
 	for _, path := range paths {
-		f, err := s.open(path)
+		f, err := s.openFragment(path)
 		if err != nil {
 			report(err)
 			good = false
@@ -163,7 +163,7 @@ func restoreMemory(s *snapshot, operands []string) (bool, error) {
 
 // copyFragment copies a fragment's plaintext, at most 1 MiB at a time.
 func copyFragment(target io.Writer, s *snapshot, path string) (int64, error) {
-	f, err := s.open(path)
+	f, err := s.openFragment(path)
 	if err != nil {
 		return 0, err
 	}
@@ -218,7 +218,7 @@ func run(arguments []string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer s.root.Close()
+	defer s.files.Close()
 	return command.run(s, operands)
 }
 
