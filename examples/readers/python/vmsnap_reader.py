@@ -4,8 +4,11 @@
 Written from ``docs/format.md`` alone; section numbers refer to that page. Needs Python 3.11 and the package
 ``cryptography``. As a program::
 
-    vmsnap_reader.py SNAPSHOT_DIR [--key-file FILE] list | check | cat PATH | restore OUT_DIR [NAMESPACE]
+    vmsnap_reader.py SNAPSHOT [--key-file FILE] list | check | cat PATH | restore OUT_DIR [NAMESPACE]
     vmsnap_reader.py SNAPSHOT_DIR --key-file FILE write SOURCE_DIR
+    vmsnap_reader.py ARCHIVE [--key-file FILE] pack SNAPSHOT_DIR
+
+SNAPSHOT is a directory or an archive.
 
 As a module: `open_snapshot`, `Snapshot`, `floe_decrypt`, `FormatError`, `AuthenticationError`.
 """
@@ -127,9 +130,16 @@ def _write(root: str, source: str, key: bytes | None) -> bool:
     return True
 
 
+def _pack(archive: str, source: str, key: bytes | None, payload: bytes | None) -> bool:
+    import vmsnap_packer  # here, for whoever copied the reader alone
+
+    vmsnap_packer.pack(open_snapshot(source, key, payload=payload), archive)
+    return True
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Read a vmsnap snapshot.")
-    parser.add_argument("snapshot", metavar="SNAPSHOT_DIR", help="the snapshot's root")
+    parser.add_argument("snapshot", metavar="SNAPSHOT", help="the snapshot's root, or an archive")
     key_options = parser.add_mutually_exclusive_group()
     key_options.add_argument("--key-file", metavar="FILE", help="the key: 32 bytes, or 64 hex digits")
     key_options.add_argument("--key-hex-env", metavar="VAR", help="an environment variable with the key, 64 hex digits")
@@ -141,14 +151,18 @@ def _parser() -> argparse.ArgumentParser:
     restore = commands.add_parser("restore", help="write guest memory into a new folder, a file for each region")
     restore.add_argument("folder", metavar="OUT_DIR")
     restore.add_argument("namespace", metavar="NAMESPACE", nargs="?", default="", help="where it is; the root")
-    write = commands.add_parser("write", help="make SNAPSHOT_DIR, encrypted and sealed, of all files below a folder")
+    write = commands.add_parser("write", help="make SNAPSHOT, encrypted and sealed, of all files below a folder")
     write.add_argument("source", metavar="SOURCE_DIR")
+    pack = commands.add_parser("pack", help="make SNAPSHOT, an archive, of a sealed snapshot")
+    pack.add_argument("source", metavar="SNAPSHOT_DIR")
     return parser
 
 
 def _run(arguments: argparse.Namespace, key: bytes | None, payload: bytes | None) -> bool:
     if arguments.command == "write":
         return _write(arguments.snapshot, arguments.source, key)
+    if arguments.command == "pack":
+        return _pack(arguments.snapshot, arguments.source, key, payload)
     snapshot = open_snapshot(arguments.snapshot, key, payload=payload)
     match arguments.command:
         case "list":

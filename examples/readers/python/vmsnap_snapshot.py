@@ -1,15 +1,14 @@
-"""A snapshot: its names, its key, its manifest, its fragments. Sections 1 and 3 to 5 of ``docs/format.md``."""
+"""A snapshot: its key, its manifest, its fragments. Sections 3 to 5 of ``docs/format.md``."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import vmsnap_cbor
 from vmsnap_floe import (
@@ -24,96 +23,29 @@ from vmsnap_floe import (
     FormatError,
     require_key_length,
 )
+from vmsnap_tree import KEY_METADATA_NAME, MANIFEST_NAME, Directory, check_name, utf8
+
+if TYPE_CHECKING:
+    from vmsnap_archive import Archive
 
 FRAGMENT_AAD = b"vmsnap/1/fragment\x00"
 FRAGMENT_CHUNK_SIZES = range(32, (64 << 20) + 1)
 
-KEY_METADATA_NAME = "enc_metadata"
 KEY_AAD = b"vmsnap/1/key"
 KEY_CHUNK_SIZE = 1024
 KEY_FILE_PREFIX = PARAMETERS.pack(0, 0, KEY_CHUNK_SIZE + SEGMENT_OVERHEAD_BYTES, FLOE_IV_BYTES)
 OTHER_KEY_FILES = {b"age-encryption.org/": "age", b"\xd9\xd9\xf7": "a key service"}
 MAX_KEY_FILE_BYTES = 1 << 20
 
-MANIFEST_NAME = "vmsnap_manifest"
 MANIFEST_AAD = b"vmsnap/1/manifest"
 MANIFEST_CHUNK_SIZE = 1 << 16
 MAX_MANIFEST_BYTES = 1 << 28
-
-RESERVED_NAMES = (b"enc_metadata", b"vmsnap_manifest")
-RESERVED_PREFIX = b".vmsnap"
-MAX_NAME_BYTES = 255
 
 PLAIN_READ_BYTES = 1 << 20
 
 
 def _corrupt(text: str) -> FormatError:
     return FormatError("corrupt", text)
-
-
-# Names and files (section 1) -----------------------------------------------------------------------------------------
-
-
-def utf8(name: bytes, what: str) -> str:
-    """Return a name as text; one that is not UTF-8 is none."""
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise _corrupt(f"{what}: the name {name!r} is not UTF-8") from None
-
-
-def is_reserved(name: str) -> bool:
-    """Tell whether vmsnap keeps a name for itself."""
-    raw = name.encode()  # bytes, whose lower() changes the ASCII letters only
-    return raw.startswith(RESERVED_PREFIX) or raw.lower() in RESERVED_NAMES
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse a name that no fragment and no namespace can have."""
-    refused = name in ("", ".", "..") or any(character in name for character in "/\\\0")
-    if refused or len(name.encode()) > MAX_NAME_BYTES or is_reserved(name):
-        raise _corrupt(f"{what}: {name!r} is not allowed as a name")
-
-
-def _open_at(parent: int, name: str, kind: int, what: str) -> int:
-    """Open one directory entry without following it; `kind` is what it must be: S_IFREG or S_IFDIR."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECTORY if kind == stat.S_IFDIR else 0)
-    not_of_kind = _corrupt(f"{what}: {name!r} is not a {'directory' if kind == stat.S_IFDIR else 'regular file'}")
-    # Looked at before it is opened, because opening a device can do things; and after, because it may have changed.
-    if stat.S_IFMT(os.stat(name.encode(), dir_fd=parent, follow_symlinks=False).st_mode) != kind:
-        raise not_of_kind
-    descriptor = os.open(name.encode(), flags, dir_fd=parent)
-    if stat.S_IFMT(os.fstat(descriptor).st_mode) != kind:
-        os.close(descriptor)
-        raise not_of_kind
-    return descriptor
-
-
-@contextmanager
-def _opened(root: str, names: Sequence[str], kind: int, what: str) -> Iterator[int]:
-    """Open what lies at `names` below the root, each component without following links; OS errors get `what`."""
-    try:
-        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            for depth, name in enumerate(names, start=1):
-                child = _open_at(descriptor, name, kind if depth == len(names) else stat.S_IFDIR, what)
-                os.close(descriptor)
-                descriptor = child
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        raise FormatError("missing" if missing else "io", f"{what}: {error.strerror}") from error
-
-
-@contextmanager
-def _opened_file(root: str, names: Sequence[str], what: str) -> Iterator[BinaryIO]:
-    with (
-        _opened(root, names, stat.S_IFREG, what) as descriptor,
-        open(descriptor, "rb", closefd=False) as stream,
-    ):
-        yield stream
 
 
 # The head of the key metadata and of the manifest (section 4) --------------------------------------------------------
@@ -184,14 +116,13 @@ def unwrap_key_file(data: bytes, key: bytes) -> dict[str, Any]:
 # The manifest (section 5) --------------------------------------------------------------------------------------------
 
 
-def _read_manifest(root: str, payload: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _read_manifest(store: Directory | Archive, payload: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return what the manifest says, checked; None where there is none and none is needed."""
-    with _opened(root, (), stat.S_IFDIR, f"snapshot {root!r}") as descriptor:
-        if MANIFEST_NAME not in os.listdir(descriptor):
-            if payload is not None and payload["sealed"]:
-                raise _corrupt(f"snapshot {root!r}: not complete, it has no {MANIFEST_NAME}")
-            return None
-    with _opened_file(root, (MANIFEST_NAME,), MANIFEST_NAME) as stream:
+    if not store.has(MANIFEST_NAME):
+        if payload is not None and payload["sealed"]:
+            raise _corrupt(f"{store.what}: not complete, it has no {MANIFEST_NAME}")
+        return None
+    with store.file((MANIFEST_NAME,), MANIFEST_NAME) as stream:
         data = stream.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
         raise _corrupt(f"{MANIFEST_NAME}: longer than {MAX_MANIFEST_BYTES} bytes")
@@ -204,6 +135,7 @@ def _read_manifest(root: str, payload: Mapping[str, Any] | None) -> dict[str, An
         raise _corrupt(f"{MANIFEST_NAME}: {error}") from None
     if payload is not None and fields["snapshot_id"] != payload["snapshot_id"]:
         raise _corrupt(f"{MANIFEST_NAME}: another snapshot's")
+    store.sealed_by(fields)
     return fields
 
 
@@ -287,15 +219,15 @@ class _PlainFile:
 class Snapshot:
     """A snapshot opened for reading; made by `open_snapshot`."""
 
-    def __init__(self, root: str, payload: Mapping[str, Any] | None) -> None:
-        self._root = root
+    def __init__(self, store: Directory | Archive, payload: Mapping[str, Any] | None) -> None:
+        self._store = store
         self._data_key: bytes | None = None if payload is None else payload["data_key"]
-        self._manifest = _read_manifest(root, payload)
+        self.manifest = _read_manifest(store, payload)
 
     @property
     def sealed(self) -> bool:
         """Whether a manifest lists the fragments."""
-        return self._manifest is not None
+        return self.manifest is not None
 
     @property
     def encrypted(self) -> bool:
@@ -315,28 +247,9 @@ class Snapshot:
         FormatError
             An entry is a link or special file, or its name is not allowed.
         """
-        if self._manifest is not None:
-            return sorted(self._manifest["fragments"])
-        paths: list[str] = []
-        namespaces: list[tuple[str, ...]] = [()]
-        while namespaces:
-            namespace = namespaces.pop()
-            what = f"namespace {'/'.join(namespace)!r}" if namespace else "the root"
-            with _opened(self._root, namespace, stat.S_IFDIR, what) as descriptor:
-                for entry in os.listdir(descriptor):
-                    name = utf8(os.fsencode(entry), what)
-                    if is_reserved(name):
-                        continue
-                    check_name(name, what)
-                    path = (*namespace, name)
-                    mode = os.stat(name.encode(), dir_fd=descriptor, follow_symlinks=False).st_mode
-                    if stat.S_ISDIR(mode):
-                        namespaces.append(path)
-                    elif stat.S_ISREG(mode):
-                        paths.append("/".join(path))
-                    else:
-                        raise _corrupt(f"{'/'.join(path)!r}: neither a regular file nor a directory")
-        return sorted(paths)  # by code point, which is the order of the UTF-8 bytes
+        if self.manifest is not None:
+            return sorted(self.manifest["fragments"])
+        return self._store.fragments()
 
     def read(self, path: str) -> bytes:
         """Return the whole plaintext of the fragment at a path; errors as in `stream`."""
@@ -373,30 +286,44 @@ class Snapshot:
         with self._fragment(path) as fragment:
             return fragment.chunk_size
 
+    def metadata(self, name: str) -> bytes | None:
+        """Return the stored bytes of ``enc_metadata`` or ``vmsnap_manifest``; None if there is no such file."""
+        if not self._store.has(name):
+            return None
+        with self._store.file((name,), name) as stream:
+            return stream.read(MAX_MANIFEST_BYTES)
+
     @contextmanager
-    def _fragment(self, path: str) -> Iterator[FloeFile | _PlainFile]:
+    def stored(self, path: str) -> Iterator[BinaryIO]:
+        """Open the stored bytes of a fragment, after its size and header tag were compared with the manifest."""
         what = f"fragment {path!r}"
         utf8(path.encode(errors="surrogatepass"), what)  # an argument of the command line can be anything
         names = path.split("/")
         for name in names:
             check_name(name, what)
-        listed = None if self._manifest is None else self._manifest["fragments"].get(path)
-        if self._manifest is not None and listed is None:
+        listed = None if self.manifest is None else self.manifest["fragments"].get(path)
+        if self.manifest is not None and listed is None:
             raise FormatError("missing", f"{what}: not in the manifest")
         try:
-            with _opened_file(self._root, names, what) as stream:
+            with self._store.file(names, what) as stream:
                 if listed is not None:
                     self._check_listed(stream, listed, what)
-                yield self._open(stream, path, what)
+                yield stream
         except FormatError as error:
             if listed is not None and error.kind == "missing":
                 raise _corrupt(f"{error}, and the manifest lists it") from None
             raise
 
+    @contextmanager
+    def _fragment(self, path: str) -> Iterator[FloeFile | _PlainFile]:
+        with self.stored(path) as stream:
+            yield self._open(stream, path, f"fragment {path!r}")
+
     def _check_listed(self, stream: BinaryIO, listed: Mapping[str, Any], what: str) -> None:
         """Hold a file against the manifest, first of all: what grew is not what was sealed, whatever else is wrong."""
-        if os.fstat(stream.fileno()).st_size != listed["stored_size"]:
+        if stream.seek(0, os.SEEK_END) != listed["stored_size"]:
             raise _corrupt(f"{what}: has another size than in the manifest")
+        stream.seek(0)
         if self.encrypted and stream.read(HEADER_BYTES)[-HEADER_TAG_BYTES:] != listed["floe_header_tag"]:
             raise _corrupt(f"{what}: is not the one in the manifest")
 
@@ -409,12 +336,12 @@ class Snapshot:
 
 
 def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None, *, payload: bytes | None = None) -> Snapshot:
-    """Open a snapshot directory.
+    """Open a snapshot.
 
     Parameters
     ----------
     path
-        The root.
+        The root, or an archive.
     key
         The 32-byte key under which the data key is wrapped. With a key, a plain snapshot is refused.
     payload
@@ -435,20 +362,26 @@ def open_snapshot(path: str | os.PathLike[str], key: bytes | None = None, *, pay
     """
     if key is not None:
         require_key_length(key)
-    root = os.path.abspath(path)
-    with _opened(root, (), stat.S_IFDIR, f"snapshot {root!r}") as descriptor:
-        encrypted = KEY_METADATA_NAME in os.listdir(descriptor)
-    if not encrypted:
+    store = _store(os.path.abspath(path))
+    if not store.has(KEY_METADATA_NAME):
         if key is not None or payload is not None:
-            text = f"snapshot {root!r}: a key was given, but there is no {KEY_METADATA_NAME}: not encrypted"
+            text = f"{store.what}: a key was given, but there is no {KEY_METADATA_NAME}: not encrypted"
             raise FormatError("not-encrypted", text)
-        return Snapshot(root, None)
+        return Snapshot(store, None)
     if payload is not None:
-        return Snapshot(root, payload_fields(payload))
+        return Snapshot(store, payload_fields(payload))
     if key is None:
-        raise FormatError("key", f"snapshot {root!r}: encrypted, and no key was given")
-    with _opened_file(root, (KEY_METADATA_NAME,), KEY_METADATA_NAME) as stream:
+        raise FormatError("key", f"{store.what}: encrypted, and no key was given")
+    with store.file((KEY_METADATA_NAME,), KEY_METADATA_NAME) as stream:
         data = stream.read(MAX_KEY_FILE_BYTES + 1)
     if len(data) > MAX_KEY_FILE_BYTES:
         raise _corrupt(f"{KEY_METADATA_NAME}: longer than {MAX_KEY_FILE_BYTES} bytes")
-    return Snapshot(root, unwrap_key_file(data, key))
+    return Snapshot(store, unwrap_key_file(data, key))
+
+
+def _store(root: str) -> Directory | Archive:
+    if not os.path.isfile(root):
+        return Directory(root)
+    import vmsnap_archive  # here, for whoever copied what reads directories alone
+
+    return vmsnap_archive.Archive(root)

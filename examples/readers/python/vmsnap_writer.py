@@ -36,13 +36,10 @@ from vmsnap_snapshot import (
     FRAGMENT_AAD,
     KEY_AAD,
     KEY_CHUNK_SIZE,
-    KEY_METADATA_NAME,
     MANIFEST_AAD,
     MANIFEST_CHUNK_SIZE,
-    MANIFEST_NAME,
-    check_name,
-    utf8,
 )
+from vmsnap_tree import KEY_METADATA_NAME, MANIFEST_NAME, check_name, utf8
 
 GENERATOR = "vmsnap_writer.py"
 CHUNK_SIZE = 65536
