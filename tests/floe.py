@@ -32,9 +32,11 @@ def seal(
     iv: bytes | None = None,
     counted_nonces: bool = False,
     empty_last_segment: bool = False,
+    one_nonce: bool = False,
 ) -> bytes:
     """Seal a message: section 2.
 
+    `one_nonce`: for all segments, which protects nothing: repeated plaintext gives a file that can be compressed.
     `empty_last_segment`: one after full ones, which no writer should make and every reader accepts.
     """
     parameters = b"\x00\x00" + (chunk_size_bytes + OVERHEAD_BYTES).to_bytes(4, "big") + IV_BYTES.to_bytes(4, "big")
@@ -52,6 +54,7 @@ def seal(
     for position, chunk in enumerate(chunks):
         last = position == len(chunks) - 1
         nonce = position.to_bytes(NONCE_BYTES, "big") if counted_nonces else secrets.token_bytes(NONCE_BYTES)
+        nonce = bytes(NONCE_BYTES) if one_nonce else nonce
         length = (len(chunk) + OVERHEAD_BYTES).to_bytes(4, "big") if last else NOT_LAST
         segment_aad = position.to_bytes(8, "big") + (b"\x01" if last else b"\x00")
         segments.append(length + nonce + segment_key.encrypt(nonce, chunk, segment_aad))

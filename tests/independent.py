@@ -9,10 +9,18 @@ READER_PROGRAM = Path(__file__).resolve().parents[1] / "examples/readers/python/
 sys.path.insert(0, str(READER_PROGRAM.parent))
 
 # Where they lie is known only now.
+import vmsnap_packer  # noqa: E402
 import vmsnap_reader  # noqa: E402
 import vmsnap_snapshot  # noqa: E402
 
-__all__ = ["READER_PROGRAM", "all_fragments", "check_independently", "vmsnap_reader", "vmsnap_snapshot"]
+__all__ = [
+    "READER_PROGRAM",
+    "all_fragments",
+    "check_independently",
+    "vmsnap_packer",
+    "vmsnap_reader",
+    "vmsnap_snapshot",
+]
 
 
 def all_fragments(reader: vmsnap.SnapshotReader) -> dict[str, vmsnap.SnapshotReader]:

@@ -1,9 +1,10 @@
 """Write tests/corpus: snapshots of every kind, sound and damaged, with the result that every reader must have for each.
 
-    make corpus
+    make corpus                      everything
+    tests/make_corpus.py archives    the archives only, of the snapshots that are there
 
-The snapshots are in an archive, because some file systems and tools do not keep empty directories, pipes, links, or
-names that are not UTF-8.
+`snapshots.tar.gz` has the snapshots that are directories, because some file systems and tools do not keep empty
+directories, pipes, links, or names that are not UTF-8. `archives.tar.gz` has those that are archives.
 
 vmsnap writes the sound snapshots. Damaged ones are copies with a change. Snapshots that vmsnap would never write are
 encrypted by hand (`floe`). Keys, IVs and nonces are random, so the files differ from run to run. `index.json` does not
@@ -11,20 +12,28 @@ differ: it has the results that docs/errors.md and docs/format.md promise, not t
 """
 
 import json
+import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from corpus_cases import PARTS, Corpus
+from corpus_cases import ARCHIVES, PARTS, Corpus
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 
 
-def make(folder: Path) -> dict[str, Any]:
-    """Create the snapshots in a directory, and return the index."""
+def make(folder: Path, *, archives_only: bool = False) -> dict[str, Any]:
+    """Create the snapshots in a directory, or take those that are there; then the archives. Return the index."""
     corpus = Corpus(folder)
     for add in PARTS:
+        add(corpus)
+    if archives_only:
+        shutil.rmtree(folder)
+        subprocess.run(["tar", "-xzf", CORPUS / "snapshots.tar.gz", "-C", folder.parent], check=True)
+    for add in ARCHIVES:
         add(corpus)
     cases = {name: case.as_index() for name, case in sorted(corpus.cases.items())}
     return {"format": "vmsnap-corpus", "version": 1, "cases": cases}
@@ -54,19 +63,28 @@ def as_text(index: dict[str, Any]) -> str:
     return f'{{\n "format": {dump(index["format"])},\n "version": {index["version"]},\n "cases": {{\n{cases}\n }}\n}}\n'
 
 
-def main() -> None:
+def _collect(target: Path, entries: list[Path]) -> None:
     def of_nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = entry.mtime = 0
         entry.uname = entry.gname = ""
         return entry
 
+    with tarfile.open(target, "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        for entry in entries:
+            archive.add(entry, f"snapshots/{entry.name}", filter=of_nobody)
+
+
+def main() -> None:
+    archives_only = sys.argv[1:] == ["archives"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "snapshots")
         folder.mkdir()
-        index = as_text(make(folder))
+        index = as_text(make(folder, archives_only=archives_only))
         CORPUS.mkdir(exist_ok=True)
-        with tarfile.open(CORPUS / "snapshots.tar.gz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
-            archive.add(folder, "snapshots", filter=of_nobody)
+        entries = sorted(folder.iterdir())
+        if not archives_only:
+            _collect(CORPUS / "snapshots.tar.gz", [entry for entry in entries if entry.is_dir()])
+        _collect(CORPUS / "archives.tar.gz", [entry for entry in entries if entry.is_file()])
     (CORPUS / "index.json").write_text(index, encoding="utf-8")
     print(f"written: {CORPUS}")
 

@@ -37,7 +37,8 @@ class UnavailableError(Exception):
 def unpack_corpus(folder: Path) -> Path:
     """Return the directory with all snapshots of the corpus."""
     # By the program: tarfile before 3.11.4 and after differ in how they are told to keep links and pipes.
-    subprocess.run(["tar", "-xzf", CORPUS / "snapshots.tar.gz", "-C", folder], check=True)
+    for name in ("snapshots.tar.gz", "archives.tar.gz"):
+        subprocess.run(["tar", "-xzf", CORPUS / name, "-C", folder], check=True)
     return folder / "snapshots"
 
 

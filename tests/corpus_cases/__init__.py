@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from .archives import add_archives
 from .case import Corpus
 from .fragments import add_fragments
 from .keys import add_key_files, add_payloads, add_wrapped
@@ -20,5 +21,7 @@ PARTS: list[Callable[[Corpus], None]] = [
     add_beside,
     add_memories,
 ]
+#: Cases that are archives, of the cases above.
+ARCHIVES: list[Callable[[Corpus], None]] = [add_archives]
 
-__all__ = ["PARTS", "Corpus"]
+__all__ = ["ARCHIVES", "PARTS", "Corpus"]

@@ -227,6 +227,8 @@ class Archive:
             self._mtime = mtime
         self._members[name] = placed(name, size, position)
         self._compare(self._members[name])
+        if os.fstat(self._descriptor).st_size < self._members[name].end:
+            raise _corrupt(f"{self.what}: cut off")
 
     def _compare(self, member: Member) -> None:
         assert self._mtime is not None
