@@ -1,6 +1,7 @@
 package main
 
-// The archive (section 7): a snapshot in one file. All headers are computed and compared; no tar is parsed.
+// The archive (section 7): a snapshot in one file. The reader computes all headers and compares them; it does not parse
+// tar.
 
 import (
 	"bytes"
@@ -87,7 +88,7 @@ func ustarHeader(name string, typeflag byte, size, mtime uint64) []byte {
 	return block
 }
 
-// paxRecord counts its own length, digits included.
+// paxRecord returns a record, which begins with its own length, digits included.
 func paxRecord(keyword, value string) string {
 	rest := fmt.Sprintf(" %s=%s\n", keyword, value)
 	digits := 1
@@ -97,7 +98,7 @@ func paxRecord(keyword, value string) string {
 	return strconv.Itoa(len(rest)+digits) + rest
 }
 
-// comment is the record `comment` of that length, filled with spaces behind the text.
+// comment returns the record `comment` of that length: the text, then spaces.
 func comment(text string, length uint64) string {
 	start := fmt.Sprintf("%d comment=%s", length, text)
 	return start + strings.Repeat(" ", int(length)-len(start)-1) + "\n"
@@ -110,7 +111,7 @@ func globalHeader() []byte {
 
 func roundedUp(value, multiple uint64) uint64 { return (value + multiple - 1) / multiple * multiple }
 
-// member is what an archive holds of a file or namespace.
+// member is a file or namespace in an archive. The offset at which it begins decides how long its headers are.
 type member struct {
 	path      string // of a namespace with a `/` at the end
 	size      uint64
@@ -129,7 +130,7 @@ func (m member) hasLongName() bool {
 	return len(m.path) > maxNameFieldBytes || notASCII
 }
 
-// records are those of the pax header that the member needs for itself.
+// records returns the pax records `path` and `size`, if the member needs them.
 func (m member) records() string {
 	records := ""
 	if m.hasLongName() {
@@ -141,7 +142,8 @@ func (m member) records() string {
 	return records
 }
 
-// paxBytes is how long the data of the pax header are if the member begins at `start`; 0 if there is no pax header.
+// paxBytes returns the length of the data of the pax header, or 0 if the member does not have a pax header. `need` is
+// the length of its records.
 func (m member) paxBytes(start, need uint64) uint64 {
 	if need == 0 && (start+blockBytes)%m.alignment == 0 {
 		return 0
@@ -157,7 +159,7 @@ func (m member) paxBytes(start, need uint64) uint64 {
 	return length
 }
 
-// headersBytes is the distance from the start of the member to its data.
+// headersBytes returns the distance from the start of the member to its data.
 func (m member) headersBytes(start uint64) uint64 {
 	if length := m.paxBytes(start, uint64(len(m.records()))); length != 0 {
 		return 2*blockBytes + length
@@ -165,7 +167,7 @@ func (m member) headersBytes(start uint64) uint64 {
 	return blockBytes
 }
 
-// headers are all bytes from the start of the member to its data.
+// headers returns all bytes from the start of the member to its data.
 func (m member) headers(start, mtime uint64) []byte {
 	var headers []byte
 	records := m.records()
@@ -250,7 +252,7 @@ func (a *archive) readStart() error {
 	return a.placeByHeader(member{path: manifestName, alignment: manifestAlignment})
 }
 
-// placeByHeader places a member of which only the header tells the size.
+// placeByHeader places a member whose size is only known from its header, and compares the headers.
 func (a *archive) placeByHeader(m member) error {
 	header, err := a.read(a.end+m.headersBytes(a.end)-blockBytes, blockBytes)
 	if err != nil {
@@ -265,7 +267,7 @@ func (a *archive) placeByHeader(m member) error {
 	return a.compareHeaders(a.members[m.path], m.path)
 }
 
-// octal is a number of 11 digits.
+// octal returns the number of 11 octal digits in a field.
 func octal(field []byte) (uint64, error) {
 	if !elevenDigits.Match(field) {
 		return 0, errors.New("not a number of 11 octal digits")
@@ -277,7 +279,7 @@ func (a *archive) foreign(what string) error {
 	return refuse(corrupt, "%s: its header in the archive is damaged, or by another program; unpack that with tar", what)
 }
 
-// place puts a member after those that were placed before. All of it has to lie in the file, so that no sum overflows.
+// place puts a member behind the members that were placed before. It must lie in the file, so that no sum overflows.
 func (a *archive) place(m member) error {
 	data := a.end + m.headersBytes(a.end)
 	if data > a.size || m.size > a.size-data {
@@ -288,7 +290,7 @@ func (a *archive) place(m member) error {
 	return nil
 }
 
-// locate computes where all members are, and so how long the archive is.
+// locate computes where all members are, and compares the length of the archive.
 func (a *archive) locate(m *manifest) error {
 	if a.mtime != m.unixTime() {
 		return refuse(corrupt, "%s: its headers have another time than the manifest", a.path)

@@ -1,6 +1,7 @@
 package main
 
-// The files of a snapshot (section 1): their names, and where they are. archive.go has the other place.
+// The files of a snapshot: the store that opens them, their names, and the directory (section 1). The other store is in
+// archive.go.
 
 import (
 	"errors"
@@ -17,13 +18,13 @@ import (
 // store is where the files of a snapshot are: a directory or an archive.
 type store interface {
 	io.Closer
-	// has tells whether the root has an entry of exactly this name.
+	// has returns whether the root has an entry of exactly this name.
 	has(name string) (bool, error)
-	// open opens a file for reading; a refusal of the kind `missing` if there is none at the path.
+	// open opens a file. If there is no file at the path, the refusal has the kind `missing`.
 	open(path, what string) (*storedFile, error)
-	// locate is told what the manifest lists before the first fragment is opened.
+	// locate computes where the fragments are. It is called before the first fragment is opened.
 	locate(m *manifest) error
-	// fragments returns the paths of all fragments that are there, ascending by their bytes.
+	// fragments returns the paths of all fragments in the store, ascending by their bytes.
 	fragments() ([]string, error)
 }
 
@@ -99,7 +100,7 @@ func joinPath(namespace, name string) string {
 func openFolder(path string) (*os.File, error) {
 	folder, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY, 0)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-		return nil, refuse(missing, "%s: no such folder", path)
+		return nil, refuse(missing, "%s: no such directory", path)
 	}
 	return folder, err
 }

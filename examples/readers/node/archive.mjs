@@ -1,5 +1,5 @@
-// The archive, a snapshot in one file: docs/format.md, section 7. All headers are computed and compared; no tar is parsed.
-// Sizes and offsets are BigInt.
+// The archive, a snapshot in one file: docs/format.md, section 7. The reader computes all headers and compares
+// them; it does not parse tar. Sizes and offsets are BigInt.
 
 import fs from 'node:fs';
 import { Refusal, StoredFile, corrupt, readAt, within } from './common.mjs';
@@ -53,7 +53,7 @@ function paxRecord(keyword, value) {
   return Buffer.concat([Buffer.from(String(rest.length + digits)), rest]);
 }
 
-/** The record `comment` of that length, a Number, filled with spaces behind the text. */
+/** The record `comment` of that length, a Number: the text, then spaces. */
 function comment(text, length) {
   const start = `${length} comment=${text}`;
   return Buffer.from(`${start.padEnd(length - 1)}\n`);
@@ -68,11 +68,11 @@ function roundedUp(value, multiple) {
   return ((value + multiple - 1n) / multiple) * multiple;
 }
 
-/** What an archive has of a file or namespace; the path of a namespace ends in `/`. */
+/** A file or namespace in an archive. The path of a namespace ends in `/`. */
 class Member {
   #path;
   #hasLongName;
-  #records; // of the pax header, which the member needs for itself
+  #records; // `path` and `size` of the pax header, if the member needs them
   #alignment;
 
   constructor(path, size, alignment = ALIGNMENT.least) {
@@ -160,7 +160,7 @@ export class Archive {
     return use(new StoredFile(this.#fd, data, member.size));
   }
 
-  /** Compute where all members are, and so how long the archive is. */
+  /** Compute where all members are, and compare the length of the archive. */
   locate({ namespaces, fragments, seconds }) {
     const time = seconds < 0 ? 0n : BigInt(seconds);
     if (this.#seconds !== (time > MAX_OCTAL ? MAX_OCTAL : time)) {
@@ -184,7 +184,7 @@ export class Archive {
     return this.#fragments;
   }
 
-  /** Place a file of which only the header tells the size, and compare its headers. */
+  /** Place a file whose size is only known from its header, and compare the headers. */
   #placeByHeader(path, alignment) {
     within(path, () => {
       const data = this.#end + new Member(path, 0n, alignment).headersBytes(this.#end);
@@ -194,7 +194,7 @@ export class Archive {
     });
   }
 
-  /** Put a member after those that were placed before. All of it has to be in the file. */
+  /** Put a member behind the members that were placed before. It must lie in the file. */
   #place(path, member) {
     const start = this.#end;
     const data = start + member.headersBytes(start);

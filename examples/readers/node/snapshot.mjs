@@ -176,8 +176,8 @@ class PlainReader {
  *
  * - `has(name)`: whether the root has this entry;
  * - `withFile(path, kindIfNone, use)`: call `use` with the StoredFile at a path;
- * - `locate(manifest)`: be told what the manifest lists, before the first fragment is opened;
- * - `fragments()`: the paths of all fragments that are there.
+ * - `locate(manifest)`: compute where the fragments are, before the first fragment is opened;
+ * - `fragments()`: the paths of all fragments in the store.
  */
 function openStore(location) {
   let isDirectory;

@@ -14,8 +14,8 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * A snapshot in one file (section 7). The offsets and headers of all members are computed, the headers compared; no tar
- * is parsed. The file stays open as long as the program runs.
+ * A snapshot in one file (section 7). The reader computes all headers and compares them; it does not parse tar. The
+ * file stays open as long as the program runs.
  */
 final class Archive implements Store {
     private static final int END_BYTES = 2 * Member.BLOCK_BYTES;
@@ -99,7 +99,7 @@ final class Archive implements Store {
         fragments = List.copyOf(manifest.fragments().keySet());
     }
 
-    /** Places a file of which only the header tells the size, and compares its headers. */
+    /** Places a file whose size is only known from its header, and compares the headers. */
     private void placeByHeader(String path, int alignment) throws IOException {
         long data = end + new Member(path, 0, alignment).headersBytes(end);
         ByteBuffer header = bytes(data - Member.BLOCK_BYTES, Member.BLOCK_BYTES);
@@ -107,7 +107,7 @@ final class Archive implements Store {
         open(path, Refused.Kind.CORRUPT, path);
     }
 
-    /** Puts a member after those that were placed before. All of it is in the file, so that no sum overflows. */
+    /** Puts a member behind the members that were placed before. It must lie in the file, so that no sum overflows. */
     private void place(Member member) throws Refused {
         long headersBytes = member.headersBytes(end);
         long room = size - end - headersBytes;

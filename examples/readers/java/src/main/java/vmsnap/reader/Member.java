@@ -7,8 +7,8 @@ import java.io.ByteArrayOutputStream;
 import java.nio.ByteBuffer;
 
 /**
- * What an archive (section 7) has of one file or namespace; the path of a namespace ends in `/`. The size is unsigned,
- * because a manifest can have any. Where a member begins decides how long its headers are.
+ * A file or namespace in an archive (section 7). The path of a namespace ends in `/`. The size is unsigned, because a
+ * manifest can have any. The offset at which a member begins decides how long its headers are.
  */
 record Member(String path, long size, int alignment) {
     static final int BLOCK_BYTES = 512;
@@ -71,7 +71,7 @@ record Member(String path, long size, int alignment) {
         return joined(ustar("vmsnap.pax", PAX, paxBytes, seconds), records, comment, ustar);
     }
 
-    /** How long the data of the pax header are; 0 where there is no pax header. `need` is at most a path long. */
+    /** The length of the data of the pax header, or 0 without a pax header. `need` is the length of the records. */
     private int paxBytes(long start, int need) {
         if (need == 0 && (start + BLOCK_BYTES) % alignment == 0) {
             return 0;
@@ -84,7 +84,7 @@ record Member(String path, long size, int alignment) {
         return Math.toIntExact(length);
     }
 
-    /** The records of the pax header that the member needs for itself. */
+    /** The pax records `path` and `size`, if the member needs them. */
     private byte[] records() {
         byte[] pathRecord = hasLongName() ? record("path", path) : new byte[0];
         boolean large = Long.compareUnsigned(size, MAX_OCTAL) > 0;
@@ -95,7 +95,7 @@ record Member(String path, long size, int alignment) {
         return path.length() > MAX_NAME_FIELD_BYTES || path.chars().anyMatch(character -> character > 0x7f);
     }
 
-    /** A pax record counts its own length, digits included. */
+    /** A pax record, which begins with its own length, digits included. */
     private static byte[] record(String keyword, String value) {
         byte[] rest = (' ' + keyword + '=' + value + '\n').getBytes(UTF_8);
         int digits = 1;
@@ -105,7 +105,7 @@ record Member(String path, long size, int alignment) {
         return joined(Integer.toString(rest.length + digits).getBytes(US_ASCII), rest);
     }
 
-    /** The record `comment` of that length, filled with spaces behind the text. */
+    /** The record `comment` of that length: the text, then spaces. */
     private static byte[] comment(String text, int length) {
         String start = length + " comment=" + text;
         return (start + " ".repeat(length - start.length() - 1) + '\n').getBytes(US_ASCII);

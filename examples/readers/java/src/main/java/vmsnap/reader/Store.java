@@ -18,11 +18,11 @@ interface Store {
     /** Opens a regular file; `whenMissing` is the kind of error where there is none. */
     StoredFile open(String path, Refused.Kind whenMissing, String what) throws IOException;
 
-    /** Is told what the manifest lists, before the first fragment is opened. */
+    /** Computes where the fragments are, before the first fragment is opened. */
     default void locate(Manifest manifest) throws IOException {
         // A file system finds the files.
     }
 
-    /** The paths of all fragments that are there. */
+    /** The paths of all fragments in the store. */
     List<String> fragments() throws IOException;
 }
