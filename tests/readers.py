@@ -160,7 +160,7 @@ def _tool(name: str, what: str) -> str:
     return found
 
 
-def _recent_tool(name: str, what: str, least: str, option: str = "--version") -> str:
+def recent_tool(name: str, what: str, least: str, option: str = "--version") -> str:
     """A tool; where it is older than a reader needs, `UnavailableError`."""
     found = _tool(name, what)
     done = subprocess.run([found, option], capture_output=True, text=True)
@@ -193,7 +193,7 @@ def _copied(name: str) -> Path:
 
 
 def _go() -> Program:
-    go, program = _recent_tool("go", "Go", "1.19", "version"), BUILT / "go/vmsnap-reader"
+    go, program = recent_tool("go", "Go", "1.19", "version"), BUILT / "go/vmsnap-reader"
     environment = {"GOPATH": str(REPOSITORY / "target/go"), "GOFLAGS": "-modcacherw -mod=readonly"}
     _run(go, "build", "-o", program, ".", cwd=SOURCES / "go", **environment)
     return Program("go", (str(program),), {"identity": "--identity", "passphrase": "--passphrase-file"})
@@ -201,7 +201,7 @@ def _go() -> Program:
 
 def _java() -> Program:
     java, maven = _tool("java", "Java"), _tool("mvn", "Maven")
-    _recent_tool("javac", "the Java compiler", "17", "-version")
+    recent_tool("javac", "the Java compiler", "17", "-version")
     folder = _copied("java")
     repository = f"-Dmaven.repo.local={REPOSITORY / 'target/maven'}"
     _run(maven, "-q", "-B", repository, "package", cwd=folder)
@@ -211,7 +211,7 @@ def _java() -> Program:
 
 
 def _node() -> Program:
-    node, npm, folder = _recent_tool("node", "Node.js", "18"), _tool("npm", "npm"), _copied("node")
+    node, npm, folder = recent_tool("node", "Node.js", "18"), _tool("npm", "npm"), _copied("node")
     cache = f"--cache={REPOSITORY / 'target/npm'}"
     _run(npm, "ci", "--prefer-offline", cache, "--no-audit", "--no-fund", cwd=folder)
     return Program("node", (node, str(folder / "vmsnap-reader.mjs")), {})

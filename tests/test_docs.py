@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import tomllib
 from collections import Counter
@@ -28,6 +29,7 @@ import floe
 import pytest
 import vmsnap
 from commands import run, write_private
+from independent import vmsnap_packer, vmsnap_reader
 from pages import REPOSITORY, at_a_terminal, blocks, commands, python, shell, text_of
 
 DOCS = sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
@@ -39,7 +41,7 @@ BLOCKS = {
     ("README.md", "rust"): 1,  # cargo test: src/lib.rs includes the README
     ("docs/cli.md", "sh"): 7,  # below
     ("docs/design.md", "text"): 3,  # diagrams
-    ("docs/format.md", ""): 9,  # the worked example in test_independent_reader, and below; the others are formulas
+    ("docs/format.md", ""): 11,  # the worked example in test_independent_reader, and below; the others are formulas
     ("docs/guide.md", "python"): 5,  # test_readme
     ("docs/index.md", "python"): 1,  # below
     ("docs/index.md", "sh"): 1,  # below
@@ -280,6 +282,51 @@ def test_the_payload_of_the_worked_example_is_right() -> None:
     payload = bytes.fromhex(block)
     assert payload == floe.cbor(floe.payload_with(data_key=bytes(32), snapshot_id=bytes(range(16))))
     assert len(payload) == 118
+
+
+def test_the_archive_of_the_worked_example_is_right(tmp_path: Path) -> None:
+    """The snapshot of the example, sealed, packed by the Python reader."""
+    root, caller_key, data_key = tmp_path / "vm1", bytes([0x11]) * 32, bytes(32)
+    (root / "vm").mkdir(parents=True)
+
+    def write(path: str, key: bytes, aad: bytes, plaintext: bytes, chunk: int) -> bytes:
+        sealed = floe.seal(key, aad, plaintext, chunk, iv=bytes(32), counted_nonces=True)
+        (root / path).write_bytes(sealed)
+        return sealed
+
+    payload = floe.cbor(floe.payload_with(data_key=data_key))
+    write("enc_metadata", caller_key, floe.KEY_AAD, payload, floe.KEY_CHUNK_BYTES)
+    manifest = {
+        "format": "vmsnap-manifest",
+        "version": 1,
+        "snapshot_id": floe.SNAPSHOT_ID,
+        "created": "2026-11-26T12:00:00Z",
+        "generator": "example",
+        "encrypted": True,
+        "requires": [],
+        "namespaces": ["vm"],
+        "fragments": {},
+    }
+    for path, plaintext in (("vm/blob", bytes(range(40))), ("vm/empty", b"")):
+        sealed = write(path, data_key, floe.fragment_aad(path), plaintext, 32)
+        entry = {"size": len(plaintext), "stored_size": len(sealed), "chunk_size": 32, "floe_header_tag": sealed[42:74]}
+        manifest["fragments"][path] = entry
+    write("vmsnap_manifest", data_key, b"vmsnap/1/manifest", floe.cbor(manifest), 65536)
+    vmsnap_packer.pack(vmsnap_reader.open_snapshot(root, caller_key), tmp_path / "vm1.vmsnap.tar")
+    archive = (tmp_path / "vm1.vmsnap.tar").read_bytes()
+
+    [block] = [block for block in blocks("docs/format.md", "") if block.startswith('0     "pax_global_header"')]
+    for line in block.splitlines():
+        offset, said = line.split(maxsplit=1)
+        data = b""
+        for text, byte, count in re.findall(r'(?:"([^"]*)"|(\b[0-9a-f]{2}\b))(?:\*(\d+))?', said):
+            data += (text.encode() or bytes.fromhex(byte)) * int(count or 1)
+        assert archive[int(offset) : int(offset) + len(data)] == data, line
+    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text_of("docs/format.md"), re.MULTILINE)
+    with tarfile.open(tmp_path / "vm1.vmsnap.tar") as tar:
+        members = [(member.name, member.offset, member.offset_data, member.size) for member in tar.getmembers()]
+    assert members == [(row[0].rstrip("/"), *(int(number.replace(",", "")) for number in row[1:])) for row in rows]
+    assert f"The file has {len(archive):,} bytes." in text_of("docs/format.md")
 
 
 # The site ------------------------------------------------------------------------------------------------------------
