@@ -245,21 +245,24 @@ func (a *archive) readStart() error {
 		return a.foreign("the first member")
 	}
 	if bytes.HasPrefix(first, []byte(keyMetadataName+"\x00")) {
-		if err := a.placeByHeader(member{path: keyMetadataName, alignment: minAlignment}); err != nil {
+		if err := a.placeByHeader(member{path: keyMetadataName, alignment: minAlignment}, maxKeyMetadataBytes); err != nil {
 			return err
 		}
 	}
-	return a.placeByHeader(member{path: manifestName, alignment: manifestAlignment})
+	return a.placeByHeader(member{path: manifestName, alignment: manifestAlignment}, maxManifestBytes)
 }
 
 // placeByHeader places a member whose size is only known from its header, and compares the headers.
-func (a *archive) placeByHeader(m member) error {
+func (a *archive) placeByHeader(m member, maxBytes uint64) error {
 	header, err := a.read(a.end+m.headersBytes(a.end)-blockBytes, blockBytes)
 	if err != nil {
 		return err
 	}
 	if m.size, err = octal(header[sizeOffset:]); err != nil {
 		return a.foreign(m.path)
+	}
+	if m.size > maxBytes {
+		return refuse(corrupt, "%s: longer than %d bytes", m.path, maxBytes)
 	}
 	if err := a.place(m); err != nil {
 		return err

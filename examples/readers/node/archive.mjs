@@ -3,7 +3,13 @@
 
 import fs from 'node:fs';
 import { Refusal, StoredFile, corrupt, readAt, within } from './common.mjs';
-import { KEY_METADATA_NAME, MANIFEST_NAME, sortedByBytes } from './names.mjs';
+import {
+  KEY_METADATA_NAME,
+  MANIFEST_NAME,
+  MAX_KEY_METADATA_BYTES,
+  MAX_MANIFEST_BYTES,
+  sortedByBytes,
+} from './names.mjs';
 
 const BLOCK_BYTES = 512;
 const BLOCK = BigInt(BLOCK_BYTES);
@@ -142,9 +148,9 @@ export class Archive {
     const first = this.#read(this.#end, BLOCK_BYTES);
     this.#seconds = numberIn(first, MTIME);
     if (first.toString('latin1').startsWith(`${KEY_METADATA_NAME}\0`)) {
-      this.#placeByHeader(KEY_METADATA_NAME, ALIGNMENT.least);
+      this.#placeByHeader(KEY_METADATA_NAME, ALIGNMENT.least, MAX_KEY_METADATA_BYTES);
     }
-    this.#placeByHeader(MANIFEST_NAME, ALIGNMENT.manifest);
+    this.#placeByHeader(MANIFEST_NAME, ALIGNMENT.manifest, MAX_MANIFEST_BYTES);
   }
 
   has(name) {
@@ -185,10 +191,11 @@ export class Archive {
   }
 
   /** Place a file whose size is only known from its header, and compare the headers. */
-  #placeByHeader(path, alignment) {
+  #placeByHeader(path, alignment, most) {
     within(path, () => {
       const data = this.#end + new Member(path, 0n, alignment).headersBytes(this.#end);
       const size = numberIn(this.#read(data - BLOCK, BLOCK_BYTES), SIZE);
+      if (size > most) throw corrupt(`has more than ${most} bytes`);
       this.#place(path, new Member(path, size, alignment));
       this.withFile(path, 'corrupt', () => {});
     });

@@ -18,8 +18,8 @@ export class Directory {
 
   /**
    * Open the file at a path below the root for `use`; where there is none, that is a refusal of the kind `kindIfNone`.
-   * Each component is looked at first, for none may be a link or special file. (Node has no openat: a link that somebody
-   * puts there at this very moment is followed, but for the last component.)
+   * Each component is looked at first, for none may be a link or special file. (Node has no openat: a link that
+   * somebody puts there at this very moment is followed, but for the last component.)
    */
   withFile(path, kindIfNone, use) {
     let place = this.#root;

@@ -1,7 +1,9 @@
-// Names and paths: docs/format.md, section 1.
+// Names and paths: docs/format.md, section 1. The two names of metadata, with their limits in sections 4 and 5.
 
 export const KEY_METADATA_NAME = 'enc_metadata';
 export const MANIFEST_NAME = 'vmsnap_manifest';
+export const MAX_KEY_METADATA_BYTES = 1n << 20n;
+export const MAX_MANIFEST_BYTES = 1n << 28n;
 const MAX_NAME_BYTES = 255;
 
 export function isReserved(name) {

@@ -6,7 +6,14 @@ import * as cbor from './cbor.mjs';
 import { Refusal, corrupt, readWhole, smaller, within } from './common.mjs';
 import { Directory } from './directory.mjs';
 import { FloeReader, KEY_BYTES, SEGMENT_OVERHEAD_BYTES, isFileSize, parameters, storedHeaderTag } from './floe.mjs';
-import { KEY_METADATA_NAME, MANIFEST_NAME, isAllowedPath, sortedByBytes } from './names.mjs';
+import {
+  KEY_METADATA_NAME,
+  MANIFEST_NAME,
+  MAX_KEY_METADATA_BYTES,
+  MAX_MANIFEST_BYTES,
+  isAllowedPath,
+  sortedByBytes,
+} from './names.mjs';
 
 const MAX_SHOWN_LENGTH = 255;
 const PLAIN_PIECE_BYTES = 1n << 20n;
@@ -19,7 +26,6 @@ const FRAGMENT_SEGMENT_LENGTHS = [MIN_CHUNK_BYTES + SEGMENT_OVERHEAD_BYTES, MAX_
 // Section 4.
 const KEY_AAD = 'vmsnap/1/key';
 const KEY_SEGMENT_LENGTH = 1024 + SEGMENT_OVERHEAD_BYTES;
-const MAX_KEY_METADATA_BYTES = 1n << 20n;
 const AGE_PREFIX = Buffer.from('age-encryption.org/');
 const KEY_SERVICE_PREFIX = Buffer.of(0xd9, 0xd9, 0xf7);
 const SNAPSHOT_ID_BYTES = 16;
@@ -27,7 +33,6 @@ const SNAPSHOT_ID_BYTES = 16;
 // Section 5.
 const MANIFEST_AAD = 'vmsnap/1/manifest';
 const MANIFEST_SEGMENT_LENGTH = 65536 + SEGMENT_OVERHEAD_BYTES;
-const MAX_MANIFEST_BYTES = 1n << 28n;
 const PROOF_BYTES = 32;
 
 // The key payload (section 4) -----------------------------------------------------------------------------------------

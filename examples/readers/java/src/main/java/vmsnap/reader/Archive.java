@@ -49,9 +49,9 @@ final class Archive implements Store {
         seconds = number(first, Member.MTIME, "the first member");
         byte[] keyMetadata = (Names.KEY_METADATA + '\0').getBytes(US_ASCII);
         if (first.slice(0, Math.min(keyMetadata.length, first.limit())).equals(ByteBuffer.wrap(keyMetadata))) {
-            placeByHeader(Names.KEY_METADATA, Member.LEAST_ALIGNMENT);
+            placeByHeader(Names.KEY_METADATA, Member.LEAST_ALIGNMENT, KeyPayload.MAX_FILE_BYTES);
         }
-        placeByHeader(Names.MANIFEST, Member.MANIFEST_ALIGNMENT);
+        placeByHeader(Names.MANIFEST, Member.MANIFEST_ALIGNMENT, Snapshot.MAX_MANIFEST_BYTES);
     }
 
     @Override
@@ -100,10 +100,14 @@ final class Archive implements Store {
     }
 
     /** Places a file whose size is only known from its header, and compares the headers. */
-    private void placeByHeader(String path, int alignment) throws IOException {
+    private void placeByHeader(String path, int alignment, int maxBytes) throws IOException {
         long data = end + new Member(path, 0, alignment).headersBytes(end);
         ByteBuffer header = bytes(data - Member.BLOCK_BYTES, Member.BLOCK_BYTES);
-        place(new Member(path, number(header, Member.SIZE, path), alignment));
+        long fileBytes = number(header, Member.SIZE, path);
+        if (fileBytes > maxBytes) {
+            throw Refused.corrupt(path + ": longer than " + maxBytes + " bytes");
+        }
+        place(new Member(path, fileBytes, alignment));
         open(path, Refused.Kind.CORRUPT, path);
     }
 

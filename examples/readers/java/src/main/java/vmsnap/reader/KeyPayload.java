@@ -11,7 +11,7 @@ record KeyPayload(byte[] snapshotId, byte[] dataKey, boolean sealed) {
     static final int KEY_BYTES = 32;
     static final int SNAPSHOT_ID_BYTES = 16;
 
-    private static final int MAX_FILE_BYTES = 1 << 20;
+    static final int MAX_FILE_BYTES = 1 << 20;
     private static final byte[] AAD = "vmsnap/1/key".getBytes(US_ASCII);
     private static final int SEGMENT_LENGTH = 1056;
     /** Whatever is wrong after the first 10 bytes, which are looked at before, is a failed authentication. */

@@ -21,7 +21,7 @@ final class Snapshot {
     private static final Floe.Profile MANIFEST_PROFILE =
             new Floe.Profile(MANIFEST_SEGMENT_LENGTH, MANIFEST_SEGMENT_LENGTH, Refused.Kind.AUTHENTICATION);
     private static final byte[] MANIFEST_AAD = "vmsnap/1/manifest".getBytes(US_ASCII);
-    private static final int MAX_MANIFEST_BYTES = 1 << 28;
+    static final int MAX_MANIFEST_BYTES = 1 << 28;
 
     private final Store files;
     /** Null in a plain snapshot. */
