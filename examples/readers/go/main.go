@@ -1,6 +1,7 @@
 // vmsnap-reader reads vmsnap snapshots, plain and encrypted, without vmsnap, and writes encrypted ones.
 //
-// It was written from docs/format.md alone. To learn the format, read floe.go, cbor.go, snapshot.go and memory.go.
+// It was written from docs/format.md alone. To learn the format, read floe.go, cbor.go, files.go, snapshot.go, memory.go
+// and archive.go.
 package main
 
 import (
@@ -19,13 +20,15 @@ import (
 	"filippo.io/age"
 )
 
-const usage = `usage: vmsnap-reader SNAPSHOT_DIR [OPTION] COMMAND
+const usage = `usage: vmsnap-reader SNAPSHOT [OPTION] COMMAND
+
+SNAPSHOT is a directory or an archive.
 
   list                            sizes and paths of all fragments
   check                           decrypt all fragments, and print the SHA-256 of each
   cat PATH                        write a fragment to the standard output
   restore OUT_DIR [NAMESPACE]     make a folder with guest memory, a file for each region
-  write SOURCE_DIR                make SNAPSHOT_DIR, of all files below a folder; needs --key-file
+  write SOURCE_DIR                make the directory SNAPSHOT, of all files below a folder; needs --key-file
 
 At most one of the options, which open an encrypted snapshot:
 
@@ -110,7 +113,7 @@ func list(s *snapshot, _ []string) (bool, error) {
 	}
 	good := true
 	for _, path := range paths {
-		f, err := s.open(path)
+		f, err := s.openFragment(path)
 		if err != nil {
 			report(err)
 			good = false
@@ -163,7 +166,7 @@ func restoreMemory(s *snapshot, operands []string) (bool, error) {
 
 // copyFragment copies a fragment's plaintext, at most 1 MiB at a time.
 func copyFragment(target io.Writer, s *snapshot, path string) (int64, error) {
-	f, err := s.open(path)
+	f, err := s.openFragment(path)
 	if err != nil {
 		return 0, err
 	}
@@ -180,7 +183,7 @@ func (e usageError) Error() string { return string(e) }
 
 func run(arguments []string) (bool, error) {
 	if len(arguments) == 0 {
-		return false, usageError("SNAPSHOT_DIR is missing")
+		return false, usageError("SNAPSHOT is missing")
 	}
 	root := arguments[0]
 	if root == "-h" || root == "--help" {
@@ -218,7 +221,7 @@ func run(arguments []string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer s.root.Close()
+	defer s.files.Close()
 	return command.run(s, operands)
 }
 

@@ -387,7 +387,7 @@ func restore(s *snapshot, folder, namespace string) (err error) {
 	if err != nil {
 		return err
 	}
-	mem, err := s.open(joinPath(namespace, memoryName))
+	mem, err := s.openFragment(joinPath(namespace, memoryName))
 	if err != nil {
 		return err
 	}
@@ -422,7 +422,7 @@ func restore(s *snapshot, folder, namespace string) (err error) {
 
 func readMemoryMetadata(s *snapshot, path string) (*memoryMetadata, uint64, error) {
 	what := "fragment " + path
-	f, err := s.open(path)
+	f, err := s.openFragment(path)
 	if err != nil {
 		return nil, 0, err
 	}

@@ -5,17 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"regexp"
 	"sort"
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"filippo.io/age"
 	"github.com/fxamacker/cbor/v2"
-	"golang.org/x/sys/unix"
 )
 
 // The key payload (section 4) ------------------------------------------------------------------------------------------
@@ -59,16 +56,16 @@ type credential struct {
 
 func (c credential) given() bool { return c.key != nil || c.age != nil }
 
-func readPayload(root *os.File, with credential) (*payload, error) {
-	file, size, err := openListed(root, keyMetadataName, keyMetadataName)
+func readPayload(from store, with credential) (*payload, error) {
+	file, err := openListed(from, keyMetadataName, keyMetadataName)
 	if err != nil {
 		return nil, err
 	}
 	defer file.Close()
-	if size > maxKeyMetadataBytes {
+	if file.Size() > maxKeyMetadataBytes {
 		return nil, refuse(corrupt, "%s: longer than %d bytes", keyMetadataName, maxKeyMetadataBytes)
 	}
-	data, err := io.ReadAll(&plainReader{file, keyMetadataName, size})
+	data, err := io.ReadAll(newPlainReader(file, keyMetadataName))
 	if err != nil {
 		return nil, err
 	}
@@ -216,17 +213,18 @@ func (l *listedFragment) has(key string) bool {
 }
 
 // readManifest returns what the manifest says, checked. `p` is the payload of an encrypted snapshot, nil for a plain one.
-func readManifest(root *os.File, p *payload) (*manifest, error) {
-	file, size, err := openListed(root, manifestName, manifestName)
+func readManifest(from store, p *payload) (*manifest, error) {
+	file, err := openListed(from, manifestName, manifestName)
 	if err != nil {
 		return nil, err
 	}
 	defer file.Close()
-	if size > maxManifestBytes {
+	if file.Size() > maxManifestBytes {
 		return nil, refuse(corrupt, "%s: longer than %d bytes", manifestName, maxManifestBytes)
 	}
-	var contents io.Reader = &plainReader{file, manifestName, size}
+	var contents io.Reader = newPlainReader(file, manifestName)
 	if p != nil {
+		size := uint64(file.Size())
 		if contents, err = openFloe(file, size, []byte(*p.DataKey), manifestAAD, manifestName, manifestUse); err != nil {
 			return nil, err
 		}
@@ -294,6 +292,22 @@ func isTime(text string) bool {
 	return err == nil
 }
 
+// unixTime is when the manifest was created, as the headers of an archive have it.
+func (m *manifest) unixTime() uint64 {
+	created := *m.Created
+	day, _ := time.Parse(dayLayout, created[:len(dayLayout)]) // which check did before
+	var hour, minute, second int64
+	fmt.Sscanf(created[len(dayLayout):], "T%02d:%02d:%02d", &hour, &minute, &second)
+	seconds := day.Unix() + hour*3600 + minute*60 + second
+	switch {
+	case seconds < 0:
+		return 0
+	case seconds > maxOctal:
+		return maxOctal
+	}
+	return uint64(seconds)
+}
+
 // checkPlace checks the names of a path, and that the namespace it is in is listed.
 func checkPlace(path string, namespaces map[string]bool) error {
 	if err := checkPath(path); err != nil {
@@ -334,189 +348,6 @@ func (l *listedFragment) sizesFit() bool {
 	return withEmptyLast || overhead == headerBytes+segments*segmentOverhead
 }
 
-// Names and files (section 1) ------------------------------------------------------------------------------------------
-
-const (
-	reservedPrefix = ".vmsnap"
-	maxNameBytes   = 255
-)
-
-func isReserved(name string) bool {
-	lower := strings.Map(func(r rune) rune { // no other letters than those of ASCII
-		if 'A' <= r && r <= 'Z' {
-			return r + 'a' - 'A'
-		}
-		return r
-	}, name)
-	return strings.HasPrefix(name, reservedPrefix) || lower == keyMetadataName || lower == manifestName
-}
-
-func checkName(name string) error {
-	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\\\x00") || len(name) > maxNameBytes ||
-		!utf8.ValidString(name) || isReserved(name) {
-		return fmt.Errorf("'%.255s' is not allowed as a name", name)
-	}
-	return nil
-}
-
-func checkPath(path string) error {
-	for _, name := range strings.Split(path, "/") {
-		if err := checkName(name); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func joinPath(namespace, name string) string {
-	if namespace == "" {
-		return name
-	}
-	return namespace + "/" + name
-}
-
-// openFolder opens what the caller named, and so follows links.
-func openFolder(path string) (*os.File, error) {
-	folder, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-		return nil, refuse(missing, "%s: no such folder", path)
-	}
-	return folder, err
-}
-
-// typeOf returns what an entry of a folder is: unix.S_IFREG, unix.S_IFDIR …
-func typeOf(folder *os.File, name, what string) (uint32, error) {
-	var status unix.Stat_t
-	err := unix.Fstatat(int(folder.Fd()), name, &status, unix.AT_SYMLINK_NOFOLLOW)
-	switch {
-	case err == unix.ENOENT:
-		return 0, refuse(missing, "%s: there is no '%s'", what, name)
-	case err != nil:
-		return 0, fmt.Errorf("%s: %w", what, err)
-	}
-	return uint32(status.Mode) & unix.S_IFMT, nil
-}
-
-// openAt opens an entry of a folder without following it, if it is of the type that is wanted, and returns its size.
-func openAt(folder *os.File, name string, wanted uint32, what string) (*os.File, uint64, error) {
-	// Looked at before it is opened, because opening a device can do things; and after, because it may have changed.
-	found, err := typeOf(folder, name, what)
-	switch {
-	case err != nil:
-		return nil, 0, err
-	case found == wanted:
-	case found == unix.S_IFREG:
-		return nil, 0, refuse(missing, "%s: '%s' is a file, not a folder", what, name)
-	case found == unix.S_IFDIR:
-		return nil, 0, refuse(missing, "%s: '%s' is a folder, not a file", what, name)
-	default:
-		return nil, 0, refuse(corrupt, "%s: '%s' is a link or special file", what, name)
-	}
-	flags := unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
-	descriptor, err := unix.Openat(int(folder.Fd()), name, flags, 0)
-	if err != nil {
-		return nil, 0, fmt.Errorf("%s: %w", what, err)
-	}
-	file := os.NewFile(uintptr(descriptor), name)
-	var status unix.Stat_t
-	if err := unix.Fstat(descriptor, &status); err != nil || uint32(status.Mode)&unix.S_IFMT != wanted {
-		file.Close()
-		return nil, 0, refuse(corrupt, "%s: '%s' was replaced while it was opened", what, name)
-	}
-	return file, uint64(status.Size), nil
-}
-
-// openBelow opens what lies at a path below the root, each component as openAt does.
-func openBelow(root *os.File, path string, wanted uint32, what string) (file *os.File, size uint64, err error) {
-	names := strings.Split(path, "/")
-	file = root
-	for i, name := range names {
-		folder, kind := file, uint32(unix.S_IFDIR)
-		if i == len(names)-1 {
-			kind = wanted
-		}
-		file, size, err = openAt(folder, name, kind, what)
-		if folder != root {
-			folder.Close()
-		}
-		if err != nil {
-			return nil, 0, err
-		}
-	}
-	return file, size, nil
-}
-
-// openListed opens a file that has to be there, because a list says so.
-func openListed(root *os.File, path, what string) (*os.File, uint64, error) {
-	file, size, err := openBelow(root, path, unix.S_IFREG, what)
-	if err != nil && kindOf(err) == missing {
-		err = refuse(corrupt, "%s: is listed, and is no file", what)
-	}
-	return file, size, err
-}
-
-// namesIn returns the names of a folder's entries.
-func namesIn(folder *os.File) ([]string, error) {
-	again, _, err := openAt(folder, ".", unix.S_IFDIR, folder.Name()) // since reading moves the position of a descriptor
-	if err != nil {
-		return nil, err
-	}
-	defer again.Close()
-	names, err := again.Readdirnames(-1)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", folder.Name(), err)
-	}
-	return names, nil
-}
-
-// walk returns the paths of all namespaces and fragments on the disk, ascending by their bytes. What has a reserved name
-// is not part of a snapshot; where a snapshot is to be made of the folder, it is refused.
-func walk(root *os.File, skipReserved bool) (namespaces, fragments []string, err error) {
-	var visit func(folder *os.File, namespace string) error
-	visit = func(folder *os.File, namespace string) error {
-		names, err := namesIn(folder)
-		if err != nil {
-			return err
-		}
-		for _, name := range names {
-			path := joinPath(namespace, name)
-			if skipReserved && utf8.ValidString(name) && isReserved(name) {
-				continue
-			}
-			if err := checkName(name); err != nil {
-				return refuse(corrupt, "%s: %v", path, err)
-			}
-			found, err := typeOf(folder, name, path)
-			switch {
-			case err != nil:
-				return err
-			case found == unix.S_IFREG:
-				fragments = append(fragments, path)
-			case found == unix.S_IFDIR:
-				namespaces = append(namespaces, path)
-				inner, _, err := openAt(folder, name, unix.S_IFDIR, path)
-				if err != nil {
-					return err
-				}
-				err = visit(inner, path)
-				inner.Close()
-				if err != nil {
-					return err
-				}
-			default:
-				return refuse(corrupt, "%s: a link or special file", path)
-			}
-		}
-		return nil
-	}
-	if err := visit(root, ""); err != nil {
-		return nil, nil, err
-	}
-	sort.Strings(namespaces)
-	sort.Strings(fragments)
-	return namespaces, fragments, nil
-}
-
 // Fragments and the snapshot (sections 1, 3 and 5) ---------------------------------------------------------------------
 
 const (
@@ -532,6 +363,10 @@ type plainReader struct {
 	file io.Reader
 	what string
 	left uint64
+}
+
+func newPlainReader(file *storedFile, what string) *plainReader {
+	return &plainReader{file, what, uint64(file.Size())}
 }
 
 func (p *plainReader) Read(into []byte) (int, error) {
@@ -557,34 +392,32 @@ type fragment struct {
 }
 
 type snapshot struct {
-	root     *os.File
+	files    store
 	dataKey  []byte    // nil if it is plain
 	manifest *manifest // nil if it is not sealed
 }
 
 func openSnapshot(path string, with credential) (*snapshot, error) {
-	root, err := openFolder(path)
+	from, err := openStore(path)
 	if err != nil {
 		return nil, err
 	}
-	s := &snapshot{root: root}
+	s := &snapshot{files: from}
 	if err := s.readMetadata(path, with); err != nil {
-		root.Close()
+		from.Close()
 		return nil, err
 	}
 	return s, nil
 }
 
 func (s *snapshot) readMetadata(path string, with credential) error {
-	names, err := namesIn(s.root)
+	encrypted, err := s.files.has(keyMetadataName)
 	if err != nil {
 		return err
 	}
-	// Looked for among the names, because a file system may find a name that is written otherwise.
-	encrypted, sealed := false, false
-	for _, name := range names {
-		encrypted = encrypted || name == keyMetadataName
-		sealed = sealed || name == manifestName
+	sealed, err := s.files.has(manifestName)
+	if err != nil {
+		return err
 	}
 	if !encrypted && with.given() {
 		// Whoever can write there could have removed it, and put plain files in the place of encrypted ones.
@@ -592,14 +425,16 @@ func (s *snapshot) readMetadata(path string, with credential) error {
 	}
 	var p *payload
 	if encrypted {
-		if p, err = readPayload(s.root, with); err != nil {
+		if p, err = readPayload(s.files, with); err != nil {
 			return err
 		}
 		s.dataKey = []byte(*p.DataKey)
 	}
 	if sealed {
-		s.manifest, err = readManifest(s.root, p)
-		return err
+		if s.manifest, err = readManifest(s.files, p); err != nil {
+			return err
+		}
+		return s.files.locate(s.manifest)
 	}
 	if encrypted && *p.Sealed {
 		return refuse(corrupt, "%s: not complete, there is no %s", path, manifestName)
@@ -610,8 +445,7 @@ func (s *snapshot) readMetadata(path string, with credential) error {
 // paths lists the fragments: what the manifest has, else what is on the disk.
 func (s *snapshot) paths() ([]string, error) {
 	if s.manifest == nil {
-		_, fragments, err := walk(s.root, true)
-		return fragments, err
+		return s.files.fragments()
 	}
 	return s.manifest.Fragments.paths(), nil
 }
@@ -626,18 +460,19 @@ func (l listedFragments) paths() []string {
 	return paths
 }
 
-// open opens a fragment. Of an encrypted one, header and last segment are authentic then.
-func (s *snapshot) open(path string) (*fragment, error) {
+// openFragment opens a fragment. Of an encrypted one, header and last segment are authentic then.
+func (s *snapshot) openFragment(path string) (*fragment, error) {
 	what := "fragment " + path
 	if err := checkPath(path); err != nil {
 		return nil, refuse(missing, "%s: %v", what, err)
 	}
-	file, size, err := s.openFile(path, what)
+	file, err := s.openFile(path, what)
 	if err != nil {
 		return nil, err
 	}
+	size := uint64(file.Size())
 	if s.dataKey == nil {
-		return &fragment{&plainReader{file, what, size}, file, size}, nil
+		return &fragment{newPlainReader(file, what), file, size}, nil
 	}
 	f, err := openFloe(file, size, s.dataKey, fragmentAAD+path, what, fragmentUse)
 	if err != nil {
@@ -649,19 +484,19 @@ func (s *snapshot) open(path string) (*fragment, error) {
 
 // openFile opens the file of a fragment. If the snapshot is sealed, the file is held against what the manifest says of
 // it, except for the BLAKE3 of a plain one, which b3sum checks.
-func (s *snapshot) openFile(path, what string) (*os.File, uint64, error) {
+func (s *snapshot) openFile(path, what string) (*storedFile, error) {
 	if s.manifest == nil {
-		return openBelow(s.root, path, unix.S_IFREG, what)
+		return s.files.open(path, what)
 	}
 	listed := s.manifest.Fragments[path]
 	if listed == nil {
-		return nil, 0, refuse(missing, "%s: not in the manifest", what)
+		return nil, refuse(missing, "%s: not in the manifest", what)
 	}
-	file, size, err := openListed(s.root, path, what)
+	file, err := openListed(s.files, path, what)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
-	same := size == *listed.StoredSize
+	same := uint64(file.Size()) == *listed.StoredSize
 	if same && s.dataKey != nil {
 		tag := make([]byte, headerTagBytes)
 		_, err := file.ReadAt(tag, headerTagOffset)
@@ -669,7 +504,7 @@ func (s *snapshot) openFile(path, what string) (*os.File, uint64, error) {
 	}
 	if !same {
 		file.Close()
-		return nil, 0, refuse(corrupt, "%s: its stored size or header tag is not the one in the manifest", what)
+		return nil, refuse(corrupt, "%s: its stored size or header tag is not the one in the manifest", what)
 	}
-	return file, size, nil
+	return file, nil
 }

@@ -52,6 +52,25 @@ export function readAt(fd, offset, length) {
   return buffer.subarray(0, done);
 }
 
+/** The bytes of one file of a snapshot: of a whole file, or of its part of an archive. */
+export class StoredFile {
+  #fd;
+  #start;
+
+  /** `start` and `size` are BigInt, because files may be longer than 2^53 bytes. */
+  constructor(fd, start, size) {
+    this.#fd = fd;
+    this.#start = start;
+    this.size = size;
+  }
+
+  /** Read `length` bytes at an offset, a BigInt; fewer if the file ends before. */
+  readAt(offset, length) {
+    const left = this.size - offset;
+    return left <= 0n ? Buffer.alloc(0) : readAt(this.#fd, this.#start + offset, smaller(BigInt(length), left));
+  }
+}
+
 /** All of a fragment, or whatever else has `size` and `pieces()`. */
 export function readWhole(fragment) {
   const whole = Buffer.alloc(Number(fragment.size));

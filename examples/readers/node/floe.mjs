@@ -1,7 +1,7 @@
 // FLOE, as vmsnap uses it: docs/format.md, section 2.
 
 import { createDecipheriv, createHmac, timingSafeEqual } from 'node:crypto';
-import { Refusal, readAt } from './common.mjs';
+import { Refusal } from './common.mjs';
 
 export const KEY_BYTES = 32;
 
@@ -32,8 +32,8 @@ export function parameters(segmentLength) {
 }
 
 /** The header tag in a file, not checked yet. */
-export function storedHeaderTag(fd) {
-  return readAt(fd, BigInt(HEADER_TAG_OFFSET), HEADER_TAG_BYTES);
+export function storedHeaderTag(file) {
+  return file.readAt(BigInt(HEADER_TAG_OFFSET), HEADER_TAG_BYTES);
 }
 
 /** Whether a file of so many bytes can hold so many of plaintext. An empty last segment may follow full ones. */
@@ -50,7 +50,7 @@ export function isFileSize(fileSize, size, chunk) {
  * Sizes and positions are BigInt, for files may be longer than 2^53 bytes.
  */
 export class FloeReader {
-  #fd;
+  #file;
   #parametersAndIv;
   #aad;
   #messageKey;
@@ -60,14 +60,14 @@ export class FloeReader {
   #lastLength;
 
   /**
-   * @param file descriptor and size: `{ fd, size }`
+   * @param file a StoredFile
    * @param key 32 bytes
    * @param aad the FLOE AAD
    * @param segmentLengths the least and the most that is allowed
    * @param notFloe the kind of refusal where the parameters are none of FLOE's, or the file is too short for any
    */
   constructor(file, key, aad, [least, most], notFloe = 'corrupt') {
-    this.#fd = file.fd;
+    this.#file = file;
     this.#aad = Buffer.from(aad);
 
     // In the order of "What a reader checks". First the parameters.
@@ -154,7 +154,7 @@ export class FloeReader {
   }
 
   #read(offset, length) {
-    const bytes = readAt(this.#fd, offset, length);
+    const bytes = this.#file.readAt(offset, length);
     if (bytes.length < length) throw new Refusal('authentication', 'became shorter while it was read');
     return bytes;
   }

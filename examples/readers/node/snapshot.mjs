@@ -1,13 +1,21 @@
 // A snapshot: its key, its manifest, its tree and its fragments. Section numbers refer to docs/format.md.
 
 import fs from 'node:fs';
+import { Archive } from './archive.mjs';
 import * as cbor from './cbor.mjs';
-import { Refusal, corrupt, decodeUtf8, readAt, readWhole, smaller, within } from './common.mjs';
+import { Refusal, corrupt, readWhole, smaller, within } from './common.mjs';
+import { Directory } from './directory.mjs';
 import { FloeReader, KEY_BYTES, SEGMENT_OVERHEAD_BYTES, isFileSize, parameters, storedHeaderTag } from './floe.mjs';
+import {
+  KEY_METADATA_NAME,
+  MANIFEST_NAME,
+  MAX_KEY_METADATA_BYTES,
+  MAX_MANIFEST_BYTES,
+  isAllowedPath,
+  sortedByBytes,
+} from './names.mjs';
 
-const KEY_METADATA_NAME = 'enc_metadata';
-const MANIFEST_NAME = 'vmsnap_manifest';
-const MAX_NAME_BYTES = 255;
+const MAX_SHOWN_LENGTH = 255;
 const PLAIN_PIECE_BYTES = 1n << 20n;
 
 // Section 3.
@@ -18,7 +26,6 @@ const FRAGMENT_SEGMENT_LENGTHS = [MIN_CHUNK_BYTES + SEGMENT_OVERHEAD_BYTES, MAX_
 // Section 4.
 const KEY_AAD = 'vmsnap/1/key';
 const KEY_SEGMENT_LENGTH = 1024 + SEGMENT_OVERHEAD_BYTES;
-const MAX_KEY_METADATA_BYTES = 1n << 20n;
 const AGE_PREFIX = Buffer.from('age-encryption.org/');
 const KEY_SERVICE_PREFIX = Buffer.of(0xd9, 0xd9, 0xf7);
 const SNAPSHOT_ID_BYTES = 16;
@@ -26,7 +33,6 @@ const SNAPSHOT_ID_BYTES = 16;
 // Section 5.
 const MANIFEST_AAD = 'vmsnap/1/manifest';
 const MANIFEST_SEGMENT_LENGTH = 65536 + SEGMENT_OVERHEAD_BYTES;
-const MAX_MANIFEST_BYTES = 1n << 28n;
 const PROOF_BYTES = 32;
 
 // The key payload (section 4) -----------------------------------------------------------------------------------------
@@ -34,7 +40,7 @@ const PROOF_BYTES = 32;
 /** Unwrap what the file `enc_metadata` holds. */
 function readKeyMetadata(file, key) {
   if (file.size > MAX_KEY_METADATA_BYTES) throw corrupt(`has more than ${MAX_KEY_METADATA_BYTES} bytes`);
-  const start = readAt(file.fd, 0n, AGE_PREFIX.length);
+  const start = file.readAt(0n, AGE_PREFIX.length);
   const startsWith = (prefix) => start.subarray(0, prefix.length).equals(prefix);
   if (startsWith(AGE_PREFIX)) throw new Refusal('unsupported', 'the data key is wrapped by age');
   if (startsWith(KEY_SERVICE_PREFIX)) throw new Refusal('unsupported', 'the data key is wrapped by a key service');
@@ -75,25 +81,26 @@ function openMap(bytes, format) {
 
 /** A stranger's text in an error: of a long one the beginning. */
 function shown(text) {
-  return text.length > MAX_NAME_BYTES ? `'${text.slice(0, MAX_NAME_BYTES)}...'` : `'${text}'`;
+  return text.length > MAX_SHOWN_LENGTH ? `'${text.slice(0, MAX_SHOWN_LENGTH)}...'` : `'${text}'`;
 }
 
 // The manifest (section 5) --------------------------------------------------------------------------------------------
 
-/** What the manifest says of each fragment, by path. */
+/** What the manifest lists: `namespaces`, and what it says of each fragment by path; and `seconds` of Unix time. */
 function readManifest(file, keyMetadata) {
   if (file.size > MAX_MANIFEST_BYTES) throw corrupt(`has more than ${MAX_MANIFEST_BYTES} bytes`);
   const isEncrypted = keyMetadata !== undefined;
   const bytes = isEncrypted
     ? readMessage(file, keyMetadata.dataKey, MANIFEST_AAD, MANIFEST_SEGMENT_LENGTH)
-    : readAt(file.fd, 0n, Number(file.size));
+    : file.readAt(0n, Number(file.size));
 
   const manifest = openMap(bytes, 'vmsnap-manifest');
   const snapshotId = cbor.bytes(manifest, 'snapshot_id', SNAPSHOT_ID_BYTES);
   if (isEncrypted && !snapshotId.equals(keyMetadata.snapshotId)) {
     throw corrupt("another snapshot's: its id is not that of the key");
   }
-  if (!isUtcTime(cbor.text(manifest, 'created'))) throw corrupt("'created' is no time of RFC 3339 in UTC");
+  const created = cbor.text(manifest, 'created');
+  if (!isUtcTime(created)) throw corrupt("'created' is no time of RFC 3339 in UTC");
   cbor.text(manifest, 'generator');
   if (cbor.bool(manifest, 'encrypted') !== isEncrypted) throw corrupt("'encrypted' is not what the snapshot is");
 
@@ -113,7 +120,7 @@ function readManifest(file, keyMetadata) {
       throw corrupt(`it lists ${shown(path)}, not its namespace`);
     }
   }
-  return fragments;
+  return { namespaces, fragments, seconds: unixTime(created) };
 }
 
 function readEntry(entry, isEncrypted) {
@@ -141,128 +148,74 @@ function isUtcTime(text) {
   return form.test(text) && new Date(`${text.slice(0, 10)}T00:00:00Z`).getUTCDate() === Number(text.slice(8, 10));
 }
 
-// Names and files (section 1) -----------------------------------------------------------------------------------------
-
-function isReserved(name) {
-  // Without the flag u, i is for ASCII letters: nothing beyond ASCII becomes one of them.
-  return name.startsWith('.vmsnap') || /^(enc_metadata|vmsnap_manifest)$/i.test(name);
-}
-
-function isAllowedName(name) {
-  if (['', '.', '..'].includes(name) || /[/\\\0]/.test(name)) return false;
-  return Buffer.byteLength(name) <= MAX_NAME_BYTES && !isReserved(name);
-}
-
-function isAllowedPath(path) {
-  return path.split('/').every(isAllowedName);
-}
-
-/**
- * Open the file at a path below the root for `use`; where there is none, that is a refusal of the kind `kindIfNone`.
- * Each component is looked at first, for none may be a link or special file. (Node has no openat: a link that somebody
- * puts there at this very moment is followed, but for the last component.)
- */
-function withFile(root, path, kindIfNone, use) {
-  let place = root;
-  let stat;
-  for (const name of path.split('/')) {
-    if (stat?.isFile()) throw new Refusal(kindIfNone, `${place} is a file, not a namespace`);
-    place += `/${name}`;
-    stat = fs.lstatSync(place, { throwIfNoEntry: false });
-    if (stat === undefined) throw new Refusal(kindIfNone, 'there is no such file');
-    if (!stat.isFile() && !stat.isDirectory()) throw corrupt(`${place} is a link or a special file`);
-  }
-  if (stat.isDirectory()) throw new Refusal(kindIfNone, 'is a namespace');
-
-  const fd = fs.openSync(place, fs.constants.O_RDONLY | fs.constants.O_NOFOLLOW | fs.constants.O_NONBLOCK);
-  try {
-    const opened = fs.fstatSync(fd, { bigint: true });
-    if (!opened.isFile()) throw corrupt('became something else than a file');
-    return use({ fd, size: opened.size });
-  } finally {
-    fs.closeSync(fd);
-  }
-}
-
-function isFolder(place) {
-  try {
-    return fs.statSync(place).isDirectory();
-  } catch (error) {
-    if (error.code === 'ENOENT' || error.code === 'ENOTDIR') return false;
-    throw error;
-  }
-}
-
-/** Paths of all fragments in the tree below the root. */
-function walk(root) {
-  const fragments = [];
-  const namespaces = [''];
-  while (namespaces.length > 0) {
-    const namespace = namespaces.pop();
-    for (const entry of fs.readdirSync(`${root}/${namespace}`, { encoding: 'buffer' })) {
-      const name = decodeUtf8(entry, `a name in ${namespace || 'the root'}`);
-      if (isReserved(name)) continue;
-      const path = namespace === '' ? name : `${namespace}/${name}`;
-      if (!isAllowedName(name)) throw corrupt(`${path}: no snapshot can hold this name`);
-      const stat = fs.lstatSync(`${root}/${path}`);
-      if (!stat.isFile() && !stat.isDirectory()) throw corrupt(`${path} is a link or a special file`);
-      (stat.isFile() ? fragments : namespaces).push(path);
-    }
-  }
-  return fragments;
-}
-
-/** Sort by UTF-8 bytes, which is another order than that of JavaScript's UTF-16. */
-function sortedByBytes(paths) {
-  const pairs = Array.from(paths, (path) => [Buffer.from(path), path]);
-  return pairs.sort(([a], [b]) => Buffer.compare(a, b)).map(([, path]) => path);
+/** The whole seconds since 1970 of a time that `isUtcTime` found right. */
+function unixTime(text) {
+  const [hour, minute, second] = text.slice(11, 19).split(':').map(Number);
+  return Date.parse(`${text.slice(0, 10)}T00:00:00Z`) / 1000 + hour * 3600 + minute * 60 + second;
 }
 
 // Fragments and the snapshot ------------------------------------------------------------------------------------------
 
 /** A fragment of a plain snapshot: the bytes themselves. */
 class PlainReader {
-  #fd;
+  #file;
 
-  constructor({ fd, size }) {
-    this.#fd = fd;
-    this.size = size;
+  constructor(file) {
+    this.#file = file;
+    this.size = file.size;
   }
 
   /** Yield the bytes in pieces. */
   *pieces() {
     for (let offset = 0n; offset < this.size; offset += PLAIN_PIECE_BYTES) {
       const length = smaller(this.size - offset, PLAIN_PIECE_BYTES);
-      const piece = readAt(this.#fd, offset, length);
+      const piece = this.#file.readAt(offset, length);
       if (piece.length < length) throw corrupt('became shorter while it was read');
       yield piece;
     }
   }
 }
 
+/**
+ * Where the files of a snapshot are: a Directory or an Archive. Both have
+ *
+ * - `has(name)`: whether the root has this entry;
+ * - `withFile(path, kindIfNone, use)`: call `use` with the StoredFile at a path;
+ * - `locate(manifest)`: compute where the fragments are, before the first fragment is opened;
+ * - `fragments()`: the paths of all fragments in the store.
+ */
+function openStore(location) {
+  let isDirectory;
+  try {
+    isDirectory = fs.statSync(location).isDirectory();
+  } catch (error) {
+    if (error.code !== 'ENOENT' && error.code !== 'ENOTDIR') throw error;
+    throw new Refusal('missing', `${location}: there is no such file or directory`);
+  }
+  return isDirectory ? new Directory(location) : within(location, () => new Archive(location));
+}
+
 export class Snapshot {
-  #root;
+  #files; // as openStore returns them
   #dataKey;
   #listed; // by path what the manifest says of each fragment; undefined without a manifest
 
-  /** Open the snapshot in the folder `root`; `key` is the wrapping key, or undefined. */
-  constructor(root, key) {
-    this.#root = root;
-    if (!isFolder(root)) throw new Refusal('missing', `${root}: there is no such folder`);
-    // Names are compared byte by byte, also where the file system would take others for the same.
-    const entries = fs.readdirSync(root, { encoding: 'buffer' });
-    const has = (name) => entries.some((entry) => entry.equals(Buffer.from(name)));
-    const read = (name, use) => within(name, () => withFile(root, name, 'corrupt', use));
+  /** Open the snapshot at `location`; `key` is the wrapping key, or undefined. */
+  constructor(location, key) {
+    this.#files = openStore(location);
+    const read = (name, use) => within(name, () => this.#files.withFile(name, 'corrupt', use));
 
     let keyMetadata;
-    if (has(KEY_METADATA_NAME)) {
+    if (this.#files.has(KEY_METADATA_NAME)) {
       keyMetadata = read(KEY_METADATA_NAME, (file) => readKeyMetadata(file, key));
       this.#dataKey = keyMetadata.dataKey;
     } else if (key !== undefined) {
       throw new Refusal('not-encrypted', `a key was given, and there is no ${KEY_METADATA_NAME}`);
     }
-    if (has(MANIFEST_NAME)) {
-      this.#listed = read(MANIFEST_NAME, (file) => readManifest(file, keyMetadata));
+    if (this.#files.has(MANIFEST_NAME)) {
+      const manifest = read(MANIFEST_NAME, (file) => readManifest(file, keyMetadata));
+      within(location, () => this.#files.locate(manifest));
+      this.#listed = manifest.fragments;
     } else if (keyMetadata?.isSealed) {
       throw corrupt(`the snapshot is not complete: it has no ${MANIFEST_NAME}`);
     }
@@ -274,7 +227,7 @@ export class Snapshot {
 
   /** Paths of all fragments, in the order of their bytes: of a sealed snapshot those listed, whatever else is there. */
   fragments() {
-    return sortedByBytes(this.#listed === undefined ? walk(this.#root) : this.#listed.keys());
+    return sortedByBytes(this.#listed === undefined ? this.#files.fragments() : this.#listed.keys());
   }
 
   /** Call `use` with the fragment at a path, which has `size` and `pieces()`, and is closed afterwards. */
@@ -283,12 +236,12 @@ export class Snapshot {
       if (!isAllowedPath(path)) throw new Refusal('missing', 'no fragment can have this path');
       const entry = this.#listed?.get(path);
       if (this.#listed !== undefined && entry === undefined) throw new Refusal('missing', 'is not in the manifest');
-      return withFile(this.#root, path, entry === undefined ? 'missing' : 'corrupt', (file) => {
+      return this.#files.withFile(path, entry === undefined ? 'missing' : 'corrupt', (file) => {
         if (entry !== undefined && entry.storedSize !== file.size) {
           throw corrupt('has another size than in the manifest');
         }
         if (!this.isEncrypted) return use(new PlainReader(file));
-        if (entry !== undefined && !entry.headerTag.equals(storedHeaderTag(file.fd))) {
+        if (entry !== undefined && !entry.headerTag.equals(storedHeaderTag(file))) {
           throw corrupt('is not the one in the manifest');
         }
         return use(new FloeReader(file, this.#dataKey, FRAGMENT_AAD + path, FRAGMENT_SEGMENT_LENGTHS));

@@ -9,7 +9,7 @@ import { restore } from './memory.mjs';
 import { Snapshot } from './snapshot.mjs';
 
 const USAGE =
-  'usage: vmsnap-reader.mjs SNAPSHOT_DIR [--key-file FILE] list | check | cat PATH | restore OUT_DIR [NAMESPACE]';
+  'usage: vmsnap-reader.mjs SNAPSHOT [--key-file FILE] list | check | cat PATH | restore OUT_DIR [NAMESPACE]';
 const [GOOD, REFUSED, WRONG_USAGE] = [0, 1, 2];
 const [STDOUT, STDERR] = [1, 2];
 const SIZE_COLUMNS = 16;

@@ -4,7 +4,6 @@ import static java.nio.charset.StandardCharsets.US_ASCII;
 
 import java.io.IOException;
 import java.nio.ByteBuffer;
-import java.nio.channels.SeekableByteChannel;
 import java.security.GeneralSecurityException;
 import java.security.MessageDigest;
 import java.util.Arrays;
@@ -60,7 +59,7 @@ final class Floe extends PieceStream {
         }
     }
 
-    private final SeekableByteChannel file;
+    private final StoredFile file;
     private final byte[] parametersAndIv;
     private final byte[] aad;
     private final String what;
@@ -72,7 +71,7 @@ final class Floe extends PieceStream {
     private long nextPosition;
 
     /** The checks of section 2, in the order given there. */
-    Floe(SeekableByteChannel file, byte[] key, byte[] aad, Profile profile, String what) throws IOException {
+    Floe(StoredFile file, byte[] key, byte[] aad, Profile profile, String what) throws IOException {
         this.file = file;
         this.aad = aad;
         this.what = what;
@@ -175,7 +174,7 @@ final class Floe extends PieceStream {
     }
 
     private ByteBuffer readExactly(long offset, int length) throws IOException {
-        ByteBuffer bytes = readAt(file, offset, length);
+        ByteBuffer bytes = file.readAt(offset, length);
         if (bytes.remaining() < length) {
             throw Refused.authentication(what + ": became shorter while it was read");
         }

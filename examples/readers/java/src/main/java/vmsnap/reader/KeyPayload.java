@@ -4,7 +4,6 @@ import static java.nio.charset.StandardCharsets.US_ASCII;
 
 import java.io.IOException;
 import java.nio.ByteBuffer;
-import java.nio.channels.SeekableByteChannel;
 import java.util.HexFormat;
 
 /** The payload of `enc_metadata` (section 4). */
@@ -12,7 +11,7 @@ record KeyPayload(byte[] snapshotId, byte[] dataKey, boolean sealed) {
     static final int KEY_BYTES = 32;
     static final int SNAPSHOT_ID_BYTES = 16;
 
-    private static final int MAX_FILE_BYTES = 1 << 20;
+    static final int MAX_FILE_BYTES = 1 << 20;
     private static final byte[] AAD = "vmsnap/1/key".getBytes(US_ASCII);
     private static final int SEGMENT_LENGTH = 1056;
     /** Whatever is wrong after the first 10 bytes, which are looked at before, is a failed authentication. */
@@ -25,7 +24,7 @@ record KeyPayload(byte[] snapshotId, byte[] dataKey, boolean sealed) {
     private static final byte[] KEY_SERVICE = HexFormat.of().parseHex("d9d9f7");
 
     /** Unwraps the payload with the caller's key, which may be null. */
-    static KeyPayload unwrap(SeekableByteChannel file, byte[] key) throws IOException {
+    static KeyPayload unwrap(StoredFile file, byte[] key) throws IOException {
         String what = Names.KEY_METADATA;
         if (file.size() > MAX_FILE_BYTES) {
             throw Refused.corrupt(what + ": longer than " + MAX_FILE_BYTES + " bytes");
@@ -47,7 +46,7 @@ record KeyPayload(byte[] snapshotId, byte[] dataKey, boolean sealed) {
                 fields.bool("sealed"));
     }
 
-    private static boolean beginsWith(SeekableByteChannel file, byte[] prefix) throws IOException {
-        return PieceStream.readAt(file, 0, prefix.length).equals(ByteBuffer.wrap(prefix));
+    private static boolean beginsWith(StoredFile file, byte[] prefix) throws IOException {
+        return file.readAt(0, prefix.length).equals(ByteBuffer.wrap(prefix));
     }
 }

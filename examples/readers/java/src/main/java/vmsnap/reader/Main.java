@@ -20,7 +20,7 @@ import java.util.regex.Pattern;
 
 /** The command line, as the README of all readers has it. */
 public final class Main {
-    private static final String USAGE = "usage: vmsnap-reader SNAPSHOT_DIR [--key-file FILE] "
+    private static final String USAGE = "usage: vmsnap-reader SNAPSHOT [--key-file FILE] "
             + "list | check | cat PATH | restore OUT_DIR [NAMESPACE]";
 
     private static final int GOOD = 0;

@@ -13,8 +13,11 @@ import java.util.TreeMap;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 
-/** What the manifest (section 5) lists: the fragments by their paths, in the order of these. */
-record Manifest(Map<String, Entry> fragments) {
+/**
+ * What the manifest (section 5) lists: the fragments by their paths, and the namespaces, both in the order of the bytes
+ * of the paths; and when it was created, in seconds of Unix time.
+ */
+record Manifest(Map<String, Entry> fragments, List<String> namespaces, long seconds) {
     /** What a file has to be; the header tag is null in a plain snapshot. */
     record Entry(long storedSize, byte[] headerTag) {}
 
@@ -22,7 +25,7 @@ record Manifest(Map<String, Entry> fragments) {
 
     /** RFC 3339 in UTC; whether a month has that day is left to LocalDate. A leap second is 60. */
     private static final Pattern TIME = Pattern.compile(
-            "(\\d{4})-(\\d\\d)-(\\d\\d)T([01]\\d|2[0-3]):[0-5]\\d:([0-5]\\d|60)(\\.\\d+)?Z");
+            "(\\d{4})-(\\d\\d)-(\\d\\d)T([01]\\d|2[0-3]):([0-5]\\d):([0-5]\\d|60)(\\.\\d+)?Z");
 
     /** Checks the manifest; the snapshot id is that of the key payload, null in a plain snapshot. */
     static Manifest parse(byte[] cbor, byte[] snapshotId) throws Refused {
@@ -33,9 +36,7 @@ record Manifest(Map<String, Entry> fragments) {
         if (fields.bool("encrypted") != encrypted || encrypted && !Arrays.equals(ownId, snapshotId)) {
             throw Refused.corrupt(what + ": it is another snapshot's");
         }
-        if (!isTime(fields.text("created"))) {
-            throw Refused.corrupt(what + ": 'created' is no time of RFC 3339 in UTC");
-        }
+        long seconds = unixTime(fields.text("created"), what);
         fields.text("generator");
 
         List<String> namespaceList = fields.list("namespaces", String.class);
@@ -56,24 +57,30 @@ record Manifest(Map<String, Entry> fragments) {
             Fields entry = entries.nested(path);
             fragments.put(path, encrypted ? encryptedEntry(entry) : plainEntry(entry));
         }
-        return new Manifest(fragments);
+        namespaceList.sort(Names.BY_BYTES);
+        return new Manifest(fragments, namespaceList, seconds);
     }
 
-    private static boolean isTime(String text) {
-        Matcher parts = TIME.matcher(text);
-        if (!parts.matches()) {
-            return false;
-        }
+    /** The seconds since 1970, negative before. */
+    private static long unixTime(String created, String what) throws Refused {
+        Matcher parts = TIME.matcher(created);
         try {
-            LocalDate.of(parseInt(parts.group(1)), parseInt(parts.group(2)), parseInt(parts.group(3)));
-            return true;
+            if (parts.matches()) {
+                int[] numbers = new int[6];
+                for (int i = 0; i < numbers.length; i++) {
+                    numbers[i] = parseInt(parts.group(i + 1));
+                }
+                long days = LocalDate.of(numbers[0], numbers[1], numbers[2]).toEpochDay();
+                return ((days * 24 + numbers[3]) * 60 + numbers[4]) * 60 + numbers[5];
+            }
         } catch (DateTimeException error) {
-            return false;
+            // a month without that day
         }
+        throw Refused.corrupt(what + ": 'created' is no time of RFC 3339 in UTC");
     }
 
     private static void requirePath(String path, Set<String> namespaces, String what) throws Refused {
-        Names.ofPath(path, Refused.Kind.CORRUPT, what);
+        Names.requirePath(path, Refused.Kind.CORRUPT, what);
         int slash = path.lastIndexOf('/');
         if (slash >= 0 && !namespaces.contains(path.substring(0, slash))) {
             throw Refused.corrupt(what + ": the namespace of \"" + path + "\" is not listed");

@@ -47,15 +47,13 @@ final class Names {
                 && !isReserved(name);
     }
 
-    /** Splits a path into its names, and refuses one that no fragment and no namespace can have. */
-    static String[] ofPath(String path, Refused.Kind kind, String what) throws Refused {
-        String[] names = path.split("/", -1);
-        for (String name : names) {
+    /** Refuses a path that no fragment and no namespace can have. */
+    static void requirePath(String path, Refused.Kind kind, String what) throws Refused {
+        for (String name : path.split("/", -1)) {
             if (!isAllowed(name)) {
                 throw new Refused(kind, what + ": \"" + name + "\" is not allowed as a name");
             }
         }
-        return names;
     }
 
     static String printable(String text) {

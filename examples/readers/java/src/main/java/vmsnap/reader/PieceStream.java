@@ -3,7 +3,6 @@ package vmsnap.reader;
 import java.io.IOException;
 import java.io.InputStream;
 import java.nio.ByteBuffer;
-import java.nio.channels.SeekableByteChannel;
 
 /** A stream that is read chunk by chunk. Each chunk is checked before any of it is returned; only one is in memory. */
 abstract class PieceStream extends InputStream {
@@ -40,15 +39,5 @@ abstract class PieceStream extends InputStream {
         byte[] whole = new byte[Math.toIntExact(size())];
         readNBytes(whole, 0, whole.length);
         return whole;
-    }
-
-    /** The bytes of a file from an offset on: fewer than asked for only where the file ends. */
-    static ByteBuffer readAt(SeekableByteChannel file, long offset, int length) throws IOException {
-        ByteBuffer bytes = ByteBuffer.allocate(length);
-        file.position(offset);
-        while (bytes.hasRemaining() && file.read(bytes) >= 0) {
-            // read again: a file may give less than is asked for
-        }
-        return bytes.flip();
     }
 }

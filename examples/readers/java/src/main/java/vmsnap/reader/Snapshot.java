@@ -6,7 +6,6 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 import java.io.ByteArrayOutputStream;
 import java.io.IOException;
 import java.nio.ByteBuffer;
-import java.nio.channels.SeekableByteChannel;
 import java.nio.file.Path;
 import java.util.List;
 
@@ -22,25 +21,27 @@ final class Snapshot {
     private static final Floe.Profile MANIFEST_PROFILE =
             new Floe.Profile(MANIFEST_SEGMENT_LENGTH, MANIFEST_SEGMENT_LENGTH, Refused.Kind.AUTHENTICATION);
     private static final byte[] MANIFEST_AAD = "vmsnap/1/manifest".getBytes(US_ASCII);
-    private static final int MAX_MANIFEST_BYTES = 1 << 28;
+    static final int MAX_MANIFEST_BYTES = 1 << 28;
 
-    private final Tree tree;
+    private final Store files;
     /** Null in a plain snapshot. */
     private final KeyPayload payload;
     /** Null where nothing is sealed. */
     private final Manifest manifest;
 
     /** Opens a snapshot; whoever gives a key wants an encrypted one (section 1), and without one it is null. */
-    Snapshot(Path root, byte[] key) throws IOException {
-        tree = new Tree(root);
-        boolean encrypted = tree.hasEntry(Names.KEY_METADATA);
+    Snapshot(Path location, byte[] key) throws IOException {
+        files = Store.open(location);
+        boolean encrypted = files.hasEntry(Names.KEY_METADATA);
         if (key != null && !encrypted) {
             throw new Refused(
                     Refused.Kind.NOT_ENCRYPTED, "a key was given, and the snapshot has no " + Names.KEY_METADATA);
         }
         payload = encrypted ? readPayload(key) : null;
-        manifest = tree.hasEntry(Names.MANIFEST) ? readManifest() : null;
-        if (manifest == null && encrypted && payload.sealed()) {
+        manifest = files.hasEntry(Names.MANIFEST) ? readManifest() : null;
+        if (manifest != null) {
+            files.locate(manifest);
+        } else if (encrypted && payload.sealed()) {
             throw Refused.corrupt("the snapshot is not complete: it is sealed, and has no " + Names.MANIFEST);
         }
     }
@@ -50,7 +51,7 @@ final class Snapshot {
         if (manifest != null) {
             return List.copyOf(manifest.fragments().keySet());
         }
-        List<String> paths = tree.fragments();
+        List<String> paths = files.fragments();
         paths.sort(Names.BY_BYTES);
         return paths;
     }
@@ -58,7 +59,7 @@ final class Snapshot {
     /** Opens the fragment at a path. Of an encrypted one, header and last segment are checked. */
     PieceStream open(String path) throws IOException {
         String what = "fragment \"" + path + '"';
-        String[] names = Names.ofPath(path, Refused.Kind.MISSING, what);
+        Names.requirePath(path, Refused.Kind.MISSING, what);
         Manifest.Entry listed = null;
         if (manifest != null) {
             listed = manifest.fragments().get(path);
@@ -68,7 +69,7 @@ final class Snapshot {
         }
         // What is listed has to be there.
         Refused.Kind whenMissing = listed == null ? Refused.Kind.MISSING : Refused.Kind.CORRUPT;
-        SeekableByteChannel file = tree.open(names, whenMissing, what);
+        StoredFile file = files.open(path, whenMissing, what);
         try {
             if (listed != null) {
                 requireAsListed(file, listed, what);
@@ -82,14 +83,14 @@ final class Snapshot {
         }
     }
 
-    private static void requireAsListed(SeekableByteChannel file, Manifest.Entry listed, String what)
+    private static void requireAsListed(StoredFile file, Manifest.Entry listed, String what)
             throws IOException {
         if (file.size() != listed.storedSize()) {
             throw Refused.corrupt(what + ": of another size than the manifest says");
         }
         if (listed.headerTag() != null) {
             int offset = Floe.HEADER_BYTES - Floe.HEADER_TAG_BYTES;
-            ByteBuffer headerTag = PieceStream.readAt(file, offset, Floe.HEADER_TAG_BYTES);
+            ByteBuffer headerTag = file.readAt(offset, Floe.HEADER_TAG_BYTES);
             if (!headerTag.equals(ByteBuffer.wrap(listed.headerTag()))) {
                 throw Refused.corrupt(what + ": not the one in the manifest");
             }
@@ -105,13 +106,13 @@ final class Snapshot {
     }
 
     private KeyPayload readPayload(byte[] key) throws IOException {
-        try (SeekableByteChannel file = openAtRoot(Names.KEY_METADATA)) {
+        try (StoredFile file = openAtRoot(Names.KEY_METADATA)) {
             return KeyPayload.unwrap(file, key);
         }
     }
 
     private Manifest readManifest() throws IOException {
-        try (SeekableByteChannel file = openAtRoot(Names.MANIFEST)) {
+        try (StoredFile file = openAtRoot(Names.MANIFEST)) {
             if (file.size() > MAX_MANIFEST_BYTES) {
                 throw Refused.corrupt(Names.MANIFEST + ": longer than " + MAX_MANIFEST_BYTES + " bytes");
             }
@@ -123,7 +124,7 @@ final class Snapshot {
         }
     }
 
-    private SeekableByteChannel openAtRoot(String name) throws IOException {
-        return tree.open(new String[] {name}, Refused.Kind.CORRUPT, name);
+    private StoredFile openAtRoot(String name) throws IOException {
+        return files.open(name, Refused.Kind.CORRUPT, name);
     }
 }

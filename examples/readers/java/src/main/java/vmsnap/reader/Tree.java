@@ -4,7 +4,6 @@ import static java.nio.file.LinkOption.NOFOLLOW_LINKS;
 import static java.nio.file.StandardOpenOption.READ;
 
 import java.io.IOException;
-import java.nio.channels.SeekableByteChannel;
 import java.nio.file.DirectoryIteratorException;
 import java.nio.file.DirectoryStream;
 import java.nio.file.FileSystemException;
@@ -23,15 +22,15 @@ import java.util.Set;
  * The directory tree of a snapshot (section 1), below whose root no link is followed and no special file is opened. A
  * {@link SecureDirectoryStream} opens the entries of a folder that is held open, so that none can be put in between.
  */
-final class Tree {
+final class Tree implements Store {
     private final Path root;
 
     Tree(Path root) {
         this.root = root;
     }
 
-    /** Whether the root has an entry of exactly this name, whatever it is. */
-    boolean hasEntry(String name) throws IOException {
+    @Override
+    public boolean hasEntry(String name) throws IOException {
         Path file = Names.toFile(name);
         try (SecureDirectoryStream<Path> folder = openRoot()) {
             for (Path entry : folder) {
@@ -45,8 +44,9 @@ final class Tree {
         }
     }
 
-    /** The paths of all fragments; refused where there is anything that no snapshot can have. */
-    List<String> fragments() throws IOException {
+    /** Refused where there is anything that no snapshot can have. */
+    @Override
+    public List<String> fragments() throws IOException {
         List<String> fragments = new ArrayList<>();
         try (SecureDirectoryStream<Path> folder = openRoot()) {
             addFragments(folder, "", fragments);
@@ -81,13 +81,14 @@ final class Tree {
         }
     }
 
-    /** Opens a regular file; `whenMissing` is the kind of error where there is none. */
-    SeekableByteChannel open(String[] names, Refused.Kind whenMissing, String what) throws IOException {
+    @Override
+    public StoredFile open(String path, Refused.Kind whenMissing, String what) throws IOException {
+        String[] names = path.split("/", -1);
         int last = names.length - 1;
         try (SecureDirectoryStream<Path> folder = openNamespace(names, last, whenMissing, what)) {
             Path file = Names.toFile(names[last]);
             require(false, folder, file, whenMissing, what);
-            return folder.newByteChannel(file, Set.of(READ, NOFOLLOW_LINKS));
+            return StoredFile.whole(folder.newByteChannel(file, Set.of(READ, NOFOLLOW_LINKS)));
         } catch (NoSuchFileException error) {
             throw new Refused(whenMissing, what + ": there is none");
         } catch (FileSystemException error) {
