@@ -134,6 +134,16 @@ impl Layout {
         (0..self.places.len()).map(|index| self.member(index))
     }
 
+    /// All members after the manifest.
+    pub(crate) fn members_after_manifest(&self) -> impl ExactSizeIterator<Item = Member<'_>> {
+        (self.manifest + 1..self.places.len()).map(|index| self.member(index))
+    }
+
+    /// All fragments.
+    pub(crate) fn fragments(&self) -> impl ExactSizeIterator<Item = Member<'_>> {
+        (self.small..self.places.len()).map(|index| self.member(index))
+    }
+
     fn member(&self, index: usize) -> Member<'_> {
         let Place { start, size, kind, .. } = self.places[index];
         Member { path: self.path(index), kind, size, mtime: self.mtime, start }
