@@ -22,7 +22,6 @@ pub(crate) struct Front {
     pub(crate) manifest: Vec<u8>,
     pub(crate) shape: FrontShape,
     /// Whether the bytes that fill the last blocks are zero. Readers may ignore them; verification and unpacking do not.
-    #[allow(dead_code, reason = "unpacking, which follows, refuses it")]
     pub(crate) padding_is_zero: bool,
 }
 

@@ -1,6 +1,7 @@
 //! A snapshot in one file, an archive: section 7 of `docs/format.md`.
 //!
 //! ```text
+//! assemble.rs  a staged directory becomes an archive
 //! member.rs  one member: its headers, written and parsed
 //! layout.rs  the places of all members, computed from the manifest
 //! front.rs   the beginning of an archive, up to the end of the manifest
@@ -8,6 +9,7 @@
 //! scan.rs    the members by their headers, for a reader without the key
 //! ```
 
+pub(crate) mod assemble;
 mod check;
 pub(crate) mod front;
 pub(crate) mod layout;
