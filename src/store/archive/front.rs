@@ -29,7 +29,7 @@ pub(crate) struct Front {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FrontShape {
     key_metadata_bytes: Option<u64>,
-    manifest_bytes: u64,
+    pub(crate) manifest_bytes: u64,
     /// The time in the headers.
     pub(crate) mtime: u64,
     /// The offset of the first member after the manifest.
