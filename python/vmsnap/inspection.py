@@ -99,3 +99,11 @@ def inspect(location: "StrOrBytesPath") -> Inspection:
         tuple(namespaces),
         tuple(InspectedFragment(*fragment) for fragment in fragments),
     )
+
+
+def is_marked(location: "StrOrBytesPath") -> bool:
+    """Return whether a location has something that only snapshots have: key metadata or a manifest.
+
+    A plain snapshot that is not sealed has neither, so it cannot be told from another directory.
+    """
+    return _vmsnap.is_marked(os.fsdecode(location))
