@@ -59,11 +59,7 @@ def pack(
 
     FILE appears when it is complete. A file that exists is never overwritten. SNAPSHOT stays as it is.
     """
-    arguments: dict[str, Any] = {
-        "expect_seal_digest": expect_seal_digest,
-        "threads": threads,
-        "durable": not no_durable,
-    }
+    more: dict[str, Any] = {"threads": threads, "durable": not no_durable, "expect_seal_digest": expect_seal_digest}
     if file != _STREAM:
         _tell(vmsnap.pack(snapshot, file, **keys.arguments(snapshot), **more))
         return
@@ -112,11 +108,7 @@ def unpack(
 
     DIRECTORY appears when it is complete. If unpacking fails, nothing is left behind.
     """
-    arguments: dict[str, Any] = {
-        "expect_seal_digest": expect_seal_digest,
-        "threads": threads,
-        "durable": not no_durable,
-    }
+    more: dict[str, Any] = {"threads": threads, "durable": not no_durable, "expect_seal_digest": expect_seal_digest}
     if file != _STREAM:
         _tell(vmsnap.unpack(file, directory, **keys.arguments(file), **more))
         return
