@@ -35,6 +35,8 @@ const IOV_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct StoredFile {
     file: File,
+    /// Where the object begins in the file.
+    start: u64,
     /// The length when it was opened to be read; 0 for a new file.
     size: u64,
     cache: CacheUse,
@@ -99,14 +101,15 @@ impl CacheUse {
         }
     }
 
-    /// Drops the pages that are still in the cache, once they are written.
-    pub(crate) fn drop_rest(&self, file: impl AsFd) {
+    /// Drops the pages of a range that are still in the cache, once they are written. Without a size, the range ends
+    /// with the file.
+    pub(crate) fn drop_rest(&self, file: impl AsFd, start: u64, size: Option<NonZeroU64>) {
         for range in lock(&self.unwritten).drain(..) {
             finish_writing(&file, &range);
         }
         // `RWF_DONTCACHE` leaves a page that another thread uses at that moment.
         if self.state.load(Ordering::Relaxed) != CACHED {
-            let _ = fadvise(file, 0, None, Advice::DontNeed);
+            let _ = fadvise(file, start, size, Advice::DontNeed);
         }
     }
 
@@ -199,7 +202,12 @@ impl StoredFile {
 
     /// A file of `size` bytes, to be read.
     pub(crate) fn of_size(file: File, size: u64) -> Self {
-        Self { file, size, cache: CacheUse::default() }
+        Self::of_range(file, 0, size)
+    }
+
+    /// The `size` bytes of a file from `start` on, to be read: they are at the offsets from 0 on.
+    pub(crate) fn of_range(file: File, start: u64, size: u64) -> Self {
+        Self { file, start, size, cache: CacheUse::default() }
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -212,11 +220,12 @@ impl StoredFile {
 
     /// Writes all of `runs`, one after the other, from `offset` on.
     pub(crate) fn write_runs(&self, runs: &[&[u8]], offset: u64) -> io::Result<()> {
-        self.cache.write_runs(&self.file, runs, offset)
+        self.cache.write_runs(&self.file, runs, self.start + offset)
     }
 
     /// Fills `buf` from `offset`.
-    pub(crate) fn read_exact_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+    pub(crate) fn read_exact_at(&self, mut buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut offset = self.start + offset;
         while !buf.is_empty() {
             match self.cache.read(&self.file, buf, offset) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -234,8 +243,8 @@ impl StoredFile {
     /// Where the next data begins, from `from` on: before that is a hole. A file system that does not know its holes
     /// has data everywhere.
     pub(crate) fn next_data(&self, from: u64) -> u64 {
-        match seek(&self.file, SeekFrom::Data(from)) {
-            Ok(found) => found.max(from),
+        match seek(&self.file, SeekFrom::Data(self.start + from)) {
+            Ok(found) => (found - self.start).max(from),
             // There is no data up to the end.
             Err(Errno::NXIO) => u64::MAX,
             Err(_) => from,
@@ -244,7 +253,7 @@ impl StoredFile {
 
     /// Drops the pages that are still in the cache, if the file bypasses it.
     pub(crate) fn drop_rest(&self) {
-        self.cache.drop_rest(&self.file);
+        self.cache.drop_rest(&self.file, self.start, NonZeroU64::new(self.size));
     }
 }
 

@@ -31,6 +31,7 @@ mod reading;
 pub(crate) mod rope;
 mod writing;
 
+pub(crate) use place::FragmentPlace;
 pub use reading::FragmentReader;
 pub use writing::Fragment;
 pub(crate) use writing::Writing;

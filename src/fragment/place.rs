@@ -7,13 +7,13 @@ use crate::name::SnapshotPath;
 
 /// The location and path of a fragment, for errors.
 #[derive(Clone, Debug)]
-pub(super) struct FragmentPlace {
+pub(crate) struct FragmentPlace {
     location: Location,
-    pub(super) path: SnapshotPath,
+    pub(crate) path: SnapshotPath,
 }
 
 impl FragmentPlace {
-    pub(super) fn new(location: &Location, path: &SnapshotPath) -> Self {
+    pub(crate) fn new(location: &Location, path: &SnapshotPath) -> Self {
         Self { location: location.clone(), path: path.clone() }
     }
 }
@@ -25,6 +25,6 @@ impl fmt::Display for FragmentPlace {
 }
 
 /// The AAD that binds an encrypted fragment to its path: after a move, swap or rename it does not decrypt.
-pub(super) fn aad(path: &SnapshotPath) -> Vec<u8> {
+pub(crate) fn aad(path: &SnapshotPath) -> Vec<u8> {
     [b"vmsnap/1/fragment\0", path.as_str().as_bytes()].concat()
 }

@@ -11,7 +11,7 @@ use super::plain;
 use crate::buffer;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Result};
-use crate::manifest::{Entry, Proof};
+use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
 use crate::store::Store;
@@ -66,19 +66,31 @@ struct OpenFile {
 }
 
 impl FragmentReader {
-    /// Opens a fragment; `expected` is its manifest entry.
+    /// Opens a fragment, which must be the one that the manifest lists, if there is a manifest.
     pub(crate) fn open(
         store: &Store,
         path: &SnapshotPath,
         key: Option<&SecretKey>,
         threads: usize,
-        expected: Option<&Entry>,
+        manifest: Option<&Manifest>,
     ) -> Result<Self> {
         let place = FragmentPlace::new(store.location(), path);
-        let object = store.object(path).map_err(|error| match expected {
+        let expected = manifest.and_then(|manifest| manifest.fragments.get(path.as_str()));
+        let object = store.object(path, manifest).map_err(|error| match expected {
             Some(_) if error.is_not_found() => Error::corrupt("is missing, but the manifest lists it").context(&place),
             _ => error,
         })?;
+        Self::of_object(object, place, key, threads, expected)
+    }
+
+    /// Opens a fragment whose stored bytes are `object`; `expected` is its manifest entry.
+    pub(crate) fn of_object(
+        object: Arc<dyn ReadAt>,
+        place: FragmentPlace,
+        key: Option<&SecretKey>,
+        threads: usize,
+        expected: Option<&Entry>,
+    ) -> Result<Self> {
         let stored_size = object.size();
         let tag = match expected {
             Some(entry) if entry.stored_size != stored_size => {
@@ -91,9 +103,14 @@ impl FragmentReader {
         let encrypted = match key {
             None => None,
             Some(key) => {
-                let source =
-                    EncryptedSource::open(Arc::clone(&object), key, path, tag, &mut Interrupt::new(&mut || Ok(())))
-                        .map_err(|error| error.context(&place))?;
+                let source = EncryptedSource::open(
+                    Arc::clone(&object),
+                    key,
+                    &place.path,
+                    tag,
+                    &mut Interrupt::new(&mut || Ok(())),
+                )
+                .map_err(|error| error.context(&place))?;
                 Some(Box::new(source))
             }
         };

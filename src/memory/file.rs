@@ -159,7 +159,7 @@ fn reopen(file: &impl AsFd) -> io::Result<File> {
 
 impl Drop for OpenFile {
     fn drop(&mut self) {
-        self.cache.drop_rest(&self.file);
+        self.cache.drop_rest(&self.file, 0, None);
     }
 }
 

@@ -79,7 +79,7 @@ impl GuestMemory {
         self.data.drop_rest();
         for each in &prepared {
             if let Prepared::File(file, _, cache) = each {
-                cache.drop_rest(file);
+                cache.drop_rest(file, 0, None);
             }
         }
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })

@@ -76,7 +76,7 @@ pub fn inspect(location: impl AsRef<Path>) -> Result<Inspection> {
     let store = Store::at(Location::new(location.as_ref())?);
     let key_wrapping = key_metadata::wrapping(&store)?;
     let sealed = store.is_sealed()?;
-    let survey = store.survey(&mut || Ok(()))?.strict()?;
+    let survey = store.survey(None, &mut || Ok(()))?.strict()?;
     let fragment = |stored: StoredFragment| InspectedFragment {
         path: stored.path.into(),
         stored_size_bytes: stored.stored_size,

@@ -73,11 +73,11 @@ impl SnapshotReader {
     /// snapshot [`Error::is_authentication`] if the fragment is not the one that was written under that name.
     pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
         let path = self.namespace.join(name)?;
-        let entry = match self.manifest()? {
-            None => None,
-            Some(manifest) => Some(manifest.fragments.get(path.as_str()).ok_or_else(|| self.not_listed(&path))?),
-        };
-        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), entry)
+        let manifest = self.manifest()?;
+        if manifest.is_some_and(|manifest| !manifest.fragments.contains_key(path.as_str())) {
+            return Err(self.not_listed(&path));
+        }
+        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), manifest)
     }
 
     /// Returns the manifest, or `None` if the snapshot is not sealed.
@@ -237,6 +237,9 @@ impl SnapshotOptions {
                 return Err(open_manifest::another(store.location()));
             }
             _ => {}
+        }
+        if let Some(open_manifest) = &manifest {
+            store.settle(open_manifest.manifest(&store, None)?)?;
         }
         Ok(SnapshotReader {
             version: HandleVersion,

@@ -1,6 +1,5 @@
-//! The place where a snapshot is kept: a directory.
+//! The place where a snapshot is kept: a directory, or a file that is an archive.
 
-#[allow(dead_code, reason = "its users follow")]
 pub(crate) mod archive;
 pub(crate) mod bytes;
 pub(crate) mod directory;
@@ -12,16 +11,19 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::location::Location;
+use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
+use archive::Archive;
 use bytes::{NewObject, ReadAt};
 use directory::Directory;
 
 /// A snapshot, opened to be read.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) enum Store {
     Directory(Directory),
+    Archive(Archive),
 }
 
 /// The two files at the root of a snapshot. Either may be absent.
@@ -50,7 +52,7 @@ pub(crate) struct StoredFragment {
     pub(crate) finished: bool,
 }
 
-/// An entry that is neither a fragment nor a namespace.
+/// An entry that is neither a fragment nor a namespace, or something between them.
 pub(crate) struct Strange {
     /// Its path. Bytes that are not UTF-8 are replaced by U+FFFD.
     pub(crate) path: String,
@@ -70,6 +72,8 @@ pub(crate) enum StrangeKind {
     Unreadable,
     /// A fragment whose size cannot be found out.
     NotExamined,
+    /// Headers or padding of an archive that differ from the computed ones.
+    Changed,
 }
 
 impl Survey {
@@ -81,21 +85,36 @@ impl Survey {
 }
 
 impl Store {
-    /// The snapshot at `location`.
+    /// The snapshot at `location`: an archive if that is a file.
     pub(crate) fn at(location: Location) -> Self {
-        Self::Directory(Directory::new(location))
+        if location.path().is_file() {
+            Self::Archive(Archive::new(location))
+        } else {
+            // If nothing is there, the errors are those of a directory.
+            Self::Directory(Directory::new(location))
+        }
     }
 
     pub(crate) fn location(&self) -> &Location {
         match self {
             Self::Directory(directory) => directory.location(),
+            Self::Archive(archive) => archive.location(),
         }
     }
 
-    /// Reads the files at the root.
+    /// Reads the key metadata and the manifest.
     pub(crate) fn head(&self) -> Result<Head> {
         match self {
             Self::Directory(directory) => directory.head(),
+            Self::Archive(archive) => archive.head(),
+        }
+    }
+
+    /// Checks that the store can have this manifest.
+    pub(crate) fn settle(&self, manifest: &Manifest) -> Result<()> {
+        match self {
+            Self::Directory(_) => Ok(()),
+            Self::Archive(archive) => archive.settle(manifest),
         }
     }
 
@@ -103,20 +122,27 @@ impl Store {
     pub(crate) fn is_sealed(&self) -> Result<bool> {
         match self {
             Self::Directory(directory) => directory.is_sealed(),
+            Self::Archive(_) => Ok(true),
         }
     }
 
-    /// Opens a fragment.
-    pub(crate) fn object(&self, path: &SnapshotPath) -> Result<Arc<dyn ReadAt>> {
+    /// Opens a fragment. In an archive, its place follows from the manifest; without it, from unauthenticated headers.
+    pub(crate) fn object(&self, path: &SnapshotPath, manifest: Option<&Manifest>) -> Result<Arc<dyn ReadAt>> {
         match self {
             Self::Directory(directory) => Ok(Arc::new(directory.object(path)?)),
+            Self::Archive(archive) => Ok(Arc::new(archive.object(path, manifest)?)),
         }
     }
 
-    /// Finds everything that is there.
-    pub(crate) fn survey(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Survey> {
+    /// Finds everything that is there. An archive is compared with its manifest, if that is known.
+    pub(crate) fn survey(
+        &self,
+        manifest: Option<&Manifest>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Survey> {
         match self {
             Self::Directory(directory) => directory.survey(interrupt),
+            Self::Archive(archive) => archive.survey(manifest, interrupt),
         }
     }
 
@@ -124,14 +150,26 @@ impl Store {
     pub(crate) fn replace_key_metadata(&self, wrapped: &[u8]) -> Result<()> {
         match self {
             Self::Directory(directory) => directory.replace_key_metadata(wrapped, &mut || ()),
+            Self::Archive(archive) => archive.replace_key_metadata(wrapped),
         }
     }
 
-    /// The directory of a snapshot that is not sealed: only there can be listed without a manifest and added to.
-    #[allow(clippy::unnecessary_wraps, reason = "the archive, which follows, is refused here")]
+    /// The directory of a snapshot that is not sealed: only that is listed without a manifest, and added to.
+    ///
+    /// # Errors
+    ///
+    /// `Sealed` if the snapshot is an archive.
     pub(crate) fn directory(&self) -> Result<&Directory> {
         match self {
             Self::Directory(directory) => Ok(directory),
+            Self::Archive(archive) => {
+                let text = format!(
+                    "the snapshot {} is an archive, which is always sealed: nothing can be added to it; write a new \
+                     snapshot",
+                    archive.location()
+                );
+                Err(Error::new(Kind::Sealed, text))
+            }
         }
     }
 }

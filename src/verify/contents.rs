@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use super::{Key, ProblemKind, SealedManifest, Verifier};
 use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, header_tag};
 use crate::error::{Error, Result};
-use crate::fragment::FragmentReader;
+use crate::fragment::{FragmentPlace, FragmentReader};
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
 use crate::store::Store;
@@ -25,7 +25,8 @@ impl Verifier {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let manifest = sealed.map(|sealed| &sealed.manifest);
-        let checker = Checker { store: &self.store, key, proofs: manifest.map(proofs_of).unwrap_or_default() };
+        let checker =
+            Checker { store: &self.store, manifest, key, proofs: manifest.map(proofs_of).unwrap_or_default() };
         let listed = |path: &str| manifest.and_then(|manifest| manifest.fragments.get(path));
         let found: Vec<_> = self
             .found
@@ -79,6 +80,7 @@ type Checked = std::result::Result<u64, (ProblemKind, String)>;
 
 struct Checker<'a> {
     store: &'a Store,
+    manifest: Option<&'a Manifest>,
     key: &'a Key,
     /// The path of each digest or tag, to find fragments that were swapped.
     proofs: BTreeMap<[u8; 32], &'a str>,
@@ -135,12 +137,15 @@ impl Checker<'_> {
     }
 
     fn open(&self, found: &FoundFragment<'_>, key: Option<&SecretKey>, threads: usize) -> Result<FragmentReader> {
-        FragmentReader::open(self.store, &SnapshotPath::try_from(found.path.to_owned())?, key, threads, None)
+        let path = SnapshotPath::try_from(found.path.to_owned())?;
+        let object = self.store.object(&path, self.manifest)?;
+        // Without the entry of the manifest: this room tells differences apart.
+        FragmentReader::of_object(object, FragmentPlace::new(self.store.location(), &path), key, threads, None)
     }
 
     /// The tag of a FLOE header, not authenticated.
     fn header(&self, found: &FoundFragment<'_>) -> std::result::Result<[u8; 32], Failure> {
-        let object = self.store.object(&SnapshotPath::try_from(found.path.to_owned())?)?;
+        let object = self.store.object(&SnapshotPath::try_from(found.path.to_owned())?, self.manifest)?;
         if object.size() < HEADER_BYTES as u64 {
             return Err(problem(ProblemKind::Truncated, "it is shorter than any encrypted fragment"));
         }

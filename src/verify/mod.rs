@@ -139,11 +139,20 @@ impl SnapshotOptions {
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
         let store = Store::at(Location::new(location.as_ref())?);
-        let Head { key_metadata, manifest } = store.head()?;
+        let head = store.head();
         let mut verifier = Verifier { store, report: Verification::default(), found: BTreeMap::new() };
+        let Head { key_metadata, manifest } = match head {
+            // The beginning of an archive is damaged, and with it the way to everything else.
+            Err(error) if error.is_corrupt() => {
+                verifier.problem_of(MANIFEST, ProblemKind::BadManifest, &error);
+                verifier.report.not_checked.push("everything behind the beginning of the archive".to_owned());
+                return Ok(verifier.finish());
+            }
+            head => head?,
+        };
         let key = verifier.key(key_metadata, self, interrupt)?;
         let manifest = verifier.manifest(manifest, self, &key)?;
-        let namespaces = verifier.survey(interrupt)?;
+        let namespaces = verifier.survey(manifest.as_ref(), interrupt)?;
         if let Some(manifest) = &manifest {
             verifier.compare(manifest, &namespaces);
         }

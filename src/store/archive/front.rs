@@ -11,7 +11,8 @@ use crate::name::{KEY_METADATA, MANIFEST, MAX_KEY_METADATA_BYTES};
 use crate::store::pipe;
 use crate::threads::Interrupt;
 
-/// Where every tar file has "ustar".
+/// Every tar file has these bytes at this offset.
+const MAGIC: &[u8] = b"ustar";
 const MAGIC_OFFSET: usize = 257;
 
 /// `enc_metadata` and the manifest, as they are stored in an archive.
@@ -19,26 +20,34 @@ const MAGIC_OFFSET: usize = 257;
 pub(crate) struct Front {
     pub(crate) key_metadata: Option<Vec<u8>>,
     pub(crate) manifest: Vec<u8>,
-    mtime: u64,
-    end: u64,
+    pub(crate) shape: FrontShape,
+    /// Whether the bytes that fill the last blocks are zero. Readers may ignore them; verification and unpacking do not.
+    #[allow(dead_code, reason = "unpacking, which follows, refuses it")]
+    pub(crate) padding_is_zero: bool,
 }
 
-/// Whether a file or stream that begins with these bytes is an archive.
-pub(crate) fn is_archive(beginning: &[u8]) -> bool {
-    beginning.starts_with(&global_header())
+/// The sizes from which the places of all other members follow, with the manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FrontShape {
+    key_metadata_bytes: Option<u64>,
+    manifest_bytes: u64,
+    /// The time in the headers.
+    pub(crate) mtime: u64,
+    /// The offset of the first member after the manifest.
+    pub(crate) end: u64,
 }
 
 /// The error for a file or stream that begins with these bytes and is not an archive. The caller names it.
-pub(crate) fn not_an_archive(beginning: &[u8]) -> Error {
-    let is_tar = beginning.get(MAGIC_OFFSET..).is_some_and(|bytes| bytes.starts_with(b"ustar"));
+fn not_an_archive(beginning: &[u8]) -> Error {
+    let is_tar = beginning.get(MAGIC_OFFSET..).is_some_and(|bytes| bytes.starts_with(MAGIC));
     Error::corrupt(if beginning.is_empty() {
-        "it is empty, not a vmsnap archive"
+        "it is empty, so it is not a vmsnap archive"
     } else if is_tar && beginning.starts_with(&global_header()[..BLOCK_BYTES]) {
-        "it is a vmsnap archive of another version, or damaged"
+        "it is not a vmsnap archive of version 1: a later version, or damaged"
     } else if is_tar {
         "it is a tar file of another program, not a vmsnap archive: unpack it with tar"
     } else {
-        "it is not a vmsnap archive"
+        "it is a file, but not a vmsnap archive"
     })
 }
 
@@ -51,10 +60,10 @@ impl Front {
     pub(crate) fn read(stream: &mut dyn Read, interrupt: &mut Interrupt<'_>) -> Result<Self> {
         let mut beginning = [0; GLOBAL_HEADER_BYTES];
         let read = pipe::read_full(stream, &mut beginning, interrupt)?;
-        if !is_archive(&beginning[..read]) {
+        if beginning != global_header() {
             return Err(not_an_archive(&beginning[..read]));
         }
-        let mut cursor = Cursor { stream, at: GLOBAL_HEADER_BYTES as u64, interrupt };
+        let mut cursor = Cursor { stream, at: GLOBAL_HEADER_BYTES as u64, padding_is_zero: true, interrupt };
         let (mut name, mut mtime, mut data) = cursor.member()?;
         let mut key_metadata = None;
         if name == KEY_METADATA {
@@ -68,22 +77,24 @@ impl Front {
         if name != MANIFEST {
             return Err(Error::corrupt(format!("{name} is at the place of {MANIFEST}")));
         }
-        Ok(Self { key_metadata, manifest: data, mtime, end: cursor.at })
+        let shape = FrontShape {
+            key_metadata_bytes: key_metadata.as_ref().map(|bytes| bytes.len() as u64),
+            manifest_bytes: data.len() as u64,
+            mtime,
+            end: cursor.at,
+        };
+        Ok(Self { key_metadata, manifest: data, shape, padding_is_zero: cursor.padding_is_zero })
     }
+}
 
+impl FrontShape {
     /// The layout of the archive, if `manifest` is its manifest.
     pub(crate) fn layout(&self, manifest: &Manifest) -> Result<Layout> {
-        let key_metadata_bytes = self.key_metadata.as_ref().map(|bytes| bytes.len() as u64);
-        let layout = Layout::new(manifest, key_metadata_bytes, self.manifest.len() as u64)?;
+        let layout = Layout::new(manifest, self.key_metadata_bytes, self.manifest_bytes)?;
         if layout.manifest().mtime != self.mtime {
             return Err(Error::corrupt(format!("the time of {MANIFEST} is not the time at which it was created")));
         }
         Ok(layout)
-    }
-
-    /// The offset of the first member after the manifest.
-    pub(crate) fn end(&self) -> u64 {
-        self.end
     }
 }
 
@@ -91,6 +102,7 @@ impl Front {
 struct Cursor<'a, 'b> {
     stream: &'a mut dyn Read,
     at: u64,
+    padding_is_zero: bool,
     interrupt: &'a mut Interrupt<'b>,
 }
 
@@ -114,9 +126,7 @@ impl Cursor<'_, '_> {
         let (size, end, mtime) = (member.size, member.end(), member.mtime);
         let data = self.bytes(usize::try_from(size).unwrap_or(usize::MAX))?;
         let padding = self.bytes(usize::try_from(end - self.at).unwrap_or(usize::MAX))?;
-        if padding.iter().any(|byte| *byte != 0) {
-            return Err(Error::corrupt(format!("the padding after {name} is not zero")));
-        }
+        self.padding_is_zero &= padding.iter().all(|byte| *byte == 0);
         Ok((name, mtime, data))
     }
 

@@ -103,6 +103,7 @@ impl Layout {
     }
 
     /// `enc_metadata`, which only an encrypted snapshot has.
+    #[cfg(test)]
     pub(crate) fn key_metadata(&self) -> Option<Member<'_>> {
         (self.manifest == 1).then(|| self.member(0))
     }
