@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops at the first failure")]
 
 mod alone;
+mod archive;
 mod corpus;
 mod errors;
 mod fragments;

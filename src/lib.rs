@@ -27,6 +27,13 @@
 //! - [`SnapshotReader::memory`] returns a [`GuestMemory`], which reads by guest-physical address and restores into
 //!   [`GuestDestination`]s.
 //!
+//! One file instead of a directory, an archive:
+//!
+//! - [`SnapshotOptions::pack`] and [`SnapshotOptions::unpack`] convert between a directory and an archive;
+//!   [`SnapshotOptions::pack_to`] and [`SnapshotOptions::unpack_from`] use a stream.
+//! - [`SnapshotOptions::create`] makes an archive if the name ends in `.vmsnap.tar`; see
+//!   [`SnapshotOptions::archive`].
+//!
 //! Keys and maintenance:
 //!
 //! - A snapshot is encrypted for a [`SecretKey`], a [`Passphrase`] or age [recipients](SnapshotOptions::recipients), or
@@ -92,7 +99,7 @@
 // The table of the modules. A module imports from its own row and from the rows below; `docs/design.md` explains each.
 //
 //     python, crosvm                                the extension module; crosvm's own signatures
-//     memory, verify                                guest memory; verification
+//     memory, verify, transfer                      guest memory; verification; whole snapshots as archives
 //     snapshot                                      the handles, SnapshotOptions, commit and seal
 //     fragment, key, serialization                  contents of fragments; wrapped keys; values
 //     store                                         the place where a snapshot is kept
@@ -124,6 +131,7 @@ mod store;
 mod stored_file;
 mod strict_cbor;
 mod threads;
+mod transfer;
 mod verify;
 mod zeros;
 

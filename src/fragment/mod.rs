@@ -17,7 +17,6 @@
 //! ```
 
 mod batches;
-#[allow(dead_code, reason = "its users follow")]
 pub(crate) mod checked_copy;
 pub(crate) mod digest;
 mod encrypted_sink;

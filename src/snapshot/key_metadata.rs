@@ -1,5 +1,6 @@
 //! The key metadata of an encrypted snapshot: unwraps and replaces it.
 
+use std::fmt;
 use std::path::Path;
 
 use super::SnapshotOptions;
@@ -41,7 +42,7 @@ impl Unlocked {
 /// Unwraps the key metadata of the snapshot at `location`. Returns `None` if there is no
 /// key metadata and the snapshot need not be encrypted.
 pub(crate) fn unlock(
-    location: &Location,
+    location: &dyn fmt::Display,
     key_metadata: Option<Vec<u8>>,
     options: &SnapshotOptions,
     interrupt: &mut dyn FnMut() -> Result<()>,
@@ -117,7 +118,7 @@ pub(crate) fn rekey_interruptible(
     store.replace_key_metadata(&wrapped)
 }
 
-fn plain(location: &Location) -> Error {
+fn plain(location: &dyn fmt::Display) -> Error {
     let text = format!(
         "the snapshot {location} is not encrypted (it has no {KEY_METADATA}), but encryption is required or a key was \
          given"
@@ -125,6 +126,6 @@ fn plain(location: &Location) -> Error {
     Error::new(Kind::NotEncrypted, text)
 }
 
-fn place(location: &Location) -> String {
+fn place(location: &dyn fmt::Display) -> String {
     format!("{KEY_METADATA} of {location}")
 }

@@ -28,5 +28,6 @@ pub use inspect::{InspectedFragment, Inspection, inspect};
 pub use key_metadata::rekey;
 pub use options::SnapshotOptions;
 pub use reader::SnapshotReader;
+pub(crate) use seal::not_durable;
 pub use staged::StagedSnapshot;
 pub use writer::SnapshotWriter;

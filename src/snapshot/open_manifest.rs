@@ -1,9 +1,11 @@
 //! The file `vmsnap_manifest` at the root of a sealed snapshot: written last, read first.
 
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
+use super::SnapshotOptions;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::key::KeyPayload;
@@ -56,7 +58,7 @@ impl OpenManifest {
 /// Decodes the manifest of the snapshot at `location`, and its seal digest; `None` if
 /// nothing is stored and nothing need be.
 pub(crate) fn decode(
-    location: &Location,
+    location: &dyn fmt::Display,
     stored: Option<Vec<u8>>,
     payload: Option<&KeyPayload>,
 ) -> Result<Option<(Manifest, [u8; 32])>> {
@@ -71,16 +73,20 @@ pub(crate) fn decode(
     Ok(Some((manifest, digest)))
 }
 
-fn decode_with(location: &Location, stored: &[u8], data_key: Option<&SecretKey>) -> Result<(Manifest, [u8; 32])> {
+fn decode_with(
+    location: &dyn fmt::Display,
+    stored: &[u8],
+    data_key: Option<&SecretKey>,
+) -> Result<(Manifest, [u8; 32])> {
     Manifest::decode(stored, data_key).map_err(|error| error.context(place(location)))
 }
 
-fn place(location: &Location) -> String {
+fn place(location: &dyn fmt::Display) -> String {
     format!("{MANIFEST} of {location}")
 }
 
 /// The error for a snapshot that must have a manifest and does not have one.
-pub(crate) fn incomplete(location: &Location) -> Error {
+pub(crate) fn incomplete(location: &dyn fmt::Display) -> Error {
     let text = format!(
         "the snapshot {location} is not complete: it has no {MANIFEST}, so it was never committed, or the file was removed; \
          restore the file from a copy"
@@ -97,8 +103,16 @@ pub(crate) fn unsealed(location: &Location) -> Error {
     Error::new(Kind::NotSealed, text)
 }
 
+/// Refuses a snapshot with another seal digest than the one that the options expect, if they do.
+pub(crate) fn expect(location: &dyn fmt::Display, seal_digest: &[u8; 32], options: &SnapshotOptions) -> Result<()> {
+    if options.seal_digest.as_ref().is_some_and(|expected| expected != seal_digest) {
+        return Err(another(location));
+    }
+    Ok(())
+}
+
 /// The error for a snapshot with another seal digest than the expected one.
-pub(crate) fn another(location: &Location) -> Error {
+pub(crate) fn another(location: &dyn fmt::Display) -> Error {
     let text = format!(
         "the snapshot {location} is not the expected one: its seal digest differs (it was rolled back, replaced or forged)"
     );

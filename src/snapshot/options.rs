@@ -6,7 +6,11 @@ use std::sync::Arc;
 use crate::cipher::SecretKey;
 use crate::error::Result;
 use crate::key::{Credentials, Identity, KeyProvider, OnNewIdentity, Passphrase};
+use crate::location::Location;
 use crate::serialization::Format;
+
+/// The end of the usual file name of an archive.
+const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
 
 /// Options for writing and reading snapshots: the key, the number of threads, the format of values and others.
 ///
@@ -29,6 +33,7 @@ pub struct SnapshotOptions {
     pub(crate) threads: Option<usize>,
     pub(crate) format: Option<Format>,
     pub(crate) durable: bool,
+    pub(crate) archive: Option<bool>,
     pub(crate) require_sealed: bool,
     pub(crate) seal_digest: Option<[u8; 32]>,
 }
@@ -41,6 +46,7 @@ impl Default for SnapshotOptions {
             threads: None,
             format: None,
             durable: true,
+            archive: None,
             require_sealed: false,
             seal_digest: None,
         }
@@ -60,6 +66,33 @@ impl SnapshotOptions {
     pub fn durable(mut self, durable: bool) -> Self {
         self.durable = durable;
         self
+    }
+
+    /// Whether [`SnapshotOptions::create`] makes one file, an archive, instead of a directory. By default it does so if
+    /// the file name ends in `.vmsnap.tar`.
+    ///
+    /// The snapshot is written in a hidden directory all the same, and becomes an archive at the commit. Where the file
+    /// system cannot move blocks from file to file, the commit copies the contents, and needs space for both.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("vm1.vmsnap.tar");
+    /// let mut staged = vmsnap::SnapshotOptions::new().create(&path)?;
+    /// staged.writer().write_fragment("clock", &12_u64)?;
+    /// staged.commit()?;
+    /// assert!(path.is_file());
+    /// # Ok::<(), vmsnap::Error>(())
+    /// ```
+    #[must_use]
+    pub fn archive(mut self, archive: bool) -> Self {
+        self.archive = Some(archive);
+        self
+    }
+
+    /// Whether a new snapshot at `location` is to be an archive.
+    pub(crate) fn is_archive_at(&self, location: &Location) -> bool {
+        let name = location.path().file_name().unwrap_or_default();
+        self.archive.unwrap_or_else(|| name.as_encoded_bytes().ends_with(ARCHIVE_SUFFIX))
     }
 
     /// Refuses to open a snapshot that is not sealed: one without a manifest.

@@ -59,7 +59,7 @@ impl SnapshotOptions {
 }
 
 /// The error for a snapshot that is complete and in place, if only the last sync failed.
-pub(super) fn not_durable(location: &Location, errno: Errno) -> Error {
+pub(crate) fn not_durable(location: &Location, errno: Errno) -> Error {
     let text = format!(
         "the snapshot {location} is complete and in place, but the last sync failed, so it may not survive a power failure"
     );

@@ -11,7 +11,9 @@ use crate::location::Location;
 use crate::manifest::SealId;
 use crate::process::OwnerProcess;
 use crate::store::Draft;
+use crate::store::archive::assemble;
 use crate::store::directory::StagedDirectory;
+use crate::threads::Interrupt;
 
 /// A snapshot that is being created: nothing exists at its location until [`StagedSnapshot::commit`], which puts the
 /// complete snapshot there.
@@ -36,6 +38,8 @@ pub struct StagedSnapshot {
     location: Location,
     snapshot_id: [u8; 16],
     durable: bool,
+    /// Whether the commit makes one file of it.
+    archive: bool,
     owner: OwnerProcess,
     state: State,
 }
@@ -48,6 +52,9 @@ enum State {
 
 impl SnapshotOptions {
     /// Begins a snapshot that is complete or absent: nothing is at `location` until [`StagedSnapshot::commit`].
+    ///
+    /// The snapshot becomes a directory, or one file if the name ends in `.vmsnap.tar`; see
+    /// [`SnapshotOptions::archive`].
     ///
     /// # Errors
     ///
@@ -71,8 +78,8 @@ impl SnapshotOptions {
         let failed = |error: Error| error.context(format!("cannot create the snapshot {location}"));
         let staged = StagedDirectory::create(location.clone()).map_err(failed)?;
         let writer = prepared.writer(Draft::Staged(staged.directory().clone())).map_err(failed)?;
-        let (durable, owner) = (self.durable, OwnerProcess::current());
-        Ok(StagedSnapshot { writer, location, snapshot_id, durable, owner, state: State::Staged(staged) })
+        let (durable, archive, owner) = (self.durable, self.is_archive_at(&location), OwnerProcess::current());
+        Ok(StagedSnapshot { writer, location, snapshot_id, durable, archive, owner, state: State::Staged(staged) })
     }
 }
 
@@ -94,6 +101,10 @@ impl StagedSnapshot {
     /// [`SnapshotOptions::durable`] is off, and renames the directory into place. Returns the snapshot's id and seal
     /// digest.
     ///
+    /// An archive is written into the hidden directory first, and its file is renamed. On file systems with reflinks
+    /// (btrfs, XFS) the contents are not copied; on ext4 and XFS those of the largest fragment are not. Everything else
+    /// is copied once more, and takes its space twice until the commit ends.
+    ///
     /// # Errors
     ///
     /// [`Error::is_state`] if a fragment is still being written, in any process, or was begun and never finished;
@@ -114,15 +125,19 @@ impl StagedSnapshot {
         };
         staged.stop_writers().map_err(context)?;
         let id = self.complete(staged, interrupt).map_err(|error| {
-            staged.reopen();
+            if self.owner.is_current() {
+                staged.reopen();
+            }
             context(error)
         })?;
         // The snapshot is in place now.
         let State::Staged(placed) = std::mem::replace(&mut self.state, State::Committed) else { return Ok(id) };
-        if self.durable {
-            placed.sync_entry().map_err(|errno| not_durable(&self.location, errno))?;
-        }
-        Ok(id)
+        let finished = match (self.archive, self.durable) {
+            (true, durable) => placed.finish_archive(durable),
+            (false, true) => placed.sync_entry(),
+            (false, false) => Ok(()),
+        };
+        finished.map(|()| id).map_err(|errno| not_durable(&self.location, errno))
     }
 
     fn complete(&self, staged: &StagedDirectory, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
@@ -130,12 +145,17 @@ impl StagedSnapshot {
         let threads = self.writer.threads();
         let data_key = self.writer.data_key();
         let contents = Contents::of(directory, data_key, self.writer.ledger(), threads, interrupt)?;
-        if self.durable {
+        if self.durable && !self.archive {
             contents.sync(directory, threads, interrupt)?;
         }
         let snapshot_id = self.snapshot_id;
-        let (manifest, seal_digest) = contents.into_manifest(snapshot_id, data_key.is_some()).encode(data_key)?;
-        staged.publish(&manifest, self.durable, interrupt)?;
+        let manifest = contents.into_manifest(snapshot_id, data_key.is_some());
+        let (stored, seal_digest) = manifest.encode(data_key)?;
+        if self.archive {
+            assemble::publish(staged, &manifest, &stored, self.durable, &mut Interrupt::new(interrupt))?;
+        } else {
+            staged.publish(&stored, self.durable, interrupt)?;
+        }
         Ok(SealId { snapshot_id, seal_digest })
     }
 

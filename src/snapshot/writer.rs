@@ -227,8 +227,8 @@ impl SnapshotWriter {
 impl SnapshotOptions {
     /// Creates a snapshot in place: it is visible at `location` from the start, whether or not it is ever finished.
     ///
-    /// Use [`SnapshotOptions::create`] for a snapshot that is complete or absent. A snapshot created in place is not
-    /// sealed; [`SnapshotOptions::seal`] seals it.
+    /// Use [`SnapshotOptions::create`] for a snapshot that is complete or absent, and for an archive. A snapshot created
+    /// in place is not sealed; [`SnapshotOptions::seal`] seals it.
     ///
     /// # Errors
     ///
@@ -246,6 +246,13 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
         let location = Location::new(location.as_ref())?;
+        if self.is_archive_at(&location) {
+            let text = format!(
+                "{location} cannot be created in place: an archive is written as a whole; use create(), or archive(false) \
+                 for a directory with such a name"
+            );
+            return Err(Error::invalid_argument(text));
+        }
         let prepared = self.prepare(&location, false, interrupt)?;
         prepared.writer(Draft::InPlace(Directory::create_in_place(location)?))
     }

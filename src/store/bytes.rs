@@ -1,8 +1,11 @@
 //! Stored bytes, read and written at offsets: the ciphertext of an encrypted fragment, or a plain fragment itself.
 
+use std::fs::File;
 use std::io::ErrorKind;
+use std::ops::Range;
 
 use crate::error::{Error, Result};
+use crate::store::reflink;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
@@ -30,6 +33,11 @@ pub(crate) trait ReadAt: Send + Sync {
 
     /// Drops the pages that uncached reads left in the page cache.
     fn drop_rest(&self) {}
+
+    /// Makes `target` share the blocks of a range from `offset` on, without a copy. Returns whether the file system did.
+    fn clone_range(&self, _range: Range<u64>, _target: &File, _offset: u64) -> bool {
+        false
+    }
 }
 
 /// Bytes that are being stored, at any offset and by any thread.
@@ -67,6 +75,9 @@ pub(crate) trait NewObject: WriteAt {
 
     /// The number of bytes that are stored so far.
     fn stored_size(&self) -> Result<u64>;
+
+    /// Sets the number of stored bytes. Bytes that were never written are zero.
+    fn set_size(&self, size: u64) -> Result<()>;
 }
 
 impl ReadAt for StoredFile {
@@ -91,6 +102,10 @@ impl ReadAt for StoredFile {
 
     fn drop_rest(&self) {
         Self::drop_rest(self);
+    }
+
+    fn clone_range(&self, range: Range<u64>, target: &File, offset: u64) -> bool {
+        reflink::clone_range(self, range, target, offset)
     }
 }
 

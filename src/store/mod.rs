@@ -3,8 +3,8 @@
 pub(crate) mod archive;
 pub(crate) mod bytes;
 pub(crate) mod directory;
-#[allow(dead_code, reason = "its user, the transfer of whole snapshots, follows")]
 pub(crate) mod pipe;
+pub(crate) mod reflink;
 
 use std::sync::Arc;
 use std::time::SystemTime;

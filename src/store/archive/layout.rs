@@ -103,7 +103,6 @@ impl Layout {
     }
 
     /// `enc_metadata`, which only an encrypted snapshot has.
-    #[cfg(test)]
     pub(crate) fn key_metadata(&self) -> Option<Member<'_>> {
         (self.manifest == 1).then(|| self.member(0))
     }
@@ -133,6 +132,16 @@ impl Layout {
     /// All members, in the order of the file.
     pub(crate) fn members(&self) -> impl ExactSizeIterator<Item = Member<'_>> {
         (0..self.places.len()).map(|index| self.member(index))
+    }
+
+    /// All members after the manifest.
+    pub(crate) fn members_after_manifest(&self) -> impl ExactSizeIterator<Item = Member<'_>> {
+        (self.manifest + 1..self.places.len()).map(|index| self.member(index))
+    }
+
+    /// All fragments.
+    pub(crate) fn fragments(&self) -> impl ExactSizeIterator<Item = Member<'_>> {
+        (self.small..self.places.len()).map(|index| self.member(index))
     }
 
     fn member(&self, index: usize) -> Member<'_> {

@@ -29,7 +29,7 @@ const MANIFEST_ALIGNMENT: usize = 65_536;
 const LARGE_BYTES: u64 = 65_536;
 
 /// The alignment of large fragments: direct I/O and reflinks require it.
-const LARGE_ALIGNMENT: usize = 4096;
+pub(crate) const LARGE_ALIGNMENT: usize = 4096;
 
 /// The longest pax header: a path, and twice the largest alignment.
 const MAX_PAX_BYTES: usize = MAX_PATH_BYTES + 2 * MANIFEST_ALIGNMENT;

@@ -8,6 +8,7 @@
 //! scan.rs    the members by their headers, for a reader without the key
 //! ```
 
+pub(crate) mod assemble;
 mod check;
 pub(crate) mod front;
 pub(crate) mod layout;

@@ -106,16 +106,27 @@ pub(crate) fn create(opened: OwnedFd, root: &Path, namespace: &SnapshotPath) -> 
 
 /// Creates a file that must not exist.
 pub(crate) fn create_file(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
-    create_file_with(folder, name, FILE_MODE)
+    create_file_with(folder, name, OFlags::WRONLY, FILE_MODE)
+}
+
+/// Creates a file that must not exist, to write it and read it back.
+pub(crate) fn create_readable(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
+    create_file_with(folder, name, OFlags::RDWR, FILE_MODE)
+}
+
+/// Opens a file that exists, to write into it.
+pub(crate) fn open_writable(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    fs::openat(folder, name, flags, Mode::empty()).map(File::from)
 }
 
 /// Creates the file of a staged fragment, which counts as unfinished until [`mark_finished`].
 pub(crate) fn create_unfinished(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
-    create_file_with(folder, name, UNFINISHED_MODE)
+    create_file_with(folder, name, OFlags::WRONLY, UNFINISHED_MODE)
 }
 
-fn create_file_with(folder: &OwnedFd, name: &str, mode: Mode) -> std::result::Result<File, Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+fn create_file_with(folder: &OwnedFd, name: &str, access: OFlags, mode: Mode) -> std::result::Result<File, Errno> {
+    let flags = access | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     fs::openat(folder, name, flags, mode).map(File::from)
 }
 
@@ -131,6 +142,11 @@ pub(crate) fn mark_finished(file: &File) -> io::Result<()> {
         Err(_) if !is_unfinished(&fs::fstat(file)?) => Ok(()),
         marked => Ok(marked?),
     }
+}
+
+/// Marks the file of a staged fragment as unfinished again, so that a commit refuses it.
+pub(crate) fn mark_unfinished(file: &File) -> io::Result<()> {
+    Ok(fs::fchmod(file, UNFINISHED_MODE)?)
 }
 
 /// Whether the file belongs to a staged fragment that was never finished.
@@ -225,6 +241,27 @@ pub(crate) fn rename_new(
             Err(Errno::NOENT) => fs::renameat(from, old, to, new),
             Err(errno) => Err(errno),
         },
+        renamed => renamed,
+    }
+}
+
+/// Renames a file without overwriting.
+pub(crate) fn rename_new_file(
+    from: &OwnedFd,
+    old: &str,
+    to: &OwnedFd,
+    new: impl AsRef<Path>,
+) -> std::result::Result<(), Errno> {
+    match fs::renameat_with(from, old, to, new.as_ref(), fs::RenameFlags::NOREPLACE) {
+        // The file system, or an old kernel, does not support it. A plain rename would replace a file that another
+        // process creates meanwhile; a hard link does not.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+            match fs::linkat(from, old, to, new.as_ref(), AtFlags::empty()) {
+                Ok(()) => fs::unlinkat(from, old, AtFlags::empty()),
+                Err(Errno::EXIST) => Err(Errno::EXIST),
+                Err(_) => rename_new(from, old, to, new),
+            }
+        }
         renamed => renamed,
     }
 }

@@ -54,6 +54,10 @@ impl WriteAt for NewFile {
     fn set_uncached(&self, uncached: bool) {
         self.file.set_uncached(uncached);
     }
+
+    fn is_sparse(&self) -> bool {
+        self.file.is_sparse()
+    }
 }
 
 impl NewObject for NewFile {
@@ -86,5 +90,9 @@ impl NewObject for NewFile {
     fn stored_size(&self) -> Result<u64> {
         let metadata = self.file.metadata().map_err(|error| Error::io("cannot be examined", error))?;
         Ok(metadata.len())
+    }
+
+    fn set_size(&self, size: u64) -> Result<()> {
+        self.file.set_len(size).map_err(|error| Error::io("cannot be written", error))
     }
 }

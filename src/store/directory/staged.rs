@@ -1,11 +1,12 @@
 //! The hidden directory in which a snapshot is written until it is committed.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, unlinkat};
+use rustix::fs::{AtFlags, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::entries;
@@ -14,6 +15,10 @@ use crate::durability;
 use crate::error::{Error, Result};
 use crate::location::Location;
 use crate::name::MANIFEST;
+use crate::process::OwnerProcess;
+
+/// The file of an archive in its hidden directory. The name is reserved for vmsnap, so it is not that of a fragment.
+const ARCHIVE: &str = ".vmsnap-archive";
 
 /// A snapshot in a hidden directory beside its location. Its lock tells `clean` to leave it alone.
 pub(crate) struct StagedDirectory {
@@ -56,6 +61,22 @@ impl StagedDirectory {
         }
     }
 
+    /// Creates the hidden directory and calls `fill`. If that fails, removes the directory, but not in a forked child.
+    pub(crate) fn filled<T>(location: Location, fill: impl FnOnce(&Self) -> Result<T>) -> Result<(Self, T)> {
+        let owner = OwnerProcess::current();
+        let staged = Self::create(location)?;
+        match fill(&staged) {
+            Ok(value) => Ok((staged, value)),
+            Err(error) => {
+                if owner.is_current() {
+                    // A second error would hide the cause; `clean` removes the remainder.
+                    let _ = staged.discard();
+                }
+                Err(error)
+            }
+        }
+    }
+
     pub(crate) fn directory(&self) -> &Directory {
         &self.directory
     }
@@ -69,6 +90,7 @@ impl StagedDirectory {
     pub(crate) fn reopen(&self) {
         // A second error would hide the cause.
         let _ = unlinkat(self.lock.folder(), MANIFEST, AtFlags::empty());
+        self.remove_archive();
         self.lock.share();
     }
 
@@ -84,6 +106,43 @@ impl StagedDirectory {
         interrupt()?;
         entries::rename_new(&self.parent, self.name(), &self.parent, file_name(self.location.path()))
             .map_err(not_placed)
+    }
+
+    /// Creates the file of an archive in the hidden directory. It can be read, too.
+    pub(crate) fn create_archive(&self) -> Result<File> {
+        self.remove_archive();
+        entries::create_readable(self.lock.folder(), ARCHIVE)
+            .map_err(|errno| Error::io("the file of the archive cannot be created", errno))
+    }
+
+    /// Removes the file of an archive that is not complete.
+    pub(crate) fn remove_archive(&self) {
+        let _ = unlinkat(self.lock.folder(), ARCHIVE, AtFlags::empty());
+    }
+
+    /// Renames the file of the archive to the location of the snapshot.
+    pub(crate) fn place_archive(&self) -> Result<()> {
+        self.place_file(self.lock.folder(), ARCHIVE)
+    }
+
+    /// Renames a file in the hidden directory to the location of the snapshot.
+    pub(crate) fn place_file(&self, namespace: &OwnedFd, name: &str) -> Result<()> {
+        entries::rename_new_file(namespace, name, &self.parent, file_name(self.location.path())).map_err(not_placed)
+    }
+
+    /// Fails if something is at the location of the snapshot, before much work is done in vain.
+    pub(crate) fn check_free(&self) -> Result<()> {
+        match statat(&self.parent, file_name(self.location.path()), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Err(not_placed(Errno::EXIST)),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Removes the hidden directory, from which the archive was renamed away, and syncs the entry of the archive in its
+    /// parent directory. A directory that cannot be removed is left to `clean`.
+    pub(crate) fn finish_archive(self, durable: bool) -> std::result::Result<(), Errno> {
+        let _ = self.discard();
+        if durable { self.sync_entry() } else { Ok(()) }
     }
 
     /// Unlocks the committed snapshot, and syncs its entry in its parent directory.
@@ -116,7 +175,7 @@ fn file_name(path: &Path) -> &OsStr {
     path.file_name().unwrap_or_default()
 }
 
-/// The error for a staged directory that cannot be renamed to the location of its snapshot.
+/// The error for a staged snapshot that cannot be renamed to its location.
 fn not_placed(errno: Errno) -> Error {
     let text = match errno {
         Errno::EXIST => "the path already exists",

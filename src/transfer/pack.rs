@@ -1,0 +1,289 @@
+//! Writes a sealed snapshot as an archive.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use crate::durability;
+use crate::error::{Error, Result};
+use crate::fragment::checked_copy::{Input, Output, copy_checked};
+use crate::key::KeyPayload;
+use crate::location::Location;
+use crate::manifest::{Entry, Manifest, SealId};
+use crate::name::SnapshotPath;
+use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest};
+use crate::store::archive::assemble::{Frame, clonable};
+use crate::store::archive::layout::Layout;
+use crate::store::archive::member::{BLOCK_BYTES, END_BYTES, Member, MemberKind, global_header};
+use crate::store::bytes::{ReadAt, WriteAt};
+use crate::store::directory::{StagedDirectory, entries};
+use crate::store::pipe::{self, Pipe};
+use crate::store::{Head, Store, StrangeKind, Survey};
+use crate::stored_file::StoredFile;
+use crate::threads::{self, Interrupt, for_each};
+
+/// Each thread copies a fragment up to this size alone; all threads copy a larger one together.
+const MAX_SMALL_FRAGMENT_BYTES: u64 = 4 << 20;
+
+impl SnapshotOptions {
+    /// Packs the sealed snapshot at `location` into one new file, an archive: an uncompressed tar file that vmsnap reads
+    /// without unpacking it. The file is complete or absent, and nothing is overwritten. Every fragment is checked
+    /// while it is copied. Packing a snapshot again gives the same bytes. Returns the snapshot's id and seal digest.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("vm1");
+    /// let options = vmsnap::SnapshotOptions::new();
+    /// let mut staged = options.create(&path)?;
+    /// staged.writer().write_fragment("clock", &12_u64)?;
+    /// let id = staged.commit()?;
+    /// let archive = folder.path().join("vm1.vmsnap.tar");
+    /// assert_eq!(options.pack(&path, &archive)?, id);
+    ///
+    /// let copy = folder.path().join("copy");
+    /// assert_eq!(options.unpack(&archive, &copy)?, id);
+    /// assert_eq!(options.open(&copy)?.read_fragment::<u64>("clock")?, 12);
+    /// # Ok::<(), vmsnap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_not_sealed`] if the snapshot is not sealed, [`Error::is_corrupt`] or [`Error::is_authentication`] if
+    /// it differs from its manifest, or contains anything that the manifest does not list, [`Error::is_io`] if something
+    /// exists at `archive` or the disk is full, [`Error::is_unsupported_format`] if a path has more than 2^20 bytes, and
+    /// the errors of [`SnapshotOptions::open`]. After an error nothing is left behind, with one exception: if only the
+    /// last sync fails, the archive is complete and in place, and the error's text says so.
+    pub fn pack(&self, location: impl AsRef<Path>, archive: impl AsRef<Path>) -> Result<SealId> {
+        self.pack_interruptible(location, archive, &mut || Ok(()))
+    }
+
+    /// Packs a snapshot as [`SnapshotOptions::pack`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn pack_interruptible(
+        &self,
+        location: impl AsRef<Path>,
+        archive: impl AsRef<Path>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<SealId> {
+        let location = Location::new(location.as_ref())?;
+        let target = Location::new(archive.as_ref())?;
+        let failed = |error: Error| error.context(cannot_pack(&location));
+        StagedDirectory::check(&target)?;
+        entries::check_new(target.path()).map_err(failed)?;
+        refuse_inside(&location, &target)?;
+        let sealed = SealedSnapshot::open(self, location.clone(), interrupt).map_err(failed)?;
+        let (placed, ()) = StagedDirectory::filled(target.clone(), |staged| {
+            let archive = staged.create_archive()?;
+            sealed.write_file(archive, self.durable, &mut Interrupt::new(interrupt))?;
+            staged.place_archive()
+        })
+        .map_err(failed)?;
+        placed.finish_archive(self.durable).map_err(|errno| not_durable(&target, errno))?;
+        Ok(sealed.id)
+    }
+
+    /// Packs the sealed snapshot at `location` as [`SnapshotOptions::pack`] does, into a stream: a pipe, a socket, a
+    /// file. The stream is written in order.
+    ///
+    /// ```
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("vm1");
+    /// let options = vmsnap::SnapshotOptions::new();
+    /// let id = options.create(&path)?.commit()?;
+    /// let mut stream = Vec::new();
+    /// options.pack_to(&path, &mut stream)?;
+    /// assert_eq!(options.unpack_from(&mut &stream[..], folder.path().join("copy"))?, id);
+    /// # Ok::<(), vmsnap::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`SnapshotOptions::pack`], and [`Error::is_io`] if the stream cannot be written. After an error the
+    /// stream ends before the end of the archive, so that unpacking it fails.
+    pub fn pack_to(&self, location: impl AsRef<Path>, stream: &mut dyn Write) -> Result<SealId> {
+        self.pack_to_interruptible(location, stream, &mut || Ok(()))
+    }
+
+    /// Packs into a stream as [`SnapshotOptions::pack_to`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn pack_to_interruptible(
+        &self,
+        location: impl AsRef<Path>,
+        stream: &mut dyn Write,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<SealId> {
+        let location = Location::new(location.as_ref())?;
+        let failed = |error: Error| error.context(cannot_pack(&location));
+        let sealed = SealedSnapshot::open(self, location.clone(), interrupt).map_err(failed)?;
+        sealed.write_stream(stream, &mut Interrupt::new(interrupt)).map_err(failed)?;
+        Ok(sealed.id)
+    }
+
+    /// Packs into an open file, usually a pipe, which is written in order.
+    #[allow(dead_code, reason = "its user, the Python API, follows")]
+    pub(crate) fn pack_to_file(
+        &self,
+        location: impl AsRef<Path>,
+        file: File,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<SealId> {
+        self.pack_to_interruptible(location, &mut Pipe::new(file), interrupt)
+    }
+}
+
+fn cannot_pack(location: &Location) -> String {
+    format!("cannot pack the snapshot {location}")
+}
+
+/// Refuses an archive that would be in the snapshot itself.
+fn refuse_inside(location: &Location, target: &Location) -> Result<()> {
+    let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let parent = real(target.path().parent().unwrap_or(target.path()));
+    if parent.starts_with(real(location.path())) {
+        let text = format!("{target} is in the snapshot {location}: write the archive to another directory");
+        return Err(Error::invalid_argument(text));
+    }
+    Ok(())
+}
+
+/// A sealed snapshot, unlocked. It contains nothing but what its manifest lists.
+struct SealedSnapshot {
+    store: Store,
+    payload: Option<KeyPayload>,
+    key_metadata: Option<Vec<u8>>,
+    stored_manifest: Vec<u8>,
+    manifest: Manifest,
+    layout: Layout,
+    id: SealId,
+    threads: usize,
+}
+
+impl SealedSnapshot {
+    fn open(options: &SnapshotOptions, location: Location, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+        let threads = threads::resolve(options.threads)?;
+        // Checked for a plain snapshot too, so that a wrong argument is reported at once.
+        options.credentials.unwrapper()?;
+        let store = Store::at(location);
+        let Head { key_metadata, manifest } = store.head()?;
+        let (key_metadata, stored) = (key_metadata?, manifest?);
+        let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;
+        let decoded = open_manifest::decode(store.location(), stored.clone(), payload.as_ref())?;
+        let (Some((manifest, seal_digest)), Some(stored_manifest)) = (decoded, stored) else {
+            return Err(open_manifest::unsealed(store.location()));
+        };
+        open_manifest::expect(store.location(), &seal_digest, options)?;
+        let key_metadata_bytes = key_metadata.as_ref().map(|bytes| bytes.len() as u64);
+        let layout = Layout::new(&manifest, key_metadata_bytes, stored_manifest.len() as u64)?;
+        store.settle(&manifest)?;
+        compare(&store.survey(Some(&manifest), interrupt)?, &manifest)?;
+        let id = SealId { snapshot_id: manifest.snapshot_id, seal_digest };
+        Ok(Self { store, payload, key_metadata, stored_manifest, manifest, layout, id, threads })
+    }
+
+    /// Writes the archive into a new file, at offsets.
+    fn write_file(&self, archive: File, durable: bool, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        let archive = StoredFile::of_size(archive, self.layout.total_bytes());
+        let (key_metadata, manifest) = (self.key_metadata.as_deref(), &self.stored_manifest[..]);
+        let frame = Frame { layout: &self.layout, key_metadata, manifest };
+        frame.write(&archive, interrupt).map_err(|error| error.context("the archive"))?;
+
+        let is_small = |member: &Member<'_>| member.size <= MAX_SMALL_FRAGMENT_BYTES;
+        let mut workers = vec![(); self.threads];
+        for_each(&mut workers, self.layout.fragments().filter(is_small), interrupt, |(), member, interrupt| {
+            self.copy_to_file(&member, &archive, 1, interrupt)
+        })?;
+        for member in self.layout.fragments().filter(|member| !is_small(member)) {
+            self.copy_to_file(&member, &archive, self.threads, interrupt)?;
+        }
+        if durable {
+            durability::sync_file(&archive).map_err(|error| error.context("cannot sync the archive"))?;
+        }
+        interrupt.check_now()
+    }
+
+    /// Copies a fragment. If the archive can share its blocks, the shared bytes are checked.
+    fn copy_to_file(
+        &self,
+        member: &Member<'_>,
+        archive: &StoredFile,
+        threads: usize,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
+        let start = member.data().start;
+        self.with_fragment(member, |path, entry, source| {
+            let key = self.payload.as_ref().map(KeyPayload::data_key);
+            let shared = clonable(entry.stored_size);
+            if shared.is_empty() || !source.clone_range(shared.clone(), archive, start) {
+                let (input, output) = (Input::At(source, 0), Output::At(archive, start));
+                return copy_checked(input, output, path, entry, key, threads, interrupt);
+            }
+            // Less than a block.
+            let mut rest = vec![0; usize::try_from(entry.stored_size - shared.end).unwrap_or(0)];
+            source.read_exact_at(&mut rest, shared.end, interrupt)?;
+            archive.write_all_at(&rest, start + shared.end, interrupt)?;
+            copy_checked(Input::At(archive, start), Output::Nowhere, path, entry, key, threads, interrupt)
+        })
+    }
+
+    /// Writes the archive into a stream, in order.
+    fn write_stream(&self, stream: &mut dyn Write, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        let key = self.payload.as_ref().map(KeyPayload::data_key);
+        pipe::write_all(stream, &global_header(), interrupt)?;
+        for member in self.layout.members() {
+            pipe::write_all(stream, &member.headers(), interrupt)?;
+            if self.layout.key_metadata() == Some(member) {
+                pipe::write_all(stream, self.key_metadata.as_deref().unwrap_or_default(), interrupt)?;
+            } else if self.layout.manifest() == member {
+                pipe::write_all(stream, &self.stored_manifest, interrupt)?;
+            } else if member.kind == MemberKind::File {
+                self.with_fragment(&member, |path, entry, source| {
+                    let (input, output) = (Input::At(source, 0), Output::Stream(stream));
+                    copy_checked(input, output, path, entry, key, self.threads, interrupt)
+                })?;
+            }
+            let padding = usize::try_from(member.end() - member.data().end).unwrap_or(0);
+            pipe::write_all(stream, &[0; BLOCK_BYTES][..padding], interrupt)?;
+        }
+        pipe::write_all(stream, &[0; END_BYTES as usize], interrupt)?;
+        stream.flush().map_err(|error| Error::io("the stream cannot be written", error))
+    }
+
+    /// Opens a fragment and copies it. Errors name it.
+    fn with_fragment(
+        &self,
+        member: &Member<'_>,
+        copy: impl FnOnce(&SnapshotPath, &Entry, &dyn ReadAt) -> Result<()>,
+    ) -> Result<()> {
+        let path = SnapshotPath::try_from(member.path.to_owned())?;
+        let place = |error: Error| error.context(format!("{path} of {}", self.store.location()));
+        let entry = self.manifest.fragments.get(member.path).ok_or_else(|| Error::corrupt("is not in the manifest"));
+        let entry = entry.map_err(place)?;
+        let source = self.store.object(&path, Some(&self.manifest)).map_err(place)?;
+        if source.size() != entry.stored_size {
+            let text = format!("is {} bytes long, but the manifest says {} bytes", source.size(), entry.stored_size);
+            return Err(place(Error::corrupt(text)));
+        }
+        copy(&path, entry, &*source).map_err(place)
+    }
+}
+
+/// Refuses a snapshot with anything that its manifest does not list, which would be lost, and one without a namespace
+/// that the manifest lists. A fragment that is missing or changed is found when it is copied.
+fn compare(survey: &Survey, manifest: &Manifest) -> Result<()> {
+    let strange = survey.strange.iter().find(|strange| !matches!(strange.kind, StrangeKind::NotExamined));
+    let extra = strange.map(|strange| &*strange.path).or_else(|| {
+        let mut fragments = survey.fragments.iter().map(|stored| stored.path.as_str());
+        fragments.find(|path| !manifest.fragments.contains_key(*path))
+    });
+    let mut namespaces = survey.namespaces.iter().map(SnapshotPath::as_str);
+    if let Some(path) = extra.or_else(|| namespaces.find(|path| !manifest.namespaces.contains(*path))) {
+        let text = format!(
+            "its manifest does not list {path:?}, which the archive would not contain: move it away; verify lists \
+             everything of this kind"
+        );
+        return Err(Error::corrupt(text));
+    }
+    let found: std::collections::BTreeSet<_> = survey.namespaces.iter().map(SnapshotPath::as_str).collect();
+    match manifest.namespaces.iter().find(|path| !found.contains(&***path)) {
+        Some(path) => Err(Error::corrupt(format!("its manifest lists the namespace {path:?}, which does not exist"))),
+        None => Ok(()),
+    }
+}
