@@ -161,8 +161,9 @@ def _archive(given: "StrOrBytesPath | IO[bytes]", prepare: Callable[[IO[bytes]],
             f"an object of type {name} is not an archive: pass a path, or a binary file from open(), subprocess or "
             f"socket.makefile(){more}"
         )
+    descriptor = given.fileno()
     prepare(given)
-    return given.fileno()
+    return descriptor
 
 
 def _passes_bytes_on(given: object) -> bool:
