@@ -15,6 +15,7 @@ from pathlib import Path
 import power_loss
 import pytest
 import vmsnap
+from faults import short_transfers, traced
 
 KEY = bytes(range(32))
 BOTH = pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
@@ -60,24 +61,13 @@ vmsnap.seal(path, key=key, threads=1)
 
 
 def strace(folder: Path, key: bytes | None, *options: str, run: str = RUN) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("strace")
-    if program is None:
-        pytest.skip("there is no strace")
-    return subprocess.run(
-        [program, "-f", "-qq", *options, sys.executable, "-I", "-c", run, folder / "vm1", (key or b"").hex()],
-        env={**os.environ, "PYTHONHASHSEED": "0", "VMSNAP_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return traced(run, [folder / "vm1", (key or b"").hex()], *options)
 
 
 def recorded(folder: Path, key: bytes | None) -> list[tuple[str, int, str]]:
     """Every system call of the run between its marks: name, its number among those of that name, and line."""
     log = folder / "log"
     done = strace(folder, key, "-y", "-o", str(log))
-    if "ptrace" in done.stderr:
-        pytest.skip(f"strace may not trace here: {done.stderr}")
     assert done.returncode == 0, done.stderr
     seen: Counter[str] = Counter()
     calls = []
@@ -166,8 +156,6 @@ def power_losses(
     folder.mkdir()
     log = tmp_path / "log"
     done = strace(folder, key, "-o", str(log), *power_loss.STRACE, run=run)
-    if "ptrace" in done.stderr:
-        pytest.skip(f"strace may not trace here: {done.stderr}")
     assert done.returncode == 0, done.stderr
     operations = power_loss.recorded_operations(log.read_text(), folder)
     whole = power_loss.Disk(operations).tree()
@@ -277,36 +265,13 @@ def test_processes_killed_at_random_times_leave_all_or_nothing_for_long(tmp_path
     assert outcomes["complete"] > 50
 
 
-# Every read and write of libc transfers only a part of its buffer.
-SHORT = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <unistd.h>
-#define SHORT(name, data) \
-    ssize_t name(int file, data buffer, size_t size, off64_t offset) { \
-        static ssize_t (*real)(int, data, size_t, off64_t); \
-        if (!real) real = dlsym(RTLD_NEXT, #name); \
-        return real(file, buffer, size > 1 ? size / 2 : size, offset); \
-    }
-SHORT(pwrite64, const void *)
-SHORT(pread64, void *)
-"""
-
-
 @BOTH
 def test_short_reads_and_writes_change_nothing(tmp_path: Path, key: bytes | None) -> None:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler")
-    (tmp_path / "short.c").write_text(SHORT)
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", tmp_path / "short.so", tmp_path / "short.c", "-ldl"], check=True
-    )
     script = f"{RUN}assert vmsnap.verify(path, key=key, threads=1).ok\n"
     folder = tmp_path / "snapshots"
     folder.mkdir()
     log = tmp_path / "log"
-    done = strace(folder, key, "-E", f"LD_PRELOAD={tmp_path / 'short.so'}", "-o", str(log), run=script)
+    done = strace(folder, key, short_transfers(tmp_path), "-o", str(log), run=script)
     assert done.returncode == 0, done.stderr
     # It was so: the same place is written again and again, by halves.
     assert len(re.findall(r"pwrite64\(", log.read_text())) > 15
