@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +17,10 @@ KEYS = {"plain": None, "encrypted": KEY}
 BULK_BYTES = 16 << 20
 
 
+class RepeatedError(Exception):
+    """A commit failed, and its repetition, too."""
+
+
 @dataclass
 class Run:
     """One run: its kind of snapshot, the snapshots to read from, and its own directory."""
@@ -24,7 +28,6 @@ class Run:
     kind: str
     sources: Path
     folder: Path
-    errors: list[str] = field(default_factory=list)
     pipe: IO[bytes] | None = None
 
     @property
@@ -97,8 +100,12 @@ def with_bulk(run: Run, size: int) -> None:
         try:
             staged.commit()
         except (OSError, vmsnap.VmsnapError) as error:
-            run.errors.append(str(error))
-            staged.commit()
+            if "in place" in str(error):
+                raise
+            try:
+                staged.commit()
+            except (OSError, vmsnap.VmsnapError) as again:
+                raise RepeatedError(f"{error}; again: {again}") from again
     except BaseException:
         staged.discard()
         raise

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import archive_runs
 import pytest
 from archive_runs import KEYS, make_sources, outcome, prepared
-from faults import traced_children
+from faults import short_transfers, traced, traced_children
 
 SCENARIOS = [
     *(f"{action}-{kind}" for action in ("pack", "commit_twice", "unpack", "unpack_pipe") for kind in KEYS),
@@ -27,7 +28,7 @@ CHANGES = [
     *("copy_file_range", "ioctl", "fsync", "unlink", "unlinkat", "rmdir", "rename", "renameat", "renameat2"),
 ]
 # Calls that only look.
-LOOKS = ["read", "pread64", "newfstatat", "fstat", "statx", "lseek", "getdents64", "flock", "poll", "ppoll"]
+LOOKS = ["open", "read", "pread64", "newfstatat", "fstat", "statx", "lseek", "getdents64", "flock", "poll", "ppoll"]
 # Calls that may need room.
 GROWING = [
     *("mkdir", "mkdirat", "write", "pwrite64", "pwritev", "ftruncate", "fallocate", "copy_file_range", "ioctl"),
@@ -88,20 +89,33 @@ def untouched(sources: Path) -> Iterator[None]:
     assert contents() == before
 
 
+# Of each scenario, the numbers of its calls of each name.
+Calls = dict[str, dict[str, list[int]]]
+
+
+def calls_in(log: str, scenarios: dict[int, str]) -> Calls:
+    """Read the calls from a record. Those that open a file without creating one are listed under `open`."""
+    calls: Calls = {scenario: {} for scenario in scenarios.values()}
+    seen: Counter[tuple[str, str]] = Counter()
+    for line in log.splitlines():
+        called = re.match(r"(\d+) +(\w+)\(", line)
+        if called and int(called[1]) in scenarios:
+            scenario, name = scenarios[int(called[1])], called[2]
+            seen[scenario, name] += 1
+            key = "open" if name == "openat" and "O_CREAT" not in line else name
+            calls[scenario].setdefault(key, []).append(seen[scenario, name])
+    return calls
+
+
 @pytest.fixture(scope="module")
-def calls(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counter[str]]:
-    """How many system calls of each name each scenario makes if nothing fails."""
+def calls(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Calls:
+    """The system calls that each scenario makes if nothing fails."""
     folder = tmp_path_factory.mktemp("calls")
     log = folder / "log"
     results, scenarios = run_all(sources, folder / "runs", SCENARIOS, ("none", 0), "-o", str(log))
     for result in results:
         assert (result.status, result.found, result.error, len(result.left)) == (0, "complete", "", 1), result
-    counted: dict[str, Counter[str]] = {scenario: Counter() for scenario in SCENARIOS}
-    for line in log.read_text().splitlines():
-        called = re.match(r"(\d+) +(\w+)\(", line)
-        if called and int(called[1]) in scenarios:
-            counted[scenarios[int(called[1])]][called[2]] += 1
-    return counted
+    return calls_in(log.read_text(), scenarios)
 
 
 @dataclass(frozen=True)
@@ -109,22 +123,27 @@ class Breaking:
     """Breaks all scenarios at every call of some names."""
 
     sources: Path
-    calls: dict[str, Counter[str]]
+    calls: Calls
     folder: Path
 
     def everywhere(self, names: Sequence[str], injection: str) -> list[Result]:
         results = []
         for name in names:
-            for number in range(1, 1 + max(counter[name] for counter in self.calls.values())):
-                scenarios = [scenario for scenario, counter in self.calls.items() if counter[name] >= number]
-                inject = ["-e", f"trace={name}", "-e", f"inject={name}:{injection}:when={number}"]
-                folder = self.folder / f"{name}-{number}"
-                results += run_all(self.sources, folder, scenarios, (name, number), "-o", os.devnull, *inject)[0]
+            for number in sorted({number for calls in self.calls.values() for number in calls.get(name, [])}):
+                scenarios = [scenario for scenario, calls in self.calls.items() if number in calls.get(name, [])]
+                call = "openat" if name == "open" else name
+                results += self.at(scenarios, (name, number), f"{call}:{injection}:when={number}")
         return results
+
+    def at(self, scenarios: Sequence[str], call: tuple[str, int], *injections: str) -> list[Result]:
+        names = ",".join(injection.partition(":")[0] for injection in injections)
+        inject = [option for injection in injections for option in ("-e", f"inject={injection}")]
+        folder = self.folder / f"{call[0]}-{call[1]}"
+        return run_all(self.sources, folder, scenarios, call, "-o", os.devnull, "-e", f"trace={names}", *inject)[0]
 
 
 @pytest.fixture
-def breaking(sources: Path, calls: dict[str, Counter[str]], tmp_path: Path) -> Breaking:
+def breaking(sources: Path, calls: Calls, tmp_path: Path) -> Breaking:
     return Breaking(sources, calls, tmp_path)
 
 
@@ -151,10 +170,8 @@ def test_killed_before_any_change_it_is_absent_or_complete(breaking: Breaking) -
 def test_killed_before_any_system_call_it_is_absent_or_complete(breaking: Breaking) -> None:
     # The process that starts them makes these.
     own = {"wait4", "clone", "clone3", "exit_group", "mmap", "munmap", "brk", "mprotect", "set_robust_list", "gettid"}
-    own |= {name for counter in breaking.calls.values() for name in counter if name.startswith("rt_sig")}
-    check_killed(
-        breaking.everywhere(sorted({name for counter in breaking.calls.values() for name in counter} - own), "signal=KILL")
-    )
+    names = {name for calls in breaking.calls.values() for name in calls if not name.startswith("rt_sig")}
+    check_killed(breaking.everywhere(sorted(names - own), "signal=KILL"))
 
 
 def check_refused(results: list[Result], error: str) -> None:
@@ -166,6 +183,9 @@ def check_refused(results: list[Result], error: str) -> None:
             assert result.status == 1, result
             assert re.match(r"\w*Error: .*", result.error), result
             assert result.found in ("absent", "complete"), result
+            if result.scenario.startswith(("commit_twice", "grow")):
+                # The fault is over, so the second commit succeeds, unless the first could not be undone.
+                assert "Repeated" not in result.error or "could not be restored" in result.error, result
             if result.found == "complete":
                 assert "in place" in result.error or "cannot be synced" in result.error, result
         if result.name not in REMOVALS:
@@ -180,3 +200,73 @@ def test_refused_at_any_change_it_says_so_and_is_absent_or_complete(
     breaking: Breaking, error: str, names: list[str]
 ) -> None:
     check_refused(breaking.everywhere(names, f"error={error}"), error)
+
+
+@pytest.mark.torture
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EINTR"])
+def test_refused_at_any_system_call_it_says_so_and_is_absent_or_complete(breaking: Breaking, error: str) -> None:
+    check_refused(breaking.everywhere([*CHANGES, *LOOKS], f"error={error}"), error)
+
+
+# Calls that a signal may interrupt, and that are tried again.
+INTERRUPTIBLE = ["pwrite64", "pread64", "read", "write", "copy_file_range", "fallocate", "ftruncate", "poll", "flock"]
+
+
+@pytest.mark.usefixtures("untouched")
+def test_interrupted_again_and_again_it_is_complete(breaking: Breaking) -> None:
+    for every in (2, 3):
+        injections = [f"{name}:error=EINTR:when=1+{every}" for name in INTERRUPTIBLE]
+        for result in breaking.at(SCENARIOS, ("EINTR", every), *injections):
+            assert (result.status, result.found, len(result.left)) == (0, "complete", 1), result
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if not name.startswith("commit_twice")])
+def test_short_reads_and_writes_change_nothing(sources: Path, tmp_path: Path, scenario: str) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    script = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    trace = ["-e", "trace=pread64,pwrite64,read,write", "-o", str(log)]
+    done = traced(script, [archive_runs.__file__, scenario, sources, folder], short_transfers(tmp_path), *trace)
+    assert done.returncode == 0, done.stderr
+    assert len(os.listdir(folder)) == 1
+    assert outcome(scenario, folder) == "complete"
+    # It was so: a place is read or written again and again, by halves.
+    assert len(re.findall(r"(?:pread64|pwrite64|read|write)\(.*, 1[,)]", log.read_text())) > 3
+
+
+# A commit that inserted room in front of a fragment, and undoes that ------------------------------------------------
+
+
+@pytest.fixture
+def inserting(calls: Calls) -> None:
+    if len(calls["grow-plain"].get("fallocate", [])) != 1:
+        pytest.skip("there is no file system that inserts room in front of a file")
+
+
+# Each fails after room was inserted.
+FAILURES = ["copy_file_range:error=EIO:when=1", "fsync:error=EIO:when=1", "renameat2:error=EIO:when=1"]
+
+
+@pytest.mark.usefixtures("inserting", "untouched")
+@pytest.mark.parametrize("failure", FAILURES)
+def test_an_undo_that_is_broken_is_reported_or_absent(breaking: Breaking, failure: str) -> None:
+    scenario = ["grow-plain"]
+    call = failure.partition(":")[0]
+    (whole,) = breaking.at(scenario, (call, 0), failure)
+    assert (whole.status, whole.found) == (0, "complete"), whole
+    last = len(breaking.calls["grow-plain"]["ftruncate"])
+    undo = [f"ftruncate:when={last + 1}", "fallocate:when=2"]
+    for number, step in enumerate(undo, 1):
+        name, when = step.split(":")
+        (refused,) = breaking.at(scenario, (f"{call} {name}", number), failure, f"{name}:error=EIO:{when}")
+        # The fragment is lost, which every further commit says.
+        assert (refused.status, refused.found, refused.left) == (1, "absent", ()), refused
+        assert '"bulk" could not be restored' in refused.error, refused
+        assert "discard the snapshot and write it again" in refused.error, refused
+        assert "; again: " in refused.error, refused
+        assert "never finished" in refused.error, refused
+        (interrupted,) = breaking.at(scenario, (f"{call} {name}", 10), failure, f"{name}:error=EINTR:{when}")
+        assert (interrupted.status, interrupted.found) == (0, "complete"), interrupted
+        (killed,) = breaking.at(scenario, (f"{call} {name}", 20), failure, f"{name}:signal=KILL:{when}")
+        assert (killed.status, killed.found) == (-9, "absent"), killed
