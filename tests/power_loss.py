@@ -7,7 +7,9 @@ or only half of the bytes.
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,9 @@ STRACE = [
     "-y",
     "-xx",
     "-s",
-    "1000000",
+    "4000000",
     "-e",
-    "trace=openat,mkdir,mkdirat,pwrite64,write,ftruncate,fallocate,fchmod,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir",
+    "trace=openat,mkdir,mkdirat,pwrite64,write,ftruncate,fallocate,copy_file_range,fchmod,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir",
 ]
 
 
@@ -39,6 +41,20 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Resize:
+    inode: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Room in front of all bytes."""
+
+    inode: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Mode:
     inode: int
     mode: int
@@ -46,9 +62,13 @@ class Mode:
 
 @dataclass(frozen=True)
 class Rename:
+    """It is atomic, as in every file system with a journal: the file has one of both names."""
+
     folder: int
     old: bytes
+    target: int
     new: bytes
+    inode: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class Sync:
     inode: int
 
 
-Operation = Make | Write | Mode | Rename | Remove | Sync
+Operation = Make | Write | Resize | Insert | Mode | Rename | Remove | Sync
 
 # Relative paths, with contents and mode; None for a directory.
 Tree = dict[bytes, tuple[bytes, int] | None]
@@ -95,10 +115,16 @@ class Disk:
                 held[offset : offset + len(data)] = data
             case Mode(inode, mode):
                 self.modes[inode] = mode
-            case Rename(folder, old, new):
+            case Resize(inode, size):
+                held = self.contents.setdefault(inode, bytearray())
+                held.extend(bytes(max(0, size - len(held))))
+                del held[size:]
+            case Insert(inode, size):
+                self.contents.setdefault(inode, bytearray())[:0] = bytes(size)
+            case Rename(folder, old, target, new, _):
                 names = self.names.setdefault(folder, {})
                 if old in names:  # else the operation that created it was lost
-                    names[new] = names.pop(old)
+                    self.names.setdefault(target, {})[new] = names.pop(old)
             case Remove(folder, name):
                 self.names.setdefault(folder, {}).pop(name, None)
 
@@ -125,12 +151,21 @@ def _unhex(text: str) -> bytes:
     return re.sub(rb"\\x(..)", lambda match: bytes.fromhex(match[1].decode()), text.encode())
 
 
-def recorded_operations(log: str, folder: Path) -> list[Operation]:
+def existing(folder: Path) -> list[Operation]:
+    """Return the operations that made the files in a directory, all of them synced."""
+    operations: list[Operation] = []
+    for number, path in enumerate(sorted(folder.iterdir()), ROOT + 1):
+        operations += [Make(ROOT, bytes(path.name, "utf-8"), number, is_folder=False, mode=0o600)]
+        operations += [Write(number, 0, path.read_bytes()), Sync(number)]
+    return [*operations, Sync(ROOT)]
+
+
+def recorded_operations(log: str, folder: Path, before: Sequence[Operation] = ()) -> list[Operation]:
     """Read the strace record of a process without threads, limited to operations below a directory."""
     top = bytes(folder)
-    disk = Disk()
-    operations: list[Operation] = []
-    numbers = itertools.count(ROOT + 1)
+    disk = Disk(before)
+    operations = list(before)
+    numbers = itertools.count(ROOT + 1 + len(before))
 
     def below(path: bytes) -> bytes | None:
         return path[len(top) :].lstrip(b"/") if path == top or path.startswith(top + b"/") else None
@@ -139,13 +174,13 @@ def recorded_operations(log: str, folder: Path) -> list[Operation]:
         called = re.fullmatch(r"(?:\d+ +)?(\w+)\((.*)\) += (\d+)(?:<.*>)?", line)
         if called is None:  # it failed
             continue
-        name, text, _ = called.groups()
+        name, text, result = called.groups()
         paths = [_unhex(path) for path in re.findall(r"<([^>]*)>", text)]
         texts = [_unhex(quoted) for quoted in re.findall(r'"([^"]*)"', text)]
         if name == "openat" and "O_CREAT" not in text:
             continue
         full = paths[0] if paths else b""
-        if name in ("openat", "mkdirat", "unlinkat", "renameat2"):
+        if name in ("openat", "mkdirat", "unlinkat", "renameat", "renameat2"):
             full = texts[0] if texts[0].startswith(b"/") else full + b"/" + texts[0]
         path = below(full)
         if path is None:
@@ -160,9 +195,22 @@ def recorded_operations(log: str, folder: Path) -> list[Operation]:
                 operation = Write(disk.inode_at(path), int(text.rsplit(", ", 1)[1]), texts[0])
             case "fchmod":
                 operation = Mode(disk.inode_at(path), int(text.rsplit(", ", 1)[1], 8))
-            case "renameat2":
-                assert paths[0] == paths[1], line
-                operation = Rename(disk.inode_at(parent), own, texts[1])
+            case "ftruncate":
+                operation = Resize(disk.inode_at(path), int(text.rsplit(", ", 1)[1]))
+            case "fallocate":
+                assert "FALLOC_FL_INSERT_RANGE, 0, " in text, line[:200]
+                operation = Insert(disk.inode_at(path), int(text.rsplit(", ", 1)[1]))
+            case "copy_file_range":
+                # Newer versions of strace show the offsets after the call, too.
+                start, offset = map(int, re.findall(r"(?<!=> )\[(\d+)\]", text))
+                target = below(paths[1])
+                assert target is not None, line[:200]
+                data = bytes(disk.contents[disk.inode_at(path)][start : start + int(result)])
+                operation = Write(disk.inode_at(target), offset, data)
+            case "renameat" | "renameat2":
+                target = below(paths[1])
+                assert target is not None, line
+                operation = Rename(disk.inode_at(parent), own, disk.inode_at(target), texts[1], disk.inode_at(path))
             case "unlinkat":
                 operation = Remove(disk.inode_at(parent), own)
             case "fsync":
@@ -176,7 +224,13 @@ def recorded_operations(log: str, folder: Path) -> list[Operation]:
 
 def _kept_by(operation: Operation) -> int:
     """Return the inode whose sync keeps it."""
-    return operation.inode if isinstance(operation, Write | Mode | Sync) else operation.folder
+    match operation:
+        case Rename():
+            return operation.target
+        case Make() | Remove():
+            return operation.folder
+        case _:
+            return operation.inode
 
 
 def _variants(operation: Operation) -> list[Operation | None]:
@@ -193,12 +247,17 @@ def after_power_loss(done: Sequence[Operation], most: int) -> Iterator[Tree]:
     synced have reached the disk, except for one.
     """
     synced: set[int] = set()
+    # A synced directory has the names of its files, also of those that were created in another one.
+    moved: set[int] = set()
     loose = []
     for number in reversed(range(len(done))):
         operation = done[number]
         if isinstance(operation, Sync):
             synced.add(operation.inode)
-        elif _kept_by(operation) not in synced:
+        elif _kept_by(operation) in synced:
+            if isinstance(operation, Rename):
+                moved.add(operation.inode)
+        elif not (isinstance(operation, Make) and operation.inode in moved):
             loose.append(number)
     choices = [_variants(done[number]) for number in loose]
     combinations: Iterable[Sequence[Operation | None]]
@@ -231,3 +290,37 @@ def put(tree: Tree, folder: Path) -> None:
         else:
             place.write_bytes(held[0])
             place.chmod(held[1])
+
+
+def outcomes(
+    operations: Sequence[Operation],
+    folder: Path,
+    judge: Callable[[Path], str],
+    most: int,
+    *,
+    start: int = 0,
+    only_at_the_end: bool = False,
+) -> tuple[Counter[str], Counter[str]]:
+    """Let the power fail after each operation, and after the last: count what `judge` says of each of both.
+
+    The first `start` operations are over.
+    """
+    known: dict[str, str] = {}
+
+    def outcome_of(tree: Tree) -> str:
+        # What is in a hidden directory is removed, so its contents do not matter.
+        parts = ((path, held if held is None or not path.startswith(b".") else held[1]) for path, held in tree.items())
+        digest = repr(sorted((path, hash(held)) for path, held in parts))
+        if digest not in known:
+            place = folder / str(len(known))
+            place.mkdir()
+            put(tree, place)
+            known[digest] = judge(place)
+            shutil.rmtree(place)
+        return known[digest]
+
+    end = Counter(map(outcome_of, after_power_loss(operations, most)))
+    before: Counter[str] = Counter()
+    for count in range(start, start if only_at_the_end else len(operations)):
+        before.update(map(outcome_of, after_power_loss(operations[:count], most)))
+    return before, end

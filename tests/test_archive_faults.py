@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import archive_runs
+import power_loss
 import pytest
 from archive_runs import KEYS, make_sources, outcome, prepared
 from faults import short_transfers, traced, traced_children
@@ -270,3 +271,38 @@ def test_an_undo_that_is_broken_is_reported_or_absent(breaking: Breaking, failur
         assert (interrupted.status, interrupted.found) == (0, "complete"), interrupted
         (killed,) = breaking.at(scenario, (f"{call} {name}", 20), failure, f"{name}:signal=KILL:{when}")
         assert (killed.status, killed.found) == (-9, "absent"), killed
+
+
+# Power failures -----------------------------------------------------------------------------------------------------
+
+
+def power_losses(sources: Path, tmp_path: Path, scenario: str) -> None:
+    """Let the power fail after each operation of a scenario."""
+    top, log = tmp_path / "recorded", tmp_path / "log"
+    action, own = prepared(scenario, sources, top)
+    before = power_loss.existing(top)
+    (ended,) = traced_children([partial(action, own)], tmp_path, "-o", str(log), *power_loss.STRACE)
+    assert ended.status == 0, ended
+    lines = [line for line in log.read_text().splitlines() if line.startswith(f"{ended.pid} ")]
+    operations = power_loss.recorded_operations("\n".join(lines), top, before)
+    whole = power_loss.Disk(operations).tree()
+    assert {path.decode() for path in whole} == {str(path.relative_to(top)) for path in top.rglob("*")}
+    during, end = power_loss.outcomes(
+        operations, tmp_path, lambda place: outcome(scenario, place), 64, start=len(before)
+    )
+    print(f"{scenario}: power lost before the end: {dict(during)}, after: {dict(end)}")
+    assert set(during) == {"absent", "complete"}
+    assert set(end) == {"complete"}
+
+
+DURABLE = [name for name in SCENARIOS if not name.startswith(("pack_stream", "unpack_pipe", "grow"))]
+
+
+@pytest.mark.parametrize("scenario", DURABLE)
+def test_what_returned_outlives_a_power_failure(sources: Path, tmp_path: Path, scenario: str) -> None:
+    power_losses(sources, tmp_path, scenario)
+
+
+@pytest.mark.torture
+def test_a_grown_file_outlives_a_power_failure(sources: Path, tmp_path: Path) -> None:
+    power_losses(sources, tmp_path, "grow-plain")

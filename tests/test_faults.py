@@ -160,23 +160,13 @@ def power_losses(
     operations = power_loss.recorded_operations(log.read_text(), folder)
     whole = power_loss.Disk(operations).tree()
     assert {path.decode() for path in whole} == {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    known: dict[str, str] = {}
-
-    def outcome_of(tree: power_loss.Tree) -> str:
-        digest = repr(sorted(tree.items()))
-        if digest not in known:
-            place = tmp_path / str(len(known))
-            place.mkdir()
-            power_loss.put(tree, place)
-            known[digest] = outcome(place, key, strict=False)
-            shutil.rmtree(place)
-        return known[digest]
-
-    end = Counter(map(outcome_of, power_loss.after_power_loss(operations, most)))
-    before: Counter[str] = Counter()
-    for count in range(0 if only_at_the_end else len(operations)):
-        before.update(map(outcome_of, power_loss.after_power_loss(operations[:count], most)))
-    return before, end
+    return power_loss.outcomes(
+        operations,
+        tmp_path,
+        lambda place: outcome(place, key, strict=False),
+        most,
+        only_at_the_end=only_at_the_end,
+    )
 
 
 @BOTH
