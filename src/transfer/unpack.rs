@@ -17,7 +17,7 @@ use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest}
 use crate::store::Draft;
 use crate::store::archive::front::{Front, truncated};
 use crate::store::archive::layout::Layout;
-use crate::store::archive::member::{BLOCK_BYTES, END_BYTES, MemberKind, foreign};
+use crate::store::archive::member::{BLOCK_BYTES, END, END_BYTES, MemberKind, foreign};
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::pipe::{self, Pipe};
 use crate::stored_file::StoredFile;
@@ -146,7 +146,7 @@ enum Source<'a> {
 }
 
 impl Source<'_> {
-    /// The next bytes, which are those of a fragment.
+    /// The input of a fragment, which is next.
     fn fragment(&mut self, size: u64) -> Input<'_> {
         match self {
             Self::Stream(stream) => Input::Stream(*stream),
@@ -193,8 +193,7 @@ impl<'a> Unpacking<'a> {
     ) -> Result<Self> {
         let front = Front::read(&mut source, &mut Interrupt::new(interrupt))?;
         let payload = key_metadata::unlock(name, front.key_metadata.clone(), options, interrupt)?;
-        let decoded = open_manifest::decode(name, Some(front.manifest.clone()), payload.as_ref())?;
-        let (manifest, seal_digest) = decoded.ok_or_else(|| open_manifest::incomplete(name))?;
+        let (manifest, seal_digest) = open_manifest::decode_sealed(name, &front.manifest, payload.as_ref())?;
         open_manifest::expect(name, &seal_digest, options)?;
         let layout = front.layout(&manifest)?;
         // Before anything is written, if the length is known.
@@ -244,7 +243,7 @@ impl<'a> Unpacking<'a> {
             }
         }
         let end = self.layout.total_bytes();
-        if !is_next(&mut self.source, &[0; END_BYTES as usize], end - END_BYTES, interrupt)? {
+        if !is_next(&mut self.source, &END, end - END_BYTES, interrupt)? {
             return Err(Error::corrupt("the last 1,024 bytes of the archive are not zero"));
         }
         if pipe::read_full(&mut self.source, &mut [0], interrupt)? != 0 {

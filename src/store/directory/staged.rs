@@ -130,7 +130,7 @@ impl StagedDirectory {
         entries::rename_new_file(namespace, name, &self.parent, file_name(self.location.path())).map_err(not_placed)
     }
 
-    /// Fails if something is at the location of the snapshot, before much work is done in vain.
+    /// Fails if something is at the location of the snapshot, before much work is done.
     pub(crate) fn check_free(&self) -> Result<()> {
         match statat(&self.parent, file_name(self.location.path()), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Err(not_placed(Errno::EXIST)),
