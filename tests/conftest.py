@@ -6,6 +6,7 @@ nothing may be missing: every skip, of one test or of a whole module, becomes a 
 
 import os
 import secrets
+import signal
 import subprocess
 from collections.abc import Generator
 from pathlib import Path
@@ -19,6 +20,9 @@ from commands import write_private
 from support import Place
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A shell that runs the tests in the background lets them ignore SIGINT, and the programs that they start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("vmsnap", deadline=None)

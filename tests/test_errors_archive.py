@@ -262,9 +262,9 @@ def test_a_disk_that_gets_full_leaves_no_archive(small_disk: Path, place: Place)
         vmsnap.pack(place.location, small_disk / "vm2.vmsnap.tar", key=place.key)
     with refused("disk-full", "No space left", small_disk):
         vmsnap.unpack(small_disk / "vm1.vmsnap.tar", small_disk / "vm2", key=place.key)
-    with open("/dev/full", "wb") as full:
-        with refused("disk-full", "cannot pack the snapshot .*vm1.*No space left", small_disk):
-            vmsnap.pack(place.location, full, key=place.key)
+    message = "cannot pack the snapshot .*vm1.*No space left"
+    with open("/dev/full", "wb") as full, refused("disk-full", message, small_disk):
+        vmsnap.pack(place.location, full, key=place.key)
 
 
 @row("disk-full")

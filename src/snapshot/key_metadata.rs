@@ -115,7 +115,7 @@ pub(crate) fn rekey_interruptible(
     wipe_stack();
     let wrapped = wrapped.map_err(context)?;
     interrupt()?;
-    store.replace_key_metadata(&wrapped)
+    store.replace_key_metadata(&wrapped, interrupt)
 }
 
 fn plain(location: &dyn fmt::Display) -> Error {

@@ -147,10 +147,10 @@ impl Store {
     }
 
     /// Replaces the key metadata: at any moment, also after a crash, the old or the new one is there.
-    pub(crate) fn replace_key_metadata(&self, wrapped: &[u8]) -> Result<()> {
+    pub(crate) fn replace_key_metadata(&self, wrapped: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         match self {
             Self::Directory(directory) => directory.replace_key_metadata(wrapped, &mut || ()),
-            Self::Archive(archive) => archive.replace_key_metadata(wrapped),
+            Self::Archive(archive) => archive.replace_key_metadata(wrapped, interrupt),
         }
     }
 

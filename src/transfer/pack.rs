@@ -14,11 +14,11 @@ use crate::name::SnapshotPath;
 use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest};
 use crate::store::archive::assemble::{Frame, clonable};
 use crate::store::archive::layout::Layout;
-use crate::store::archive::member::{BLOCK_BYTES, END_BYTES, Member, MemberKind, global_header};
+use crate::store::archive::member::{BLOCK_BYTES, END, Member, MemberKind, global_header};
 use crate::store::bytes::{ReadAt, WriteAt};
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::pipe::{self, Pipe};
-use crate::store::{Head, Store, StrangeKind, Survey};
+use crate::store::{Head, Store, Strange, StrangeKind, Survey};
 use crate::stored_file::StoredFile;
 use crate::threads::{self, Interrupt, for_each};
 
@@ -173,7 +173,7 @@ impl SealedSnapshot {
         let key_metadata_bytes = key_metadata.as_ref().map(|bytes| bytes.len() as u64);
         let layout = Layout::new(&manifest, key_metadata_bytes, stored_manifest.len() as u64)?;
         store.settle(&manifest)?;
-        compare(&store.survey(Some(&manifest), interrupt)?, &manifest)?;
+        compare(store.survey(Some(&manifest), interrupt)?, &manifest)?;
         let id = SealId { snapshot_id: manifest.snapshot_id, seal_digest };
         Ok(Self { store, payload, key_metadata, stored_manifest, manifest, layout, id, threads })
     }
@@ -242,7 +242,7 @@ impl SealedSnapshot {
             let padding = usize::try_from(member.end() - member.data().end).unwrap_or(0);
             pipe::write_all(stream, &[0; BLOCK_BYTES][..padding], interrupt)?;
         }
-        pipe::write_all(stream, &[0; END_BYTES as usize], interrupt)?;
+        pipe::write_all(stream, &END, interrupt)?;
         stream.flush().map_err(|error| Error::io("the stream cannot be written", error))
     }
 
@@ -267,7 +267,12 @@ impl SealedSnapshot {
 
 /// Refuses a snapshot with anything that its manifest does not list, which would be lost, and one without a namespace
 /// that the manifest lists. A fragment that is missing or changed is found when it is copied.
-fn compare(survey: &Survey, manifest: &Manifest) -> Result<()> {
+fn compare(mut survey: Survey, manifest: &Manifest) -> Result<()> {
+    let mut changed = survey.strange.extract_if(.., |strange| matches!(strange.kind, StrangeKind::Changed));
+    if let Some(Strange { path, refusal: Some(error), .. }) = changed.next() {
+        return Err(error.context(path));
+    }
+    drop(changed);
     let strange = survey.strange.iter().find(|strange| !matches!(strange.kind, StrangeKind::NotExamined));
     let extra = strange.map(|strange| &*strange.path).or_else(|| {
         let mut fragments = survey.fragments.iter().map(|stored| stored.path.as_str());

@@ -17,7 +17,7 @@ use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest}
 use crate::store::Draft;
 use crate::store::archive::front::{Front, truncated};
 use crate::store::archive::layout::Layout;
-use crate::store::archive::member::{BLOCK_BYTES, END_BYTES, MemberKind, foreign};
+use crate::store::archive::member::{BLOCK_BYTES, END, END_BYTES, MemberKind, foreign};
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::pipe::{self, Pipe};
 use crate::stored_file::StoredFile;
@@ -192,13 +192,13 @@ impl<'a> Unpacking<'a> {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
         let front = Front::read(&mut source, &mut Interrupt::new(interrupt))?;
+        if !front.padding_is_zero {
+            return Err(Error::corrupt("the padding at the beginning of the archive is not zero"));
+        }
         let payload = key_metadata::unlock(name, front.key_metadata.clone(), options, interrupt)?;
         let decoded = open_manifest::decode(name, Some(front.manifest.clone()), payload.as_ref())?;
         let (manifest, seal_digest) = decoded.ok_or_else(|| open_manifest::incomplete(name))?;
         open_manifest::expect(name, &seal_digest, options)?;
-        if !front.padding_is_zero {
-            return Err(Error::corrupt("the padding before the first fragment is not zero"));
-        }
         let layout = front.shape.layout(&manifest)?;
         // Before anything is written, if the length is known.
         if let Source::File { file, .. } = &source {
@@ -247,7 +247,7 @@ impl<'a> Unpacking<'a> {
             }
         }
         let end = self.layout.total_bytes();
-        if !is_next(&mut self.source, &[0; END_BYTES as usize], end - END_BYTES, interrupt)? {
+        if !is_next(&mut self.source, &END, end - END_BYTES, interrupt)? {
             return Err(Error::corrupt("the last 1,024 bytes of the archive are not zero"));
         }
         if pipe::read_full(&mut self.source, &mut [0], interrupt)? != 0 {

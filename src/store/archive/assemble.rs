@@ -111,7 +111,7 @@ impl Assembly<'_> {
         for member in self.frame.layout.fragments().filter(|member| present != Some(member.path)) {
             interrupt.check()?;
             let source = self.open(&member)?;
-            copy(&source, archive, &member, interrupt)
+            copy(&source, 0..member.size, archive, member.data().start, interrupt)
                 .map_err(|error| error.context(format!("{:?} cannot be moved into the archive", member.path)))?;
         }
         if self.durable {
@@ -130,21 +130,28 @@ impl Assembly<'_> {
     }
 }
 
-/// Moves the bytes of a fragment to their place in an archive. Holes stay holes.
-fn copy(source: &StoredFile, archive: &StoredFile, member: &Member<'_>, interrupt: &mut Interrupt<'_>) -> Result<()> {
-    let shared = clonable(member.size);
-    let start = member.data().start;
-    let mut done = if reflink::clone_range(source, shared.clone(), archive, start) { shared.end } else { 0 };
-    while done < member.size {
+/// Moves a range of a file to its place in an archive, which begins at `offset`. Holes stay holes. Both begin at
+/// multiples of 4,096 if the range is long.
+pub(super) fn copy(
+    source: &StoredFile,
+    range: Range<u64>,
+    archive: &StoredFile,
+    offset: u64,
+    interrupt: &mut Interrupt<'_>,
+) -> Result<()> {
+    let shared = clonable(range.end - range.start);
+    let shared = range.start..range.start + shared.end;
+    let mut done = if reflink::clone_range(source, shared.clone(), archive, offset) { shared.end } else { range.start };
+    while done < range.end {
         done = source.next_data(done);
-        if done >= member.size {
+        if done >= range.end {
             break;
         }
         let hole = match seek(&**source, SeekFrom::Hole(done)) {
-            Ok(hole) if hole > done => hole.min(member.size),
-            Ok(_) | Err(_) => member.size,
+            Ok(hole) if hole > done => hole.min(range.end),
+            Ok(_) | Err(_) => range.end,
         };
-        copy_data(source, done..hole, archive, start + done, interrupt)?;
+        copy_data(source, done..hole, archive, offset + (done - range.start), interrupt)?;
         done = hole;
     }
     Ok(())

@@ -22,7 +22,6 @@ pub(crate) struct Front {
     pub(crate) manifest: Vec<u8>,
     pub(crate) shape: FrontShape,
     /// Whether the bytes that fill the last blocks are zero. Readers may ignore them; verification and unpacking do not.
-    #[allow(dead_code, reason = "unpacking, which follows, refuses it")]
     pub(crate) padding_is_zero: bool,
 }
 
@@ -30,7 +29,7 @@ pub(crate) struct Front {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FrontShape {
     key_metadata_bytes: Option<u64>,
-    manifest_bytes: u64,
+    pub(crate) manifest_bytes: u64,
     /// The time in the headers.
     pub(crate) mtime: u64,
     /// The offset of the first member after the manifest.

@@ -16,7 +16,8 @@ pub(crate) const BLOCK_BYTES: usize = 512;
 pub(crate) const GLOBAL_HEADER_BYTES: usize = 2 * BLOCK_BYTES;
 
 /// The zero bytes after the last member.
-pub(crate) const END_BYTES: u64 = 1024;
+pub(crate) const END: [u8; 1024] = [0; 1024];
+pub(crate) const END_BYTES: u64 = END.len() as u64;
 
 /// A longer path is not stored in an archive, so that a reader without the key can bound the headers it reads. Paths
 /// of a directory have no such limit, because vmsnap opens them name by name.

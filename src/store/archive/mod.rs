@@ -1,10 +1,12 @@
 //! A snapshot in one file, an archive: section 7 of `docs/format.md`.
 //!
 //! ```text
+//! assemble.rs  a staged directory becomes an archive
 //! member.rs  one member: its headers, written and parsed
 //! layout.rs  the places of all members, computed from the manifest
 //! front.rs   the beginning of an archive, up to the end of the manifest
 //! check.rs   everything between the contents, compared with the layout
+//! rekey.rs   other key metadata
 //! scan.rs    the members by their headers, for a reader without the key
 //! ```
 
@@ -13,6 +15,7 @@ mod check;
 pub(crate) mod front;
 pub(crate) mod layout;
 pub(crate) mod member;
+mod rekey;
 mod scan;
 
 use std::fs::File;
@@ -185,12 +188,5 @@ impl Read for Cursor<'_> {
         let count = self.file.read_at(buf, self.at)?;
         self.at += count as u64;
         Ok(count)
-    }
-}
-
-impl Archive {
-    /// Replaces the key metadata by a new file.
-    pub(crate) fn replace_key_metadata(&self, _wrapped: &[u8]) -> Result<()> {
-        todo!()
     }
 }

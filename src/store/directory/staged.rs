@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, statat, unlinkat};
+use rustix::fs::{AtFlags, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::entries;
@@ -123,6 +123,11 @@ impl StagedDirectory {
     /// Renames the file of the archive to the location of the snapshot.
     pub(crate) fn place_archive(&self) -> Result<()> {
         self.place_file(self.lock.folder(), ARCHIVE)
+    }
+
+    /// Puts the file of the archive in the place of the one at the location of the snapshot.
+    pub(crate) fn replace_by_archive(&self) -> Result<()> {
+        renameat(self.lock.folder(), ARCHIVE, &self.parent, file_name(self.location.path())).map_err(not_placed)
     }
 
     /// Renames a file in the hidden directory to the location of the snapshot.
