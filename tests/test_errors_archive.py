@@ -70,12 +70,11 @@ def test_a_file_of_another_program_is_not_an_archive(archive: Path, place: Place
 @row("archive-cut-off")
 def test_an_archive_that_ends_too_early_is_refused(archive: Path, place: Place) -> None:
     whole = archive.read_bytes()
+    message = "it is truncated|ends before its|bytes long, but its manifest"
     for length in (1024, 1500, 65_536, 66_000, len(whole) // 2, len(whole) - 1024, len(whole) - 1):
         archive.write_bytes(whole[:length])
         for call in readings(archive, place.key):
-            with refused(
-                "archive-cut-off", "it is truncated|ends before its|bytes long, but its manifest", archive.parent
-            ):
+            with refused("archive-cut-off", message, archive.parent):
                 call()
 
 

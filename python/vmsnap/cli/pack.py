@@ -29,7 +29,7 @@ def _refuse_terminal(stream: io.FileIO, advice: str) -> None:
 
 @click.command(
     cls=Command,
-    examples=["vmsnap pack vm1 vm1.vmsnap.tar", "vmsnap pack vm1 - | ssh host vmsnap unpack - vm1"],
+    examples=["vmsnap pack vm1 vm1.vmsnap.tar", "vmsnap pack vm1 - | ssh host 'cat > vm1.vmsnap.tar'"],
 )
 @snapshot_argument
 @argument(
@@ -73,7 +73,7 @@ def pack(
 
 @click.command(
     cls=Command,
-    examples=["vmsnap unpack vm1.vmsnap.tar vm1", "vmsnap pack vm1 - | ssh host vmsnap unpack - vm1"],
+    examples=["vmsnap unpack vm1.vmsnap.tar vm1", "ssh host cat vm1.vmsnap.tar | vmsnap unpack - vm1"],
 )
 @argument(
     "file",
