@@ -17,6 +17,7 @@ A snapshot is a directory of fragments (byte blobs: guest memory, a disk, the st
 
 from vmsnap._vmsnap import __version__, aead_provider, generate_key
 from vmsnap.about import BuildInfo, build_info
+from vmsnap.archive import SealId, pack, unpack
 from vmsnap.errors import (
     AuthenticationError,
     CorruptSnapshotError,
@@ -68,6 +69,7 @@ __all__ = [
     "Problem",
     "ProcessMemory",
     "QemuError",
+    "SealId",
     "SealedError",
     "SerializationError",
     "SnapshotReader",
@@ -86,8 +88,10 @@ __all__ = [
     "generate_key",
     "inspect",
     "open",
+    "pack",
     "recipients_of",
     "rekey",
     "seal",
+    "unpack",
     "verify",
 ]

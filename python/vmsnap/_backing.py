@@ -45,7 +45,7 @@ def _is(found: object, kind: type) -> bool:
     )
 
 
-def _is_file(found: object) -> bool:
+def is_file(found: object) -> bool:
     """Return whether an object is a `FileIO`, or buffers one, without changing its data."""
     for kind, inner in _LAYERS:
         if _is(found, kind):
@@ -53,7 +53,7 @@ def _is_file(found: object) -> bool:
     return _is(found, io.FileIO)
 
 
-def _unwrapped(given: object) -> object:
+def unwrapped(given: object) -> object:
     """Return the open file in an object from `tempfile`, and any other object unchanged."""
     if isinstance(given, tempfile.SpooledTemporaryFile):
         if not getattr(given, "_rolled", False):
@@ -122,7 +122,7 @@ class Handles:
                 raise BufferError("bytes are not writable: pass a bytearray, or a path as a str or an os.PathLike")
         if id(given) in self._files:
             return self._files[id(given)][1]
-        if _is_file(_unwrapped(given)):
+        if is_file(unwrapped(given)):
             return self._file(cast("IO[Any]", given))
         try:
             memoryview(given).release()  # type: ignore[arg-type]
@@ -164,13 +164,13 @@ class Handles:
         # Otherwise buffered bytes would be missing from a dump, or would overwrite restored memory later.
         file.flush()
         if self._writable and file.seekable():
-            self._stack.callback(_drop_read_ahead, file, file.tell())
+            self._stack.callback(drop_read_ahead, file, file.tell())
         descriptor = file.fileno()
         self._files[id(file)] = (file, descriptor)
         return descriptor
 
 
-def _drop_read_ahead(file: IO[Any], position: int) -> None:
+def drop_read_ahead(file: IO[Any], position: int) -> None:
     # A seek to the current position would keep the read-ahead buffer.
     file.seek(0, os.SEEK_END)
     file.seek(position)

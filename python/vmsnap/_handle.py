@@ -17,7 +17,7 @@ class Handle:
 
     @property
     def location(self) -> str:
-        """The location of the snapshot: the absolute path of its directory."""
+        """The location of the snapshot: the absolute path of its directory or archive."""
         return self._raw.location
 
     @property

@@ -31,12 +31,15 @@ __all__ = [
     "generate_key",
     "identity_file",
     "inspect",
+    "is_marked",
     "key_wrapping",
+    "pack",
     "read_recipients",
     "read_secret_file",
     "recipients_of",
     "rekey",
     "seal",
+    "unpack",
     "verify",
     "write_memory",
 ]
@@ -235,6 +238,9 @@ def inspect(
     finished.
     """
 
+def is_marked(location: str) -> bool:
+    """Return whether a snapshot has ``enc_metadata`` or ``vmsnap_manifest``, also if these cannot be read."""
+
 @final
 class SnapshotWriter:
     def __new__(cls, location: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
@@ -290,7 +296,13 @@ class SnapshotReader:
 @final
 class StagedSnapshot:
     def __new__(
-        cls, location: str, credentials: Credentials, threads: int | None, format: str, durable: bool
+        cls,
+        location: str,
+        credentials: Credentials,
+        threads: int | None,
+        format: str,
+        durable: bool,
+        archive: bool | None,
     ) -> StagedSnapshot: ...
     @property
     def location(self) -> str: ...
@@ -309,6 +321,26 @@ def verify(
     location: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
 ) -> tuple[list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None]:
     """Return problems, unchecked things, fragments with their kinds, the number of bytes, the id with the digest."""
+
+def pack(
+    location: str,
+    archive: str | int,
+    credentials: Credentials,
+    threads: int | None,
+    durable: bool,
+    expect_seal_digest: bytes | None,
+) -> tuple[bytes, bytes]:
+    """Pack a snapshot into a new file, or into a descriptor; return its snapshot id and seal digest."""
+
+def unpack(
+    archive: str | int,
+    location: str,
+    credentials: Credentials,
+    threads: int | None,
+    durable: bool,
+    expect_seal_digest: bytes | None,
+) -> tuple[bytes, bytes]:
+    """Unpack an archive from a file, or from a descriptor; return its snapshot id and seal digest."""
 
 @final
 class Fragment:

@@ -24,9 +24,10 @@ class InspectedFragment:
     path
         The path of the fragment in the snapshot: names joined with ``/``.
     stored_size
-        The size of the fragment's file in bytes.
+        The size of the fragment as it is stored, in bytes.
     modified
-        When the fragment was last written to; None for a time that Python cannot represent.
+        When the fragment was last written to; None for a time that Python cannot represent. In an archive, when the
+        snapshot was sealed.
     finished
         Whether the fragment was finished. Only staged snapshots record this; in one written in place it is always true.
     """
@@ -86,10 +87,10 @@ def inspect(location: "StrOrBytesPath") -> Inspection:
     Raises
     ------
     FileNotFoundError
-        There is no such directory.
+        There is no such snapshot.
     CorruptSnapshotError
         The directory contains something that a snapshot cannot contain (a link, a special file, a name that is not
-        allowed), or ``enc_metadata`` is not a wrapped key.
+        allowed), the file is not an archive, or ``enc_metadata`` is not a wrapped key.
     """
     absolute, wrapping, sealed, namespaces, fragments = _vmsnap.inspect(os.fsdecode(location))
     return Inspection(
@@ -99,3 +100,11 @@ def inspect(location: "StrOrBytesPath") -> Inspection:
         tuple(namespaces),
         tuple(InspectedFragment(*fragment) for fragment in fragments),
     )
+
+
+def is_marked(location: "StrOrBytesPath") -> bool:
+    """Return whether a location has something that only snapshots have: key metadata or a manifest.
+
+    A plain snapshot that is not sealed has neither, so it cannot be told from another directory.
+    """
+    return _vmsnap.is_marked(os.fsdecode(location))

@@ -196,7 +196,7 @@ def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
     Raises
     ------
     FileNotFoundError
-        There is no such directory.
+        There is no such snapshot.
     CorruptSnapshotError
         ``enc_metadata`` is not a wrapped key.
     """
@@ -284,7 +284,7 @@ def rekey(
     Parameters
     ----------
     location
-        The directory of the snapshot. Only the file ``enc_metadata`` is replaced; after a crash it is the old or the
+        The snapshot: a directory, or an archive. Only ``enc_metadata`` is replaced; after a crash it is the old or the
         new one.
     keys, key, identities, passphrase, key_provider
         The key that opens the snapshot now, as for `SnapshotReader`: one of these. By default the user's own identity.

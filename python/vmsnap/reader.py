@@ -30,7 +30,7 @@ class SnapshotReader(Handle):
     Parameters
     ----------
     location
-        The directory of the snapshot.
+        The snapshot: a directory, or an archive.
     require_encrypted
         Refuse a snapshot that is not encrypted.
     keys
@@ -58,7 +58,7 @@ class SnapshotReader(Handle):
     Raises
     ------
     FileNotFoundError
-        There is no such directory.
+        There is no such snapshot.
     NotSealedError
         The snapshot was required to be sealed, and is not.
     KeyUnavailableError

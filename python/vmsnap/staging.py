@@ -122,6 +122,7 @@ def create(
     threads: int | None = None,
     format: "_Format" = "cbor",
     durable: bool = True,
+    archive: bool | None = None,
 ) -> StagedSnapshot:
     """Begin a snapshot that is complete or absent: ``with vmsnap.create(location) as snapshot:``.
 
@@ -131,12 +132,16 @@ def create(
     Parameters
     ----------
     location
-        The directory of the new snapshot. Nothing may exist there; the parent directory must exist.
+        The directory of the new snapshot, or the file for an archive. Nothing may exist there; the parent directory
+        must exist.
     encrypt, keys, key, recipients, passphrase, key_provider, threads, format
         As for `SnapshotWriter`.
     durable
         Whether the commit waits until everything is on the disk, so that it survives a power failure. If the file
         system cannot sync directories, the commit waits only for the files.
+    archive
+        Whether the snapshot becomes one file, as `pack` makes it, instead of a directory. By default it does if the
+        name of `location` ends in ``.vmsnap.tar``.
 
     Raises
     ------
@@ -145,7 +150,7 @@ def create(
     """
     given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
     credentials = one_of(keys, given)._credentials()
-    return StagedSnapshot(_vmsnap.StagedSnapshot(os.fsdecode(location), credentials, threads, format, durable))
+    return StagedSnapshot(_vmsnap.StagedSnapshot(os.fsdecode(location), credentials, threads, format, durable, archive))
 
 
 def seal(

@@ -26,7 +26,8 @@ class SnapshotWriter(Handle):
     Parameters
     ----------
     location
-        The directory to create. It must not exist; its parent directory must.
+        The directory to create. It must not exist; its parent directory must. Its name must not end in
+        ``.vmsnap.tar``, because an archive cannot be written in place.
     encrypt
         Encrypt every fragment. Without any of the keys below, the snapshot is encrypted to the user's own age
         identity: from the environment variables ``VMSNAP_IDENTITY`` (the text) or ``VMSNAP_IDENTITY_FILE``, from

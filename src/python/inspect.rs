@@ -1,4 +1,4 @@
-//! `_vmsnap.inspect` and `_vmsnap.key_wrapping`: a snapshot without its key.
+//! `_vmsnap.inspect`, `_vmsnap.is_marked` and `_vmsnap.key_wrapping`: a snapshot without its key.
 
 #![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
 
@@ -34,6 +34,13 @@ fn wrapping(wrapping: KeyWrapping) -> Wrapping {
 #[pyfunction]
 pub(super) fn key_wrapping(location: PathBuf) -> PyResult<Option<Wrapping>> {
     Ok(key_metadata::wrapping(&Store::at(Location::new(&location)?))?.map(wrapping))
+}
+
+/// Whether there is key metadata or a manifest, also where they cannot be read.
+#[pyfunction]
+pub(super) fn is_marked(location: PathBuf) -> PyResult<bool> {
+    let store = Store::at(Location::new(&location)?);
+    Ok(!matches!(key_metadata::wrapping(&store), Ok(None)) || !matches!(store.is_sealed(), Ok(false)))
 }
 
 #[pyfunction]

@@ -14,7 +14,8 @@
 //! staging.rs          StagedSnapshot, seal, clean, verify
 //! memory.rs           GuestMemory, write_memory
 //! process.rs          ProcessMemory, ProcessRange, StoppedProcess
-//! inspect.rs          inspect, key_wrapping
+//! inspect.rs          inspect, is_marked, key_wrapping
+//! transfer.rs         pack, unpack
 //! ```
 
 mod buffer;
@@ -29,6 +30,7 @@ mod process;
 mod reader;
 mod slot;
 mod staging;
+mod transfer;
 mod writer;
 
 use std::collections::HashSet;
@@ -52,7 +54,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::fragment_reader::FragmentReader;
     #[pymodule_export]
-    use super::inspect::{inspect, key_wrapping};
+    use super::inspect::{inspect, is_marked, key_wrapping};
     #[pymodule_export]
     use super::memory::{GuestMemory, write_memory};
     #[pymodule_export]
@@ -61,6 +63,8 @@ mod _vmsnap {
     use super::reader::SnapshotReader;
     #[pymodule_export]
     use super::staging::{StagedSnapshot, clean, seal, verify};
+    #[pymodule_export]
+    use super::transfer::{pack, unpack};
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]

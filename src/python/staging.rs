@@ -13,9 +13,9 @@ use super::writer::SnapshotWriter;
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
-type Id<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+pub(super) type Id<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
-fn id(py: Python<'_>, seal: SealId) -> Id<'_> {
+pub(super) fn id(py: Python<'_>, seal: SealId) -> Id<'_> {
     (PyBytes::new(py, &seal.snapshot_id), PyBytes::new(py, &seal.seal_digest))
 }
 
@@ -36,8 +36,12 @@ impl StagedSnapshot {
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
         durable: bool,
+        archive: Option<bool>,
     ) -> PyResult<Self> {
-        let options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
+        let mut options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
+        if let Some(archive) = archive {
+            options = options.archive(archive);
+        }
         let staged = interruptible(py, |interrupt| options.create_interruptible(location, interrupt))?;
         Ok(Self { writer: staged.writer().clone(), location: staged.location().to_owned(), slot: Slot::new(staged) })
     }

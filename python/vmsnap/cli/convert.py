@@ -8,7 +8,7 @@ from vmsnap import SnapshotReader, SnapshotWriter
 from vmsnap.cli.command import Command
 from vmsnap.cli.io import batches
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
-from vmsnap.cli.options import CHUNK_BYTES, no_durable_option, threads_option
+from vmsnap.cli.options import CHUNK_BYTES, archive_option, no_durable_option, threads_option
 from vmsnap.cli.targets import new_snapshot_argument, snapshot_argument, walk
 from vmsnap.cli.terminal import human_size, progress
 
@@ -38,10 +38,17 @@ def copy_snapshot(source: SnapshotReader, target: SnapshotWriter) -> tuple[int, 
 
 
 def _convert(
-    source: Path, target: Path, keys: OpeningKeys, new_keys: WritingKeys, *, threads: int | None, durable: bool
+    source: Path,
+    target: Path,
+    keys: OpeningKeys,
+    new_keys: WritingKeys,
+    *,
+    threads: int | None,
+    durable: bool,
+    archive: bool | None,
 ) -> None:
     reader = keys.open(source, threads=threads)
-    with new_keys.stage(target, threads=threads, durable=durable) as writer:
+    with new_keys.stage(target, threads=threads, durable=durable, archive=archive) as writer:
         count, size = copy_snapshot(reader, writer)
     click.echo(f"vmsnap: copied {count} fragment{'' if count == 1 else 's'}, {human_size(size)}", err=True)
 
@@ -55,6 +62,7 @@ def _convert(
 @opening_options
 @writing_options("new-")
 @threads_option
+@archive_option
 @no_durable_option
 def encrypt(
     snapshot: Path,
@@ -62,6 +70,7 @@ def encrypt(
     keys: OpeningKeys,
     new_keys: WritingKeys,
     threads: int | None,
+    archive: bool | None,
     no_durable: bool,
 ) -> None:
     """Copy a snapshot into a new one that is encrypted.
@@ -73,7 +82,7 @@ def encrypt(
     NEW-SNAPSHOT appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
     given = WritingKeys(True, new_keys.key, new_keys.recipients, new_keys.passphrase)
-    _convert(snapshot, new_snapshot, keys, given, threads=threads, durable=not no_durable)
+    _convert(snapshot, new_snapshot, keys, given, threads=threads, durable=not no_durable, archive=archive)
 
 
 @click.command(
@@ -83,12 +92,20 @@ def encrypt(
 @new_snapshot_argument
 @opening_options
 @threads_option
+@archive_option
 @no_durable_option
-def decrypt(snapshot: Path, new_snapshot: Path, keys: OpeningKeys, threads: int | None, no_durable: bool) -> None:
+def decrypt(
+    snapshot: Path,
+    new_snapshot: Path,
+    keys: OpeningKeys,
+    threads: int | None,
+    archive: bool | None,
+    no_durable: bool,
+) -> None:
     """Copy an encrypted snapshot into a new one that is plain.
 
     Everybody who may read the files of NEW-SNAPSHOT can read its contents.
 
     NEW-SNAPSHOT appears when it is complete, and is sealed. A copy that fails leaves nothing behind.
     """
-    _convert(snapshot, new_snapshot, keys, WritingKeys(), threads=threads, durable=not no_durable)
+    _convert(snapshot, new_snapshot, keys, WritingKeys(), threads=threads, durable=not no_durable, archive=archive)

@@ -100,9 +100,18 @@ def read_at_random(memory: GuestMemory, size: int, address: int, process: Proces
     return seconds / _READS
 
 
-def flip_a_bit(root: Path, copy: Path, key: bytes) -> None:
+def flip_a_bit(root: Path, directory: Path, key: bytes) -> None:
     """Copy a snapshot, flip one bit of the memory in the copy, and check that restoring it is refused."""
-    shutil.copytree(root, copy)
+    with tempfile.TemporaryDirectory(dir=directory) as parent:
+        copy = Path(parent, "copy")
+        if root.is_dir():
+            shutil.copytree(root, copy)
+        else:
+            vmsnap.unpack(root, copy, key=key)
+        _flip_a_bit(copy, key)
+
+
+def _flip_a_bit(copy: Path, key: bytes) -> None:
     with open(copy / "mem", "r+b", buffering=0) as file:
         bit = random.randrange(os.fstat(file.fileno()).st_size * 8)
         [byte] = os.pread(file.fileno(), 1, bit // 8)
@@ -113,7 +122,6 @@ def flip_a_bit(root: Path, copy: Path, key: bytes) -> None:
     except (vmsnap.AuthenticationError, vmsnap.CorruptSnapshotError) as error:
         refusal = type(error).__name__
     check(refusal != "nothing", f"a copy with its bit {bit:,} flipped is refused: {refusal}")
-    shutil.rmtree(copy)
 
 
 def race_plain_write(
@@ -131,11 +139,11 @@ def race_plain_write(
         return seconds
 
     def encrypted() -> float:
-        writer = vmsnap.SnapshotWriter(directory / "encrypted", key=vmsnap.generate_key(), threads=threads)
+        staged = vmsnap.create(directory / "encrypted", key=vmsnap.generate_key(), threads=threads)
         began = perf_counter()
-        dump(writer, pid, address, size, None)
+        dump(staged.writer, pid, address, size, None)
         seconds = perf_counter() - began
-        shutil.rmtree(writer.path)
+        staged.discard()
         return seconds
 
     # The first pair warms up: the first use of a page by a file system costs several times as much as later uses.
@@ -202,7 +210,7 @@ def demo(size_mib: int, keep: Path | None, threads: int | None) -> None:
                 f"all {size:,} bytes are restored: same SHA-256 as in the child",
             )
         page_seconds = read_at_random(memory, size, address, process)
-        flip_a_bit(root, directory / "copy", key)
+        flip_a_bit(root, directory, key)
         data = memoryview(os.urandom(report.data_bytes))
         rows = [
             ("guest memory", human_size(size), f"{human_size(report.data_bytes)} of data in {report.ranges:,} ranges"),

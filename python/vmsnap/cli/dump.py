@@ -17,6 +17,7 @@ from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import open_image
 from vmsnap.cli.keys import WritingKeys, writing_options
 from vmsnap.cli.options import (
+    archive_option,
     compress_option,
     encrypt_option,
     json_option,
@@ -140,6 +141,7 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
 @memory_chunk_size_option
 @uncached_option
 @threads_option
+@archive_option
 @no_durable_option
 @no_stop_option
 @json_option
@@ -155,6 +157,7 @@ def dump(
     chunk_size: int,
     uncached: bool,
     threads: int | None,
+    archive: bool | None,
     no_durable: bool,
     no_stop: bool,
     as_json: bool,
@@ -191,7 +194,7 @@ def dump(
     if pid is None:
         with (
             open_image(source, form) as file,
-            new_keys.stage(new_snapshot, threads=threads, durable=not no_durable) as writer,
+            new_keys.stage(new_snapshot, threads=threads, durable=not no_durable, archive=archive) as writer,
             progress_so_far("dump") as show,
         ):
             regions = [GuestRegion(guest, file, offset=start, size=end - start) for start, end, guest in ranges]
@@ -201,7 +204,7 @@ def dump(
             raise click.UsageError("--format applies to files, but SOURCE is a process")
         with (
             Process(pid) as process,
-            new_keys.stage(new_snapshot, threads=threads, durable=not no_durable) as writer,
+            new_keys.stage(new_snapshot, threads=threads, durable=not no_durable, archive=archive) as writer,
             # Closed after the process continues: the process may be the terminal that shows the bar.
             progress_so_far("dump", shown=not process.shows_progress()) as show,
         ):

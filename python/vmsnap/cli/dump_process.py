@@ -13,7 +13,14 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.io import COPY_BATCH_BYTES
 from vmsnap.cli.keys import WritingKeys, writing_options
-from vmsnap.cli.options import chunk_size_option, encrypt_option, no_durable_option, no_stop_option, threads_option
+from vmsnap.cli.options import (
+    archive_option,
+    chunk_size_option,
+    encrypt_option,
+    no_durable_option,
+    no_stop_option,
+    threads_option,
+)
 from vmsnap.cli.process import Mapping, Process, parse_maps, range_name
 from vmsnap.cli.targets import new_snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, progress
@@ -173,6 +180,7 @@ class _Pid(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 @writing_options()
 @chunk_size_option
 @threads_option
+@archive_option
 @no_durable_option
 @no_stop_option
 def dump_process(
@@ -181,6 +189,7 @@ def dump_process(
     new_keys: WritingKeys,
     chunk_size: int,
     threads: int | None,
+    archive: bool | None,
     no_durable: bool,
     no_stop: bool,
 ) -> None:
@@ -199,7 +208,7 @@ def dump_process(
     started = time.perf_counter()
     with (
         Process(pid) as process,
-        new_keys.stage(new_snapshot, threads=threads, durable=not no_durable) as writer,
+        new_keys.stage(new_snapshot, threads=threads, durable=not no_durable, archive=archive) as writer,
         # Closed after the process continues: the process may be the terminal that shows the bar.
         progress("dump", process.readable_bytes(), shown=not process.shows_progress()) as show,
     ):

@@ -100,6 +100,12 @@ FORMATS = (
     _format(rb"\xff\x06\0\0sNaPpY", "compressed by snappy", "snzip -d FILE"),
     # Archives: APPNOTE.TXT of zip, POSIX ustar, 7zFormat.txt, technote.txt of rar.
     _format(rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive", "unzip FILE"),
+    # docs/format.md, section 7; it is a tar archive as well.
+    _format(
+        rb"pax_global_header\0.{494}\d+ comment=vmsnap archive ",
+        "a snapshot in one file",
+        "vmsnap restore FILE RAM writes its guest memory",
+    ),
     _format(rb".{257}ustar", "a tar archive", "tar -xf FILE"),
     _format(rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x FILE"),
     _format(rb"Rar!\x1a\x07", "a rar archive", "unrar x FILE"),

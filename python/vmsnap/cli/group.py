@@ -22,6 +22,7 @@ from vmsnap.cli.keygen import keygen
 from vmsnap.cli.keys import show_warning
 from vmsnap.cli.ls import ls
 from vmsnap.cli.map import map_memory
+from vmsnap.cli.pack import pack, unpack
 from vmsnap.cli.peek import peek
 from vmsnap.cli.put import put
 from vmsnap.cli.qemu import qemu
@@ -46,7 +47,7 @@ Exit codes:
 """
 
 _SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Snapshot": (info, tree, ls, show, cat, get, put),
+    "Snapshot": (info, tree, ls, show, cat, get, put, pack, unpack),
     "Guest memory": (dump, restore, peek, map_memory, dump_process),
     "QEMU": (qemu,),
     "Keys": (keygen, rekey, encrypt, decrypt),
@@ -95,8 +96,9 @@ def _named(command: click.Command) -> list[tuple[str, click.Command]]:
 def group() -> None:
     """Store the memory and state of virtual machines in encrypted snapshots.
 
-    A snapshot is a directory. An encrypted one opens with your own identity (~/.config/vmsnap/identity.txt, created
-    when it is first needed) unless a key option says otherwise. "vmsnap COMMAND --help" describes a command.
+    A snapshot is a directory, or one file. An encrypted one opens with your own identity
+    (~/.config/vmsnap/identity.txt, created when it is first needed) unless a key option says otherwise.
+    "vmsnap COMMAND --help" describes a command.
     """
 
 

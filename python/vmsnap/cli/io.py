@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import vmsnap
 from vmsnap import FragmentReader
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
@@ -35,11 +36,20 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
 
 
 def refuse_inside(target: str, location: str) -> None:
-    """Refuse a file in a snapshot: in the one at `location`, or in one that its files show to be one."""
+    """Refuse a file in a snapshot, or one that is a snapshot: that at `location`, or any that can be recognized."""
+    if os.path.isfile(target) and _is_archive(target):
+        raise CommandError(f"{target} is a snapshot in one file, which nothing overwrites")
     directory, snapshot = Path(target).absolute().parent.resolve(), Path(location).resolve()
     for parent in (directory, *directory.parents):
         if parent == snapshot or any((parent / name).exists() for name in ("enc_metadata", "vmsnap_manifest")):
             raise CommandError(f"{target} is in the snapshot {parent}; add fragments with vmsnap put")
+
+
+def _is_archive(path: str) -> bool:
+    try:
+        return vmsnap.inspect(path).sealed
+    except (vmsnap.VmsnapError, OSError):
+        return False
 
 
 @contextmanager
@@ -48,8 +58,8 @@ def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
 
     With `force` an existing regular file is replaced once the block has succeeded.
     """
-    if force and os.path.lexists(target):
-        if not stat.S_ISREG(os.lstat(target).st_mode):
+    if force and (mode := _mode_of(target)) is not None:
+        if not stat.S_ISREG(mode):
             raise CommandError(f"{target} is not a regular file, and --force overwrites only regular files")
         descriptor, path = tempfile.mkstemp(prefix=".vmsnap-", dir=os.path.dirname(target) or ".")
     else:
@@ -67,6 +77,14 @@ def new_file(target: str, *, force: bool) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
+
+
+def _mode_of(path: str) -> int | None:
+    """Return the mode of a file or link; None if nothing exists there."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _replace(path: str, target: str) -> None:

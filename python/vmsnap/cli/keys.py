@@ -43,14 +43,14 @@ class OpeningKeys:
         """Whether any of them is given."""
         return _any_given(self.key, self.identities, self.passphrase)
 
-    def arguments(self, root: str | Path) -> dict[str, Any]:
-        """Return the keyword arguments for the snapshot at `root`."""
+    def arguments(self, root: str | Path | None) -> dict[str, Any]:
+        """Return the keyword arguments for the snapshot at `root`; None for one that comes through a pipe."""
         if self.key is not None:
             return {"key": self.key}
         if self.identities is not None:
             return {"identities": [identity_of(path) for path in self.identities]}
         passphrase = self.passphrase
-        if passphrase is None and _is_passphrase(root):
+        if passphrase is None and root is not None and _is_passphrase(root):
             passphrase = _asker(f"Passphrase of {root}: ")
         return {} if passphrase is None else {"passphrase": passphrase}
 
@@ -105,9 +105,11 @@ class WritingKeys:
             "passphrase": self.passphrase,
         }
 
-    def stage(self, path: str | Path, *, threads: int | None = None, durable: bool = True) -> StagedSnapshot:
+    def stage(
+        self, path: str | Path, *, threads: int | None = None, durable: bool = True, archive: bool | None = None
+    ) -> StagedSnapshot:
         """Begin a snapshot that appears when it is complete, sealed."""
-        return vmsnap.create(path, **self.arguments, threads=threads, durable=durable)
+        return vmsnap.create(path, **self.arguments, threads=threads, durable=durable, archive=archive)
 
     def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
         """Create a snapshot in place, to which more can be added."""

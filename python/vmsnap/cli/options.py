@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from vmsnap.cli.names import NAME
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # As fast as larger chunks, and a random read decrypts no more than this.
@@ -20,6 +22,17 @@ no_durable_option = click.option(
     "--no-durable",
     is_flag=True,
     help="Do not wait until the data is on the disk. A power failure can then lose the snapshot.",
+)
+archive_option = click.option(
+    "--archive/--no-archive",
+    default=None,
+    help="Create one file instead of a directory.  [default: if the name ends in .vmsnap.tar]",
+)
+expect_seal_digest_option = click.option(
+    "--expect-seal-digest",
+    metavar="HEX",
+    type=NAME,
+    help="Accept only the snapshot with this seal digest, which you have kept elsewhere.",
 )
 no_stop_option = click.option(
     "--no-stop",

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 import click
 
 from vmsnap import SnapshotWriter
+from vmsnap._removal import remove_snapshot
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.io import COPY_BATCH_BYTES
@@ -23,6 +23,7 @@ from vmsnap.cli.targets import complete_file, snapshot_argument
 from vmsnap.cli.terminal import printable, progress
 
 _STANDARD_INPUT = "-"
+_ARCHIVE_SUFFIX = ".vmsnap.tar"
 
 
 @contextmanager
@@ -32,8 +33,11 @@ def new_snapshot(location: Path, keys: WritingKeys, *, threads: int | None) -> I
     try:
         yield writer
     except BaseException:
-        shutil.rmtree(writer.path, ignore_errors=True)
-        if writer.path.exists():
+        try:
+            remove_snapshot(writer.path)
+        except FileNotFoundError:
+            pass
+        except OSError:
             click.echo(f"vmsnap: cannot remove the incomplete snapshot {printable(str(location))}", err=True)
         raise
 
@@ -117,6 +121,11 @@ def put(
     """
     if recipients is not None and not create:
         raise click.UsageError("-r and -R are for a new snapshot: add --create")
+    if create and snapshot.name.endswith(_ARCHIVE_SUFFIX):
+        raise click.UsageError(
+            f"--create makes a directory, so that more can be added, and {_ARCHIVE_SUFFIX} is for one file: choose "
+            "another name, then vmsnap seal and vmsnap pack"
+        )
     *names, name = _fragment_path(file, path).split("/")
     buffer = memoryview(bytearray(COPY_BATCH_BYTES))
     with standard_input() if file == _STANDARD_INPUT else NamedFile(file, "rb", file) as source:

@@ -12,7 +12,14 @@ import click
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
-from vmsnap.cli.options import compress_option, encrypt_option, json_option, no_durable_option, threads_option
+from vmsnap.cli.options import (
+    archive_option,
+    compress_option,
+    encrypt_option,
+    json_option,
+    no_durable_option,
+    threads_option,
+)
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.targets import new_snapshot_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, progress_so_far
@@ -71,6 +78,7 @@ def qemu() -> None:
     help="The process ID of QEMU.  [default: the process that created SOCKET]",
 )
 @threads_option
+@archive_option
 @no_durable_option
 @json_option
 def save(
@@ -81,6 +89,7 @@ def save(
     then: Literal["continue", "quit"] | None,
     pid: int | None,
     threads: int | None,
+    archive: bool | None,
     no_durable: bool,
     as_json: bool,
 ) -> None:
@@ -106,6 +115,7 @@ def save(
             pid=pid,
             threads=threads,
             durable=not no_durable,
+            archive=archive,
             progress=show,
         )
     memory = report.memory

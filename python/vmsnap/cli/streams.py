@@ -31,14 +31,14 @@ class _Output(NamedFile):
 
     def __init__(self, *, missing: bool) -> None:
         super().__init__(STDOUT, "wb", "standard output", closefd=False)
-        self._missing = missing
+        self.missing = missing
         self._failed = False
 
     def write(self, data: "ReadableBuffer") -> int:
         if self._failed:
             return memoryview(data).nbytes
         try:
-            if self._missing:
+            if self.missing:
                 raise OSError(errno.EBADF, "standard output is closed")
             return super().write(data)
         except BrokenPipeError:
@@ -92,6 +92,34 @@ def standard_input() -> NamedFile:
     if sys.stdin is None:
         raise OSError(errno.EBADF, "standard input is closed")
     return NamedFile(STDIN, "rb", "standard input", closefd=False)
+
+
+def binary_input() -> io.FileIO:
+    """Return standard input as a file whose descriptor can be read.
+
+    Raises
+    ------
+    OSError
+        If it is closed.
+    """
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, "standard input is closed")
+    return io.FileIO(STDIN, "rb", closefd=False)
+
+
+def binary_output() -> io.FileIO:
+    """Return standard output as a file whose descriptor can be written.
+
+    Raises
+    ------
+    OSError
+        If it is closed.
+    """
+    sys.stdout.flush()
+    raw = getattr(sys.stdout.buffer, "raw", None)
+    if isinstance(raw, _Output) and raw.missing:
+        raise OSError(errno.EBADF, "standard output is closed")
+    return io.FileIO(STDOUT, "wb", closefd=False)
 
 
 def _is_open(number: int) -> bool:

@@ -1,6 +1,5 @@
 """The arguments SNAPSHOT and PATH: opening the snapshot, namespace or fragment, and completing them in a shell."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,14 +16,10 @@ from vmsnap.cli.keys import OpeningKeys
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.terminal import printable
+from vmsnap.inspection import is_marked
 
 _MARKERS = ("enc_metadata", "vmsnap_manifest")
 _MEMORY_METADATA = "mem_metadata"
-
-
-def is_marked(location: str | Path) -> bool:
-    """Return whether a directory has a file that only snapshots have. A plain, unsealed snapshot does not have one."""
-    return any(os.path.lexists(os.path.join(location, name)) for name in _MARKERS)
 
 
 def doubt(location: str | Path) -> None:
@@ -105,7 +100,7 @@ def complete_directory(_context: click.Context, _parameter: click.Parameter, beg
 
 
 def complete_file(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Complete to files."""
+    """Complete to files and directories."""
     return [CompletionItem(begun, type="file")]
 
 
@@ -131,16 +126,16 @@ def _complete_namespace(context: click.Context, _parameter: click.Parameter, beg
 snapshot_argument = argument(
     "snapshot",
     metavar="SNAPSHOT",
-    description="The directory of the snapshot.",
+    description="The snapshot: a directory, or an archive.",
     type=PATH,
-    shell_complete=complete_directory,
+    shell_complete=complete_file,
 )
 new_snapshot_argument = argument(
     "new_snapshot",
     metavar="NEW-SNAPSHOT",
-    description="The directory to create. It must not exist, but its parent directory must.",
+    description="The snapshot to create. It must not exist, but its parent directory must.",
     type=PATH,
-    shell_complete=complete_directory,
+    shell_complete=complete_file,
 )
 fragment_argument = argument(
     "path",

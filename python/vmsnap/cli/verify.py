@@ -9,10 +9,10 @@ import vmsnap
 from vmsnap import Verification
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
-from vmsnap.cli.names import NAME
-from vmsnap.cli.options import json_option
-from vmsnap.cli.targets import doubt, expecting_snapshot, is_marked, snapshot_argument
+from vmsnap.cli.options import expect_seal_digest_option, json_option
+from vmsnap.cli.targets import doubt, expecting_snapshot, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable
+from vmsnap.inspection import is_marked
 
 
 def _counted(count: int, noun: str) -> str:
@@ -60,12 +60,7 @@ def _print(report: Verification, *, marked: bool) -> None:
 )
 @snapshot_argument
 @opening_options
-@click.option(
-    "--expect-seal-digest",
-    metavar="HEX",
-    type=NAME,
-    help="Accept only the snapshot with this seal digest, which you have kept elsewhere.",
-)
+@expect_seal_digest_option
 @json_option
 @click.pass_context
 def verify(

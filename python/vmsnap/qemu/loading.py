@@ -74,7 +74,7 @@ async def load_async(
     Parameters
     ----------
     location
-        The directory of the snapshot.
+        The snapshot: a directory, or an archive.
     command
         The command that starts QEMU, with the arguments of the saved guest: the same machine type, devices, and memory
         backends (ids and sizes). vmsnap adds ``-incoming`` and its own monitor. A ``memory-backend-file`` is filled

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import MemoryReport, Progress
@@ -85,6 +85,7 @@ async def save_async(
     pid: int | None = None,
     threads: int | None = None,
     durable: bool = True,
+    archive: bool | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
     """Save a running guest in a new snapshot: its memory, its device state, and a description of the machine.
@@ -96,7 +97,7 @@ async def save_async(
     ----------
     qmp
         The Unix socket of the QEMU monitor: ``-qmp unix:PATH,server=on,wait=off``. No other client may be connected.
-    location, encrypt, keys, key, recipients, passphrase, key_provider, threads, durable
+    location, encrypt, keys, key, recipients, passphrase, key_provider, threads, durable, archive
         Arguments of `vmsnap.create`.
     compress
         The compression of the guest memory: ``"lz4"``, or None.
@@ -130,7 +131,9 @@ async def save_async(
         async with connected(connection, os.fspath(qmp)) as monitor:
             ran = await _check_state(monitor)
             ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
-            staged = await _staged(lambda: create(location, keys=keys, threads=threads, durable=durable))
+            staged = await _staged(
+                lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
+            )
             async with _complete_or_absent(staged) as writer, _prepared(monitor):
                 writer.write_fragment(MACHINE, ram.machine)
                 async with _standing_still(monitor, ran, ran or then == "continue") as pause:
@@ -209,7 +212,7 @@ async def _commit(staged: StagedSnapshot) -> None:
         await in_thread(staged.commit)
     except asyncio.CancelledError:
         if staged.seal_digest is not None:
-            await in_thread(lambda: shutil.rmtree(staged.path))
+            await in_thread(lambda: remove_snapshot(staged.path))
         raise
 
 
