@@ -179,3 +179,35 @@ fn every_case_of_the_corpus_gives_what_its_index_says() {
         assert_eq!(verifies(&root, case), case["verifies"], "{name}");
     }
 }
+
+/// Unpacking reads every byte, so it accepts the archives that verify, and no other. Packing gives the same bytes.
+#[test]
+fn every_sound_archive_of_the_corpus_is_unpacked_and_packed_again() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let index: Value = serde_json::from_slice(&fs::read(corpus.join("index.json")).unwrap()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let file = corpus.join("archives.tar.gz");
+    assert!(Command::new("tar").arg("-xzf").arg(file).arg("-C").arg(directory.path()).status().unwrap().success());
+    let mut sound = 0;
+    let cases = index["cases"].as_object().unwrap().iter().filter(|(name, _)| name.starts_with("archive-"));
+    for (name, case) in cases {
+        let archive = directory.path().join("snapshots").join(name);
+        let bytes = fs::read(&archive).unwrap();
+        let [copy, streamed, again] = ["copy", "streamed", "again"].map(|name| directory.path().join(name));
+        let options = options(case).durable(false);
+        let results = [options.unpack(&archive, &copy), options.unpack_from(&mut &bytes[..], &streamed)];
+        for result in &results {
+            assert_eq!(result.is_ok(), case["verifies"], "{name}: {result:?}");
+        }
+        if case["verifies"] == true {
+            sound += 1;
+            options.pack(&streamed, &again).unwrap();
+            assert!(fs::read(&again).unwrap() == bytes, "{name}");
+            fs::remove_file(again).unwrap();
+            fs::remove_dir_all(copy).unwrap();
+            fs::remove_dir_all(streamed).unwrap();
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "{name}");
+    }
+    assert!(sound > 10);
+}

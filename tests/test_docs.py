@@ -36,13 +36,13 @@ DOCS = sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
 
 # The number of blocks of each language, and the tests that run them. Count a new block only when a test runs it.
 BLOCKS = {
-    ("README.md", "sh"): 3,  # test_readme; of the one with `make` it tells only that there are such targets
+    ("README.md", "sh"): 4,  # test_readme; of the one with `make` it tells only that there are such targets
     ("README.md", "python"): 3,  # test_readme
     ("README.md", "rust"): 1,  # cargo test: src/lib.rs includes the README
-    ("docs/cli.md", "sh"): 7,  # below
+    ("docs/cli.md", "sh"): 8,  # below
     ("docs/design.md", "text"): 3,  # diagrams
     ("docs/format.md", ""): 11,  # the worked example in test_independent_reader, and below; the others are formulas
-    ("docs/guide.md", "python"): 5,  # test_readme
+    ("docs/guide.md", "python"): 6,  # test_readme
     ("docs/index.md", "python"): 1,  # below
     ("docs/index.md", "sh"): 1,  # below
     ("docs/keys.md", "python"): 5,  # test_readme
@@ -50,7 +50,7 @@ BLOCKS = {
     ("docs/qemu.md", "python"): 1,  # test_qemu
     ("docs/qemu.md", "sh"): 5,  # test_qemu
     ("docs/recovery.md", "python"): 2,  # test_recovery
-    ("docs/recovery.md", "sh"): 13,  # test_recovery
+    ("docs/recovery.md", "sh"): 14,  # test_recovery
     ("docs/rust.md", "rust"): 2,  # cargo test: src/lib.rs includes the page; the first is the README's
     ("docs/rust.md", "toml"): 1,  # how to depend on the crate; below
 }
@@ -185,6 +185,17 @@ def test_the_copies_do_what_their_page_says(tmp_path: Path) -> None:
     assert (tmp_path / "vm1/disks/sdb").read_bytes() == content
     with vmsnap.open(tmp_path / "vm2", key=key).namespace("disks").raw_fragment("sda") as copy:
         assert copy.read() == content
+
+
+def test_the_commands_with_archives_do_what_their_page_says(tmp_path: Path, ram: bytes) -> None:
+    run("dump", tmp_path / "ram.img", tmp_path / "vm1")
+    printed = shell(blocks("docs/cli.md", "sh", "One file")[0], tmp_path).stdout
+    assert "\nok: 2 fragments checked, " in printed
+    for name in ("vm1", "vm1.vmsnap.tar", "vm2", "vm3.vmsnap.tar"):
+        assert (tmp_path / name).is_dir() == (not name.endswith(".tar"))
+        assert vmsnap.open(tmp_path / name).memory()[0 : len(ram)] == ram
+    again = [(tmp_path / name / "vmsnap_manifest").read_bytes() for name in ("vm1", "vm2")]
+    assert again[0] == again[1]
 
 
 def test_the_lines_for_completion_set_it_up(tmp_path: Path) -> None:

@@ -70,12 +70,11 @@ def test_a_file_of_another_program_is_not_an_archive(archive: Path, place: Place
 @row("archive-cut-off")
 def test_an_archive_that_ends_too_early_is_refused(archive: Path, place: Place) -> None:
     whole = archive.read_bytes()
+    message = "it is truncated|ends before its|bytes long, but its manifest"
     for length in (1024, 1500, 65_536, 66_000, len(whole) // 2, len(whole) - 1024, len(whole) - 1):
         archive.write_bytes(whole[:length])
         for call in readings(archive, place.key):
-            with refused(
-                "archive-cut-off", "it is truncated|ends before its|bytes long, but its manifest", archive.parent
-            ):
+            with refused("archive-cut-off", message, archive.parent):
                 call()
 
 
@@ -262,9 +261,9 @@ def test_a_disk_that_gets_full_leaves_no_archive(small_disk: Path, place: Place)
         vmsnap.pack(place.location, small_disk / "vm2.vmsnap.tar", key=place.key)
     with refused("disk-full", "No space left", small_disk):
         vmsnap.unpack(small_disk / "vm1.vmsnap.tar", small_disk / "vm2", key=place.key)
-    with open("/dev/full", "wb") as full:
-        with refused("disk-full", "cannot pack the snapshot .*vm1.*No space left", small_disk):
-            vmsnap.pack(place.location, full, key=place.key)
+    message = "cannot pack the snapshot .*vm1.*No space left"
+    with open("/dev/full", "wb") as full, refused("disk-full", message, small_disk):
+        vmsnap.pack(place.location, full, key=place.key)
 
 
 @row("disk-full")

@@ -17,8 +17,8 @@ def test_a_snapshot_that_is_not_there_is_missed(place: Place, tmp_path: Path) ->
 
 
 @row("root-not-directory")
-def test_a_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
-    place.location.write_bytes(b"x")
+def test_a_special_file_is_no_snapshot(place: Place, tmp_path: Path) -> None:
+    os.mkfifo(place.location)
     with refused("root-not-directory", "cannot open the snapshot .*vm1", tmp_path):
         place.open()
 

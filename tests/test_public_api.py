@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def test_whatever_takes_credentials_takes_them_as_one_object() -> None:
 def test_the_first_parameter_is_a_location() -> None:
     for each in (vmsnap.create, vmsnap.open, vmsnap.SnapshotWriter, vmsnap.SnapshotReader, vmsnap.SnapshotWriter.open):
         assert next(iter(inspect.signature(each).parameters)) == "location"
-    for each in (vmsnap.seal, vmsnap.verify, vmsnap.rekey, vmsnap.inspect):
+    for each in (vmsnap.seal, vmsnap.verify, vmsnap.rekey, vmsnap.inspect, vmsnap.pack):
         assert next(iter(inspect.signature(each).parameters)) == "location"
 
 
@@ -162,6 +163,14 @@ def test_the_command_line_does_not_use_the_extension_module() -> None:
             elif isinstance(node, ast.Attribute):
                 names = [f".{node.attr}"]
             assert not [name for name in names if "._vmsnap" in name], file.name
+
+
+def test_one_file_of_the_package_knows_how_a_snapshot_is_removed() -> None:
+    """Everything else asks the core: a snapshot is not always a directory."""
+    package = Path(vmsnap.__path__[0])
+    for file in package.rglob("*.py"):
+        if file != package / "_removal.py":
+            assert not re.search(r"rmtree|lexists|_MANIFEST", file.read_text()), file
 
 
 def test_empty_keys_never_mean_a_plain_snapshot(tmp_path: Path) -> None:

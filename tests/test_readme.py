@@ -142,6 +142,20 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
     assert b"mem_metadata\t" in output
 
 
+def test_the_archives_of_the_readme_are_what_it_says(folder: Path) -> None:
+    [commands] = [block for block in blocks("sh") if "vmsnap pack" in block]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with vmsnap.create(folder / "vm1") as snapshot:
+        snapshot.write_memory([vmsnap.GuestRegion(0, (folder / "ram.img").read_bytes())])
+    output = subprocess.check_output(["sh", "-euc", commands], cwd=folder, env={**os.environ, "PATH": path})
+    assert f"00001000  {(folder / 'ram.img').read_bytes()[4096:4104].hex(' ')}".encode() in output
+    files = [{path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("vm1", "vm2")]
+    assert files[0] == files[1]
+    (folder / "unpacked").mkdir()
+    subprocess.check_call(["tar", "-xf", "vm1.vmsnap.tar", "-C", "unpacked"], cwd=folder)
+    assert {path.name: path.read_bytes() for path in (folder / "unpacked").iterdir()} == files[0]
+
+
 def test_the_make_targets_of_the_readme_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     named = set(re.findall(r"make ([a-z]+)", (REPOSITORY / "README.md").read_text()))

@@ -506,6 +506,12 @@ def test_the_reader_in_python_needs_no_vmsnap(folder: Path) -> None:
     shell(check, folder, status=1)
 
 
+def test_tar_unpacks_an_archive(folder: Path) -> None:
+    run("pack", folder / "vm1", folder / "vm1.vmsnap.tar", "--key-file", folder / "vm.key")
+    printed = shell(blocks(PAGE, "sh", "Without vmsnap")[1], folder).stdout
+    assert "\nok: 4 fragments checked" in printed
+
+
 def test_a_backup_is_made_restored_and_compared(folder: Path) -> None:
     lines = commands(blocks(PAGE, "sh", "Backups")[0])
     printed = shell("\n".join([*lines, 'echo "digest: $digest"']), folder).stdout

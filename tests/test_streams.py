@@ -34,6 +34,8 @@ class Made:
             snapshot.write_memory([vmsnap.GuestRegion(0, pattern(MIB))])
         with vmsnap.create(self.secret, key=KEY) as snapshot:
             snapshot.write_fragment("clock", {"now": 12})
+        self.packed = folder / "packed"
+        vmsnap.pack(self.secret, self.packed, key=KEY)
         self.home.mkdir()
 
 
@@ -53,6 +55,8 @@ MAKING: dict[str, Arguments] = {
     "put": lambda made, out: ["put", made.ram, out, "disks/sda", "--create"],
     "encrypt": lambda made, out: ["encrypt", made.base, out, "--new-key-file", made.key],
     "decrypt": lambda made, out: ["decrypt", made.secret, out, "--key-file", made.key],
+    "pack": lambda made, out: ["pack", made.secret, out, "--key-file", made.key],
+    "unpack": lambda made, out: ["unpack", made.packed, out, "--key-file", made.key],
     "keygen": lambda made, out: ["keygen", "-o", out],
 }
 
@@ -98,7 +102,13 @@ def test_what_is_made_is_made_whole(made: Made, tmp_path: Path, command: str, re
         assert len(vmsnap.recipients_of(out)) == 1
     else:
         identity = tmp_path / "vmsnap/identity.txt"
-        opening = {"key": KEY} if command == "encrypt" else {"identities": identity} if identity.exists() else {}
+        opening = (
+            {"key": KEY}
+            if command in ("encrypt", "pack", "unpack")
+            else {"identities": identity}
+            if identity.exists()
+            else {}
+        )
         assert vmsnap.verify(out, **opening).ok
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "vmsnap"}
 

@@ -65,12 +65,21 @@ pub(crate) fn decode(
     let Some(stored) = stored else {
         return if payload.is_some_and(KeyPayload::is_sealed) { Err(incomplete(location)) } else { Ok(None) };
     };
-    let (manifest, digest) = decode_with(location, &stored, payload.map(KeyPayload::data_key))?;
+    decode_sealed(location, &stored, payload).map(Some)
+}
+
+/// Decodes the stored manifest of the snapshot at `location`, and its seal digest.
+pub(crate) fn decode_sealed(
+    location: &dyn fmt::Display,
+    stored: &[u8],
+    payload: Option<&KeyPayload>,
+) -> Result<(Manifest, [u8; 32])> {
+    let (manifest, digest) = decode_with(location, stored, payload.map(KeyPayload::data_key))?;
     if payload.is_some_and(|payload| payload.snapshot_id() != manifest.snapshot_id) {
         let text = "its snapshot id differs from the id in the key metadata: it belongs to another snapshot";
         return Err(Error::corrupt(text).context(place(location)));
     }
-    Ok(Some((manifest, digest)))
+    Ok((manifest, digest))
 }
 
 fn decode_with(
@@ -95,7 +104,7 @@ pub(crate) fn incomplete(location: &dyn fmt::Display) -> Error {
 }
 
 /// The error for a snapshot that is required to be sealed and is not.
-pub(crate) fn unsealed(location: &Location) -> Error {
+pub(crate) fn unsealed(location: &dyn fmt::Display) -> Error {
     let text = format!(
         "the snapshot {location} is not sealed (it has no {MANIFEST}), so nothing shows whether it is complete; `vmsnap seal` \
          or seal() seals it in its present state, if you know that it is complete"

@@ -60,7 +60,7 @@ impl SnapshotOptions {
         Self::default()
     }
 
-    /// Whether a commit or a seal waits until everything is on the disk, so that the snapshot survives a power failure.
+    /// Whether a commit, a seal, `pack` or `unpack` waits until everything is on the disk, so that the snapshot survives a power failure.
     /// On by default. The option changes nothing else.
     #[must_use]
     pub fn durable(mut self, durable: bool) -> Self {
@@ -89,7 +89,7 @@ impl SnapshotOptions {
         self
     }
 
-    /// Whether a new snapshot at `location` is to be an archive.
+    /// Whether a new snapshot at `location` becomes an archive.
     pub(crate) fn is_archive_at(&self, location: &Location) -> bool {
         let name = location.path().file_name().unwrap_or_default();
         self.archive.unwrap_or_else(|| name.as_encoded_bytes().ends_with(ARCHIVE_SUFFIX))

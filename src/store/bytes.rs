@@ -86,7 +86,11 @@ impl ReadAt for StoredFile {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, _interrupt: &mut Interrupt<'_>) -> Result<()> {
-        Self::read_exact_at(self, buf, offset).map_err(|error| match error.kind() {
+        // Behind the end of an object in an archive there are other bytes.
+        let is_inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= self.size());
+        let read =
+            if is_inside { Self::read_exact_at(self, buf, offset) } else { Err(ErrorKind::UnexpectedEof.into()) };
+        read.map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => Error::corrupt("became shorter while it was read"),
             _ => Error::io("cannot be read", error),
         })

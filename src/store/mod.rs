@@ -2,6 +2,8 @@
 
 pub(crate) mod archive;
 pub(crate) mod bytes;
+#[cfg(test)]
+mod contract;
 pub(crate) mod directory;
 pub(crate) mod pipe;
 pub(crate) mod reflink;
@@ -90,7 +92,7 @@ impl Store {
         if location.path().is_file() {
             Self::Archive(Archive::new(location))
         } else {
-            // If nothing is there, the errors are those of a directory.
+            // If nothing is there, opening the directory reports that.
             Self::Directory(Directory::new(location))
         }
     }

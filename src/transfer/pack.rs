@@ -144,7 +144,7 @@ fn refuse_inside(location: &Location, target: &Location) -> Result<()> {
     Ok(())
 }
 
-/// A sealed snapshot, unlocked. It contains nothing but what its manifest lists.
+/// A sealed snapshot, unlocked. Its manifest lists everything in it.
 struct SealedSnapshot {
     store: Store,
     payload: Option<KeyPayload>,
@@ -165,10 +165,13 @@ impl SealedSnapshot {
         let Head { key_metadata, manifest } = store.head()?;
         let (key_metadata, stored) = (key_metadata?, manifest?);
         let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;
-        let decoded = open_manifest::decode(store.location(), stored.clone(), payload.as_ref())?;
-        let (Some((manifest, seal_digest)), Some(stored_manifest)) = (decoded, stored) else {
-            return Err(open_manifest::unsealed(store.location()));
+        let Some(stored_manifest) = stored else {
+            let is_sealed = payload.as_ref().is_some_and(KeyPayload::is_sealed);
+            let error = if is_sealed { open_manifest::incomplete } else { open_manifest::unsealed };
+            return Err(error(store.location()));
         };
+        let (manifest, seal_digest) =
+            open_manifest::decode_sealed(store.location(), &stored_manifest, payload.as_ref())?;
         open_manifest::expect(store.location(), &seal_digest, options)?;
         let key_metadata_bytes = key_metadata.as_ref().map(|bytes| bytes.len() as u64);
         let layout = Layout::new(&manifest, key_metadata_bytes, stored_manifest.len() as u64)?;

@@ -146,7 +146,7 @@ enum Source<'a> {
 }
 
 impl Source<'_> {
-    /// The next bytes, which are those of a fragment.
+    /// The input of a fragment, which is next.
     fn fragment(&mut self, size: u64) -> Input<'_> {
         match self {
             Self::Stream(stream) => Input::Stream(*stream),
@@ -196,8 +196,7 @@ impl<'a> Unpacking<'a> {
             return Err(Error::corrupt("the padding at the beginning of the archive is not zero"));
         }
         let payload = key_metadata::unlock(name, front.key_metadata.clone(), options, interrupt)?;
-        let decoded = open_manifest::decode(name, Some(front.manifest.clone()), payload.as_ref())?;
-        let (manifest, seal_digest) = decoded.ok_or_else(|| open_manifest::incomplete(name))?;
+        let (manifest, seal_digest) = open_manifest::decode_sealed(name, &front.manifest, payload.as_ref())?;
         open_manifest::expect(name, &seal_digest, options)?;
         let layout = front.shape.layout(&manifest)?;
         // Before anything is written, if the length is known.

@@ -29,7 +29,7 @@ def _refuse_terminal(stream: io.FileIO, advice: str) -> None:
 
 @click.command(
     cls=Command,
-    examples=["vmsnap pack vm1 vm1.vmsnap.tar", "vmsnap pack vm1 - | ssh host vmsnap unpack - vm1"],
+    examples=["vmsnap pack vm1 vm1.vmsnap.tar", "vmsnap pack vm1 - | ssh host 'cat > vm1.vmsnap.tar'"],
 )
 @snapshot_argument
 @argument(
@@ -73,12 +73,12 @@ def pack(
 
 @click.command(
     cls=Command,
-    examples=["vmsnap unpack vm1.vmsnap.tar vm1", "vmsnap pack vm1 - | ssh host vmsnap unpack - vm1"],
+    examples=["vmsnap unpack vm1.vmsnap.tar vm1", "ssh host cat vm1.vmsnap.tar | vmsnap unpack - vm1"],
 )
 @argument(
     "file",
     metavar="FILE",
-    description='The archive, or "-" for standard input.',
+    description='The archive, a pipe, or "-" for standard input.',
     type=TEXT_PATH,
     shell_complete=complete_file,
 )
@@ -109,9 +109,9 @@ def unpack(
     DIRECTORY appears when it is complete. If unpacking fails, nothing is left behind.
     """
     more: dict[str, Any] = {"threads": threads, "durable": not no_durable, "expect_seal_digest": expect_seal_digest}
-    if file != _STREAM:
+    if file != _STREAM and not Path(file).is_fifo():
         _tell(vmsnap.unpack(file, directory, **keys.arguments(file), **more))
         return
-    source = binary_input()
-    _refuse_terminal(source, "standard input is a terminal: redirect it from a file or a pipe")
-    _tell(vmsnap.unpack(source, directory, **keys.arguments(None), **more))
+    with binary_input() if file == _STREAM else open(file, "rb", buffering=0) as source:
+        _refuse_terminal(source, "standard input is a terminal: redirect it from a file or a pipe")
+        _tell(vmsnap.unpack(source, directory, **keys.arguments(None), **more))

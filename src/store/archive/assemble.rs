@@ -169,7 +169,7 @@ fn copy_data(
         interrupt.check()?;
         let length = usize::try_from((range.end - range.start).min(COPY_BYTES)).unwrap_or(BUFFER_BYTES);
         match copy_file_range(&**source, Some(&mut range.start), &**archive, Some(&mut offset), length) {
-            // Some file systems answer so to what they cannot copy; a read tells whether the file ends there.
+            // Some file systems answer so if they cannot copy; a read tells whether the file ends there.
             Ok(0) => break,
             Ok(_) => {}
             Err(Errno::INTR) => interrupt.check_now()?,

@@ -129,7 +129,7 @@ impl Cursor<'_, '_> {
         Ok((name, mtime, data))
     }
 
-    /// Reads the next bytes. Memory grows with what was read, not with what a header claims.
+    /// Reads the next bytes. Memory grows with the bytes that were read, not with the size in a header.
     fn bytes(&mut self, length: usize) -> Result<Vec<u8>> {
         const STEP_BYTES: usize = 1 << 20;
         let mut bytes = Vec::new();

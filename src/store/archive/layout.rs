@@ -158,6 +158,10 @@ impl Layout {
 /// `created` of a manifest as Unix time, in the range of a tar header.
 fn mtime_of(created: &str) -> Result<u64> {
     let seconds = created.split(['.', 'Z']).next().unwrap_or_default();
+    if seconds.ends_with(":60") {
+        // Unix time does not have leap seconds, and parsers disagree about them.
+        return Err(Error::corrupt("'created' of the manifest has second 60, which an archive cannot represent"));
+    }
     let time = humantime::parse_rfc3339(&format!("{seconds}Z"))
         .map_err(|error| Error::with_source(Kind::Corrupt, "'created' of the manifest is not a date", error))?;
     Ok(time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs().min(MAX_MTIME)))

@@ -51,7 +51,7 @@ impl Opened {
         let member = |name, size, start| Member::new(name, MemberKind::File, size, self.shape.mtime, start);
         let key_metadata = member(KEY_METADATA, wrapped.len() as u64, GLOBAL_HEADER_BYTES as u64)?;
         let manifest = member(MANIFEST, self.shape.manifest_bytes, key_metadata.end())?;
-        // Every member after it keeps its distance to the manifest, whose alignment is a multiple of theirs.
+        // Every member after it keeps its distance to the manifest, whose alignment is a multiple of every other.
         let (old, new) = (self.shape.end - self.padded_manifest_bytes(), manifest.data().start);
         archive.set_len(self.size - old + new).map_err(failed)?;
         archive.write_all_at(&global_header(), 0, interrupt)?;
@@ -62,7 +62,7 @@ impl Opened {
         let source = self.file.try_clone().map_err(failed)?;
         copy(&StoredFile::of_size(source, self.size), old..self.size, archive, new, interrupt)?;
         let metadata = self.file.metadata().map_err(failed)?;
-        // Only root can give a file away. Its owner is whoever may read the new file, so that comes first.
+        // Only root can give a file away.
         let _ = fchown(&**archive, Some(Uid::from_raw(metadata.uid())), Some(Gid::from_raw(metadata.gid())));
         fchmod(&**archive, Mode::from_raw_mode(metadata.mode() & 0o777)).map_err(|errno| failed(errno.into()))
     }

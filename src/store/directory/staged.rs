@@ -125,7 +125,7 @@ impl StagedDirectory {
         self.place_file(self.lock.folder(), ARCHIVE)
     }
 
-    /// Puts the file of the archive in the place of the one at the location of the snapshot.
+    /// Replaces the archive at the location of the snapshot by the new file.
     pub(crate) fn replace_by_archive(&self) -> Result<()> {
         renameat(self.lock.folder(), ARCHIVE, &self.parent, file_name(self.location.path())).map_err(not_placed)
     }
@@ -135,7 +135,7 @@ impl StagedDirectory {
         entries::rename_new_file(namespace, name, &self.parent, file_name(self.location.path())).map_err(not_placed)
     }
 
-    /// Fails if something is at the location of the snapshot, before much work is done in vain.
+    /// Fails if something is at the location of the snapshot, before much work is done.
     pub(crate) fn check_free(&self) -> Result<()> {
         match statat(&self.parent, file_name(self.location.path()), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Err(not_placed(Errno::EXIST)),
