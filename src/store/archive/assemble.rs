@@ -212,11 +212,25 @@ impl GrownFile {
         let namespace = entries::open(staged.directory().location().path(), namespace)?;
         let Ok(file) = entries::open_writable(&namespace, name) else { return Ok(None) };
         // A second name would see the change.
-        let is_own =
-            fstat(&file).is_ok_and(|stat| stat.st_nlink == 1 && u64::try_from(stat.st_size) == Ok(member.size));
+        let is_whole =
+            || fstat(&file).is_ok_and(|stat| stat.st_nlink == 1 && u64::try_from(stat.st_size) == Ok(member.size));
         let room = member.data().start;
-        if !is_own || retry_on_intr(|| fallocate(&file, FallocateFlags::INSERT_RANGE, 0, room)).is_err() {
+        if !is_whole() {
             return Ok(None);
+        }
+        if let Err(errno) = retry_on_intr(|| fallocate(&file, FallocateFlags::INSERT_RANGE, 0, room)) {
+            if is_whole() {
+                return Ok(None);
+            }
+            // ext4 and XFS lengthen the file before they move its bytes, so some may have been moved.
+            let _ = entries::mark_unfinished(&file);
+            let failure = std::io::Error::from(errno);
+            let text = format!(
+                "the file system failed while it moved the bytes of {:?} ({failure}): discard the snapshot and write it \
+                 again",
+                member.path
+            );
+            return Err(Error::with_source(Kind::State, text, failure));
         }
         let (name, path) = (name.to_owned(), member.path.to_owned());
         let (file, owner) = (StoredFile::new(file), OwnerProcess::current());
