@@ -69,7 +69,7 @@ class Ended:
     error: str
 
 
-def traced_children(actions: Sequence[Callable[[], None]], folder: Path, *options: str) -> list[Ended]:
+def traced_children(actions: Sequence[Callable[[], object]], folder: Path, *options: str) -> list[Ended]:
     """Call each in a process of its own, one after the other, under one strace.
 
     strace counts the system calls of each process on its own, so it breaks all of them at their Nth call of a name. The
@@ -116,7 +116,7 @@ def traced_children(actions: Sequence[Callable[[], None]], folder: Path, *option
     return ended
 
 
-def _call(action: Callable[[], None], errors: int) -> None:
+def _call(action: Callable[[], object], errors: int) -> None:
     status = 1
     try:
         action()
