@@ -1,5 +1,6 @@
 """Every byte of an archive matters: a flipped one is found, and never read as something else."""
 
+import fcntl
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -123,3 +124,30 @@ def test_every_truncation_is_found(whole: Whole) -> None:
         os.truncate(whole.path, length)
         assert not whole.verifies(), length
         assert not whole.unpacks(whole.path.parent / "vm2"), length
+
+
+def test_a_pipe_that_ends_early_leaves_nothing(whole: Whole) -> None:
+    """As if the process that packs was killed."""
+    end = len(whole.content)
+    for length in (0, 1, 511, 1024, 40_000, FRONT_BYTES + 1, FRONT_BYTES + 2000, end - 1024, end - 512, end - 1):
+        ours, theirs = os.pipe()
+        fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 1 << 20)
+        with open(theirs, "wb") as full:
+            full.write(whole.content[:length])
+        with (
+            open(ours, "rb", buffering=0) as pipe,
+            pytest.raises(vmsnap.CorruptSnapshotError, match=r"cannot unpack the stream.*: it is (empty|truncated)"),
+        ):
+            vmsnap.unpack(pipe, whole.path.parent / "vm2", key=whole.key)
+        assert os.listdir(whole.path.parent) == [whole.path.name]
+
+
+def test_an_archive_that_grows_is_not_read_as_a_whole(whole: Whole) -> None:
+    reader = vmsnap.open(whole.path, key=whole.key)
+    with open(whole.path, "ab") as file:
+        file.write(b"more")
+    assert not whole.verifies()
+    assert not whole.unpacks(whole.path.parent / "vm2")
+    # The bytes of a fragment are where they were.
+    with reader.raw_fragment("small") as fragment:
+        assert fragment.read() == whole.fragments["small"]

@@ -39,6 +39,9 @@ pub(crate) struct FrontShape {
 /// The error for a file or stream that begins with these bytes and is not an archive. The caller names it.
 fn not_an_archive(beginning: &[u8]) -> Error {
     let is_tar = beginning.get(MAGIC_OFFSET..).is_some_and(|bytes| bytes.starts_with(MAGIC));
+    if !beginning.is_empty() && global_header().starts_with(beginning) {
+        return truncated(beginning.len() as u64);
+    }
     Error::corrupt(if beginning.is_empty() {
         "it is empty, so it is not a vmsnap archive"
     } else if is_tar && beginning.starts_with(&global_header()[..BLOCK_BYTES]) {
