@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -10,6 +9,7 @@ use rustix::fs::{AtFlags, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::entries;
+use super::remove::remove_all;
 use super::{Directory, LockedRoot};
 use crate::durability;
 use crate::error::{Error, Result};
@@ -186,16 +186,4 @@ fn not_placed(errno: Errno) -> Error {
         _ => "the staged directory cannot be renamed into place",
     };
     Error::io(text, errno)
-}
-
-/// Removes a directory that has a new name already. It tries again if a writer that has the directory open adds a file.
-fn remove_all(directory: &Path) -> std::io::Result<()> {
-    let mut attempts = 0..100;
-    loop {
-        match std::fs::remove_dir_all(directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempts.next().is_some() => {}
-            removed => return removed,
-        }
-    }
 }
