@@ -12,14 +12,17 @@ use super::entries;
 
 const FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Removes a hidden directory. It tries again if a writer that has the directory open adds a file.
+/// Removes a hidden directory. It tries again if a writer that has the directory open adds a file. If the directory does
+/// not exist, that is an error.
 pub(super) fn remove_all(directory: &Path) -> io::Result<()> {
     let mut attempts = 0..100;
     loop {
-        // If the file system cannot rename, std removes the directory level by level.
-        let emptied = empty(directory).or_else(|_| std::fs::remove_dir_all(directory));
-        match emptied.and_then(|()| std::fs::remove_dir(directory)) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        let removed = match empty(directory) {
+            Ok(()) => std::fs::remove_dir(directory),
+            // If the file system cannot rename, std removes the directory level by level.
+            Err(_) => std::fs::remove_dir_all(directory),
+        };
+        match removed {
             Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempts.next().is_some() => {}
             removed => return removed,
         }
@@ -81,6 +84,6 @@ mod tests {
         std::os::unix::fs::symlink(parent.path(), path.join("link")).unwrap();
         remove_all(&path).unwrap();
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
-        remove_all(&path).unwrap();
+        assert_eq!(remove_all(&path).unwrap_err().kind(), ErrorKind::NotFound);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -163,7 +164,10 @@ impl StagedDirectory {
             // If the file system cannot rename, it is removed under its own name.
             Err(_) => root.to_owned(),
         };
-        remove_all(&removed).map_err(failed)
+        match remove_all(&removed) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(failed),
+        }
     }
 
     fn name(&self) -> &OsStr {
