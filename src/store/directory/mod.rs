@@ -8,6 +8,7 @@
 //! lock.rs         the lock on the root
 //! file_system.rs  file systems on which that lock does not reach every writer
 //! clean.rs        removes the remains of killed processes
+//! remove.rs       removes a hidden directory, however deep it nests
 //! ```
 
 pub(crate) mod clean;
@@ -15,6 +16,7 @@ pub(crate) mod entries;
 mod file_system;
 mod lock;
 mod new_file;
+mod remove;
 mod staged;
 mod walk;
 

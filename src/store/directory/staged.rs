@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::entries;
+use super::remove::remove_all;
 use super::{Directory, LockedRoot};
 use crate::durability;
 use crate::error::{Error, Result};
@@ -168,7 +169,10 @@ impl StagedDirectory {
             // If the file system cannot rename, it is removed under its own name.
             Err(_) => root.to_owned(),
         };
-        remove_all(&removed).map_err(failed)
+        match remove_all(&removed) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(failed),
+        }
     }
 
     fn name(&self) -> &OsStr {
@@ -191,16 +195,4 @@ fn not_placed(errno: Errno) -> Error {
         _ => "the staged directory cannot be renamed into place",
     };
     Error::io(text, errno)
-}
-
-/// Removes a directory that has a new name already. It tries again if a writer that has the directory open adds a file.
-fn remove_all(directory: &Path) -> std::io::Result<()> {
-    let mut attempts = 0..100;
-    loop {
-        match std::fs::remove_dir_all(directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempts.next().is_some() => {}
-            removed => return removed,
-        }
-    }
 }
