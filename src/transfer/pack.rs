@@ -260,7 +260,10 @@ impl SealedSnapshot {
         let place = |error: Error| error.context(format!("{path} of {}", self.store.location()));
         let entry = self.manifest.fragments.get(member.path).ok_or_else(|| Error::corrupt("is not in the manifest"));
         let entry = entry.map_err(place)?;
-        let source = self.store.object(&path, Some(&self.manifest)).map_err(place)?;
+        let source = self.store.object(&path, Some(&self.manifest)).map_err(|error| match error {
+            error if error.is_not_found() => place(Error::corrupt("is missing, but the manifest lists it")),
+            error => place(error),
+        })?;
         if source.size() != entry.stored_size {
             let text = format!("is {} bytes long, but the manifest says {} bytes", source.size(), entry.stored_size);
             return Err(place(Error::corrupt(text)));

@@ -109,6 +109,14 @@ impl Directory {
         entries::open(self.root(), namespace.as_str()).map(drop)
     }
 
+    /// Removes the snapshot.
+    #[cfg(feature = "python")]
+    pub(crate) fn remove(&self) -> Result<()> {
+        let failed = |error| Error::io(format!("cannot remove the snapshot {}", self.0), error);
+        let parent = entries::open(self.root().parent().unwrap_or(self.root()), "")?;
+        remove::remove_unseen(&parent, self.root(), &entries::temporary_name()?).map_err(failed)
+    }
+
     /// Locks the snapshot, which must not be sealed, against all other writers.
     pub(crate) fn lock_exclusive(&self) -> Result<LockedRoot> {
         LockedRoot::exclusive(self.root())

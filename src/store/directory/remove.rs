@@ -29,6 +29,21 @@ pub(super) fn remove_all(directory: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes the snapshot in the directory `root`, which it gives the new `name` first, so that nobody finds a part of it.
+pub(super) fn remove_unseen(parent: &OwnedFd, root: &Path, name: &str) -> io::Result<()> {
+    let old = root.file_name().unwrap_or_default();
+    let removed = match entries::rename_new(parent, old, parent, name) {
+        Ok(()) => root.with_file_name(name),
+        Err(Errno::NOENT) => return Err(Errno::NOENT.into()),
+        // If the file system cannot rename, it is removed under its own name.
+        Err(_) => root.to_owned(),
+    };
+    match remove_all(&removed) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// Removes everything in a directory. Each directory in it moves its own directories up before it is removed.
 fn empty(directory: &Path) -> io::Result<()> {
     let root = openat(CWD, directory, FLAGS, Mode::empty())?;

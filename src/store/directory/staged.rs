@@ -2,16 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
-use super::entries;
-use super::remove::remove_all;
-use super::{Directory, LockedRoot};
+use super::{Directory, LockedRoot, entries, remove};
 use crate::durability;
 use crate::error::{Error, Result};
 use crate::location::Location;
@@ -159,20 +156,10 @@ impl StagedDirectory {
 
     /// Removes the directory and everything in it.
     pub(crate) fn discard(&self) -> Result<()> {
-        // Renamed first, so that writers in other processes do not find it. The lock is held until it is removed.
+        // The lock is held until it is removed.
         let root = self.directory.root();
-        let failed = |error| Error::io(format!("cannot remove the staged directory {}", root.display()), error);
-        let name = entries::temporary_name()?;
-        let removed = match entries::rename_new(&self.parent, self.name(), &self.parent, &name) {
-            Ok(()) => root.with_file_name(name),
-            Err(Errno::NOENT) => return Err(failed(Errno::NOENT.into())),
-            // If the file system cannot rename, it is removed under its own name.
-            Err(_) => root.to_owned(),
-        };
-        match remove_all(&removed) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            removed => removed.map_err(failed),
-        }
+        remove::remove_unseen(&self.parent, root, &entries::temporary_name()?)
+            .map_err(|error| Error::io(format!("cannot remove the staged directory {}", root.display()), error))
     }
 
     fn name(&self) -> &OsStr {
