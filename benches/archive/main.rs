@@ -19,22 +19,22 @@
 #![allow(dead_code, reason = "the other benchmark uses all of guest.rs")]
 #![allow(unsafe_code, reason = "maps memory as a monitor does")]
 
-#[path = "memory/guest.rs"]
+mod files;
+#[path = "../memory/guest.rs"]
 mod guest;
 
 use std::fs::File;
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use files::{Xfs, discard, drop_pages, feed, remove, run, sync_file_system};
 use guest::{Guest, Numbers, PAGE, mixed};
 use vmsnap::{FileMemory, GuestRegion, MemoryOptions, SecretKey, SnapshotOptions};
 
 const GIB: u64 = 1 << 30;
 const DISK_BYTES: usize = 256 << 20;
-/// The size of the image of XFS, which takes space only where it is written.
-const XFS_BYTES: u64 = 12 * GIB;
 
 struct Arguments {
     directories: Vec<PathBuf>,
@@ -109,70 +109,6 @@ fn seconds(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
     start.elapsed().as_secs_f64()
-}
-
-/// Removes a file or directory, if it exists.
-fn remove(path: &Path) {
-    let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
-}
-
-/// Runs GNU tar to its end.
-fn tar(command: &mut Command) {
-    assert!(command.status().expect("GNU tar is not installed").success());
-}
-
-/// Waits until the file system of `path` has written everything.
-fn sync_file_system(path: &Path) {
-    rustix::fs::syncfs(File::open(path).unwrap()).unwrap();
-}
-
-/// Writes a file into a pipe, as `cat` does.
-fn feed(archive: &Path, mut pipe: PipeWriter) {
-    let (mut file, mut buffer) = (File::open(archive).unwrap(), vec![0; 64 << 10]);
-    loop {
-        match file.read(&mut buffer).unwrap() {
-            0 => return,
-            count => pipe.write_all(&buffer[..count]).unwrap(),
-        }
-    }
-}
-
-/// Reads a pipe to its end.
-fn discard(mut pipe: PipeReader) {
-    let mut buffer = vec![0; 64 << 10];
-    while pipe.read(&mut buffer).unwrap() != 0 {}
-}
-
-/// Drops the pages of a file, or of all files in a directory, from the page cache of a disk.
-fn drop_pages(path: &Path) {
-    if path.is_dir() {
-        std::fs::read_dir(path).unwrap().for_each(|entry| drop_pages(&entry.unwrap().path()));
-    } else {
-        rustix::fs::fadvise(File::open(path).unwrap(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    }
-}
-
-/// An image of XFS, mounted until it is dropped.
-struct Xfs {
-    image: PathBuf,
-    mount: PathBuf,
-}
-
-impl Xfs {
-    fn mount(directory: &Path) -> Self {
-        let xfs = Self { image: directory.join("xfs.img"), mount: directory.join("xfs") };
-        File::create(&xfs.image).unwrap().set_len(XFS_BYTES).unwrap();
-        std::fs::create_dir(&xfs.mount).unwrap();
-        tar(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&xfs.image));
-        tar(Command::new("mount").args(["-o", "loop"]).arg(&xfs.image).arg(&xfs.mount));
-        xfs
-    }
-}
-
-impl Drop for Xfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.mount).status();
-    }
 }
 
 struct Bench {
@@ -297,7 +233,7 @@ impl Bench {
                 || {
                     settle();
                     clean(seconds(|| {
-                        tar(tar_pack().arg("-cf").arg(&other).arg("."));
+                        run(tar_pack().arg("-cf").arg(&other).arg("."));
                         if durable {
                             File::open(&other).unwrap().sync_all().unwrap();
                         }
@@ -315,7 +251,7 @@ impl Bench {
                     settle();
                     let mut command = fresh();
                     clean(seconds(|| {
-                        tar(command.arg("-xf").arg(&archive));
+                        run(command.arg("-xf").arg(&archive));
                         if durable {
                             sync_file_system(&out);
                         }
