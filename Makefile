@@ -96,6 +96,13 @@ bench-memory: build $(venv)/dev ## compare the speed of dumping and restoring gu
 	@$(call step,benches/memory.py)
 	$(python) benches/memory.py
 
+.PHONY: bench-archive
+bench-archive: build $(venv)/dev ## compare the speed of packing, unpacking and reading archives with that of tar and directories
+	@$(call step,tests/guest_ram.py)
+	$(python) tests/guest_ram.py || echo 'bench-archive: runs with synthetic memory, see above'
+	@$(call step,benches/archive)
+	cargo bench --quiet --locked --bench archive -- $(BENCH_ARGS)
+
 .PHONY: bench-values
 bench-values: build $(venv)/bench ## measure the speed of writing and reading values
 	@$(call step,benches/values.py)

@@ -597,11 +597,16 @@ def test_fragments_and_namespaces_complete_without_a_key(place: Place) -> None:
     assert completed("cat", place.location, "di") == ["plain,disks/sda"]
     assert completed("show", place.location, "pci/") == ["plain,pci/00:1f.2/état"]
     assert completed("ls", place.location, "p") == ["plain,pci", "plain,pci/00:1f.2"]
-    assert completed("tree", "v") == ["dir,v"]
+    assert completed("tree", "v") == ["file,v"]  # and directories
     assert completed("get", place.location, "di") == ["plain,disks/sda"]
     assert completed("get", place.location, "disks/sda", "s") == ["file,s"]
     assert completed("put", "di") == ["file,di"]
     assert completed("cat", place.location, "di", "--key-file", "none", "di") == []
+    archive = place.location.parent / "packed"
+    vmsnap.seal(place.location, key=place.key)
+    vmsnap.pack(place.location, archive, key=place.key)
+    assert completed("cat", archive, "di") == ["plain,disks/sda"]
+    assert completed("ls", archive, "p") == ["plain,pci", "plain,pci/00:1f.2"]
 
 
 def test_what_cannot_be_completed_gives_nothing_and_no_error(place: Place) -> None:

@@ -71,6 +71,7 @@ BEGINNINGS = {
     "lz4, legacy": (number(0x184C2102), "compressed by lz4"),
     "lzop": (b"\x89LZO\0\x0d\x0a\x1a\x0a", "compressed by lzop"),
     "snappy": (b"\xff\x06\x00\x00sNaPpY", "compressed by snappy"),
+    "vmsnap": (b"pax_global_header".ljust(512, b"\0") + b"512 comment=vmsnap archive 1 ", "a snapshot in one file"),
     "7z": (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     "rar": (b"Rar!\x1a\x07\x01\x00", "a rar archive"),
     "age": (b"age-encryption.org/v1\n", "encrypted by age"),

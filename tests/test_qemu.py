@@ -176,7 +176,9 @@ def test_with_share_off_the_guest_leaves_the_file_as_it_is(
     assert (tmp_path / "ram").read_bytes() == wanted.read_bytes()
 
 
-def test_the_command_line_saves_and_loads(folder: Path, qmp: Path, console: Console, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["vm1", "vm1.vmsnap.tar"])
+def test_the_command_line_saves_and_loads(folder: Path, qmp: Path, console: Console, tmp_path: Path, name: str) -> None:
+    """A directory, and one file."""
     identity, recipient = vmsnap.generate_identity(), tmp_path / "identity.txt"
     recipient.touch(0o600)
     recipient.write_text(identity)
@@ -184,11 +186,11 @@ def test_the_command_line_saves_and_loads(folder: Path, qmp: Path, console: Cons
     with running(command, qmp) as process:
         counts = console.counts(3)
         arguments = ["-r", vmsnap.recipients_of(identity)[0], "--compress", "lz4"]
-        told = run("qemu", "save", "--qmp", qmp, folder / "vm1", *arguments, "--quit").stderr.decode()
+        told = run("qemu", "save", "--qmp", qmp, folder / name, *arguments, "--quit").stderr.decode()
         assert process.wait(PATIENCE) == 0
     assert told.startswith("vmsnap: saved pc-i440fx-")
     assert re.search(r"; the guest was paused for \d+\.\d\d s: ", told)
-    load = [sys.executable, "-m", "vmsnap", "qemu", "load", folder / "vm1", "-i", recipient, "--", *command]
+    load = [sys.executable, "-m", "vmsnap", "qemu", "load", folder / name, "-i", recipient, "--", *command]
     with ended(subprocess.Popen(load, stderr=subprocess.PIPE)) as loading:
         counts += console.counts(5)
         told = run("qemu", "save", "--qmp", qmp, folder / "vm2", "--continue", "--json").stdout.decode()
@@ -566,9 +568,10 @@ def canceller() -> Callable[[], None]:
     return from_outside
 
 
+@pytest.mark.parametrize("archive", [False, True])
 @pytest.mark.parametrize("then", ["as-before", "quit"])
 def test_a_save_that_is_cancelled_in_its_commit_leaves_no_snapshot(
-    folder: Path, qmp: Path, then: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, qmp: Path, then: Any, archive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = vmsnap.StagedSnapshot.commit
 
@@ -581,7 +584,7 @@ def test_a_save_that_is_cancelled_in_its_commit_leaves_no_snapshot(
 
         monkeypatch.setattr(vmsnap.StagedSnapshot, "commit", late)
         with pytest.raises(asyncio.CancelledError):
-            await vmsnap.qemu.save_async(qmp, folder / "vm1", then=then)
+            await vmsnap.qemu.save_async(qmp, folder / "vm1", then=then, archive=archive)
         assert list(folder.iterdir()) == []
 
     with running(qemu_command(qmp), qmp):

@@ -385,8 +385,11 @@ def test_cleaning_goes_on_after_what_cannot_be_removed(tmp_path: Path) -> None:
     os.makedirs(deep.joinpath(*["a"] * 100))
     other.mkdir()
     program = f"""
-import resource, vmsnap
-resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+import os, resource, vmsnap
+free = os.dup(0)
+os.close(free)
+# Enough for a directory that is empty, and one too few for a directory in it.
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, free + 3))
 vmsnap.clean({str(tmp_path)!r})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

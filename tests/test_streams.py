@@ -102,13 +102,8 @@ def test_what_is_made_is_made_whole(made: Made, tmp_path: Path, command: str, re
         assert len(vmsnap.recipients_of(out)) == 1
     else:
         identity = tmp_path / "vmsnap/identity.txt"
-        opening = (
-            {"key": KEY}
-            if command in ("encrypt", "pack", "unpack")
-            else {"identities": identity}
-            if identity.exists()
-            else {}
-        )
+        by_key = command in ("encrypt", "pack", "unpack")
+        opening = {"key": KEY} if by_key else {"identities": identity} if identity.exists() else {}
         assert vmsnap.verify(out, **opening).ok
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "vmsnap"}
 

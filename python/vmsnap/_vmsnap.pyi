@@ -314,6 +314,9 @@ class StagedSnapshot:
 def seal(location: str, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
     """Seal a snapshot that was written in place; return its snapshot id and seal digest."""
 
+def remove(location: str | Path) -> None:
+    """Remove a snapshot that this process has made. Nothing is checked."""
+
 def clean(parent: str) -> tuple[list[Path], list[Path]]:
     """Remove temporary files of killed processes; return the paths that were removed, and those still in use."""
 

@@ -156,7 +156,7 @@ def _archive(given: "StrOrBytesPath | IO[bytes]", prepare: Callable[[IO[bytes]],
         name = type(given).__name__
         more = ""
         if hasattr(given, "fileno"):
-            more = "; if its bytes are those of its descriptor, pass open(file.fileno(), MODE, closefd=False)"
+            more = "; if it does not change the bytes, pass open(file.fileno(), MODE, closefd=False)"
         raise TypeError(
             f"an object of type {name} is not an archive: pass a path, or a binary file from open(), subprocess or "
             f"socket.makefile(){more}"
@@ -167,7 +167,7 @@ def _archive(given: "StrOrBytesPath | IO[bytes]", prepare: Callable[[IO[bytes]],
 
 
 def _passes_bytes_on(given: object) -> bool:
-    """Return whether the bytes of a file object are those of its descriptor. Those of a `GzipFile` are not."""
+    """Return whether a file object passes bytes to its descriptor as they are. A `GzipFile` does not."""
     found = unwrapped(given)
     if isinstance(found, io.TextIOBase):
         return False

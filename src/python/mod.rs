@@ -62,7 +62,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::reader::SnapshotReader;
     #[pymodule_export]
-    use super::staging::{StagedSnapshot, clean, seal, verify};
+    use super::staging::{StagedSnapshot, clean, remove, seal, verify};
     #[pymodule_export]
     use super::transfer::{pack, unpack};
     #[pymodule_export]

@@ -10,6 +10,8 @@ use super::call::{interruptible, options, parse_format, sealed_options};
 use super::credentials::Credentials;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
+use crate::location::Location;
+use crate::store::Store;
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -78,6 +80,14 @@ pub(super) fn seal<'py>(
 ) -> PyResult<Id<'py>> {
     let options = options(credentials, threads)?.durable(durable);
     Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(location, interrupt))?))
+}
+
+/// Removes a snapshot that this process has made.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value, reason = "the argument comes from Python")]
+pub(super) fn remove(py: Python<'_>, location: PathBuf) -> PyResult<()> {
+    let store = Store::at(Location::new(&location)?);
+    Ok(py.detach(move || store.remove())?)
 }
 
 /// Returns the directories that were removed, and those that are still in use.

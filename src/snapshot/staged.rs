@@ -16,7 +16,7 @@ use crate::store::directory::StagedDirectory;
 use crate::threads::Interrupt;
 
 /// A snapshot that is being created: nothing exists at its location until [`StagedSnapshot::commit`], which puts the
-/// complete snapshot there.
+/// complete snapshot there, as a directory or as an archive ([`SnapshotOptions::archive`]).
 ///
 /// It is written in a hidden directory beside its location, through [`StagedSnapshot::writer`] and the handles made
 /// from that writer. Dropping it without a commit removes the hidden directory, in the process that created it. A

@@ -156,6 +156,15 @@ impl Store {
         }
     }
 
+    /// Removes the snapshot. Nothing is checked: the caller has made it.
+    #[cfg(feature = "python")]
+    pub(crate) fn remove(&self) -> Result<()> {
+        match self {
+            Self::Directory(directory) => directory.remove(),
+            Self::Archive(archive) => archive.remove(),
+        }
+    }
+
     /// The directory of a snapshot that is not sealed: only that is listed without a manifest, and added to.
     ///
     /// # Errors

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat};
 
 use crate::error::{Error, Result};
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt};
@@ -14,40 +16,77 @@ const PIPE_BUF: usize = 4096;
 /// A stream whose calls do not wait longer than 50 ms: then they fail with [`ErrorKind::Interrupted`], and the caller
 /// checks the interrupt and tries again.
 ///
-/// The file stays in blocking mode, because other processes may share that mode.
-pub(crate) struct Pipe(File);
+/// The given file stays in blocking mode, because other processes may share that mode.
+pub(crate) struct Pipe {
+    file: File,
+    /// Whether a call of any size returns at once.
+    is_prompt: bool,
+}
 
 impl Pipe {
     pub(crate) fn new(file: File) -> Self {
-        Self(file)
+        match fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+            Ok(FileType::RegularFile) => Self { file, is_prompt: true },
+            Ok(FileType::Fifo) => match reopen(&file) {
+                Ok(file) => Self { file, is_prompt: true },
+                Err(_) => Self { file, is_prompt: false },
+            },
+            _ => Self { file, is_prompt: false },
+        }
     }
 
     /// Waits until a call does not block, but only for a moment.
     fn wait(&self, event: PollFlags) -> io::Result<()> {
         let timeout = Timespec { tv_sec: 0, tv_nsec: INTERRUPT_INTERVAL.subsec_nanos().into() };
         // A signal ends the wait with an error of this kind too. The call itself reports an end or an error of the stream.
-        if poll(&mut [PollFd::new(&self.0, event)], Some(&timeout))? == 0 {
+        if poll(&mut [PollFd::new(&self.file, event)], Some(&timeout))? == 0 {
             return Err(ErrorKind::Interrupted.into());
         }
         Ok(())
     }
+
+    /// Calls `transfer` at once or when it does not block.
+    fn when_ready(
+        &mut self,
+        event: PollFlags,
+        mut transfer: impl FnMut(&mut File) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        if self.is_prompt {
+            match transfer(&mut self.file) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+        }
+        self.wait(event)?;
+        transfer(&mut self.file).map_err(|error| match error.kind() {
+            // Another process was faster.
+            ErrorKind::WouldBlock => ErrorKind::Interrupted.into(),
+            _ => error,
+        })
+    }
+}
+
+/// Opens a pipe again, in non-blocking mode: that mode belongs to the open file, not to the pipe.
+fn reopen(file: &File) -> io::Result<File> {
+    let flags = (fcntl_getfl(file)? & OFlags::RWMODE) | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
 }
 
 impl Read for Pipe {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.wait(PollFlags::IN)?;
-        self.0.read(buf)
+        self.when_ready(PollFlags::IN, |file| file.read(buf))
     }
 }
 
 impl Write for Pipe {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.wait(PollFlags::OUT)?;
-        self.0.write(&data[..data.len().min(PIPE_BUF)])
+        let most = if self.is_prompt { data.len() } else { data.len().min(PIPE_BUF) };
+        self.when_ready(PollFlags::OUT, |file| file.write(&data[..most]))
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+        self.file.flush()
     }
 }
 
@@ -89,6 +128,7 @@ pub(crate) fn write_all(stream: &mut dyn Write, mut data: &[u8], interrupt: &mut
 mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
 
     fn pipe() -> (Pipe, Pipe) {
         let (reader, writer) = io::pipe().unwrap();
@@ -125,6 +165,35 @@ mod tests {
     }
 
     #[test]
+    fn a_call_of_any_size_returns_at_once_where_the_pipe_could_be_opened_again() {
+        let (reader, writer) = io::pipe().unwrap();
+        let given = writer.try_clone().unwrap();
+        let mut writer = Pipe::new(OwnedFd::from(writer).into());
+        // A writer that is not prompt would write less.
+        assert!(writer.write(&[7; 3 * PIPE_BUF]).unwrap() == 3 * PIPE_BUF);
+        while writer.write(&[7; 3 * PIPE_BUF]).is_ok() {}
+        assert!(!fcntl_getfl(&given).unwrap().contains(OFlags::NONBLOCK));
+        assert!(fcntl_getfl(&writer.file).unwrap().contains(OFlags::NONBLOCK));
+        drop(reader);
+        assert_eq!(writer.write(&[7]).unwrap_err().kind(), ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn what_cannot_be_opened_again_takes_as_much_as_never_waits() {
+        let (reader, writer) = UnixStream::pair().unwrap();
+        let mut reader = Pipe::new(OwnedFd::from(reader).into());
+        let mut writer = Pipe::new(OwnedFd::from(writer).into());
+        assert_eq!(reader.read(&mut [0]).unwrap_err().kind(), ErrorKind::Interrupted);
+        assert_eq!(writer.write(&[7; 3 * PIPE_BUF]).unwrap(), PIPE_BUF);
+        assert_eq!(reader.read(&mut [0; 3 * PIPE_BUF]).unwrap(), PIPE_BUF);
+        // A process without /proc has such a pipe.
+        let (_reader, writer) = io::pipe().unwrap();
+        let mut writer = Pipe { file: OwnedFd::from(writer).into(), is_prompt: false };
+        while writer.write(&[7; 3 * PIPE_BUF]).is_ok_and(|count| count == PIPE_BUF) {}
+        assert_eq!(writer.write(&[7]).unwrap_err().kind(), ErrorKind::Interrupted);
+    }
+
+    #[test]
     fn an_end_is_reported_by_the_call() {
         let (mut reader, writer) = pipe();
         drop(writer);
@@ -138,7 +207,7 @@ mod tests {
     fn a_file_never_waits() {
         let mut file = Pipe::new(tempfile::tempfile().unwrap());
         file.write_all(&[7; 3 * PIPE_BUF]).unwrap();
-        assert_eq!(file.0.metadata().unwrap().len(), 3 * PIPE_BUF as u64);
+        assert_eq!(file.file.metadata().unwrap().len(), 3 * PIPE_BUF as u64);
         assert_eq!(file.read(&mut [0]).unwrap(), 0);
     }
 }

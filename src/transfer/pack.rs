@@ -1,5 +1,6 @@
 //! Writes a sealed snapshot as an archive.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -10,7 +11,7 @@ use crate::fragment::checked_copy::{Input, Output, copy_checked};
 use crate::key::KeyPayload;
 use crate::location::Location;
 use crate::manifest::{Entry, Manifest, SealId};
-use crate::name::SnapshotPath;
+use crate::name::{SnapshotPath, shown};
 use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest};
 use crate::store::archive::assemble::{Frame, clonable};
 use crate::store::archive::layout::Layout;
@@ -18,7 +19,7 @@ use crate::store::archive::member::{BLOCK_BYTES, END, Member, MemberKind, global
 use crate::store::bytes::{ReadAt, WriteAt};
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::pipe::{self, Pipe};
-use crate::store::{Head, Store, Strange, StrangeKind, Survey};
+use crate::store::{Head, Store, Strange, Survey};
 use crate::stored_file::StoredFile;
 use crate::threads::{self, Interrupt, for_each};
 
@@ -259,7 +260,10 @@ impl SealedSnapshot {
         let place = |error: Error| error.context(format!("{path} of {}", self.store.location()));
         let entry = self.manifest.fragments.get(member.path).ok_or_else(|| Error::corrupt("is not in the manifest"));
         let entry = entry.map_err(place)?;
-        let source = self.store.object(&path, Some(&self.manifest)).map_err(place)?;
+        let source = self.store.object(&path, Some(&self.manifest)).map_err(|error| match error {
+            error if error.is_not_found() => place(Error::corrupt("is missing, but the manifest lists it")),
+            error => place(error),
+        })?;
         if source.size() != entry.stored_size {
             let text = format!("is {} bytes long, but the manifest says {} bytes", source.size(), entry.stored_size);
             return Err(place(Error::corrupt(text)));
@@ -270,26 +274,26 @@ impl SealedSnapshot {
 
 /// Refuses a snapshot with anything that its manifest does not list, which would be lost, and one without a namespace
 /// that the manifest lists. A fragment that is missing or changed is found when it is copied.
-fn compare(mut survey: Survey, manifest: &Manifest) -> Result<()> {
-    let mut changed = survey.strange.extract_if(.., |strange| matches!(strange.kind, StrangeKind::Changed));
-    if let Some(Strange { path, refusal: Some(error), .. }) = changed.next() {
-        return Err(error.context(path));
-    }
-    drop(changed);
-    let strange = survey.strange.iter().find(|strange| !matches!(strange.kind, StrangeKind::NotExamined));
-    let extra = strange.map(|strange| &*strange.path).or_else(|| {
-        let mut fragments = survey.fragments.iter().map(|stored| stored.path.as_str());
-        fragments.find(|path| !manifest.fragments.contains_key(*path))
-    });
-    let mut namespaces = survey.namespaces.iter().map(SnapshotPath::as_str);
-    if let Some(path) = extra.or_else(|| namespaces.find(|path| !manifest.namespaces.contains(*path))) {
+fn compare(survey: Survey, manifest: &Manifest) -> Result<()> {
+    let Survey { namespaces, fragments, strange } = survey.strict()?;
+    if let Some(Strange { path, .. }) = strange.first() {
         let text = format!(
-            "its manifest does not list {path:?}, which the archive would not contain: move it away; verify lists \
-             everything of this kind"
+            "it contains {}, whose name is reserved for vmsnap: if a killed process left it, clean() removes it",
+            shown(path)
         );
         return Err(Error::corrupt(text));
     }
-    let found: std::collections::BTreeSet<_> = survey.namespaces.iter().map(SnapshotPath::as_str).collect();
+    let is_listed = |path: &str| manifest.fragments.contains_key(path) || manifest.namespaces.contains(path);
+    let mut stored =
+        fragments.iter().map(|fragment| fragment.path.as_str()).chain(namespaces.iter().map(SnapshotPath::as_str));
+    if let Some(path) = stored.find(|path| !is_listed(path)) {
+        let text = format!(
+            "it contains {}, which its manifest does not list, and which the archive would lose: move it elsewhere",
+            shown(path)
+        );
+        return Err(Error::corrupt(text));
+    }
+    let found: BTreeSet<_> = namespaces.iter().map(SnapshotPath::as_str).collect();
     match manifest.namespaces.iter().find(|path| !found.contains(&***path)) {
         Some(path) => Err(Error::corrupt(format!("its manifest lists the namespace {path:?}, which does not exist"))),
         None => Ok(()),

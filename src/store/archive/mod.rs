@@ -97,6 +97,13 @@ impl Archive {
         self.opened.get().ok_or_else(|| self.not_opened(ErrorKind::Other.into()))
     }
 
+    /// Removes the file.
+    #[cfg(feature = "python")]
+    pub(crate) fn remove(&self) -> Result<()> {
+        std::fs::remove_file(self.location.path())
+            .map_err(|error| Error::io(format!("cannot remove the snapshot {}", self.location), error))
+    }
+
     /// Checks that the file is as long as an archive with this manifest, and computes the places of its members.
     pub(crate) fn settle(&self, manifest: &Manifest) -> Result<()> {
         let opened = self.opened()?;

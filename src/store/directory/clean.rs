@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::entries;
 use super::lock::LockedRoot;
+use super::remove::remove_all;
 use crate::error::{Error, Result};
 use crate::location::Location;
 
@@ -67,7 +68,7 @@ pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
             }
         };
         for path in paths {
-            let removed = if path == locked { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            let removed = if path == locked { remove_all(&path) } else { std::fs::remove_file(&path) };
             match removed {
                 Ok(()) => cleaned.removed.push(path),
                 Err(error) if error.kind() == ErrorKind::NotFound => {}

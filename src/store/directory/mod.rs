@@ -8,6 +8,7 @@
 //! lock.rs         the lock on the root
 //! file_system.rs  file systems on which that lock does not reach every writer
 //! clean.rs        removes the remains of killed processes
+//! remove.rs       removes a hidden directory, however deep it nests
 //! ```
 
 pub(crate) mod clean;
@@ -15,6 +16,7 @@ pub(crate) mod entries;
 mod file_system;
 mod lock;
 mod new_file;
+mod remove;
 mod staged;
 mod walk;
 
@@ -105,6 +107,14 @@ impl Directory {
     /// Checks that there is such a namespace.
     pub(crate) fn check_namespace(&self, namespace: &SnapshotPath) -> Result<()> {
         entries::open(self.root(), namespace.as_str()).map(drop)
+    }
+
+    /// Removes the snapshot.
+    #[cfg(feature = "python")]
+    pub(crate) fn remove(&self) -> Result<()> {
+        let failed = |error| Error::io(format!("cannot remove the snapshot {}", self.0), error);
+        let parent = entries::open(self.root().parent().unwrap_or(self.root()), "")?;
+        remove::remove_unseen(&parent, self.root(), &entries::temporary_name()?).map_err(failed)
     }
 
     /// Locks the snapshot, which must not be sealed, against all other writers.

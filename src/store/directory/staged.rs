@@ -2,15 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
-use super::entries;
-use super::{Directory, LockedRoot};
+use super::{Directory, LockedRoot, entries, remove};
 use crate::durability;
 use crate::error::{Error, Result};
 use crate::location::Location;
@@ -158,17 +156,10 @@ impl StagedDirectory {
 
     /// Removes the directory and everything in it.
     pub(crate) fn discard(&self) -> Result<()> {
-        // Renamed first, so that writers in other processes do not find it. The lock is held until it is removed.
+        // The lock is held until it is removed.
         let root = self.directory.root();
-        let failed = |error| Error::io(format!("cannot remove the staged directory {}", root.display()), error);
-        let name = entries::temporary_name()?;
-        let removed = match entries::rename_new(&self.parent, self.name(), &self.parent, &name) {
-            Ok(()) => root.with_file_name(name),
-            Err(Errno::NOENT) => return Err(failed(Errno::NOENT.into())),
-            // If the file system cannot rename, it is removed under its own name.
-            Err(_) => root.to_owned(),
-        };
-        remove_all(&removed).map_err(failed)
+        remove::remove_unseen(&self.parent, root, &entries::temporary_name()?)
+            .map_err(|error| Error::io(format!("cannot remove the staged directory {}", root.display()), error))
     }
 
     fn name(&self) -> &OsStr {
@@ -191,16 +182,4 @@ fn not_placed(errno: Errno) -> Error {
         _ => "the staged directory cannot be renamed into place",
     };
     Error::io(text, errno)
-}
-
-/// Removes a directory that has a new name already. It tries again if a writer that has the directory open adds a file.
-fn remove_all(directory: &Path) -> std::io::Result<()> {
-    let mut attempts = 0..100;
-    loop {
-        match std::fs::remove_dir_all(directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempts.next().is_some() => {}
-            removed => return removed,
-        }
-    }
 }
