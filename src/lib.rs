@@ -104,7 +104,8 @@
 //     fragment, key, serialization                  contents of fragments; wrapped keys; values
 //     store                                         the place where a snapshot is kept
 //     manifest, strict_cbor, cipher, name           formats: the manifest, FLOE, names
-//     threads, pool, process, buffer, durability, stored_file, location, zeros, error
+//     threads, pool, process, buffer, durability, stored_file, reflink, location,
+//     zeros, error
 
 mod buffer;
 mod cipher;
@@ -125,6 +126,7 @@ mod pool;
 mod process;
 #[cfg(feature = "python")]
 mod python;
+mod reflink;
 mod serialization;
 mod snapshot;
 mod store;

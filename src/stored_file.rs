@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev, pwritev2};
 
+use crate::reflink;
 use crate::threads::lock;
 
 /// `RWF_DONTCACHE` of linux/fs.h, which rustix does not have.
@@ -249,6 +250,11 @@ impl StoredFile {
             Err(Errno::NXIO) => u64::MAX,
             Err(_) => from,
         }
+    }
+
+    /// Makes `target` share the blocks of a range, from `offset` on; returns whether the file system did.
+    pub(crate) fn clone_range(&self, range: Range<u64>, target: &File, offset: u64) -> bool {
+        reflink::clone_range(&self.file, self.start + range.start..self.start + range.end, target, offset)
     }
 
     /// Drops the pages that are still in the cache, if the file bypasses it.

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -369,3 +370,55 @@ def test_the_key_of_an_archive_is_changed(tmp_path: Path, key: bytes) -> None:
     assert vmsnap.verify(location, passphrase="hunter2", expect_seal_digest=staged.seal_digest).ok
     assert vmsnap.unpack(location, tmp_path / "vm2", passphrase="hunter2").seal_digest == staged.seal_digest
     assert sorted(os.listdir(tmp_path)) == ["vm1.vmsnap.tar", "vm2"]
+
+
+# An access list of acl(5): the owner and the user 1000 read and write, the group and others nothing. The mask makes it
+# look like mode 0660.
+ACCESS_LIST = struct.pack(
+    "<I" + "HHI" * 5,
+    *(2, 1, 6, 2**32 - 1, 2, 6, 1000, 4, 0, 2**32 - 1, 16, 6, 2**32 - 1, 32, 0, 2**32 - 1),
+)
+ATTRIBUTE = "system.posix_acl_access"
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_change_of_the_key_keeps_owner_mode_and_access_list(tmp_path: Path, key: bytes, listed: bool) -> None:
+    path = tmp_path / "vm1.vmsnap.tar"
+    with vmsnap.create(path, key=key) as snapshot:
+        snapshot.write_fragment("clock", 12)
+    os.chmod(path, 0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 2345)
+    if listed:
+        try:
+            os.setxattr(path, ATTRIBUTE, ACCESS_LIST)
+        except OSError as error:
+            pytest.skip(f"the file system has no access lists: {error}")
+    before = path.stat()
+
+    vmsnap.rekey(path, key=key, new_key=vmsnap.generate_key())
+
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    if listed:
+        assert os.getxattr(path, ATTRIBUTE) == ACCESS_LIST
+
+
+def test_a_damaged_archive_keeps_its_key(tmp_path: Path, key: bytes) -> None:
+    path = tmp_path / "vm1.vmsnap.tar"
+    with vmsnap.create(path, key=key) as snapshot:
+        snapshot.write_fragment("clock", 12)
+    path.write_bytes(path.read_bytes()[:-1])
+    damaged = path.read_bytes()
+    with pytest.raises(vmsnap.CorruptSnapshotError, match="truncated"):
+        vmsnap.rekey(path, key=key, new_key=vmsnap.generate_key())
+    assert path.read_bytes() == damaged
+
+
+def test_a_fifo_in_place_of_an_archive_is_refused_at_once(pair: Pair) -> None:
+    reader = pickle.dumps(pair.archive.open())
+    pair.archive.location.unlink()
+    os.mkfifo(pair.archive.location)
+    with pytest.raises(vmsnap.InvalidArgumentError, match="not a regular file"):
+        pickle.loads(reader).raw_fragment("machine")

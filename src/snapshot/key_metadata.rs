@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::SnapshotOptions;
+use super::{SnapshotOptions, open_manifest};
 use crate::cipher::wipe_stack;
 use crate::error::{Error, Kind, Result};
 use crate::key::{self, KeyPayload, KeyWrapping};
@@ -102,7 +102,8 @@ pub(crate) fn rekey_interruptible(
     let store = Store::at(Location::new(location.as_ref())?);
     let location = store.location();
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
-    let wrapped = store.head()?.key_metadata?.ok_or_else(|| {
+    let Head { key_metadata, manifest } = store.head()?;
+    let wrapped = key_metadata?.ok_or_else(|| {
         let text = format!(
             "the snapshot {location} is not encrypted (it has no {KEY_METADATA}), so it has no key to change; \
              copy it into an encrypted snapshot (vmsnap encrypt)"
@@ -111,6 +112,12 @@ pub(crate) fn rekey_interruptible(
     })?;
     let context = |error: Error| error.context(place(location));
     let payload = unwrapper.unwrap(&wrapped, interrupt).map_err(context)?;
+    if let Store::Archive(archive) = &store
+        && let Some((manifest, _)) = open_manifest::decode(location, manifest?, Some(&payload))?
+    {
+        // The whole file is replaced, so it should be whole.
+        archive.settle(&manifest)?;
+    }
     let wrapped = wrapper.wrap(&payload, interrupt);
     wipe_stack();
     let wrapped = wrapped.map_err(context)?;

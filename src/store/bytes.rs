@@ -5,7 +5,6 @@ use std::io::ErrorKind;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::store::reflink;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
@@ -109,7 +108,7 @@ impl ReadAt for StoredFile {
     }
 
     fn clone_range(&self, range: Range<u64>, target: &File, offset: u64) -> bool {
-        reflink::clone_range(self, range, target, offset)
+        Self::clone_range(self, range, target, offset)
     }
 }
 

@@ -123,6 +123,14 @@ fn every_range_of_an_object_is_read_by_any_thread() {
             Ok(())
         })
         .unwrap();
+        let target = tempfile::NamedTempFile::new_in(store.location().path().parent().unwrap()).unwrap();
+        if object.clone_range(0..65_536, target.as_file(), 0) {
+            assert_eq!(
+                std::fs::read(target.path()).unwrap(),
+                bytes[..65_536],
+                "the shared blocks are those of the object"
+            );
+        }
         // Other bytes follow the object in an archive.
         let go_on = &mut || Ok(());
         let interrupt = &mut Interrupt::new(go_on);

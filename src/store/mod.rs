@@ -6,7 +6,6 @@ pub(crate) mod bytes;
 mod contract;
 pub(crate) mod directory;
 pub(crate) mod pipe;
-pub(crate) mod reflink;
 
 use std::sync::Arc;
 use std::time::SystemTime;

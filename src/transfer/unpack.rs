@@ -5,8 +5,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use rustix::fs::{FileType, Mode, OFlags};
-
 use crate::error::{Error, Result};
 use crate::fragment::checked_copy::{Input, Output, copy_checked};
 use crate::key::KeyPayload;
@@ -18,6 +16,7 @@ use crate::store::Draft;
 use crate::store::archive::front::{Front, truncated};
 use crate::store::archive::layout::Layout;
 use crate::store::archive::member::{BLOCK_BYTES, END, END_BYTES, MemberKind, foreign};
+use crate::store::archive::open_regular;
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::pipe::{self, Pipe};
 use crate::stored_file::StoredFile;
@@ -124,19 +123,8 @@ fn cannot_unpack(name: &dyn fmt::Display) -> String {
 }
 
 fn open_archive(archive: &Location) -> Result<Source<'static>> {
-    // Non-blocking: opening a FIFO would wait for a writer.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(archive.path(), flags, Mode::empty())
-        .map_err(|errno| Error::io("it cannot be opened", errno))?;
-    let stat = rustix::fs::fstat(&file).map_err(|errno| Error::io("it cannot be examined", errno))?;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => {
-            let size = u64::try_from(stat.st_size).map_err(|_| Error::corrupt("it has a negative size"))?;
-            Ok(Source::File { file: StoredFile::of_size(file.into(), size), position: 0 })
-        }
-        FileType::Directory => Err(Error::corrupt("it is a directory, not an archive: open it as it is")),
-        _ => Err(Error::invalid_argument("it is not a regular file: pass it as a stream")),
-    }
+    let (file, size) = open_regular(archive.path())?;
+    Ok(Source::File { file: StoredFile::of_size(file, size), position: 0 })
 }
 
 /// An archive, read in order. The contents of the fragments of a file are read by all threads.

@@ -20,7 +20,6 @@ use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
 use crate::store::bytes::{ReadAt, WriteAt};
 use crate::store::directory::{StagedDirectory, entries};
-use crate::store::reflink;
 use crate::stored_file::StoredFile;
 use crate::threads::Interrupt;
 
@@ -126,7 +125,7 @@ impl Assembly<'_> {
 
     /// Tries whether the archive can share the blocks of a fragment.
     fn clone_bulk(&self, archive: &StoredFile, member: &Member<'_>) -> Result<bool> {
-        Ok(reflink::clone_range(&*self.open(member)?, clonable(member.size), archive, member.data().start))
+        Ok(self.open(member)?.clone_range(clonable(member.size), archive, member.data().start))
     }
 }
 
@@ -141,7 +140,7 @@ pub(super) fn copy(
 ) -> Result<()> {
     let shared = clonable(range.end - range.start);
     let shared = range.start..range.start + shared.end;
-    let mut done = if reflink::clone_range(source, shared.clone(), archive, offset) { shared.end } else { range.start };
+    let mut done = if source.clone_range(shared.clone(), archive, offset) { shared.end } else { range.start };
     while done < range.end {
         done = source.next_data(done);
         if done >= range.end {

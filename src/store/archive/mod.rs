@@ -21,8 +21,10 @@ mod scan;
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -70,8 +72,7 @@ impl Archive {
         let front = if let Some(opened) = self.opened.get() {
             self.front(&opened.file)?
         } else {
-            let file = File::open(self.location.path()).map_err(|error| self.not_opened(error))?;
-            let size = file.metadata().map_err(|error| self.not_opened(error))?.len();
+            let (file, size) = open_regular(self.location.path()).map_err(|error| error.context(self.cannot_open()))?;
             let front = self.front(&file)?;
             let (layout, scan) = (OnceLock::new(), OnceLock::new());
             self.opened.get_or_init(|| Opened { file, size, shape: front.shape, layout, scan });
@@ -81,20 +82,19 @@ impl Archive {
     }
 
     fn front(&self, file: &File) -> Result<Front> {
-        let context = |error: Error| error.context(format!("cannot open the snapshot {}", self.location));
         let mut cursor = BufReader::with_capacity(64 << 10, Cursor { file, at: 0 });
-        Front::read(&mut cursor, &mut Interrupt::new(&mut || Ok(()))).map_err(context)
+        Front::read(&mut cursor, &mut Interrupt::new(&mut || Ok(()))).map_err(|error| error.context(self.cannot_open()))
     }
 
-    fn not_opened(&self, error: io::Error) -> Error {
-        Error::io(format!("cannot open the snapshot {}", self.location), error)
+    fn cannot_open(&self) -> String {
+        format!("cannot open the snapshot {}", self.location)
     }
 
     fn opened(&self) -> Result<&Opened> {
         if self.opened.get().is_none() {
             self.head()?;
         }
-        self.opened.get().ok_or_else(|| self.not_opened(ErrorKind::Other.into()))
+        self.opened.get().ok_or_else(|| Error::corrupt("it was not opened"))
     }
 
     /// Removes the file.
@@ -107,7 +107,7 @@ impl Archive {
     /// Checks that the file is as long as an archive with this manifest, and computes the places of its members.
     pub(crate) fn settle(&self, manifest: &Manifest) -> Result<()> {
         let opened = self.opened()?;
-        let context = |error: Error| error.context(format!("cannot open the snapshot {}", self.location));
+        let context = |error: Error| error.context(self.cannot_open());
         let layout = opened.layout(manifest).map_err(context)?;
         if layout.total_bytes() != opened.size {
             return Err(context(wrong_length(opened.size, layout.total_bytes())));
@@ -157,6 +157,22 @@ impl Opened {
         let read = read_at_most(&self.file, &mut headers, member.start)
             .map_err(|error| Error::io("its headers cannot be read", error))?;
         if read < headers.len() || headers != expected { Err(foreign(member.start)) } else { Ok(()) }
+    }
+}
+
+/// Opens the file of an archive to read it; returns it and its size. Anything but a regular file is refused.
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // Non-blocking: opening a FIFO would wait for a writer.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| Error::io("it cannot be opened", errno))?;
+    let stat = rustix::fs::fstat(&file).map_err(|errno| Error::io("it cannot be examined", errno))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {
+            let size = u64::try_from(stat.st_size).map_err(|_| Error::corrupt("it has a negative size"))?;
+            Ok((file.into(), size))
+        }
+        FileType::Directory => Err(Error::corrupt("it is a directory, not an archive: open it as it is")),
+        _ => Err(Error::invalid_argument("it is not a regular file: pass it as a stream")),
     }
 }
 

@@ -9,6 +9,7 @@ use std::process::Command;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::*;
+use crate::reflink;
 use crate::{SecretKey, SnapshotOptions, StagedSnapshot};
 
 /// Set in a child: the directory in which it is killed in the middle of a commit.
