@@ -128,7 +128,7 @@ fn every_range_of_an_object_is_read_by_any_thread() {
             assert_eq!(
                 std::fs::read(target.path()).unwrap(),
                 bytes[..65_536],
-                "the shared blocks are those of the object"
+                "the blocks of another place are shared"
             );
         }
         // Other bytes follow the object in an archive.

@@ -22,7 +22,8 @@ def rekey(snapshot: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
 
     The options -r, -R, --new-key-file and --new-passphrase give the new key or recipients. They replace the old ones.
 
-    Only enc_metadata is replaced, so this takes milliseconds for a snapshot of any size.
+    Only enc_metadata is replaced, so this takes milliseconds for a snapshot of any size. An archive is copied, unless
+    its file system has reflinks.
 
     This does not revoke access: somebody who could open the snapshot before may have kept its data key. To get a new
     data key, copy the snapshot with "vmsnap encrypt".
