@@ -180,7 +180,7 @@ def recorded_operations(log: str, folder: Path, before: Sequence[Operation] = ()
         if name == "openat" and "O_CREAT" not in text:
             continue
         full = paths[0] if paths else b""
-        if name in ("openat", "mkdirat", "unlinkat", "renameat", "renameat2"):
+        if name in ("openat", "mkdirat", "unlinkat", "rmdir", "renameat", "renameat2"):
             full = texts[0] if texts[0].startswith(b"/") else full + b"/" + texts[0]
         path = below(full)
         if path is None:
@@ -211,7 +211,7 @@ def recorded_operations(log: str, folder: Path, before: Sequence[Operation] = ()
                 target = below(paths[1])
                 assert target is not None, line
                 operation = Rename(disk.inode_at(parent), own, disk.inode_at(target), texts[1], disk.inode_at(path))
-            case "unlinkat":
+            case "unlinkat" | "rmdir":
                 operation = Remove(disk.inode_at(parent), own)
             case "fsync":
                 operation = Sync(disk.inode_at(path))
