@@ -119,7 +119,7 @@ impl SnapshotOptions {
     }
 
     /// Packs into an open file, usually a pipe, which is written in order.
-    #[allow(dead_code, reason = "its user, the Python API, follows")]
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "the Python package packs into open files"))]
     pub(crate) fn pack_to_file(
         &self,
         location: impl AsRef<Path>,

@@ -70,7 +70,7 @@ impl SnapshotOptions {
     }
 
     /// Unpacks from an open file, usually a pipe, which is read in order.
-    #[allow(dead_code, reason = "its user, the Python API, follows")]
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "the Python package unpacks open files"))]
     pub(crate) fn unpack_file(
         &self,
         file: File,
