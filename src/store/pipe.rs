@@ -6,12 +6,17 @@ use std::os::fd::AsRawFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat};
+use rustix::pipe::fcntl_setpipe_size;
 
 use crate::error::{Error, Result};
 use crate::threads::{INTERRUPT_INTERVAL, Interrupt};
 
 /// A pipe with room for anything takes this many bytes without waiting (`PIPE_BUF` of linux/limits.h).
 const PIPE_BUF: usize = 4096;
+
+/// The capacity that a pipe gets: the most that users may ask for (`/proc/sys/fs/pipe-max-size`). With the usual 64 KiB,
+/// both sides wait for each other most of the time.
+const CAPACITY_BYTES: usize = 1 << 20;
 
 /// A stream whose calls do not wait longer than 50 ms: then they fail with [`ErrorKind::Interrupted`], and the caller
 /// checks the interrupt and tries again.
@@ -27,10 +32,14 @@ impl Pipe {
     pub(crate) fn new(file: File) -> Self {
         match fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
             Ok(FileType::RegularFile) => Self { file, is_prompt: true },
-            Ok(FileType::Fifo) => match reopen(&file) {
-                Ok(file) => Self { file, is_prompt: true },
-                Err(_) => Self { file, is_prompt: false },
-            },
+            Ok(FileType::Fifo) => {
+                // The kernel may refuse it: users have a limit for all their pipes.
+                let _ = fcntl_setpipe_size(&file, CAPACITY_BYTES);
+                match reopen(&file) {
+                    Ok(file) => Self { file, is_prompt: true },
+                    Err(_) => Self { file, is_prompt: false },
+                }
+            }
             _ => Self { file, is_prompt: false },
         }
     }
@@ -90,15 +99,18 @@ impl Write for Pipe {
     }
 }
 
-/// The most bytes of one call: a pipe with the usual capacity takes so many at once.
-const CALL_BYTES: usize = 64 << 10;
+/// The most bytes of one read: a pipe with the usual capacity holds so many.
+const READ_BYTES: usize = 64 << 10;
+
+/// The most bytes of one write. If it filled the pipe, both sides would only take turns.
+const WRITE_BYTES: usize = 16 << 10;
 
 /// Fills `buf` with the next bytes of a stream; returns their number, which is less than asked for only at the end.
 pub(crate) fn read_full(stream: &mut dyn Read, buf: &mut [u8], interrupt: &mut Interrupt<'_>) -> Result<usize> {
     let mut done = 0;
     while done < buf.len() {
         interrupt.check()?;
-        let end = buf.len().min(done + CALL_BYTES);
+        let end = buf.len().min(done + READ_BYTES);
         match stream.read(&mut buf[done..end]) {
             Ok(0) => break,
             Ok(count) => done += count,
@@ -113,7 +125,7 @@ pub(crate) fn read_full(stream: &mut dyn Read, buf: &mut [u8], interrupt: &mut I
 pub(crate) fn write_all(stream: &mut dyn Write, mut data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
     while !data.is_empty() {
         interrupt.check()?;
-        let most = data.len().min(CALL_BYTES);
+        let most = data.len().min(WRITE_BYTES);
         match stream.write(&data[..most]) {
             Ok(0) => return Err(Error::io("the stream cannot be written", ErrorKind::WriteZero)),
             Ok(count) => data = &data[count..],
