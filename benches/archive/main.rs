@@ -277,7 +277,7 @@ impl Bench {
             },
             || {
                 seconds(|| {
-                    let (reader, mut writer) = std::io::pipe().unwrap();
+                    let (reader, mut writer) = pipe();
                     std::thread::scope(|scope| {
                         scope.spawn(|| discard(reader));
                         options.pack_to(&directory, &mut writer).unwrap();
@@ -300,7 +300,7 @@ impl Bench {
             },
             || {
                 clean(seconds(|| {
-                    let (mut reader, writer) = std::io::pipe().unwrap();
+                    let (mut reader, writer) = pipe();
                     std::thread::scope(|scope| {
                         scope.spawn(|| feed(&archive, writer));
                         options.unpack_from(&mut reader, &out).unwrap();
@@ -460,4 +460,11 @@ fn main() {
         let xfs = Xfs::mount(kept.path());
         bench.run(&xfs.mount, "xfs");
     }
+}
+
+/// A pipe with the capacity that the command line gives to its own.
+fn pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let _ = rustix::pipe::fcntl_setpipe_size(&writer, 1 << 20);
+    (reader, writer)
 }

@@ -332,13 +332,13 @@ fn an_interrupt_ends_a_copy_that_waits() {
 
 #[test]
 fn a_pipe_can_be_interrupted_while_it_is_empty_or_full() {
-    let sealed = Sealed::plain(pattern(BATCH_BYTES));
+    // More than the capacity of a pipe.
+    let sealed = Sealed::plain(pattern(2 << 20));
     let stop_at_once = &mut || Err(Error::interrupted());
     let (reader, writer) = io::pipe().unwrap();
     let (mut empty, mut full) = (Pipe::new(OwnedFd::from(reader).into()), Pipe::new(OwnedFd::from(writer).into()));
     let copied = sealed.copy_with(Input::Stream(&mut empty), Output::Nowhere, 2, stop_at_once);
     assert!(copied.unwrap_err().is_interrupted());
-    // More than the capacity of a pipe.
     let copied = sealed.copy_with(Input::Stream(&mut &sealed.stored[..]), Output::Stream(&mut full), 2, stop_at_once);
     assert!(copied.unwrap_err().is_interrupted());
 }
