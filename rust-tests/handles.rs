@@ -148,10 +148,23 @@ fn handles_travel_serialized_and_never_show_their_key() {
 #[test]
 fn a_handle_from_outside_cannot_escape_its_root() {
     let (_directory, root) = place();
-    let reader = serde_json::to_string(&SnapshotOptions::new().create_in_place(&root).unwrap()).unwrap();
+    SnapshotOptions::new().create_in_place(&root).unwrap();
+    let reader = serde_json::to_string(&SnapshotOptions::new().open(&root).unwrap()).unwrap();
+    serde_json::from_str::<SnapshotReader>(&reader).unwrap();
     let escaping = reader.replace("\"namespace\":\"\"", "\"namespace\":\"../..\"");
     assert_ne!(reader, escaping);
     assert!(serde_json::from_str::<SnapshotReader>(&escaping).is_err());
+}
+
+#[test]
+fn a_handle_of_another_version_is_refused_by_name() {
+    let (_directory, root) = place();
+    let writer = serde_json::to_string(&SnapshotOptions::new().create_in_place(&root).unwrap()).unwrap();
+    serde_json::from_str::<SnapshotWriter>(&writer).unwrap();
+    let other = writer.replacen("\"version\":2", "\"version\":3", 1);
+    assert_ne!(writer, other);
+    let error = serde_json::from_str::<SnapshotWriter>(&other).unwrap_err().to_string();
+    assert!(error.contains("version 3") && error.contains("the same vmsnap in all processes"), "{error}");
 }
 
 #[test]
