@@ -38,6 +38,7 @@ __all__ = [
     "read_secret_file",
     "recipients_of",
     "rekey",
+    "remove",
     "seal",
     "unpack",
     "verify",
