@@ -146,7 +146,7 @@ export class Archive {
     }
     // Size and time are taken from the headers, which are compared with the ones computed from them.
     const first = this.#read(this.#end, BLOCK_BYTES);
-    this.#seconds = numberIn(first, MTIME);
+    this.#seconds = parseNumber(first, MTIME);
     if (first.toString('latin1').startsWith(`${KEY_METADATA_NAME}\0`)) {
       this.#placeByHeader(KEY_METADATA_NAME, ALIGNMENT.least, MAX_KEY_METADATA_BYTES);
     }
@@ -194,7 +194,7 @@ export class Archive {
   #placeByHeader(path, alignment, most) {
     within(path, () => {
       const data = this.#end + new Member(path, 0n, alignment).headersBytes(this.#end);
-      const size = numberIn(this.#read(data - BLOCK, BLOCK_BYTES), SIZE);
+      const size = parseNumber(this.#read(data - BLOCK, BLOCK_BYTES), SIZE);
       if (size > most) throw corrupt(`has more than ${most} bytes`);
       this.#place(path, new Member(path, size, alignment));
       this.withFile(path, 'corrupt', () => {});
@@ -220,7 +220,7 @@ export class Archive {
 }
 
 /** The number of 11 octal digits in a field of a header. */
-function numberIn(header, offset) {
+function parseNumber(header, offset) {
   const match = /^([0-7]{11})\0/.exec(header.toString('latin1', offset, offset + 12));
   if (match === null) throw foreign();
   return BigInt(`0o${match[1]}`);
