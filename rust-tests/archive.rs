@@ -406,3 +406,14 @@ fn a_stream_that_fails_ends_the_call_with_its_error() {
         assert_eq!(error.raw_os_error(), Some(5), "{error}");
     }
 }
+
+#[test]
+fn an_archive_is_sealed_for_a_caller_without_its_key_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm1.vmsnap.tar");
+    sealed(&encrypted(), &path);
+    let options = SnapshotOptions::new();
+    assert!(options.append(&path).unwrap_err().is_sealed());
+    assert!(options.seal(&path).unwrap_err().is_sealed());
+    assert!(options.open(&path).unwrap_err().is_key_unavailable());
+}

@@ -87,7 +87,7 @@ def inspect(location: "StrOrBytesPath") -> Inspection:
     Raises
     ------
     FileNotFoundError
-        There is no such snapshot.
+        The snapshot does not exist.
     CorruptSnapshotError
         The directory contains something that a snapshot cannot contain (a link, a special file, a name that is not
         allowed), the file is not an archive, or ``enc_metadata`` is not a wrapped key.

@@ -196,7 +196,7 @@ def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
     Raises
     ------
     FileNotFoundError
-        There is no such snapshot.
+        The snapshot does not exist.
     CorruptSnapshotError
         ``enc_metadata`` is not a wrapped key.
     """

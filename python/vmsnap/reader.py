@@ -58,7 +58,7 @@ class SnapshotReader(Handle):
     Raises
     ------
     FileNotFoundError
-        There is no such snapshot.
+        The snapshot does not exist.
     NotSealedError
         The snapshot was required to be sealed, and is not.
     KeyUnavailableError

@@ -88,7 +88,7 @@ def verify(
     Raises
     ------
     FileNotFoundError
-        There is no such snapshot.
+        The snapshot does not exist.
     NotEncryptedError, InvalidArgumentError
         As for `SnapshotReader`. Everything else is in the report.
     """

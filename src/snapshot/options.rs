@@ -71,8 +71,8 @@ impl SnapshotOptions {
     /// Whether [`SnapshotOptions::create`] makes one file, an archive, instead of a directory. By default it does so if
     /// the file name ends in `.vmsnap.tar`.
     ///
-    /// The snapshot is written in a hidden directory all the same, and becomes an archive at the commit. Where the file
-    /// system cannot move blocks from file to file, the commit copies the contents, and needs space for both.
+    /// Until the commit, the snapshot is a hidden directory. The commit makes an archive of it. If the file system cannot
+    /// move blocks from file to file, the commit copies the contents, and needs space for both.
     ///
     /// ```
     /// # let folder = tempfile::tempdir()?;

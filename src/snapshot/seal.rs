@@ -37,8 +37,8 @@ impl SnapshotOptions {
     ) -> Result<SealId> {
         let threads = threads::resolve(self.threads)?;
         let store = Store::at(Location::new(location.as_ref())?);
-        let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
         let directory = store.directory()?;
+        let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
         let locked = directory.lock_exclusive()?;
         if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
             return Err(open_manifest::incomplete(store.location()));

@@ -308,8 +308,8 @@ impl SnapshotOptions {
     ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
         let store = Store::at(Location::new(location.as_ref())?);
-        let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
         let directory = store.directory()?;
+        let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
         directory.check_unsealed()?;
         if payload.as_ref().is_some_and(KeyPayload::is_sealed) {
             return Err(open_manifest::incomplete(store.location()));

@@ -194,6 +194,9 @@ fn other_key_metadata_changes_nothing_else() {
             }
             assert!(fresh.survey(Some(manifest), &mut || Ok(())).unwrap().strange.is_empty());
         }
+        // An open archive stays with its old file, which must not come back.
+        let outdated = store.replace_key_metadata(KEY_METADATA, &mut || Ok(()));
+        assert_eq!(outdated.is_err_and(|error| error.is_state()), matches!(store, Store::Archive(_)));
         let parent = store.location().path().parent().unwrap();
         assert_eq!(std::fs::read_dir(parent).unwrap().count(), 3, "nothing is left");
     });

@@ -25,7 +25,7 @@ def _corrupt(text: str) -> FormatError:
 
 
 def utf8(name: bytes, what: str) -> str:
-    """Return a name as text; one that is not UTF-8 is none."""
+    """Return a name as text. Refuse a name that is not UTF-8."""
     try:
         return name.decode()
     except UnicodeDecodeError:
