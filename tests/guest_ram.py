@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -140,7 +141,12 @@ async def _stop(qmp: Path) -> None:
 
 
 def _memfds(pid: int) -> list[Path]:
-    return [path for path in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(path).startswith("/memfd:memory-backend")]
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # QEMU closed this one meanwhile
+            if os.readlink(path).startswith("/memfd:memory-backend"):
+                found.append(path)
+    return found
 
 
 def data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
