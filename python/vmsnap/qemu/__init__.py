@@ -4,7 +4,7 @@
 QEMU, restores both, and resumes the guest. ``docs/qemu.md`` has examples, and the QEMU options that a guest needs.
 
 The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU over QMP, ``machine`` describes the
-machine and finds the guest memory, and ``devices`` transfers the device state. ``started`` is a QEMU that vmsnap
+machine and finds the guest memory, and ``migration`` transfers the device state. ``started`` is a QEMU that vmsnap
 started for loading, and ``background`` keeps blocking calls out of the event loop.
 """
 

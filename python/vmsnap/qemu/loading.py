@@ -13,7 +13,7 @@ from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import load_devices, without_shared_memory
+from vmsnap.qemu.migration import load_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE

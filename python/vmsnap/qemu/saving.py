@@ -14,7 +14,7 @@ from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import MemoryReport, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import cancel, save_devices, without_shared_memory
+from vmsnap.qemu.migration import cancel, save_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, survey
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
 from vmsnap.staging import StagedSnapshot, create
