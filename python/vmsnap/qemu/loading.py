@@ -13,8 +13,8 @@ from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.migration import load_devices, without_shared_memory
 from vmsnap.qemu.machine import Machine, Ram, survey
+from vmsnap.qemu.migration import load_devices, without_shared_memory
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
@@ -47,7 +47,12 @@ class LoadReport:
 
 def load(location: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
     """Start QEMU with a saved guest, and resume the guest. The parameters are the same as for `load_async`."""
-    return run(load_async(location, command, **options), undo=lambda report: end(report.process))
+
+    def undo(report: LoadReport) -> bool:
+        end(report.process)
+        return False
+
+    return run(load_async(location, command, **options), undo)
 
 
 async def load_async(

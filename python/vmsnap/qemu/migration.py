@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 
 _NAME = "vmsnap-device-state"
 _BATCH_BYTES = 1 << 20
+_CANCEL_SECONDS = 30.0
+_POLL_SECONDS = 0.001
 
 
 async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
@@ -36,7 +38,7 @@ async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
         return taken
 
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: cancel(monitor))
+    return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: _cancelled(monitor))
 
 
 async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
@@ -141,8 +143,25 @@ def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def cancel(monitor: Monitor) -> None:
-    """Cancel a migration in progress, and wait until it has ended."""
+    """Cancel a migration in progress, and wait until it has ended.
+
+    Raises
+    ------
+    QemuError
+        QEMU has ended, or does not end the migration in time.
+    """
+    if not await monitor.migrates():
+        return
+    await monitor.run("migrate_cancel")
+    try:
+        async with asyncio.timeout(_CANCEL_SECONDS):
+            while await monitor.migrates():
+                await asyncio.sleep(_POLL_SECONDS)
+    except TimeoutError:
+        raise QemuError(f"QEMU does not cancel its migration within {_CANCEL_SECONDS:g} s") from None
+
+
+async def _cancelled(monitor: Monitor) -> None:
+    """Cancel a migration after an error, which is not to be hidden by another one."""
     with suppress(QemuError):
-        if await monitor.migrates():
-            await monitor.run("migrate_cancel")
-            await monitor.migrated()
+        await cancel(monitor)

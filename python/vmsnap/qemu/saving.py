@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,9 +14,12 @@ from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import MemoryReport, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.migration import cancel, save_devices, without_shared_memory
+from vmsnap.qemu.hold import Hold
 from vmsnap.qemu.machine import Machine, survey
+from vmsnap.qemu.mark import recover
+from vmsnap.qemu.migration import save_devices
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
+from vmsnap.qemu.settings import differing
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
 
@@ -28,12 +31,6 @@ if TYPE_CHECKING:
 MACHINE, DEVICE_STATE = "machine", "device_state"
 
 _CHUNK_BYTES = 1 << 16
-
-# Bytes per second. The default limit of QEMU is for a network, and would keep the guest paused for longer.
-_MAX_BANDWIDTH = 1 << 40
-
-# QEMU normally answers within milliseconds.
-_PATIENCE_SECONDS = 30.0
 
 _NOT_NOW = {
     "postmigrate": "it was saved or migrated before and has not run since; resume it with 'cont' first",
@@ -47,9 +44,9 @@ class SaveReport:
     """Sizes, times and identifiers of a save."""
 
     paused_seconds: float
-    """How long the guest was paused: from before the command ``stop`` until after ``cont``.
+    """How long the guest stood still, by the times of QEMU's events ``STOP`` and ``RESUME``.
 
-    If the guest was paused before, or stays paused, the time ends when its memory has been read.
+    If the guest was paused before, or does not go on, it is the time in which its state was read.
     """
     seconds: float
     """Duration of the whole save, including the sync."""
@@ -63,11 +60,23 @@ class SaveReport:
     """The identifier of the snapshot."""
     seal_digest: bytes
     """The digest of the seal. Keep it elsewhere to recognize this snapshot later."""
+    interrupted: str | None = None
+    """A sentence about an earlier save that was killed and whose changes to QEMU were undone first, or None."""
 
 
 def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
-    """Save a running guest in a new snapshot. The parameters are the same as for `save_async`."""
-    return run(save_async(qmp, location, encrypt, **options))
+    """Save a running guest in a new snapshot. The parameters are the same as for `save_async`.
+
+    After an exception from a signal handler, such as KeyboardInterrupt, there is no snapshot. If QEMU has already ended
+    for ``then="quit"``, the snapshot is kept, and the report is returned instead of the exception.
+    """
+
+    def undo(_report: SaveReport) -> bool:
+        if options.get("then") != "quit":
+            remove_snapshot(Path(location))
+        return options.get("then") == "quit"
+
+    return run(save_async(qmp, location, encrypt, **options), undo)
 
 
 async def save_async(
@@ -125,52 +134,96 @@ async def save_async(
     keys = one_of(keys, given)
     keys = keys if keys.given else None
     started = perf_counter()
-    with ExitStack() as stack:
-        connection = connection_to(Path(qmp))
-        stack.callback(connection.close)
-        async with connected(connection, os.fspath(qmp)) as monitor:
-            ran = await _check_state(monitor)
-            ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
-            staged = await _staged(
-                lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
-            )
-            async with _complete_or_absent(staged) as writer, _prepared(monitor):
+    async with _Snapshot(
+        lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
+    ) as snapshot:
+        with ExitStack() as stack:
+            connection = connection_to(Path(qmp))
+            stack.callback(connection.close)
+            async with connected(connection, os.fspath(qmp)) as monitor:
+                interrupted = await recover(monitor)
+                ran = await _check_state(monitor)
+                ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
+                writer = await snapshot.begin()
+                found, wanted = await differing(monitor, {"x-ignore-shared"}, {})
                 writer.write_fragment(MACHINE, ram.machine)
-                async with _standing_still(monitor, ran, ran or then == "continue") as pause:
+                async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
+                    pause = await hold.stop()
                     with writer.raw_fragment(DEVICE_STATE, chunk_size_bytes=_CHUNK_BYTES) as fragment:
                         device_state_bytes = await save_devices(monitor, fragment)
                     # The memory comes after the devices, because saving some devices changes the guest memory.
                     memory = await with_progress(
                         lambda show: writer.write_memory(ram.regions, compress=compress, progress=show), progress
                     )
+                    await pause.check()
                     if then == "quit":
-                        pause.ends()
-                        await _commit(staged)
-                        pause.goes_on = False
+                        await snapshot.commit()
                         await to_the_end(monitor.quit())
-    assert staged.snapshot_id is not None
-    assert staged.seal_digest is not None
+                    else:
+                        await pause.end(ran or then == "continue")
+        await snapshot.commit()
     return SaveReport(
         paused_seconds=pause.seconds,
         seconds=perf_counter() - started,
         device_state_bytes=device_state_bytes,
         memory=memory,
         machine=ram.machine,
-        snapshot_id=staged.snapshot_id,
-        seal_digest=staged.seal_digest,
+        snapshot_id=snapshot.identifier,
+        seal_digest=snapshot.seal_digest,
+        interrupted=interrupted,
     )
 
 
-async def _staged(make: Callable[[], StagedSnapshot]) -> StagedSnapshot:
-    """Begin a snapshot. If this is cancelled meanwhile, the snapshot is discarded."""
-    made: list[StagedSnapshot] = []
-    try:
-        await in_thread(lambda: made.append(make()))
-    except asyncio.CancelledError:
-        for staged in made:
-            staged.discard()
-        raise
-    return made[0]
+class _Snapshot:
+    """A snapshot that is complete when its ``with`` block ends, or absent if the block fails."""
+
+    def __init__(self, make: Callable[[], StagedSnapshot]) -> None:
+        self._make = make
+        self._staged: StagedSnapshot | None = None
+        self.identifier = self.seal_digest = b""
+
+    async def begin(self) -> SnapshotWriter:
+        """Create it."""
+
+        def create_staged() -> None:
+            self._staged = self._make()
+
+        await in_thread(create_staged)
+        assert self._staged is not None
+        return self._staged.writer
+
+    async def commit(self) -> None:
+        """Complete it, if that has not been done. If this is cancelled meanwhile, the snapshot is removed."""
+        staged = self._staged
+        assert staged is not None
+        if staged.seal_digest is None:
+            try:
+                await in_thread(staged.commit)
+            except asyncio.CancelledError:
+                if staged.seal_digest is not None:
+                    self._staged = None
+                    await in_thread(lambda: remove_snapshot(staged.path))
+                raise
+        assert staged.snapshot_id is not None
+        assert staged.seal_digest is not None
+        self.identifier, self.seal_digest = staged.snapshot_id, staged.seal_digest
+
+    async def __aenter__(self) -> "_Snapshot":
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if error is None or self._staged is None:
+            return False
+        if self.seal_digest:
+            # The snapshot is all that is left of the guest. A cancellation came too late.
+            task = asyncio.current_task()
+            assert task is not None
+            return isinstance(error, asyncio.CancelledError) and task.uncancel() == 0
+        try:
+            self._staged.discard()
+        except OSError as left:
+            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
+        return False
 
 
 async def _check_state(monitor: Monitor) -> bool:
@@ -189,91 +242,3 @@ async def _check_state(monitor: Monitor) -> bool:
     if reasons := (await monitor.run("query-migrate")).get("blocked-reasons"):
         raise QemuError(f"QEMU cannot save the guest: {'; '.join(reasons)}")
     return bool(state == "running")
-
-
-@asynccontextmanager
-async def _complete_or_absent(staged: StagedSnapshot) -> AsyncIterator[SnapshotWriter]:
-    """Commit a snapshot if the block succeeds and has not done so itself; otherwise discard it."""
-    try:
-        yield staged.writer
-        if staged.seal_digest is None:
-            await _commit(staged)
-    except BaseException as error:
-        try:
-            staged.discard()
-        except OSError as left:
-            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
-        raise
-
-
-async def _commit(staged: StagedSnapshot) -> None:
-    """Commit a snapshot. If this is cancelled meanwhile, the snapshot is removed."""
-    try:
-        await in_thread(staged.commit)
-    except asyncio.CancelledError:
-        if staged.seal_digest is not None:
-            await in_thread(lambda: remove_snapshot(staged.path))
-        raise
-
-
-@asynccontextmanager
-async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
-    """Set up QEMU to save everything except shared memory at full speed; restore its settings afterwards."""
-    found = await monitor.run("query-migrate-capabilities")
-    wanted = without_shared_memory(found)
-    bandwidth = (await monitor.run("query-migrate-parameters")).get("max-bandwidth")
-    try:
-        await _set(monitor, wanted, _MAX_BANDWIDTH)
-        yield
-    finally:
-        # If QEMU has ended, the first error is enough.
-        with suppress(QemuError):
-            await _in_time(_set(monitor, found, bandwidth))
-
-
-async def _set(monitor: Monitor, capabilities: list[dict[str, Any]], bandwidth: int | None) -> None:
-    if capabilities:
-        await monitor.run("migrate-set-capabilities", capabilities=capabilities)
-    if bandwidth is not None:
-        await monitor.run("migrate-set-parameters", max_bandwidth=bandwidth)
-
-
-class _Pause:
-    """A pause of the guest: its duration, and whether the guest is resumed afterwards."""
-
-    def __init__(self, goes_on: bool) -> None:
-        self.goes_on = goes_on
-        self.seconds = 0.0
-        self._started = perf_counter()
-
-    def ends(self) -> None:
-        self.seconds = self.seconds or perf_counter() - self._started
-
-
-@asynccontextmanager
-async def _standing_still(monitor: Monitor, ran: bool, goes_on: bool) -> AsyncIterator[_Pause]:
-    """Pause the guest during the block, and resume it afterwards; after an error only if it ran before."""
-    pause = _Pause(goes_on)
-    try:
-        await monitor.run("stop")
-        yield pause
-    except BaseException:
-        await _in_time(_as_it_was(monitor, ran))
-        raise
-    if pause.goes_on:
-        await to_the_end(monitor.run("cont"))
-    pause.ends()
-
-
-async def _in_time(work: Coroutine[Any, Any, None]) -> None:
-    """Wait until work that restores the guest has ended, with a limit in case QEMU does not answer."""
-    with suppress(TimeoutError):
-        await to_the_end(asyncio.wait_for(work, _PATIENCE_SECONDS))
-
-
-async def _as_it_was(monitor: Monitor, ran: bool) -> None:
-    """Resume the guest after an error if it ran before. Failures here must not hide that error."""
-    await cancel(monitor)
-    with suppress(QemuError):
-        if ran:
-            await monitor.run("cont")
