@@ -119,6 +119,8 @@ def save(
             progress=show,
         )
     memory = report.memory
+    if report.interrupted:
+        click.echo(f"vmsnap: warning: {report.interrupted}", err=True)
     if as_json:
         told = {
             "paused_seconds": report.paused_seconds,
@@ -131,6 +133,7 @@ def save(
             "qemu_version": report.machine.qemu_version,
             "snapshot_id": report.snapshot_id.hex(),
             "seal_digest": report.seal_digest.hex(),
+            "interrupted": report.interrupted,
         }
         click.echo(json.dumps(told))
         return

@@ -31,7 +31,7 @@ _PROGRAM = """
 import json, os, select, signal, sys
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-poll, text, pidfd = select.poll(), b"", int(sys.argv[2])
+poll, text, pidfd = select.poll(), b"", int(sys.argv[1])
 poll.register(0, select.POLLIN)
 if pidfd >= 0:
     poll.register(pidfd, select.POLLIN)
@@ -79,7 +79,7 @@ class Guard:
                 raise BlockingIOError
             process = subprocess.Popen(
                 # Without -P, modules in the current directory would be imported.
-                [sys.executable, "-P", "-c", _PROGRAM, "vmsnap-guard", str(this)],
+                [sys.executable, "-P", "-c", _PROGRAM, str(this), "vmsnap-guard", qmp],
                 stdin=reading,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -41,10 +41,43 @@ class Hold:
 
     async def stop(self) -> "Pause":
         """Stop the guest."""
-        self._mark = await self._mark.put(self._monitor, stops=True)
+        await self._note(stops=True)
         pause = Pause(self._monitor)
         await self._monitor.run("stop")
         return pause
+
+    async def migrate(self, uri: str) -> None:
+        """Let QEMU begin to migrate.
+
+        Raises
+        ------
+        QemuError
+            QEMU refuses, for example because somebody else has begun another migration, which goes on.
+        """
+        await self._note(migrates=True)
+        try:
+            await self._monitor.run("migrate", uri=uri)
+        except QemuError:
+            await self._note(migrates=False)
+            raise
+
+    async def check(self, pause: "Pause") -> None:
+        """Check that the guest has stood still until now.
+
+        Raises
+        ------
+        QemuError
+            Somebody else has let the guest run, so that what was saved does not fit together.
+        """
+        try:
+            await pause.check()
+        except QemuError:
+            if pause.is_broken:
+                await self._note(stops=False)  # it is theirs now, whether it runs or not
+            raise
+
+    async def _note(self, **changed: bool) -> None:
+        self._mark = await self._mark.put(self._monitor, **changed)
 
     async def release(self) -> None:
         """Let QEMU be as it was before."""
@@ -73,17 +106,15 @@ class Pause:
         self._seen = len(monitor.events)
         self.seconds = 0.0
 
-    async def check(self) -> None:
-        """Check that the guest has stood still until now.
+    @property
+    def is_broken(self) -> bool:
+        """Whether somebody has let the guest run meanwhile."""
+        return any(each.name == "RESUME" for each in self._monitor.events[self._seen :])
 
-        Raises
-        ------
-        QemuError
-            Somebody else has let the guest run, so that what was saved does not fit together.
-        """
+    async def check(self) -> None:
+        """Check that the guest has stood still until now, after it was migrated."""
         state = (await self._monitor.run("query-status"))["status"]
-        names = {each.name for each in self._monitor.events[self._seen :]}
-        if state != "postmigrate" or names & {"RESUME", "RESET"}:
+        if self.is_broken or state != "postmigrate":
             raise QemuError(
                 "the guest did not stand still while it was saved: another client of QEMU has resumed or reset it; "
                 "save it again"

@@ -114,7 +114,9 @@ class Mark:
     found: Settings
     """The migration settings that it changes."""
     stops: bool = False
-    """Whether this save may have stopped the guest, or let QEMU migrate it."""
+    """Whether this save may have stopped the guest."""
+    migrates: bool = False
+    """Whether this save may have let QEMU migrate the guest."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     """The identifier of the save."""
     version: int = _VERSION
@@ -189,8 +191,9 @@ async def recover(monitor: Monitor, only: str | None = None) -> str | None:
         raise mark._in_use()
     if only not in (None, mark.id):
         return None
-    if mark.stops:
+    if mark.migrates:
         await cancel(monitor)
+    if mark.stops:
         await as_it_was(monitor, mark.ran)
     await mark.found.put(monitor)
     await monitor.run("object-del", id=_ID)
@@ -207,7 +210,7 @@ async def as_it_was(monitor: Monitor, ran: bool) -> None:
     for the moment between two commands.
     """
     state = (await monitor.run("query-status"))["status"]
-    if ran and state in ("paused", "postmigrate"):
+    if ran and state in ("paused", "postmigrate", "prelaunch"):
         await monitor.run("cont")
     elif state == "postmigrate":
         await monitor.run_both("cont", "stop")
@@ -237,7 +240,10 @@ async def _find(monitor: Monitor) -> Mark | None:
         sound = (
             mark.version == _VERSION
             and all(isinstance(each, int) for each in (mark.holder.pid, mark.holder.start, mark.holder.namespace))
-            and all(isinstance(each, bool) for each in (mark.ran, mark.stops, *mark.found.capabilities.values()))
+            and all(
+                isinstance(each, bool)
+                for each in (mark.ran, mark.stops, mark.migrates, *mark.found.capabilities.values())
+            )
             and isinstance(mark.found.parameters, dict)
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

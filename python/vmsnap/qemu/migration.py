@@ -20,8 +20,17 @@ _CANCEL_SECONDS = 30.0
 _POLL_SECONDS = 0.001
 
 
-async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
+async def save_devices(
+    monitor: Monitor, fragment: Fragment, migrate: Callable[[str], Coroutine[Any, Any, None]]
+) -> int:
     """Let QEMU write the device state into a fragment, and return the number of bytes.
+
+    Parameters
+    ----------
+    monitor, fragment
+        QEMU, and the new fragment.
+    migrate
+        Begins the migration to a URI.
 
     Raises
     ------
@@ -38,7 +47,7 @@ async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
         return taken
 
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: _cancelled(monitor))
+    return await _transfer(monitor, migrate, writing, FileIO(reading), take, lambda: _cancelled(monitor))
 
 
 async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
@@ -69,13 +78,16 @@ async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Cal
     async def give_up() -> None:
         end_qemu()
 
+    async def migrate(uri: str) -> None:
+        await monitor.run("migrate-incoming", uri=uri)
+
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    await _transfer(monitor, "migrate-incoming", reading, FileIO(writing, "w"), give, give_up)
+    await _transfer(monitor, migrate, reading, FileIO(writing, "w"), give, give_up)
 
 
 async def _transfer(
     monitor: Monitor,
-    command: str,
+    migrate: Callable[[str], Coroutine[Any, Any, None]],
     theirs: int,
     ours: FileIO,
     work: Callable[[FileIO], Result],
@@ -93,7 +105,7 @@ async def _transfer(
             await monitor.send_descriptor(_NAME, theirs)
         finally:
             os.close(theirs)
-        await monitor.run(command, uri=f"fd:{_NAME}")
+        await migrate(f"fd:{_NAME}")
     except BaseException:
         ours.close()
         with suppress(QemuError):

@@ -150,12 +150,12 @@ async def save_async(
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
                     pause = await hold.stop()
                     with writer.raw_fragment(DEVICE_STATE, chunk_size_bytes=_CHUNK_BYTES) as fragment:
-                        device_state_bytes = await save_devices(monitor, fragment)
+                        device_state_bytes = await save_devices(monitor, fragment, hold.migrate)
                     # The memory comes after the devices, because saving some devices changes the guest memory.
                     memory = await with_progress(
                         lambda show: writer.write_memory(ram.regions, compress=compress, progress=show), progress
                     )
-                    await pause.check()
+                    await hold.check(pause)
                     if then == "quit":
                         await snapshot.commit()
                         await to_the_end(monitor.quit())
