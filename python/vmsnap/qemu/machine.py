@@ -20,8 +20,8 @@ _LEVELS = ("socket", "die", "core", "thread")
 # A longer list in an error is cut.
 _SHOWN = 8
 
-# Features that a started processor may lack: PCOMMIT. QEMU 7.2 has it with `-cpu max`, and later versions removed it. No
-# processor with it was sold, and Intel withdrew it from its manuals.
+# Features that a started processor may lack: PCOMMIT. QEMU 7.2 has it with `-cpu max`, and later versions removed it,
+# because Intel withdrew it before a processor had it.
 _MAY_LACK = {"7.0.EBX": 1 << 22}
 
 # Devices of a board that options such as -serial and -drive create. Other devices of a board belong to the machine type

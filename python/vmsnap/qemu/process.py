@@ -30,7 +30,7 @@ _ANSWER_SECONDS = 5.0
 def peer_inode(connection: socket.socket) -> int | None:
     """Return the inode of the socket at the other end of a Unix connection, or None if the kernel does not tell.
 
-    QEMU alone has the socket that it accepted, whoever created the socket that it listens at.
+    QEMU alone has the socket that it accepted, even if another process created the socket that it listens at.
     """
     own = os.fstat(connection.fileno()).st_ino
     request = _REQUEST.pack(

@@ -52,7 +52,7 @@ class Block:
     why_no_file: QemuError | OSError | None
     """The error to raise if `file` is None and the caller needs a file."""
     writable: bool
-    """Whether bytes that are written to the file reach the guest. Only known for memory that is to be filled."""
+    """Whether bytes that are written to the file reach the guest. Only known with `to_fill`."""
 
 
 @dataclass(frozen=True)
@@ -120,22 +120,22 @@ async def _found(monitor: Monitor) -> list[_Found]:
     nowhere = _NOWHERE
     for backend in sorted(backends, key=lambda each: str(each["id"])):
         name, size = backend["id"], backend["size"]
-        pieces = await places.of(name, size)
+        parts = await places.of(name, size)
         block = _stream_block(listed, name, size)
         if block is None:
-            if pieces:
+            if parts:
                 raise QemuError(
-                    f"the memory backend {name!r} is not part of what QEMU migrates, so the guest cannot be saved"
+                    f"the memory backend {name!r} is not in the migration stream of QEMU, so the guest cannot be saved"
                 )
             continue  # an object that the machine does not use
         stream_name = "" if block.name == name else block.name
-        ranges = [RamRange(name, base, at, length, block=stream_name) for base, at, length in pieces]
-        for at, length in _gaps(pieces, block.size):
+        ranges = [RamRange(name, base, at, length, block=stream_name) for base, at, length in parts]
+        for at, length in _gaps(parts, block.size):
             ranges.append(RamRange(name, nowhere, at, length, mapped=False, block=stream_name))
             nowhere += length
         address = block.address
-        if address is None and pieces:
-            base, at, _ = pieces[0]
+        if address is None and parts:
+            base, at, _ = parts[0]
             address = await _host_address(monitor, base) - at
         found.append(_Found(block.name, block.size, block.page_size, backend, ranges, address))
     if not found:
@@ -182,10 +182,10 @@ def _stream_block(listed: list[_Listed], backend: str, size: int) -> _Listed | N
     return found[0] if len(found) == 1 else None
 
 
-def _gaps(pieces: list[tuple[int, int, int]], size: int) -> list[tuple[int, int]]:
-    """Return the parts of a block, as offset and size, that no piece covers."""
+def _gaps(parts: list[tuple[int, int, int]], size: int) -> list[tuple[int, int]]:
+    """Return the ranges of a block, as offset and size, that no part covers."""
     gaps, reached = [], 0
-    for at, length in sorted((at, length) for _, at, length in pieces):
+    for at, length in sorted((at, length) for _, at, length in parts):
         if reached < at:
             gaps.append((reached, at - reached))
         reached = max(reached, at + length)
@@ -195,14 +195,14 @@ def _gaps(pieces: list[tuple[int, int, int]], size: int) -> list[tuple[int, int]
 
 
 class _Places:
-    """Where the guest sees memory backends: pieces of guest-physical address, offset in the backend, and size."""
+    """Where the guest sees memory backends: parts of guest-physical address, offset in the backend, and size."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
         self._devices: list[dict[str, Any]] | None = None
 
     async def of(self, backend: str, size: int) -> list[tuple[int, int, int]]:
-        """Return the pieces of a backend. Parts of it that have no fixed address are left out."""
+        """Return the parts of a backend that have a fixed address."""
         if self._devices is None:
             self._devices = [each["data"] for each in await self._monitor.run("query-memory-devices")]
         for device in self._devices:
@@ -233,18 +233,18 @@ class _Places:
 
     async def _in_windows(self, address: int, size: int) -> list[tuple[int, int, int]]:
         known = {each["name"] for each in await self._monitor.run("qom-list", path="/machine/unattached")}
-        pieces, start = [], 0
+        parts, start = [], 0
         for path in _PC_WINDOWS:
             if path.rpartition("/")[2] in known:
                 base, length = await self._get(path, "addr"), await self._get(path, "size")
                 low, high = max(address, start), min(address + size, start + length)
                 if low < high:
-                    pieces.append((base + low - start, low - address, high - low))
+                    parts.append((base + low - start, low - address, high - low))
                 start += length
-        return pieces
+        return parts
 
     async def _in_view(self, backend: str) -> list[tuple[int, int, int]]:
-        """Return the pieces that QEMU shows in its flat view of the memory. ROMs may cover parts of them."""
+        """Return the parts that QEMU shows in its flat view of the memory. ROMs may cover parts of them."""
         text = await _ask(self._monitor, "info mtree -f")
         views = [each for each in text.split("FlatView #") if re.search(r'^ AS "memory", root: system$', each, re.M)]
         spans: dict[int, tuple[int, int]] = {}
