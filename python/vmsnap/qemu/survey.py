@@ -63,6 +63,8 @@ class Ram:
     """The machine."""
     blocks: list[Block]
     """All blocks of guest memory, by name."""
+    pid: int | None
+    """The process ID of QEMU, or None if the process is not visible here."""
 
     def places(self) -> list[tuple[RamRange, Block]]:
         """Return the ranges in the order of the regions of ``mem``, each with its block."""
@@ -96,7 +98,8 @@ async def survey(monitor: Monitor, stack: ExitStack, pid: int | None = None, *, 
     process, why = _process(monitor, pid, found)
     blocks = [_block(each, process, why, stack, to_fill) for each in found]
     ranges = sorted((each for block in blocks for each in block.ranges), key=lambda each: each.guest_base)
-    return Ram(await describe(monitor, ranges, _command_line(process)), blocks)
+    machine = await describe(monitor, ranges, _command_line(process))
+    return Ram(machine, blocks, process.pid if process else None)
 
 
 @dataclass(frozen=True)
