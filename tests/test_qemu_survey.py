@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import vmsnap
 from guest import PATIENCE, ask, qemu_command, running
 from qemus import Qemu
 from support import MIB
@@ -147,6 +148,35 @@ def test_nodes_a_dimm_and_a_device_are_found_where_the_guest_sees_them(tmp_path:
         for each in marks:
             assert guest_sees(qmp, tmp_path, each.guest_base)
             assert guest_sees(qmp, tmp_path, each.guest_base + each.size - len(MARK))
+
+
+def test_memory_of_virtio_devices_is_found(tmp_path: Path, qmp: Path, qemu: Qemu) -> None:
+    """QEMU does not migrate that of a virtio-pmem, so it must be in a file."""
+    pmem = "memory-backend-{},id=pm,size=64M"
+    command = [
+        *(*qemu.command, "-accel", "tcg", "-nodefaults", "-display", "none", "-S"),
+        *("-machine", "q35", "-m", "64M,slots=2,maxmem=4G", "-qmp", f"unix:{qmp},server=on,wait=off"),
+        *("-object", "memory-backend-ram,id=vm,size=1G", "-device", "virtio-mem-pci,memdev=vm,addr=6"),
+        *("-device", "virtio-pmem-pci,memdev=pm,addr=7", "-object"),
+    ]
+    with running([*command, pmem.format(f"file,share=on,mem-path={tmp_path}/pm")], qmp):
+        with surveyed(qmp) as ram:
+            assert [(each.name, each.migrated, each.file is not None) for each in ram.blocks] == [
+                ("0000:00:06.0/vm", True, False),
+                ("pc.ram", True, False),
+                ("pm", False, True),
+            ]
+        assert ram.machine.ram == [
+            RamRange("pc.ram", 0, 0, 64 * MIB),
+            RamRange("vm", 4 * GIB, 0, GIB, block="0000:00:06.0/vm"),
+            RamRange("pm", 5 * GIB, 0, 64 * MIB),
+        ]
+    with (
+        running([*command, pmem.format("ram")], qmp),
+        pytest.raises(vmsnap.QemuError, match="'pm' is not shared"),
+        surveyed(qmp),
+    ):
+        pass
 
 
 def test_the_name_of_a_block_may_be_the_path_of_its_object(tmp_path: Path, qmp: Path, qemu: Qemu) -> None:
