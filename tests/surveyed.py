@@ -1,6 +1,7 @@
 """The survey of a QEMU that runs, by a connection of its own."""
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,11 +11,12 @@ from vmsnap.qemu.survey import Block, Ram, survey
 
 
 @contextmanager
-def surveyed(qmp: Path, pid: int | None = None, *, to_fill: bool = False) -> Iterator[Ram]:
-    """Survey the QEMU with this socket; the files of its memory are open during the block."""
+def surveyed(qmp: Path | socket.socket, pid: int | None = None, *, to_fill: bool = False) -> Iterator[Ram]:
+    """Survey the QEMU at this socket or connection; the files of its memory are open during the block."""
+    connection = qmp if isinstance(qmp, socket.socket) else connection_to(qmp)
 
     async def looking(stack: ExitStack) -> Ram:
-        async with connected(connection_to(qmp), "QEMU") as monitor:
+        async with connected(connection, "QEMU") as monitor:
             return await survey(monitor, stack, pid, to_fill=to_fill)
 
     with ExitStack() as stack:

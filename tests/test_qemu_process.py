@@ -5,13 +5,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import vmsnap.qemu
 from commands import error_of, run
-from guest import ask, need_qemu, qemu_command, running
+from guest import PATIENCE, ask, need_qemu, qemu_command, running
 from refusals import refused, row
 from seccomp import refusing
 from support import run_python_well
@@ -102,6 +102,33 @@ def test_a_qemu_whose_socket_another_process_created_is_found(tmp_path: Path, qm
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_qemu_in_a_wrapper_that_connects_is_found(tmp_path: Path, qmp: Path, pair: bool) -> None:
+    """The shell, too, has the socket open where it passes one on."""
+    command = ["sh", "-c", '"$@"; exit $?', "sh", *qemu_command(qmp, size="16M"), "-mon", "m,mode=control"]
+    with socket.socket(socket.AF_UNIX) as server, ExitStack() as stack:
+        if pair:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                command += ["-chardev", f"socket,id=m,fd={theirs.fileno()}"]
+                shell = stack.enter_context(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
+        else:
+            server.bind(str(tmp_path / "server"))
+            server.listen()
+            server.settimeout(PATIENCE)
+            command += ["-chardev", f"socket,id=m,path={tmp_path}/server"]
+            shell = stack.enter_context(subprocess.Popen(command))
+            ours = server.accept()[0]
+        stack.callback(shell.kill)
+        try:
+            with surveyed(ours, to_fill=True) as ram:
+                assert command_of(ram.pid).startswith("qemu-system")
+                assert only_block(ram).writable
+        finally:
+            with suppress(EOFError):
+                ask(qmp, "quit")
 
 
 @row("qemu-other-process")
