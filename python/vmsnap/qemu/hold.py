@@ -22,6 +22,14 @@ class Hold:
         self._mark = Mark(Holder.here(), ran, found)
         self._wanted = wanted
         self._guard: Guard | None = None
+        self._stopped = perf_counter()
+        self._seen, self._begun = 0, False
+        self.paused_seconds = 0.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether the guest ran before, and nobody else has stopped it since."""
+        return self._mark.ran
 
     async def __aenter__(self) -> "Hold":
         def start_guard() -> None:
@@ -39,51 +47,86 @@ class Hold:
     async def __aexit__(self, *_error: object) -> None:
         await self.release()
 
-    async def stop(self) -> "Pause":
+    async def stop(self) -> None:
         """Stop the guest."""
         await self._note(stops=True)
-        pause = Pause(self._monitor)
+        self.stands_still(anew=True)
         await self._monitor.run("stop")
-        return pause
 
     async def migrate(self, uri: str) -> None:
-        """Let QEMU begin to migrate.
+        """Let QEMU begin to migrate. At the end QEMU stops the guest if it runs.
 
         Raises
         ------
         QemuError
             QEMU refuses, for example because somebody else has begun another migration, which goes on.
         """
-        await self._note(migrates=True)
+        before = self._mark
+        await self._note(stops=True, migrates=True)
         try:
             await self._monitor.run("migrate", uri=uri)
         except QemuError:
-            await self._note(migrates=False)
+            await self._note(stops=before.stops, migrates=before.migrates)
             raise
 
-    async def check(self, pause: "Pause") -> None:
-        """Check that the guest has stood still until now.
+    async def notice(self) -> None:
+        """Notice whether somebody else has stopped or resumed the guest, while QEMU migrates it and it runs."""
+        state = (await self._monitor.run("query-status"))["status"]
+        if (state == "paused") == self._mark.ran and state in ("paused", "running"):
+            await self._note(ran=state == "running")
+
+    def stands_still(self, *, anew: bool) -> None:
+        """Begin a time in which the guest has to stand still.
+
+        Parameters
+        ----------
+        anew
+            Whether a time that has begun before does not matter any more.
+        """
+        if anew or not self._begun:
+            self._begun = True
+            self._seen = len(self._monitor.events)
+
+    async def check(self) -> None:
+        """Check that the guest has stood still until now, after it was migrated.
 
         Raises
         ------
         QemuError
             Somebody else has let the guest run, so that what was saved does not fit together.
         """
-        try:
-            await pause.check()
-        except QemuError:
-            if pause.is_broken:
-                await self._note(stops=False)  # it is theirs now, whether it runs or not
-            raise
+        state = (await self._monitor.run("query-status"))["status"]
+        resumed = any(each.name == "RESUME" for each in self._monitor.events[self._seen :])
+        if resumed:
+            await self._note(stops=False)  # it is theirs now, whether it runs or not
+        if resumed or state != "postmigrate":
+            raise QemuError(
+                "the guest did not stand still while it was saved: another client of QEMU has resumed or reset it; "
+                "save it again"
+            )
+        self.paused_seconds = perf_counter() - self._stopped
 
-    async def _note(self, **changed: bool) -> None:
-        self._mark = await self._mark.put(self._monitor, **changed)
+    async def go_on(self, runs: bool) -> None:
+        """Let the guest run, or make it ``paused`` again; and let QEMU be as it was before."""
+        if runs:
+            await self._monitor.run("cont")
+        else:
+            await as_it_was(self._monitor, ran=False)
+        self.paused_seconds = perf_counter() - self._stopped
+        times = {each.name: each.seconds for each in self._monitor.events}
+        if runs and 0 < times.get("STOP", 0) <= times.get("RESUME", 0):
+            self.paused_seconds = times["RESUME"] - times["STOP"]
+        await self._note(stops=False, migrates=False)
+        await self.release()
 
     async def release(self) -> None:
         """Let QEMU be as it was before."""
         if self._guard is not None:
             guard, self._guard = self._guard, None
             await to_the_end(self._undo(guard))
+
+    async def _note(self, **changed: bool) -> None:
+        self._mark = await self._mark.put(self._monitor, **changed)
 
     async def _undo(self, guard: Guard) -> None:
         try:
@@ -95,38 +138,3 @@ class Hold:
             guard.dismiss()
         finally:
             self._mark.over()
-
-
-class Pause:
-    """A time in which the guest has to stand still."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-        self._begun = perf_counter()
-        self._seen = len(monitor.events)
-        self.seconds = 0.0
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether somebody has let the guest run meanwhile."""
-        return any(each.name == "RESUME" for each in self._monitor.events[self._seen :])
-
-    async def check(self) -> None:
-        """Check that the guest has stood still until now, after it was migrated."""
-        state = (await self._monitor.run("query-status"))["status"]
-        if self.is_broken or state != "postmigrate":
-            raise QemuError(
-                "the guest did not stand still while it was saved: another client of QEMU has resumed or reset it; "
-                "save it again"
-            )
-        self.seconds = perf_counter() - self._begun
-
-    async def end(self, goes_on: bool) -> None:
-        """Let the guest run, or make it ``paused`` again."""
-        if goes_on:
-            await self._monitor.run("cont")
-        else:
-            await as_it_was(self._monitor, ran=False)
-        times = {each.name: each.seconds for each in self._monitor.events[self._seen :]}
-        if goes_on and "STOP" in times and "RESUME" in times:
-            self.seconds = times["RESUME"] - times["STOP"]

@@ -1,104 +1,103 @@
-"""Transfer of device state between QEMU and a fragment, through a pipe so that no disk stores it in plaintext."""
+"""The outgoing migration of a save: QEMU writes its stream into a pipe, and a thread receives it."""
 
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from io import FileIO
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from vmsnap.errors import QemuError
-from vmsnap.io import Fragment, FragmentReader
-from vmsnap.qemu.background import to_the_end
+from vmsnap.memory import Progress
+from vmsnap.migration import MigrationStream
+from vmsnap.qemu.background import to_the_end, with_progress
 from vmsnap.qemu.monitor import Monitor
 
-Result = TypeVar("Result")
-
-_NAME = "vmsnap-device-state"
-_BATCH_BYTES = 1 << 20
+_NAME = "vmsnap-state"
 _CANCEL_SECONDS = 30.0
+# QEMU needs a moment between the end of the stream and the state in which the guest can go on.
 _POLL_SECONDS = 0.001
+# A round of a live save takes longer.
+_ROUND_POLL_SECONDS = 0.02
+
+# The number of rounds in which the amount that is left may fail to become smaller.
+_ROUNDS_WITHOUT_PROGRESS = 3
+
+Work = Callable[[], Coroutine[Any, Any, None]]
 
 
-async def save_devices(
-    monitor: Monitor, fragment: Fragment, migrate: Callable[[str], Coroutine[Any, Any, None]]
-) -> int:
-    """Let QEMU write the device state into a fragment, and return the number of bytes.
+@dataclass
+class Rounds:
+    """The rounds of a live save. QEMU sends all memory, and then again and again what the guest has written since."""
+
+    limit: int
+    """The largest number of rounds. The guest is stopped for the last one at the latest."""
+    done: int = 0
+    """The number of rounds so far."""
+    _least: int | None = None
+    _fruitless: int = 0
+
+    def go_on(self, memory: dict[str, Any]) -> bool:
+        """Return whether the guest may run on.
+
+        Parameters
+        ----------
+        memory
+            The statistics of the memory from ``query-migrate``.
+        """
+        number = memory.get("dirty-sync-count", 0)
+        if number > self.done:
+            self.done = number
+            left = memory.get("remaining", 0)
+            if self._least is None or left < self._least:
+                self._least, self._fruitless = left, 0
+            else:
+                self._fruitless += 1
+        return self.done <= self.limit and self._fruitless < _ROUNDS_WITHOUT_PROGRESS
+
+
+async def receive(
+    monitor: Monitor,
+    call: Callable[[int, Progress], MigrationStream],
+    migrate: Callable[[str], Coroutine[Any, Any, None]],
+    progress: Progress | None,
+    watch: Work | None = None,
+) -> MigrationStream:
+    """Let QEMU migrate into a pipe, and return the stream that `call` has received in a thread.
 
     Parameters
     ----------
-    monitor, fragment
-        QEMU, and the new fragment.
+    monitor
+        The connection to QEMU.
+    call
+        Receives the stream from a descriptor.
     migrate
         Begins the migration to a URI.
+    progress
+        The progress of `call`.
+    watch
+        Runs beside the migration, and is cancelled when that has completed.
 
     Raises
     ------
     QemuError
-        QEMU cannot save the state, or has ended. No migration is in progress afterwards.
+        QEMU cannot save the guest, or has ended; or the stream is not understood. No migration is in progress
+        afterwards.
     """
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
 
-    def take(pipe: FileIO) -> int:
-        buffer = memoryview(bytearray(_BATCH_BYTES))
-        taken = 0
-        while count := pipe.readinto(buffer):
-            fragment.write(buffer[:count])
-            taken += count
-        return taken
+    ended = False
 
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    return await _transfer(monitor, migrate, writing, FileIO(reading), take, lambda: _cancelled(monitor))
-
-
-async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
-    """Let QEMU read the device state from a fragment.
-
-    Parameters
-    ----------
-    monitor, fragment
-        QEMU, and the fragment with the state.
-    end_qemu
-        Called on an error, because a QEMU with half of its devices loaded is useless.
-
-    Raises
-    ------
-    QemuError
-        QEMU cannot load the state. Usually it ends, and prints the reason on its standard error.
-    AuthenticationError
-        The fragment is damaged or was changed.
-    """
-
-    def give(pipe: FileIO) -> None:
-        # QEMU stops reading when it fails, and its own error is reported elsewhere.
-        with suppress(BrokenPipeError):
-            while batch := memoryview(fragment.read(_BATCH_BYTES)):
-                while batch:
-                    batch = batch[pipe.write(batch) :]
-
-    async def give_up() -> None:
-        end_qemu()
-
-    async def migrate(uri: str) -> None:
-        await monitor.run("migrate-incoming", uri=uri)
-
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    await _transfer(monitor, migrate, reading, FileIO(writing, "w"), give, give_up)
-
-
-async def _transfer(
-    monitor: Monitor,
-    migrate: Callable[[str], Coroutine[Any, Any, None]],
-    theirs: int,
-    ours: FileIO,
-    work: Callable[[FileIO], Result],
-    give_up: Callable[[], Coroutine[Any, Any, None]],
-) -> Result:
-    """Let QEMU migrate through one end of a pipe, while a thread works at the other end."""
-
-    def work_and_close() -> Result:
-        # The end is closed even if the work fails, because QEMU would wait for more bytes.
-        with ours:
-            return work(ours)
+    def receive_and_close(show: Progress) -> MigrationStream:
+        nonlocal ended
+        # The end is closed even if the work fails, because QEMU would wait until its bytes are read.
+        try:
+            return call(ours, show)
+        except QemuError:
+            ended = _is_at_its_end(ours)
+            raise
+        finally:
+            os.close(ours)
 
     try:
         try:
@@ -107,51 +106,92 @@ async def _transfer(
             os.close(theirs)
         await migrate(f"fd:{_NAME}")
     except BaseException:
-        ours.close()
+        os.close(ours)
         with suppress(QemuError):
             await to_the_end(monitor.run("closefd", fdname=_NAME))
         raise
-    working = asyncio.ensure_future(asyncio.to_thread(work_and_close))
-    waiting = asyncio.ensure_future(monitor.migrated())
+    receiving = asyncio.ensure_future(with_progress(receive_and_close, progress))
+    waiting = [asyncio.ensure_future(_completed(monitor))]
+    if watch is not None:
+        waiting.append(asyncio.ensure_future(watch()))
     try:
         # If the thread fails, QEMU is not waited for: 7.2 does not notice a pipe that ends immediately.
-        await asyncio.wait([working, waiting], return_when=asyncio.FIRST_EXCEPTION)
-        if working.done():
-            working.result()
-        await waiting
+        pending = {receiving, *waiting}
+        while not waiting[0].done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if ended:
+                # QEMU has closed the pipe too early, and tells why.
+                await waiting[0]
+            for each in done:
+                each.result()
+        return await receiving
     except BaseException:
-        waiting.cancel()
         # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
-        await to_the_end(give_up())
-        await to_the_end(_ended(working))
-        if error := working.exception():
+        await to_the_end(_given_up(monitor, receiving, waiting))
+        if not ended and receiving.done() and not receiving.cancelled() and (error := receiving.exception()):
             raise error from None
         raise
-    return working.result()
+    finally:
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def _ended(task: "asyncio.Future[Any]") -> None:
-    await asyncio.wait([task])
+def _is_at_its_end(pipe: int) -> bool:
+    """Return whether nothing can be read from a pipe any more."""
+    os.set_blocking(pipe, False)
+    try:
+        return not os.read(pipe, 1)
+    except BlockingIOError:
+        return False
 
 
-def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the migration capabilities with only x-ignore-shared on, so that vmsnap transfers the shared memory.
+async def _given_up(
+    monitor: Monitor, receiving: "asyncio.Future[MigrationStream]", waiting: list["asyncio.Task[None]"]
+) -> None:
+    """End a migration after an error, which is not to be hidden by another one."""
+    for each in waiting:
+        each.cancel()
+    with suppress(QemuError):
+        await cancel(monitor)
+    # If QEMU does not answer, it may never close its end of the pipe.
+    receiving.cancel()
+    await asyncio.wait([receiving], timeout=_CANCEL_SECONDS)
+    if receiving.done() and not receiving.cancelled() and receiving.exception() is None:
+        receiving.result().close()
 
-    All others are off, because they are for a network, and some change the format of the state.
 
-    Parameters
-    ----------
-    found
-        The capabilities that QEMU lists.
+async def _completed(monitor: Monitor) -> None:
+    """Wait until the migration has completed, and the guest can be told to go on.
 
     Raises
     ------
     QemuError
-        This QEMU does not have x-ignore-shared.
+        The migration failed. The text contains the reason if QEMU reports one.
     """
-    if not any(each["capability"] == "x-ignore-shared" for each in found):
-        raise QemuError("this QEMU is too old: it lacks the migration capability x-ignore-shared; use QEMU 4 or newer")
-    return [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
+    await monitor.migrated()
+    while (await monitor.run("query-status"))["status"] == "finish-migrate":
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def keep_to(rounds: Rounds, monitor: Monitor, notice: Work, stop: Work) -> None:
+    """Watch a live migration, and stop the guest if it writes faster than its memory is saved.
+
+    Parameters
+    ----------
+    rounds
+        The limit, and the rounds so far.
+    monitor
+        The connection to QEMU.
+    notice
+        Called between two looks at the rounds.
+    stop
+        Stops the guest.
+    """
+    while rounds.go_on((await monitor.run("query-migrate")).get("ram", {})):
+        await notice()
+        await asyncio.sleep(_ROUND_POLL_SECONDS)
+    await stop()
 
 
 async def cancel(monitor: Monitor) -> None:
@@ -171,9 +211,3 @@ async def cancel(monitor: Monitor) -> None:
                 await asyncio.sleep(_POLL_SECONDS)
     except TimeoutError:
         raise QemuError(f"QEMU does not cancel its migration within {_CANCEL_SECONDS:g} s") from None
-
-
-async def _cancelled(monitor: Monitor) -> None:
-    """Cancel a migration after an error, which is not to be hidden by another one."""
-    with suppress(QemuError):
-        await cancel(monitor)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
-from vmsnap.memory import MemoryReport, Progress
+from vmsnap.memory import GuestRegion, MemoryReport, Progress
+from vmsnap.migration import MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.hold import Hold
-from vmsnap.qemu.machine import Machine, survey
+from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.mark import recover
-from vmsnap.qemu.migration import save_devices
+from vmsnap.qemu.migration import Rounds, keep_to, receive
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
 from vmsnap.qemu.settings import differing
+from vmsnap.qemu.survey import Block, Ram, survey
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
 
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 
 MACHINE, DEVICE_STATE = "machine", "device_state"
 
-_CHUNK_BYTES = 1 << 16
+# QEMU stops the guest when it expects to send the rest in this time. Its default is 300.
+_DOWNTIME_MILLISECONDS = 20
 
 _NOT_NOW = {
     "postmigrate": "it was saved or migrated before and has not run since; resume it with 'cont' first",
@@ -50,6 +54,12 @@ class SaveReport:
     """
     seconds: float
     """Duration of the whole save, including the sync."""
+    way: Literal["files", "stream", "live"]
+    """How the memory was saved: read from shared files, or sent by QEMU, or sent by QEMU while the guest ran."""
+    rounds: int
+    """How many times QEMU went through the memory: 0 if it was read from files, 1 if the guest stood still."""
+    repeated_bytes: int
+    """Bytes of memory that QEMU sent again, because the guest had changed them."""
     device_state_bytes: int
     """Size of the device state, in bytes."""
     memory: MemoryReport
@@ -90,7 +100,10 @@ async def save_async(
     passphrase: "Passphrase | None" = None,
     key_provider: "KeyProvider | None" = None,
     compress: Literal["lz4"] | None = None,
+    live: bool = False,
+    max_rounds: int = 10,
     then: Literal["as-before", "continue", "quit"] = "as-before",
+    while_paused: Callable[[], object] | None = None,
     pid: int | None = None,
     threads: int | None = None,
     durable: bool = True,
@@ -99,8 +112,12 @@ async def save_async(
 ) -> SaveReport:
     """Save a running guest in a new snapshot: its memory, its device state, and a description of the machine.
 
-    The guest is paused while its state is read, and resumed before the snapshot is synced. If the save fails or is
-    cancelled, there is no snapshot, and the guest runs if it ran before.
+    The guest is paused while its state is read, and resumed as soon as possible; with `live` it runs meanwhile, and is
+    paused for some milliseconds at the end. If the save fails or is cancelled, there is no snapshot, and the guest runs
+    if it ran before. A small process sees to that even if this process is killed.
+
+    A guest that was paused before is paused afterwards. It runs for a moment of about a millisecond, in which QEMU
+    takes back its disks.
 
     Parameters
     ----------
@@ -110,19 +127,29 @@ async def save_async(
         Arguments of `vmsnap.create`.
     compress
         The compression of the guest memory: ``"lz4"``, or None.
+    live
+        Whether the guest runs while its memory is saved. QEMU sends the memory in rounds: all of it, and then what the
+        guest has changed since. A guest that is paused is saved as without this option.
+    max_rounds
+        The number of rounds after which a guest that changes its memory faster than it is saved is stopped. It is also
+        stopped after three rounds that left as much to send as the one before.
     then
         The state of the guest afterwards: ``"as-before"`` resumes it if it ran before, ``"continue"`` always resumes
         it, and ``"quit"`` ends QEMU when the snapshot is complete.
+    while_paused
+        Called from another thread while the guest stands still and its disks are flushed, for example to copy a disk.
+        An awaitable result is awaited. An exception ends the save, and the guest goes on.
     pid
-        The process ID of QEMU. The default is the process that created the socket.
+        The process ID of QEMU. The default is the process at the other end of the socket.
     progress
-        Called from another thread with the number of bytes of memory done and the total.
+        Called from another thread with the number of bytes done and the total. Memory that QEMU sends counts twice:
+        when it is received, and when it is written.
 
     Raises
     ------
     QemuError
-        QEMU refused a command, failed or ended; the guest memory is not in a shared file; another client is connected;
-        or the guest is being migrated.
+        QEMU refused a command, failed, ended or does not answer; another client is connected, or has resumed the guest
+        during the save; another save is in progress; or the guest is being migrated.
     OSError
         There is no such socket, this user may not connect to it or access QEMU, or the disk is full.
     FileExistsError, KeyUnavailableError, InvalidArgumentError
@@ -143,35 +170,127 @@ async def save_async(
             async with connected(connection, os.fspath(qmp)) as monitor:
                 interrupted = await recover(monitor)
                 ran = await _check_state(monitor)
-                ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
+                ram = await survey(monitor, stack, pid)
+                lively = live and ran
+                files = not lively and _in_files(ram.blocks)
+                parameters = {"downtime-limit": _DOWNTIME_MILLISECONDS} if lively else {}
+                found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
                 writer = await snapshot.begin()
-                found, wanted = await differing(monitor, {"x-ignore-shared"}, {})
                 writer.write_fragment(MACHINE, ram.machine)
+                shown = _Shown(progress)
+                rounds = Rounds(max_rounds)
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
-                    pause = await hold.stop()
-                    with writer.raw_fragment(DEVICE_STATE, chunk_size_bytes=_CHUNK_BYTES) as fragment:
-                        device_state_bytes = await save_devices(monitor, fragment, hold.migrate)
-                    # The memory comes after the devices, because saving some devices changes the guest memory.
-                    memory = await with_progress(
-                        lambda show: writer.write_memory(ram.regions, compress=compress, progress=show), progress
+                    if not lively:
+                        await hold.stop()
+                    stream = await receive(
+                        monitor,
+                        lambda pipe, show: writer.receive_migration(pipe, _names(ram), progress=show),
+                        hold.migrate,
+                        shown.received,
+                        (lambda: keep_to(rounds, monitor, hold.notice, hold.stop)) if lively else None,
                     )
-                    await hold.check(pause)
+                    stack.callback(stream.close)
+                    regions, from_files = _regions(ram, stream)
+                    # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not.
+                    hold.stands_still(anew=not from_files)
+                    if while_paused is not None:
+                        await _call(while_paused)
+                    memory = await _write(writer, regions, compress, shown) if from_files else None
+                    await hold.check()
+                    if then != "quit":
+                        await hold.go_on(hold.runs or then == "continue")
+                    if memory is None:
+                        memory = await _write(writer, regions, compress, shown)
                     if then == "quit":
                         await snapshot.commit()
                         await to_the_end(monitor.quit())
-                    else:
-                        await pause.end(ran or then == "continue")
         await snapshot.commit()
     return SaveReport(
-        paused_seconds=pause.seconds,
+        paused_seconds=hold.paused_seconds,
         seconds=perf_counter() - started,
-        device_state_bytes=device_state_bytes,
+        way="live" if lively else "stream" if len(from_files) < len(regions) else "files",
+        rounds=max(rounds.done, 1) if lively else 0 if len(from_files) == len(regions) else 1,
+        repeated_bytes=stream.repeated_bytes,
+        device_state_bytes=stream.device_state_bytes,
         memory=memory,
         machine=ram.machine,
         snapshot_id=snapshot.identifier,
         seal_digest=snapshot.seal_digest,
         interrupted=interrupted,
     )
+
+
+def _in_files(blocks: list[Block]) -> bool:
+    """Return whether QEMU should leave shared memory out of its stream, because it can be read from files.
+
+    QEMU leaves out all shared memory, or none. Since version 8.1 it still sends shared memory that has no name.
+    """
+    shared = [each for each in blocks if each.shared]
+    return bool(shared) and all(each.file is not None for each in shared)
+
+
+def _names(ram: Ram) -> list[str]:
+    """Return the names of the blocks of guest memory in the stream."""
+    return [each.name for each in ram.blocks if each.migrated]
+
+
+def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list[GuestRegion]]:
+    """Return the regions of ``mem``, and those of them that are read from files.
+
+    Raises
+    ------
+    QemuError, PermissionError
+        A block is neither in the stream nor in a file.
+    """
+    sent = {each.name for each in stream.blocks if each.taken and each.records}
+    regions, from_files = [], []
+    for each, block in ram.places():
+        if block.name in sent:
+            regions.append(GuestRegion(each.guest_base, stream.memory(block.name, each.offset, each.size)))
+        elif block.file is not None:
+            offset = block.file.offset + each.offset
+            from_files.append(GuestRegion(each.guest_base, block.file.descriptor, offset=offset, size=each.size))
+            regions.append(from_files[-1])
+        else:
+            raise block.why_no_file or QemuError(
+                f"QEMU did not send the memory block {block.name!r}, and it is not in a file that vmsnap can open"
+            )
+    return regions, from_files
+
+
+class _Shown:
+    """The progress of both steps, receiving and writing, as that of one piece of work."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._received = 0
+
+    def received(self, done: int, total: int) -> None:
+        """Show the progress of receiving. Nothing is received if all memory is in files."""
+        if self._progress is not None and done:
+            self._received = total
+            self._progress(min(done, total), 2 * total)
+
+    def written(self, done: int, total: int) -> None:
+        """Show the progress of writing."""
+        if self._progress is not None:
+            self._progress(self._received + done, self._received + total)
+
+
+async def _write(
+    writer: SnapshotWriter, regions: list[GuestRegion], compress: Literal["lz4"] | None, shown: _Shown
+) -> MemoryReport:
+    return await with_progress(
+        lambda show: writer.write_memory(regions, compress=compress, progress=show), shown.written
+    )
+
+
+async def _call(while_paused: Callable[[], object]) -> None:
+    """Run the caller's function in a thread, and wait for its result if that is awaitable."""
+    called: list[object] = []
+    await in_thread(lambda: called.append(while_paused()))
+    if inspect.isawaitable(called[0]):
+        await called[0]
 
 
 class _Snapshot:

@@ -1,0 +1,148 @@
+"""Transfer of device state between QEMU and a fragment, through a pipe so that no disk stores it in plaintext."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from io import FileIO
+from typing import Any, TypeVar
+
+from vmsnap.errors import QemuError
+from vmsnap.io import Fragment, FragmentReader
+from vmsnap.qemu.background import to_the_end
+from vmsnap.qemu.monitor import Monitor
+
+Result = TypeVar("Result")
+
+_NAME = "vmsnap-device-state"
+_BATCH_BYTES = 1 << 20
+
+
+async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
+    """Let QEMU write the device state into a fragment, and return the number of bytes.
+
+    Raises
+    ------
+    QemuError
+        QEMU cannot save the state, or has ended. No migration is in progress afterwards.
+    """
+
+    def take(pipe: FileIO) -> int:
+        buffer = memoryview(bytearray(_BATCH_BYTES))
+        taken = 0
+        while count := pipe.readinto(buffer):
+            fragment.write(buffer[:count])
+            taken += count
+        return taken
+
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: cancel(monitor))
+
+
+async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
+    """Let QEMU read the device state from a fragment.
+
+    Parameters
+    ----------
+    monitor, fragment
+        QEMU, and the fragment with the state.
+    end_qemu
+        Called on an error, because a QEMU with half of its devices loaded is useless.
+
+    Raises
+    ------
+    QemuError
+        QEMU cannot load the state. Usually it ends, and prints the reason on its standard error.
+    AuthenticationError
+        The fragment is damaged or was changed.
+    """
+
+    def give(pipe: FileIO) -> None:
+        # QEMU stops reading when it fails, and its own error is reported elsewhere.
+        with suppress(BrokenPipeError):
+            while batch := memoryview(fragment.read(_BATCH_BYTES)):
+                while batch:
+                    batch = batch[pipe.write(batch) :]
+
+    async def give_up() -> None:
+        end_qemu()
+
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    await _transfer(monitor, "migrate-incoming", reading, FileIO(writing, "w"), give, give_up)
+
+
+async def _transfer(
+    monitor: Monitor,
+    command: str,
+    theirs: int,
+    ours: FileIO,
+    work: Callable[[FileIO], Result],
+    give_up: Callable[[], Coroutine[Any, Any, None]],
+) -> Result:
+    """Let QEMU migrate through one end of a pipe, while a thread works at the other end."""
+
+    def work_and_close() -> Result:
+        # The end is closed even if the work fails, because QEMU would wait for more bytes.
+        with ours:
+            return work(ours)
+
+    try:
+        try:
+            await monitor.send_descriptor(_NAME, theirs)
+        finally:
+            os.close(theirs)
+        await monitor.run(command, uri=f"fd:{_NAME}")
+    except BaseException:
+        ours.close()
+        with suppress(QemuError):
+            await to_the_end(monitor.run("closefd", fdname=_NAME))
+        raise
+    working = asyncio.ensure_future(asyncio.to_thread(work_and_close))
+    waiting = asyncio.ensure_future(monitor.migrated())
+    try:
+        # If the thread fails, QEMU is not waited for: 7.2 does not notice a pipe that ends immediately.
+        await asyncio.wait([working, waiting], return_when=asyncio.FIRST_EXCEPTION)
+        if working.done():
+            working.result()
+        await waiting
+    except BaseException:
+        waiting.cancel()
+        # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
+        await to_the_end(give_up())
+        await to_the_end(_ended(working))
+        if error := working.exception():
+            raise error from None
+        raise
+    return working.result()
+
+
+async def _ended(task: "asyncio.Future[Any]") -> None:
+    await asyncio.wait([task])
+
+
+def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the migration capabilities with only x-ignore-shared on, so that vmsnap transfers the shared memory.
+
+    All others are off, because they are for a network, and some change the format of the state.
+
+    Parameters
+    ----------
+    found
+        The capabilities that QEMU lists.
+
+    Raises
+    ------
+    QemuError
+        This QEMU does not have x-ignore-shared.
+    """
+    if not any(each["capability"] == "x-ignore-shared" for each in found):
+        raise QemuError("this QEMU is too old: it lacks the migration capability x-ignore-shared; use QEMU 4 or newer")
+    return [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
+
+
+async def cancel(monitor: Monitor) -> None:
+    """Cancel a migration in progress, and wait until it has ended."""
+    with suppress(QemuError):
+        if await monitor.migrates():
+            await monitor.run("migrate_cancel")
+            await monitor.migrated()
