@@ -8,6 +8,8 @@
 //! mappings.rs         its mappings, and the page faults that it may serve
 //! pagemap.rs          the pages that it has
 //! stop.rs             StoppedProcess: stops it, and lets it go on
+//! spool.rs            Spool: pages that arrive in any order, kept in a scratch file, as a source
+//! page_index.rs       where the last copy of each page is
 //!
 //! options.rs          GuestRegion, MemoryOptions, MemoryReport, MemoryProgress
 //! dump.rs             SnapshotWriter::write_memory
@@ -34,6 +36,7 @@ mod mappings;
 mod metadata;
 mod options;
 mod own_mappings;
+mod page_index;
 mod pagemap;
 mod pages;
 mod process;
@@ -42,6 +45,8 @@ mod ranges;
 mod reorder;
 mod restore;
 mod source;
+#[allow(dead_code, reason = "the reader of a migration stream fills it")]
+mod spool;
 mod stop;
 
 pub use destination::GuestDestination;
