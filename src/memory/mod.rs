@@ -45,10 +45,10 @@ mod ranges;
 mod reorder;
 mod restore;
 mod source;
-#[allow(dead_code, reason = "the reader of a migration stream fills it")]
 mod spool;
 mod stop;
 
+pub(crate) use data::ReadBuffers;
 pub use destination::GuestDestination;
 pub use file::FileMemory;
 pub use guest_memory::GuestMemory;
@@ -62,4 +62,5 @@ pub use process_range::ProcessRange;
 pub use source::GuestMemorySource;
 #[cfg(feature = "python")]
 pub(crate) use source::{ChangingBytes, StableBytes};
+pub(crate) use spool::{Spool, SpooledPages};
 pub use stop::StoppedProcess;

@@ -28,7 +28,9 @@ pub(super) struct Passage<'a> {
     current: Option<usize>,
     /// The block of the last record in the output.
     last_kept: Option<usize>,
-    pub(super) has_footers: bool,
+    has_footers: bool,
+    /// Whether a PART is not begun in the output yet. It is left out if all its pages are taken.
+    is_pending: bool,
     flushes_multifd: bool,
     pages: u64,
 }
@@ -50,6 +52,7 @@ impl<'a> Passage<'a> {
             current: None,
             last_kept: None,
             has_footers: false,
+            is_pending: false,
             flushes_multifd: false,
             pages: 0,
         };
@@ -77,11 +80,13 @@ impl<'a> Passage<'a> {
                         let text = format!("section {id} goes on, but only section \"ram\" began");
                         return Err(malformed(offset, text));
                     }
-                    self.output.put(&[kind], interrupt)?;
-                    self.output.put(&id.to_be_bytes(), interrupt)?;
+                    is_last = kind == section::END;
+                    self.is_pending = !is_last;
+                    if is_last {
+                        self.begin_section(kind, interrupt)?;
+                    }
                     self.records(take, interrupt)?;
                     self.footer(interrupt)?;
-                    is_last = kind == section::END;
                 }
                 section::COMMAND => {
                     let command = read_command(offset, &mut self.input, interrupt)?;
@@ -102,16 +107,13 @@ impl<'a> Passage<'a> {
     /// Passes all that follows section `ram` as it is, and checks that it is complete.
     pub(super) fn rest(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let mut ending = Ending::new(self.has_footers);
-        // A section of `ram` here would be state that is not looked at.
         let offset = self.input.offset();
-        match self.input.peek(interrupt)? {
-            Some(section::FULL | section::END_OF_STREAM | section::COMMAND) => {}
-            Some(kind) => {
-                self.input.byte("a section", interrupt)?;
-                return Err(unexpected(offset, kind, &mut self.input, interrupt));
-            }
-            None => return Err(malformed(offset, "the stream is truncated: it ends after section \"ram\"")),
+        let kind = self.input.byte("the state of the devices", interrupt)?;
+        if !matches!(kind, section::FULL | section::END_OF_STREAM) {
+            return Err(unexpected(offset, kind, &mut self.input, interrupt));
         }
+        ending.pass(&[kind]);
+        self.output.put(&[kind], interrupt)?;
         loop {
             let bytes = self.input.some(interrupt)?;
             if bytes.is_empty() {
@@ -124,8 +126,29 @@ impl<'a> Passage<'a> {
         if ending.is_complete() {
             return Ok(());
         }
-        let text = "the stream is truncated: it ends within the state of the devices, without a description or an end";
+        let text = "the stream is truncated: it ends within the state of the devices";
         Err(malformed(self.input.offset(), text))
+    }
+
+    /// Begins a section of `ram`.
+    pub(super) fn begin_section(&mut self, kind: u8, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        self.output.put(&[kind], interrupt)?;
+        self.output.put(&self.front.section.to_be_bytes(), interrupt)
+    }
+
+    /// Begins the section that is pending, because something of it is kept.
+    fn keep_section(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        if std::mem::take(&mut self.is_pending) { self.begin_section(section::PART, interrupt) } else { Ok(()) }
+    }
+
+    /// Ends a section of `ram`.
+    pub(super) fn end_section(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        self.output.put(&flag::EOS.to_be_bytes(), interrupt)?;
+        if !self.has_footers {
+            return Ok(());
+        }
+        self.output.put(&[section::FOOTER], interrupt)?;
+        self.output.put(&self.front.section.to_be_bytes(), interrupt)
     }
 
     /// The next record that is kept names its block, whatever was written in between.
@@ -143,10 +166,11 @@ impl<'a> Passage<'a> {
             match flags & !flag::CONTINUE {
                 flag::PAGE => {}
                 flag::ZERO => {}
-                flag::EOS if flags == flag::EOS => return self.output.put(&word.to_be_bytes(), interrupt),
+                flag::EOS if word == flag::EOS => return Ok(()),
                 // QEMU 8.1.0 writes this even if it does not use multifd.
-                flag::MULTIFD_FLUSH if flags == flag::MULTIFD_FLUSH => {
+                flag::MULTIFD_FLUSH if word == flag::MULTIFD_FLUSH => {
                     self.flushes_multifd = true;
+                    self.keep_section(interrupt)?;
                     self.output.put(&word.to_be_bytes(), interrupt)?;
                     continue;
                 }
@@ -189,7 +213,12 @@ impl<'a> Passage<'a> {
                 }
                 &[0]
             };
+            // The borrowed bytes are still in the input; nothing below reads from it.
             let flags = flags & !flag::CONTINUE;
+            if std::mem::take(&mut self.is_pending) {
+                self.output.put(&[section::PART], interrupt)?;
+                self.output.put(&self.front.section.to_be_bytes(), interrupt)?;
+            }
             if self.last_kept == Some(block) {
                 self.output.put(&(address | flags | flag::CONTINUE).to_be_bytes(), interrupt)?;
             } else {
@@ -203,19 +232,17 @@ impl<'a> Passage<'a> {
         }
     }
 
-    /// Passes the footer of a section of `ram`.
+    /// Reads the footer of a section of `ram`, and ends the section in the output.
     fn footer(&mut self, interrupt: &mut Interrupt<'_>) -> Result<()> {
-        if !self.has_footers {
-            return Ok(());
+        if self.has_footers {
+            let offset = self.input.offset();
+            let kind = self.input.byte("the footer of a section", interrupt)?;
+            let id = self.input.u32("the footer of a section", interrupt)?;
+            if (kind, id) != (section::FOOTER, self.front.section) {
+                return Err(malformed(offset, "section \"ram\" does not end with its footer"));
+            }
         }
-        let offset = self.input.offset();
-        let kind = self.input.byte("the footer of a section", interrupt)?;
-        let id = self.input.u32("the footer of a section", interrupt)?;
-        if (kind, id) != (section::FOOTER, self.front.section) {
-            return Err(malformed(offset, "section \"ram\" does not end with its footer"));
-        }
-        self.output.put(&[kind], interrupt)?;
-        self.output.put(&id.to_be_bytes(), interrupt)
+        if std::mem::take(&mut self.is_pending) { Ok(()) } else { self.end_section(interrupt) }
     }
 }
 
