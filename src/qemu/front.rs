@@ -258,9 +258,13 @@ impl Front {
 
 /// Appends a name as the stream has it: its length in one byte, and its bytes.
 pub(super) fn push_name(bytes: &mut Vec<u8>, name: &str) {
-    // Names come from a stream, or their length was checked.
-    bytes.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
+    bytes.push(length_byte(name));
     bytes.extend(name.as_bytes());
+}
+
+/// Returns the length of a name. It fits, because the name comes from a stream, or its length was checked.
+pub(super) fn length_byte(name: &str) -> u8 {
+    u8::try_from(name.len()).unwrap_or(u8::MAX)
 }
 
 /// Reads a command, after the byte of its kind, and returns its bytes.

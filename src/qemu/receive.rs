@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::front::Front;
 use super::input::{self, Input};
+use super::kept::Kept;
 use super::output::Output;
 use super::passage::Passage;
 use crate::error::{Error, Result};
@@ -200,7 +201,7 @@ fn receive(
         |bytes: &[u8], interrupt: &mut Interrupt<'_>| fragment.write_all_interruptible(bytes, &mut || interrupt.check());
     let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
     let names = front.blocks.iter().map(|block| &*block.name).collect();
-    let mut passage = Passage::begin(input, output, &front, names, interrupt)?;
+    let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
     let mut take = |block: usize, page: u64, bytes: Option<&[u8; PAGE_BYTES]>, interrupt: &mut Interrupt<'_>| {
         records[block] += 1;
         let Some(area) = areas[block] else { return Ok(false) };
@@ -215,7 +216,7 @@ fn receive(
     passage.first_section(&mut take, interrupt)?;
     passage.other_sections(&mut take, interrupt)?;
     passage.rest(interrupt)?;
-    let device_state_bytes = passage.output.written();
+    let device_state_bytes = passage.kept.written();
     drop(passage);
 
     let pages = Arc::new(spool.finish(interrupt)?);

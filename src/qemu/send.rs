@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::format::section;
 use super::front::Front;
 use super::input::{self, Input};
+use super::kept::Kept;
 use super::output::Output;
 use super::passage::Passage;
 use super::records::{Part, write_records};
@@ -127,20 +128,20 @@ impl SnapshotReader {
             pipe::write_all(&mut **lock(&stream), bytes, interrupt)
         };
         let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
-        let mut passage = Passage::begin(input, output, &front, names, interrupt)?;
+        let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
         passage.first_section(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
         let mut sent = 0;
         if let Some(memory) = memory.filter(|_| !parts.is_empty()) {
             // A section of its own: no other one has to be changed.
-            passage.begin_section(section::PART, interrupt)?;
-            passage.output.flush(interrupt)?;
+            passage.kept.begin_section(section::PART, interrupt)?;
+            passage.kept.flush(interrupt)?;
             sent = write_records(&memory, &parts, &stream, threads, &done, interrupt)?;
-            passage.end_section(interrupt)?;
-            passage.forget_last_block();
+            passage.kept.end_section(interrupt)?;
+            passage.kept.forget_last_block();
         }
         passage.other_sections(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
         passage.rest(interrupt).map_err(in_fragment)?;
-        sent += passage.output.written();
+        sent += passage.kept.written();
         drop(passage);
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
         Ok(sent)
