@@ -39,7 +39,9 @@ from support import MIB
 from toy_guest import Toy
 
 SIZE_MIB = 1024
-STILL_MIB, MOVING_MIB = 480, 32
+STILL_MIB, MOVING_MIB = 384, 128
+# A step of the guest rewrites 256 KiB.
+STEPS = 512
 # Each is a thread of QEMU.
 CHANNELS = os.cpu_count() or 1
 
@@ -79,7 +81,8 @@ WAYS = (Guest("live", is_live=True), Guest("stream"), Guest("files", is_in_file=
 
 
 async def _migrate(qmp: Path, uri: str, live: bool, capabilities: tuple[str, ...]) -> Times:
-    client = QMPClient()
+    # The results of its commands are typed as `object`.
+    client: Any = QMPClient()
     await client.connect(str(qmp))
     try:
         await client.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
@@ -100,12 +103,15 @@ async def _migrate(qmp: Path, uri: str, live: bool, capabilities: tuple[str, ...
                 assert status not in ("failed", "cancelled"), f"QEMU cannot migrate to {uri}"
                 if status == "completed":
                     break
+            # The event is a moment early.
+            while (await client.execute("query-status"))["status"] == "finish-migrate":
+                pass
             await client.execute("cont")
             while (event := await events.get())["event"] != "RESUME":
                 pass
             total = perf_counter() - started
         # It is there from 7.2 to 10.0 for a guest that ran.
-        downtime = (await client.execute("query-migrate")).get("downtime") if live else None  # type: ignore[attr-defined]
+        downtime = (await client.execute("query-migrate")).get("downtime") if live else None
         await _set(client, ("events", *capabilities), False)
         assert stopped is not None
         return Times(_time_of(event) - stopped, total, None if downtime is None else downtime / 1e3)
@@ -113,7 +119,7 @@ async def _migrate(qmp: Path, uri: str, live: bool, capabilities: tuple[str, ...
         await client.disconnect()
 
 
-async def _set(client: QMPClient, capabilities: tuple[str, ...], state: bool) -> None:
+async def _set(client: Any, capabilities: tuple[str, ...], state: bool) -> None:
     wanted = [{"capability": each, "state": state} for each in capabilities]
     await client.execute("migrate-set-capabilities", {"capabilities": wanted})
 
@@ -172,8 +178,15 @@ def measure(qemu: Qemu, way: Guest, directory: Path, arguments: argparse.Namespa
     """Let the writers take turns on a new guest."""
     qmp, ram = directory / "qmp", directory / "ram"
     memory = f"memory-backend-file,id=mem,size={SIZE_MIB}M,share=on,mem-path={ram}" if way.is_in_file else ""
-    period = 1000 * MOVING_MIB * MIB / 1e6 / arguments.rate
-    toy = Toy(directory, f"toy-{way.name}", still_mib=STILL_MIB, moving_mib=MOVING_MIB, period_ms=period)
+    toy = Toy(
+        directory,
+        f"toy-{way.name}",
+        still_mib=STILL_MIB,
+        moving_mib=MOVING_MIB,
+        steps=STEPS,
+        still_parts=4 * STEPS,
+        period_ms=1000 * MOVING_MIB * MIB / STEPS / 1e6 / arguments.rate,
+    )
     command = qemu_command(
         qmp, *toy.options, memory=memory, size=f"{SIZE_MIB}M", qemu=qemu, accel=arguments.accel, machine="q35"
     )
@@ -181,6 +194,10 @@ def measure(qemu: Qemu, way: Guest, directory: Path, arguments: argparse.Namespa
     turns: dict[Writer, list[Times]] = {each: [] for each in writers}
     with running(command, qmp):
         toy.ticks(2)
+        began = perf_counter()
+        toy.tick()
+        rate = MOVING_MIB * MIB / 1e6 / (perf_counter() - began)
+        print(f"\n{qemu}, {way.name}; the guest rewrites {rate:.0f} MB/s")
         for turn in range(arguments.pairs + 1):
             for writer in writers:
                 path = directory / "saved"
@@ -189,7 +206,8 @@ def measure(qemu: Qemu, way: Guest, directory: Path, arguments: argparse.Namespa
                     turns[writer].append(times._replace(size=_size_of(path)))
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 # A guest that found other memory than it wrote ends the measurement.
-                toy.ticks(2)
+                toy.catch_up()
+                toy.tick()
     toy.close()
     ram.unlink(missing_ok=True)
     return turns
@@ -200,9 +218,8 @@ def _size_of(path: Path) -> int:
     return sum(each.stat().st_blocks * 512 for each in files)
 
 
-def report(title: str, way: Guest, turns: dict[Writer, list[Times]]) -> None:
+def report(turns: dict[Writer, list[Times]]) -> None:
     bases = [each for each in turns if each.is_base]
-    print(f"\n{title}, {way.name}")
     heads = [f"{'to ' + base.name.removeprefix('QEMU ').split(',')[0] + ': pause':>22} {'total':>6}" for base in bases]
     print(f"{'':28} {'pause ms':>16} {'total s':>8} {'MB':>6}", *heads)
     for writer, times in turns.items():
@@ -231,7 +248,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{arguments.directory}, {os.cpu_count()} processors, {arguments.accel}, aead {vmsnap.aead_provider()};")
     print(
-        f"a guest of {SIZE_MIB} MiB, of which {STILL_MIB + MOVING_MIB} are data, {MOVING_MIB} are rewritten at "
+        f"a guest of {SIZE_MIB} MiB, of which {STILL_MIB + MOVING_MIB} are data, {MOVING_MIB} are rewritten at up to "
         f"{arguments.rate:g} MB/s; medians of {arguments.pairs} turns"
     )
     for name in dict.fromkeys(names[each] for each in arguments.version or qemus.NAMES):
@@ -239,7 +256,7 @@ def main() -> None:
         for way in WAYS:
             if way.name in (arguments.only or [way.name]):
                 with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="vmsnap-bench-") as directory:
-                    report(str(qemu), way, measure(qemu, way, Path(directory), arguments))
+                    report(measure(qemu, way, Path(directory), arguments))
 
 
 if __name__ == "__main__":
