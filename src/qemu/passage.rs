@@ -15,8 +15,7 @@ use crate::zeros::PAGE_BYTES;
 
 /// Is shown a page: the number of its block, the number of the page in it, and its bytes, or `None` if all are zero.
 /// Returns whether the page is taken out of the stream.
-pub(super) type Take<'a> =
-    dyn FnMut(usize, u64, Option<&[u8; PAGE_BYTES]>, &mut Interrupt<'_>) -> Result<bool> + 'a;
+pub(super) type Take<'a> = dyn FnMut(usize, u64, Option<&[u8; PAGE_BYTES]>, &mut Interrupt<'_>) -> Result<bool> + 'a;
 
 const PAGE_MASK: u64 = PAGE_BYTES as u64 - 1;
 

@@ -197,8 +197,9 @@ fn receive(
 
     let mut records = vec![0_u64; areas.len()];
     let mut repeated = 0_u64;
-    let mut sink =
-        |bytes: &[u8], interrupt: &mut Interrupt<'_>| fragment.write_all_interruptible(bytes, &mut || interrupt.check());
+    let mut sink = |bytes: &[u8], interrupt: &mut Interrupt<'_>| {
+        fragment.write_all_interruptible(bytes, &mut || interrupt.check())
+    };
     let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
     let names = front.blocks.iter().map(|block| &*block.name).collect();
     let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
@@ -223,9 +224,8 @@ fn receive(
     let repeated_bytes = repeated * PAGE_BYTES as u64;
     let taken = areas.iter().map(Option::is_some);
     let blocks = front.blocks.into_iter().zip(records).zip(taken);
-    let blocks = blocks.map(|((block, records), taken)| {
-        RamBlock { name: block.name, size_bytes: block.size, records, taken }
-    });
+    let blocks =
+        blocks.map(|((block, records), taken)| RamBlock { name: block.name, size_bytes: block.size, records, taken });
     Ok(MigrationStream {
         machine_type: front.machine_type,
         ignores_shared: front.ignores_shared,

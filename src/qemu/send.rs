@@ -79,12 +79,7 @@ impl SnapshotReader {
     /// [`Error::is_invalid_argument`] if `blocks` do not fit the blocks in the fragment, or guest memory.
     /// [`Error::is_corrupt`], [`Error::is_unsupported_format`] or [`Error::is_authentication`] if the fragment or guest
     /// memory is damaged. [`Error::is_io`] if the stream cannot be written: errno EPIPE if QEMU stopped reading.
-    pub fn send_migration(
-        &self,
-        stream: &mut (dyn Write + Send),
-        blocks: &[SentBlock],
-        fragment: &str,
-    ) -> Result<u64> {
+    pub fn send_migration(&self, stream: &mut (dyn Write + Send), blocks: &[SentBlock], fragment: &str) -> Result<u64> {
         self.send_migration_interruptible(stream, blocks, fragment, None, &mut |_| Ok(()))
     }
 
@@ -124,9 +119,8 @@ impl SnapshotReader {
         let mut report = || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed), total_bytes });
         let interrupt = &mut Interrupt::new(&mut report);
         let stream = Mutex::new(stream);
-        let mut sink = |bytes: &[u8], interrupt: &mut Interrupt<'_>| {
-            pipe::write_all(&mut **lock(&stream), bytes, interrupt)
-        };
+        let mut sink =
+            |bytes: &[u8], interrupt: &mut Interrupt<'_>| pipe::write_all(&mut **lock(&stream), bytes, interrupt);
         let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
         let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
         passage.first_section(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
@@ -178,12 +172,7 @@ fn number_of(front: &Front, block: &SentBlock) -> Result<usize> {
 }
 
 /// Returns the ranges of all blocks, each with its place in guest memory.
-fn parts<'a>(
-    front: &Front,
-    names: &[&'a str],
-    blocks: &[SentBlock],
-    memory: &GuestMemory,
-) -> Result<Vec<Part<'a>>> {
+fn parts<'a>(front: &Front, names: &[&'a str], blocks: &[SentBlock], memory: &GuestMemory) -> Result<Vec<Part<'a>>> {
     let mut parts = Vec::new();
     for block in blocks {
         let number = number_of(front, block)?;

@@ -214,8 +214,7 @@ fn the_last_record_of_a_page_counts_and_the_rest_is_a_stream() {
     assert!(!stream.ignores_shared());
     let blocks: Vec<_> =
         stream.blocks().iter().map(|block| (&*block.name, block.size_bytes, block.records, block.taken)).collect();
-    let expected =
-        [("pc.ram", 8 << 12, 8, true), ("pc.bios", 2 << 12, 3, false), ("/objects/hot", 4 << 12, 1, true)];
+    let expected = [("pc.ram", 8 << 12, 8, true), ("pc.bios", 2 << 12, 3, false), ("/objects/hot", 4 << 12, 1, true)];
     assert_eq!(blocks, expected);
     assert_eq!((stream.page_bytes(), stream.repeated_bytes()), (9 << 12, 4 << 12));
     assert_eq!(stream.device_state_bytes(), thinned().0.len() as u64);
