@@ -1,8 +1,8 @@
 """`save`: storing a running QEMU guest in a snapshot."""
 
 import asyncio
-import os
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
