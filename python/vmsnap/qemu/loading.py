@@ -5,7 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices, without_shared_memory
+from vmsnap.qemu.leftovers import holds_something
 from vmsnap.qemu.machine import Machine, Ram, survey
 from vmsnap.qemu.monitor import Monitor, connected
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
 
-_BATCH_BYTES = 1 << 20
 _SHOWN_PROBLEMS = 3
 
 
@@ -36,18 +36,26 @@ class LoadReport:
     """The QEMU process that `load` started, and the sizes and times of the load."""
 
     process: subprocess.Popen[bytes]
-    """QEMU. The caller waits for it or ends it. Its standard error is copied to the standard error of this process."""
+    """The command. The caller waits for it or ends it. Its standard error is copied to that of this process."""
     seconds: float
     """Time from the call until the guest was resumed."""
     restored_bytes: int
     """Size of the data ranges of the guest memory, in bytes."""
     machine: Machine
     """The machine that the guest was saved on."""
+    pid: int
+    """The process ID of QEMU. It differs from that of `process` if the command is a wrapper that starts QEMU."""
+    monitor_path: str = field(repr=False)
+    """The path that QEMU connected to. It identifies QEMU among all processes, and no longer exists."""
+
+    def end(self) -> None:
+        """End QEMU, and the command that started it."""
+        end(self.process, self.monitor_path)
 
 
 def load(location: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
     """Start QEMU with a saved guest, and resume the guest. The parameters are the same as for `load_async`."""
-    return run(load_async(location, command, **options), undo=lambda report: end(report.process))
+    return run(load_async(location, command, **options), undo=lambda report: report.end())
 
 
 async def load_async(
@@ -64,6 +72,7 @@ async def load_async(
     verify: bool = True,
     paused: bool = False,
     overwrite: bool = False,
+    pid: int | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Start QEMU with the memory and the device state of a saved guest, and resume the guest.
@@ -89,6 +98,8 @@ async def load_async(
         Whether the guest stays paused until the monitor command ``cont``.
     overwrite
         Whether the memory may overwrite a file that is not empty. Another guest may be using such a file.
+    pid
+        The process ID of QEMU. By default it is the process that connects to vmsnap.
     progress
         Called from another thread with the number of bytes of memory done and the total.
 
@@ -125,15 +136,20 @@ async def load_async(
     reader, machine, memory = await in_thread(open_snapshot)
     async with StartedQemu(command) as qemu:
         with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
-            async with connected(qemu.connection, command[0]) as monitor:
+            async with connected(await qemu.connection(), command[0]) as monitor:
                 try:
-                    ram = await survey(monitor, qemu.process.pid, stack, to_fill=True)
+                    process = monitor.peer_pid if pid is None else pid
+                    qemu.owns(process)
+                    ram = await survey(monitor, process, stack, to_fill=True)
                     machine.check_against(ram.machine)
+                    for region, path in zip(ram.regions, ram.files, strict=True):
+                        qemu.lock(region.source, path)
                     _check_empty(ram, overwrite)
-                    qemu.fills(ram)
+                    for region in ram.regions:
+                        qemu.fills(region.source)
                     await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
                     await _set_capabilities(monitor)
-                    await load_devices(monitor, devices, qemu.process.kill)
+                    await load_devices(monitor, devices, qemu.kill)
                     if not paused:
                         await monitor.run("cont")
                 except BaseException:
@@ -141,7 +157,14 @@ async def load_async(
                     await to_the_end(monitor.quit())
                     raise
         qemu.runs()
-    return LoadReport(qemu.process, perf_counter() - started, memory.data_bytes, machine)
+    return LoadReport(
+        process=qemu.process,
+        pid=process,
+        seconds=perf_counter() - started,
+        restored_bytes=memory.data_bytes,
+        machine=machine,
+        monitor_path=qemu.monitor_path,
+    )
 
 
 def _check_command(command: Sequence[str]) -> None:
@@ -176,30 +199,12 @@ def _check(report: Verification, location: "StrPath") -> None:
 
 def _check_empty(ram: Ram, overwrite: bool) -> None:
     for region, path in zip(ram.regions, ram.files, strict=True):
-        if path and not overwrite and _holds_something(region.source, region.offset, region.size):
+        if path and not overwrite and holds_something(region.source, region.offset, region.size):
             raise FileExistsError(
                 errno.EEXIST,
                 "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
                 path,
             )
-
-
-def _holds_something(descriptor: Any, offset: int, size: int | None) -> bool:
-    """Return whether a range of a file has nonzero bytes. QEMU may have allocated pages of zeros already."""
-    assert size is not None
-    end = offset + size
-    while offset < end:
-        try:
-            offset = os.lseek(descriptor, offset, os.SEEK_DATA)
-        except OSError:
-            return False  # no data up to the end
-        batch = os.pread(descriptor, min(_BATCH_BYTES, end - offset), offset)
-        if not batch or offset >= end:
-            return False
-        if batch.count(0) != len(batch):
-            return True
-        offset += len(batch)
-    return False
 
 
 async def _set_capabilities(monitor: Monitor) -> None:
