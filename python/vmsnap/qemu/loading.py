@@ -16,7 +16,7 @@ from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices, without_shared_memory
 from vmsnap.qemu.leftovers import holds_something
 from vmsnap.qemu.machine import Machine, Ram, survey
-from vmsnap.qemu.monitor import Monitor, connected
+from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
 from vmsnap.reader import SnapshotReader
@@ -136,7 +136,7 @@ async def load_async(
     reader, machine, memory = await in_thread(open_snapshot)
     async with StartedQemu(command) as qemu:
         with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
-            async with connected(await qemu.connection(), command[0]) as monitor:
+            async with qemu.monitor() as monitor:
                 try:
                     process = monitor.peer_pid if pid is None else pid
                     qemu.owns(process)

@@ -100,7 +100,7 @@ class Monitor:
 
 
 @asynccontextmanager
-async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monitor]:
+async def connected(connection: socket.socket, name: str, patience: float | None = None) -> AsyncIterator[Monitor]:
     """Open a QMP session on a connection, for a ``with`` block.
 
     Parameters
@@ -109,6 +109,8 @@ async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monit
         The connection. It is closed at the end.
     name
         The name of the other end in errors.
+    patience
+        The number of seconds in which the other end must answer. The default is for a QEMU that runs.
 
     Raises
     ------
@@ -117,7 +119,7 @@ async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monit
     """
     client = QMPClient("vmsnap", readbuflen=_ANSWER_BYTES)
     try:
-        await asyncio.wait_for(client.connect(connection), _GREETING_SECONDS)
+        await asyncio.wait_for(client.connect(connection), _GREETING_SECONDS if patience is None else patience)
     except TimeoutError:
         connection.close()
         raise QemuError(

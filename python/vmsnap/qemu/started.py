@@ -11,12 +11,12 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
 
 from vmsnap.errors import QemuError
-from vmsnap.qemu.background import in_thread, no_thread
+from vmsnap.qemu.background import in_thread, no_thread, to_the_end
 from vmsnap.qemu.leftovers import (
     FIRST_FREE,
     Guard,
@@ -26,6 +26,7 @@ from vmsnap.qemu.leftovers import (
     remove_socket,
     sizes_of,
 )
+from vmsnap.qemu.monitor import Monitor, connected
 
 # The last lines of the standard error of QEMU, for the error if it fails.
 _LAST_LINES = 20
@@ -137,8 +138,9 @@ class StartedQemu:
         with self._lock:
             return b"".join(self._said)
 
-    async def connection(self) -> socket.socket:
-        """Wait until QEMU has connected and sends its greeting, and return the connection.
+    @asynccontextmanager
+    async def monitor(self) -> AsyncIterator[Monitor]:
+        """Wait until QEMU has connected and answers, and open a session for a ``with`` block.
 
         Raises
         ------
@@ -152,18 +154,23 @@ class StartedQemu:
                 break
             await self._still_starting(started)
         self._close_socket()
-        try:
-            connection.setblocking(False)
-            while True:
-                with suppress(BlockingIOError, ConnectionResetError):
-                    if connection.recv(1, socket.MSG_PEEK):
-                        break
-                await self._still_starting(started)
-        except BaseException:
-            connection.close()
-            raise
-        self._answered = True
-        return connection
+        async with AsyncExitStack() as stack:
+            session = connected(connection, self._name, patience=2 * _START_SECONDS)
+            opening = asyncio.ensure_future(stack.enter_async_context(session))
+            try:
+                while not opening.done():
+                    await self._still_starting(started)
+                monitor = opening.result()
+            except BaseException as error:
+                opening.cancel()
+                await to_the_end(asyncio.wait([opening]))
+                if isinstance(error, QemuError):
+                    # Usually QEMU closed the connection because it ends.
+                    await in_thread(self._wait_for_end)
+                    self._check_not_ended()
+                raise
+            self._answered = True
+            yield monitor
 
     async def _still_starting(self, started: float) -> None:
         """Wait for a moment, if QEMU may still answer.
@@ -173,10 +180,9 @@ class StartedQemu:
         QemuError
             It has ended, or waits for something else.
         """
-        if (status := self.process.poll()) is not None:
-            how = f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}"
+        if self.process.poll() is not None:
             await in_thread(lambda: self._listener.join(_OUTPUT_SECONDS))
-            raise QemuError(f"{self._name} {how} before QEMU answered{self._hint()}")
+            self._check_not_ended()
         seconds = monotonic() - started
         waits = _WAITS.search(self._has_said())
         if waits and seconds > _WAITING_SECONDS:
@@ -186,6 +192,16 @@ class StartedQemu:
         if seconds > _START_SECONDS:
             raise QemuError(f"{self._name} did not connect QEMU to vmsnap within {_START_SECONDS:.0f} s{self._hint()}")
         await asyncio.sleep(_POLL_SECONDS)
+
+    def _wait_for_end(self) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_OUTPUT_SECONDS)
+        self._listener.join(_OUTPUT_SECONDS)
+
+    def _check_not_ended(self) -> None:
+        if (status := self.process.poll()) is not None:
+            how = f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}"
+            raise QemuError(f"{self._name} {how} before QEMU answered{self._hint()}")
 
     def _hint(self) -> str:
         """Return what to do if QEMU could not reach the socket."""
