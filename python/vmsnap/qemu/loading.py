@@ -15,10 +15,10 @@ from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices, without_shared_memory
 from vmsnap.qemu.leftovers import holds_something
-from vmsnap.qemu.machine import Machine, Ram, survey
-from vmsnap.qemu.monitor import Monitor
+from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
+from vmsnap.qemu.survey import Ram, survey
 from vmsnap.reader import SnapshotReader
 from vmsnap.verification import Verification
 from vmsnap.verification import verify as verify_snapshot
@@ -138,16 +138,8 @@ async def load_async(
         with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
             async with qemu.monitor() as monitor:
                 try:
-                    process = monitor.peer_pid if pid is None else pid
-                    qemu.owns(process)
-                    ram = await survey(monitor, process, stack, to_fill=True)
-                    machine.check_against(ram.machine)
-                    for region, path in zip(ram.regions, ram.files, strict=True):
-                        qemu.lock(region.source, path)
-                    _check_empty(ram, overwrite)
-                    for region in ram.regions:
-                        qemu.fills(region.source)
-                    await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
+                    ram = await survey(monitor, stack, pid, to_fill=True)
+                    PLACEHOLDER
                     await _set_capabilities(monitor)
                     await load_devices(monitor, devices, qemu.kill)
                     if not paused:
@@ -198,12 +190,13 @@ def _check(report: Verification, location: "StrPath") -> None:
 
 
 def _check_empty(ram: Ram, overwrite: bool) -> None:
-    for region, path in zip(ram.regions, ram.files, strict=True):
-        if path and not overwrite and holds_something(region.source, region.offset, region.size):
+    for block in ram.blocks:
+        file = block.file
+        if file and file.path and not overwrite and _holds_something(file.descriptor, file.offset, block.size):
             raise FileExistsError(
                 errno.EEXIST,
                 "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
-                path,
+                file.path,
             )
 
 
