@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 import vmsnap.qemu
-from guest import PATIENCE, ask, ended, need_qemu, qemu_command, running
+from guest import PATIENCE, QEMU, ask, ended, need_qemu, qemu_command, running
 from qemu.qmp import QMPError
 from refusals import refused, row
 from support import MIB, run_python
@@ -65,6 +65,11 @@ def saved(folder: Path, qmp: Path, toy: Toy) -> Path:
     return folder / "vm1"
 
 
+def silent(toy: Toy) -> list[str]:
+    """Options for a QEMU that loads the guest, without its console."""
+    return ["null" if each.startswith("pipe:") else each for each in toy.options]
+
+
 def in_file(path: Path, size: str = "64M", more: str = "") -> str:
     return f"memory-backend-file,id=mem,size={size},share=on,mem-path={path}{more}"
 
@@ -94,6 +99,7 @@ def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Wrappers ---------------------------------------------------------------------------------------------------------
 
 
+@row("qemu-other-machine")
 @pytest.mark.parametrize(
     "wrapper",
     [
@@ -172,17 +178,17 @@ def test_a_command_that_does_not_reach_the_socket_is_told_what_to_do(
     hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {sockets}; exec "$@"', "sh"]
     for wrapper in (["setpriv", "--reuid=65534"], hidden):
         with refused("qemu-ends", hint, folder):
-            vmsnap.qemu.load(saved, [*wrapper, *qemu_command(qmp)])
+            vmsnap.qemu.load(saved, [*wrapper, QEMU])
     assert list(sockets.iterdir()) == []
 
 
 def test_the_socket_has_a_short_path_in_a_private_directory(
-    saved: Path, sockets: Path, qmp: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, sockets: Path, qmp: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = sockets / ("d" * 100)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with ended(vmsnap.qemu.load(saved, qemu_command(qmp, size="64M")).process):
+    with ended(vmsnap.qemu.load(saved, qemu_command(qmp, *silent(toy), size="64M")).process):
         assert ask(qmp, "query-status")["status"] == "running"
     assert list(deep.iterdir()) == []
     listening, path = started._listen()
@@ -203,11 +209,11 @@ def is_running(qmp: Path) -> bool:
 
 @pytest.mark.parametrize("wrapper", [[], SHELL], ids=["exec", "sh"])
 def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
-    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, wrapper: list[str]
+    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, wrapper: list[str]
 ) -> None:
     """At twenty random times. If the guest ran already, it goes on."""
     ram = tmp_path / "ram"
-    command = [*wrapper, *qemu_command(qmp, memory=in_file(ram), size="64M")]
+    command = [*wrapper, *qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")]
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
     began = time.monotonic()
     with ended(subprocess.Popen(load)) as process:
@@ -217,13 +223,16 @@ def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
         process.wait(PATIENCE)
     ram.unlink()
     early = 0
+
+    def nothing_is_left() -> bool:
+        return not processes_with(qmp) and not any(sockets.iterdir()) and not ram.exists()
+
     for number in range(20):
         with subprocess.Popen(load) as process:
             time.sleep(random.Random(number).uniform(0, whole * 1.2))
             process.kill()
-        nothing = lambda: not processes_with(qmp) and not any(sockets.iterdir()) and not ram.exists()  # noqa: E731
-        until(lambda: nothing() or is_running(qmp))
-        if nothing():
+        until(lambda: nothing_is_left() or is_running(qmp))
+        if nothing_is_left():
             early += 1
             continue
         with suppress(OSError, EOFError, QMPError):
@@ -233,7 +242,9 @@ def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
     assert early > 0
 
 
-def test_a_file_that_was_there_is_empty_after_a_load_was_killed(saved: Path, tmp_path: Path, qmp: Path) -> None:
+def test_a_file_that_was_there_is_empty_after_a_load_was_killed(
+    saved: Path, tmp_path: Path, qmp: Path, toy: Toy
+) -> None:
     ram = tmp_path / "ram"
     script = """
 import os, signal, sys
@@ -244,7 +255,7 @@ def die(done, total):
 
 vmsnap.qemu.load(sys.argv[1], sys.argv[2:], progress=die)
 """
-    command = qemu_command(qmp, memory=in_file(ram), size="64M")
+    command = qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")
     for size in (0, SIZE):
         ram.touch()
         os.truncate(ram, size)
@@ -256,11 +267,13 @@ vmsnap.qemu.load(sys.argv[1], sys.argv[2:], progress=die)
         assert ram.stat().st_blocks > 0
 
 
-@row("qemu-file-locked")
-def test_of_two_loads_into_one_file_one_is_refused(saved: Path, folder: Path, tmp_path: Path, qmp: Path) -> None:
+@row("qemu-file-locked", "qemu-file-in-use")
+def test_of_two_loads_into_one_file_one_is_refused(
+    saved: Path, folder: Path, tmp_path: Path, qmp: Path, toy: Toy
+) -> None:
     ram = tmp_path / "ram"
-    command = qemu_command(qmp, memory=in_file(ram), size="64M")
-    other = qemu_command(Path(f"{qmp}2"), memory=in_file(ram), size="64M")
+    command = qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")
+    other = qemu_command(Path(f"{qmp}2"), *silent(toy), memory=in_file(ram), size="64M")
     begun, refused_too = threading.Event(), threading.Event()
 
     def hold(_done: int, _total: int) -> None:
@@ -285,9 +298,9 @@ def test_of_two_loads_into_one_file_one_is_refused(saved: Path, folder: Path, tm
     vmsnap.qemu.load(saved, other, overwrite=True).end()
 
 
-def test_many_loads_into_one_file_at_once_leave_one_guest(saved: Path, tmp_path: Path, qmp: Path) -> None:
+def test_many_loads_into_one_file_at_once_leave_one_guest(saved: Path, tmp_path: Path, qmp: Path, toy: Toy) -> None:
     def load(number: int) -> vmsnap.qemu.LoadReport | None:
-        command = qemu_command(Path(f"{qmp}{number}"), memory=in_file(tmp_path / "ram"), size="64M")
+        command = qemu_command(Path(f"{qmp}{number}"), *silent(toy), memory=in_file(tmp_path / "ram"), size="64M")
         try:
             return vmsnap.qemu.load(saved, command)
         except (FileExistsError, BlockingIOError, FileNotFoundError):
@@ -304,7 +317,9 @@ def test_many_loads_into_one_file_at_once_leave_one_guest(saved: Path, tmp_path:
 
 
 @row("qemu-other-machine", "qemu-ends")
-def test_a_refused_load_leaves_the_memory_file_as_it_was(saved: Path, folder: Path, tmp_path: Path, qmp: Path) -> None:
+def test_a_refused_load_leaves_the_memory_file_as_it_was(
+    saved: Path, folder: Path, tmp_path: Path, qmp: Path, toy: Toy
+) -> None:
     ram = tmp_path / "ram"
 
     def wrong(memory: str) -> None:
@@ -330,10 +345,11 @@ def test_a_refused_load_leaves_the_memory_file_as_it_was(saved: Path, folder: Pa
     assert list(ram.iterdir()) == []
     # The corrected command.
     ram.rmdir()
-    vmsnap.qemu.load(saved, qemu_command(qmp, memory=in_file(ram), size="64M")).end()
+    vmsnap.qemu.load(saved, qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")).end()
 
 
 def test_preallocated_memory_stays_allocated(saved: Path, small_disk: Path, qmp: Path, toy: Toy) -> None:
+    enlarge(small_disk, SIZE + MIB)
     ram = small_disk / "ram"
     memory = in_file(ram, more=",prealloc=on")
     command = qemu_command(qmp, *toy.options, memory=memory, size="64M")
@@ -352,15 +368,14 @@ def test_preallocated_memory_stays_allocated(saved: Path, small_disk: Path, qmp:
 
 
 @row("disk-full")
-def test_a_full_disk_ends_a_load(saved: Path, folder: Path, small_disk: Path, qmp: Path) -> None:
+def test_a_full_disk_ends_a_load(saved: Path, folder: Path, small_disk: Path, qmp: Path, toy: Toy) -> None:
+    enlarge(small_disk, 2 * MIB)
     ram = small_disk / "ram"
-    (small_disk / "other").write_bytes(bytes(room(small_disk) - 5 * MIB))
     with refused("disk-full", "No space left", folder):
-        vmsnap.qemu.load(saved, qemu_command(qmp, memory=in_file(ram), size="64M"))
+        vmsnap.qemu.load(saved, qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M"))
     assert not ram.exists()
     assert processes_with(qmp) == []
 
 
-def room(path: Path) -> int:
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
+def enlarge(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)

@@ -1,6 +1,5 @@
 """`load`: starting QEMU with a guest from a snapshot."""
 
-import errno
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -12,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
+from vmsnap.migration import MigrationFront
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import load_devices, without_shared_memory
-from vmsnap.qemu.leftovers import holds_something
+from vmsnap.qemu.devices import load_devices
+from vmsnap.qemu.filling import Filling, plan
 from vmsnap.qemu.machine import Machine
+from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
-from vmsnap.qemu.survey import Ram, survey
+from vmsnap.qemu.survey import survey
 from vmsnap.reader import SnapshotReader
 from vmsnap.verification import Verification
 from vmsnap.verification import verify as verify_snapshot
@@ -41,6 +42,10 @@ class LoadReport:
     """Time from the call until the guest was resumed."""
     restored_bytes: int
     """Size of the data ranges of the guest memory, in bytes."""
+    streamed_bytes: int
+    """Size of the stream that QEMU loaded: the device state, and all memory that vmsnap cannot write into a file."""
+    paused: bool
+    """Whether the guest is paused: because the caller wants it, or because it was paused when it was saved."""
     machine: Machine
     """The machine that the guest was saved on."""
     pid: int
@@ -72,13 +77,16 @@ async def load_async(
     verify: bool = True,
     paused: bool = False,
     overwrite: bool = False,
+    ignore_differences: bool = False,
     pid: int | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Start QEMU with the memory and the device state of a saved guest, and resume the guest.
 
-    QEMU starts and waits. vmsnap checks that the machine is the saved one before it writes anything, then restores the
-    memory, and lets QEMU load the device state. After any error QEMU is ended.
+    QEMU starts and waits. vmsnap checks that the machine is the saved one before it writes anything. It writes the
+    memory into the files of shared memory, and lets QEMU load the device state and all other memory from a stream. A
+    guest that was paused when it was saved stays paused. After any error QEMU is ended, and files that it created are
+    removed.
 
     Parameters
     ----------
@@ -86,8 +94,9 @@ async def load_async(
         The snapshot: a directory, or an archive.
     command
         The command that starts QEMU, with the arguments of the saved guest: the same machine type, devices, and memory
-        backends (ids and sizes). vmsnap adds ``-incoming`` and its own monitor. A ``memory-backend-file`` is filled
-        with the memory; with ``share=off`` the guest does not change the file afterwards.
+        size. The memory backend may be another one. The command may be a wrapper that starts QEMU. vmsnap adds ``-S``,
+        ``-incoming`` and its own monitor. A ``memory-backend-file`` is filled with the memory; with ``share=off`` the
+        guest does not change the file afterwards.
     keys, key, identities, passphrase, key_provider, threads, expect_seal_digest
         Keyword arguments of `vmsnap.open`.
     verify
@@ -98,6 +107,8 @@ async def load_async(
         Whether the guest stays paused until the monitor command ``cont``.
     overwrite
         Whether the memory may overwrite a file that is not empty. Another guest may be using such a file.
+    ignore_differences
+        Whether the started QEMU may have another processor or other devices than the saved guest.
     pid
         The process ID of QEMU. By default it is the process that connects to vmsnap.
     progress
@@ -112,6 +123,8 @@ async def load_async(
         The snapshot is damaged, was changed, or is not sealed. The guest did not run.
     FileExistsError
         The file for the memory is not empty.
+    BlockingIOError
+        Another load is filling the file for the memory.
     InvalidArgumentError
         The command is empty, or contains ``-incoming`` or ``-daemonize``.
     FileNotFoundError
@@ -126,23 +139,30 @@ async def load_async(
     keys = keys if keys.given else None
     pinned: dict[str, Any] = {"threads": threads, "expect_seal_digest": expect_seal_digest}
 
-    def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory]:
+    def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory, MigrationFront]:
         reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
         machine = _machine_of(reader)
         if verify and not reader.encrypted:
             _check(verify_snapshot(location, keys=keys, **pinned), location)
-        return reader, machine, reader.memory()
+        return reader, machine, reader.memory(), reader.migration_front(DEVICE_STATE)
 
-    reader, machine, memory = await in_thread(open_snapshot)
+    reader, machine, memory, front = await in_thread(open_snapshot)
     async with StartedQemu(command) as qemu:
-        with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
+        with ExitStack() as stack:
             async with qemu.monitor() as monitor:
                 try:
                     ram = await survey(monitor, stack, pid, to_fill=True)
-                    PLACEHOLDER
-                    await _set_capabilities(monitor)
-                    await load_devices(monitor, devices, qemu.kill)
-                    if not paused:
+                    if ram.pid is not None:
+                        qemu.owns(ram.pid)
+                    names = machine.check_against(ram.machine, ignore_differences=overwrite or ignore_differences)
+                    filling = await in_thread(
+                        lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)
+                    )
+                    for file in filling.files:
+                        qemu.fills(file)
+                    streamed_bytes = await _fill(monitor, reader, memory, filling, front, qemu, progress)
+                    goes_on = not paused and machine.state != "paused"
+                    if goes_on:
                         await monitor.run("cont")
                 except BaseException:
                     # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
@@ -151,9 +171,11 @@ async def load_async(
         qemu.runs()
     return LoadReport(
         process=qemu.process,
-        pid=process,
+        pid=qemu.process.pid if ram.pid is None else ram.pid,
         seconds=perf_counter() - started,
         restored_bytes=memory.data_bytes,
+        streamed_bytes=streamed_bytes,
+        paused=not goes_on,
         machine=machine,
         monitor_path=qemu.monitor_path,
     )
@@ -189,17 +211,39 @@ def _check(report: Verification, location: "StrPath") -> None:
         )
 
 
-def _check_empty(ram: Ram, overwrite: bool) -> None:
-    for block in ram.blocks:
-        file = block.file
-        if file and file.path and not overwrite and _holds_something(file.descriptor, file.offset, block.size):
-            raise FileExistsError(
-                errno.EEXIST,
-                "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
-                file.path,
-            )
+async def _fill(
+    monitor: Monitor,
+    reader: SnapshotReader,
+    memory: GuestMemory,
+    filling: Filling,
+    front: MigrationFront,
+    qemu: StartedQemu,
+    progress: Progress | None,
+) -> int:
+    """Write the memory into the files, let QEMU load everything else, and return the size of the stream."""
+    total_bytes = filling.file_bytes + filling.stream_bytes
 
+    def fill(show: Progress) -> None:
+        memory.restore(
+            filling.destinations,
+            keep_allocated=filling.keep_allocated,
+            progress=lambda done, _: show(done, total_bytes),
+        )
 
-async def _set_capabilities(monitor: Monitor) -> None:
+    if filling.file_bytes:
+        await with_progress(fill, progress)
+
+    def shown(done: int, of: int) -> None:
+        if progress is not None and filling.stream_bytes:
+            progress(filling.file_bytes + filling.stream_bytes * done // max(of, 1), total_bytes)
+
     found = await monitor.run("query-migrate-capabilities")
-    await monitor.run("migrate-set-capabilities", capabilities=without_shared_memory(found))
+    # All others are off: they are for a network, or change the format.
+    wanted = [{**each, "state": each["capability"] == "x-ignore-shared" and front.ignores_shared} for each in found]
+    await monitor.run("migrate-set-capabilities", capabilities=wanted)
+    size = await load_devices(
+        monitor, lambda pipe: reader.send_migration(pipe, filling.sent, progress=shown), qemu.kill
+    )
+    # A capability that stays on would change how QEMU migrates the guest later.
+    await monitor.run("migrate-set-capabilities", capabilities=found)
+    return size

@@ -27,6 +27,7 @@ from vmsnap.qemu.leftovers import (
     sizes_of,
 )
 from vmsnap.qemu.monitor import Monitor, connected
+from vmsnap.qemu.process import MappedFile
 
 # The last lines of the standard error of QEMU, for the error if it fails.
 _LAST_LINES = 20
@@ -75,7 +76,7 @@ class StartedQemu:
             self.process = subprocess.Popen(
                 [
                     *command,
-                    *("-incoming", "defer"),
+                    *("-S", "-incoming", "defer"),
                     *("-chardev", f"socket,id=vmsnap-monitor,path={self.monitor_path.replace(',', ',,')},server=off"),
                     *("-mon", "chardev=vmsnap-monitor,mode=control"),
                 ],
@@ -218,7 +219,7 @@ class StartedQemu:
         with suppress(OSError):
             self._share("process", os.pidfd_open(pid))
 
-    def lock(self, file: int, path: str) -> None:
+    def lock(self, file: MappedFile) -> None:
         """Lock a file for guest memory until the block ends, so that no other load fills it.
 
         Raises
@@ -228,20 +229,20 @@ class StartedQemu:
         FileNotFoundError
             Another load has removed it.
         """
-        if (identity := _identity(file)) in self._locked:
+        if (identity := _identity(file.descriptor)) in self._locked:
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             text = "another vmsnap is loading a guest into it: use another file"
-            raise BlockingIOError(error.errno, text, path) from None
-        self._locked[identity] = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE)
-        if path in self._new and not os.path.exists(path):
-            raise FileNotFoundError(errno.ENOENT, "another load that failed has removed it: try again", path)
+            raise BlockingIOError(error.errno, text, file.path or "the memfd") from None
+        self._locked[identity] = fcntl.fcntl(file.descriptor, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE)
+        if file.path in self._new and not os.path.exists(file.path):
+            raise FileNotFoundError(errno.ENOENT, "another load that failed has removed it: try again", file.path)
 
-    def fills(self, file: int) -> None:
+    def fills(self, file: MappedFile) -> None:
         """Record a locked file that is about to be filled, so that it is emptied if the block fails."""
-        if (identity := _identity(file)) not in self._filled:
+        if (identity := _identity(file.descriptor)) not in self._filled:
             self._filled.add(identity)
             self._share("file", self._locked.pop(identity))
 
