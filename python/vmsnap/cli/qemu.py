@@ -3,9 +3,8 @@
 import json
 import sys
 from pathlib import Path
-from subprocess import Popen
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -23,6 +22,9 @@ from vmsnap.cli.options import (
 from vmsnap.cli.paths import PATH
 from vmsnap.cli.targets import new_snapshot_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, progress_so_far
+
+if TYPE_CHECKING:
+    from vmsnap.qemu import LoadReport
 
 
 def _library() -> ModuleType:
@@ -155,7 +157,7 @@ def save(
     "command",
     metavar="-- QEMU [ARGUMENT]...",
     description="The command that starts QEMU, as the guest was started before: the same machine type, devices and "
-    "memory backend. vmsnap adds -incoming.",
+    "memory size. It may be a wrapper, such as sudo or a script. vmsnap adds -S, -incoming and a monitor.",
     nargs=-1,
     required=True,
     type=click.UNPROCESSED,
@@ -165,7 +167,18 @@ def save(
     "--no-verify", is_flag=True, help="Load a snapshot that is not sealed, or that changed since it was sealed."
 )
 @click.option("--paused", is_flag=True, help="Leave the guest paused. The monitor command cont resumes it.")
-@click.option("--force", is_flag=True, help="Overwrite the file of the memory backend even if it is not empty.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Overwrite the file of the memory backend even if it is not empty, and allow another processor and other "
+    "devices.",
+)
+@click.option(
+    "--pid",
+    type=click.IntRange(min=1),
+    metavar="PID",
+    help="The process ID of QEMU.  [default: the process that connects to vmsnap]",
+)
 @threads_option
 def load(
     snapshot: Path,
@@ -174,12 +187,16 @@ def load(
     no_verify: bool,
     paused: bool,
     force: bool,
+    pid: int | None,
     threads: int | None,
 ) -> None:
     """Start QEMU with a saved guest, and resume the guest.
 
+    The memory backend may be another one than that of the saved guest: a shared file is filled directly, and all other
+    memory is sent to QEMU. A guest that was paused when it was saved stays paused.
+
     A plain snapshot is verified first, an encrypted one while it is read. QEMU keeps the terminal, and vmsnap exits
-    with the exit status of QEMU. If the load fails, QEMU is ended, and the error contains its output.
+    with the exit status of QEMU. If the load fails or is killed, QEMU is ended; an error contains its output.
 
     Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
@@ -193,23 +210,24 @@ def load(
             verify=not no_verify,
             paused=paused,
             overwrite=force,
+            ignore_differences=force,
+            pid=pid,
             threads=threads,
             progress=show,
         )
     told = (
-        f"vmsnap: {'loaded' if paused else 'the guest continues'} after {report.seconds:.2f} s, with "
-        f"{human_size(report.restored_bytes)} of memory; QEMU is process {report.process.pid}"
+        f"vmsnap: {'the guest is paused' if report.paused else 'the guest continues'} after {report.seconds:.2f} s, "
+        f"with {human_size(report.restored_bytes)} of memory; QEMU is process {report.pid}"
     )
-    sys.exit(_status_of(report.process, told))
+    sys.exit(_status_of(report, told))
 
 
-def _status_of(process: "Popen[bytes]", told: str) -> int:
+def _status_of(report: "LoadReport", told: str) -> int:
     """Wait for QEMU, and end it if this process is interrupted."""
     try:
         click.echo(told, err=True)
-        status = process.wait()
+        status = report.process.wait()
     except BaseException:
-        process.terminate()
-        process.wait()
+        report.end()
         raise
     return status if status >= 0 else 128 - status
