@@ -765,14 +765,6 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
         assert ram.stat().st_blocks == 0
 
 
-@row("qemu-no-file")
-def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
-    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    with refused("qemu-no-file", "is not in a file that process", folder):
-        vmsnap.qemu.load(saved, [*shell, *qemu_command(qmp, memory="memory-backend-ram,id=mem,size=256M")])
-    assert no_process_with(qmp)
-
-
 @row("qemu-command", "qemu-command-missing")
 def test_arguments_that_cannot_be_are_refused(saved: Path, folder: Path, qmp: Path) -> None:
     for more, message in (
