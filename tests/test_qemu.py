@@ -173,7 +173,7 @@ def test_the_command_line_saves_and_loads(folder: Path, qmp: Path, console: Cons
         told = run("qemu", "save", "--qmp", qmp, folder / name, *arguments, "--quit").stderr.decode()
         assert process.wait(PATIENCE) == 0
     assert told.startswith("vmsnap: saved pc-i440fx-")
-    assert re.search(r"; the guest was paused for \d+\.\d\d s: ", told)
+    assert re.search(r"; the guest was paused for \d+\.\d{3} s: ", told)
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", folder / name, "-i", recipient, "--", *command]
     with ended(subprocess.Popen(load, stderr=subprocess.PIPE)) as loading:
         # The first numbers that are read may come from before.
@@ -750,14 +750,6 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
             vmsnap.qemu.load(folder / "vm1", qemu_command(qmp, memory=memory), overwrite=True)
         assert ram.stat().st_size == SIZE
         assert ram.stat().st_blocks == 0
-
-
-@row("qemu-no-file")
-def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
-    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    with refused("qemu-no-file", "is not in a file that process", folder):
-        vmsnap.qemu.load(saved, [*shell, *qemu_command(qmp, memory="memory-backend-ram,id=mem,size=256M")])
-    assert no_process_with(qmp)
 
 
 @row("qemu-command", "qemu-command-missing")

@@ -168,6 +168,7 @@ class GuestMemory:
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         huge_pages: bool,
         uncached: bool,
+        keep_allocated: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to destinations: the expected base, a descriptor or buffer, the offset in it, the size."""

@@ -20,7 +20,7 @@ _SIGNAL_INTERVAL_SECONDS = 0.05
 _worker: ContextVar[ThreadPoolExecutor | None] = ContextVar("_worker", default=None)
 
 
-def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], bool] = lambda _: False) -> Result:
+def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = lambda _: None) -> Result:
     """Run a coroutine in a thread with its own event loop, and wait for the result.
 
     An exception from a signal handler in this thread (Ctrl-C, or SIGTERM on the command line) cancels the coroutine,
@@ -63,7 +63,7 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], bool] = lamb
                 with suppress(RuntimeError):  # the loop has ended, and this error is the result of the coroutine
                     loop.call_soon_threadsafe(task.cancel)
             with suppress(Exception, asyncio.CancelledError):
-                if undo(result := future.result()):
+                if undo(result := future.result()) is True:
                     return result
             raise
 

@@ -1,4 +1,4 @@
-"""Transfer of device state between QEMU and a fragment, through a pipe so that no disk stores it in plaintext."""
+"""The incoming migration of a load: a thread sends the stream of a snapshot through a pipe to QEMU."""
 
 import asyncio
 import os
@@ -8,7 +8,6 @@ from io import FileIO
 from typing import Any, TypeVar
 
 from vmsnap.errors import QemuError
-from vmsnap.io import Fragment, FragmentReader
 from vmsnap.qemu.background import to_the_end
 from vmsnap.qemu.monitor import Monitor
 
@@ -18,34 +17,15 @@ _NAME = "vmsnap-device-state"
 _BATCH_BYTES = 1 << 20
 
 
-async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
-    """Let QEMU write the device state into a fragment, and return the number of bytes.
-
-    Raises
-    ------
-    QemuError
-        QEMU cannot save the state, or has ended. No migration is in progress afterwards.
-    """
-
-    def take(pipe: FileIO) -> int:
-        buffer = memoryview(bytearray(_BATCH_BYTES))
-        taken = 0
-        while count := pipe.readinto(buffer):
-            fragment.write(buffer[:count])
-            taken += count
-        return taken
-
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: cancel(monitor))
-
-
-async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
-    """Let QEMU read the device state from a fragment.
+async def load_devices(monitor: Monitor, send: Callable[[int], int], end_qemu: Callable[[], object]) -> int:
+    """Let QEMU load a migration stream, and return its size in bytes.
 
     Parameters
     ----------
-    monitor, fragment
-        QEMU, and the fragment with the state.
+    monitor
+        QEMU, which waits for a stream.
+    send
+        Writes the stream to a descriptor, and returns its size.
     end_qemu
         Called on an error, because a QEMU with half of its devices loaded is useless.
 
@@ -57,18 +37,17 @@ async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Cal
         The fragment is damaged or was changed.
     """
 
-    def give(pipe: FileIO) -> None:
+    def give(pipe: FileIO) -> int:
         # QEMU stops reading when it fails, and its own error is reported elsewhere.
         with suppress(BrokenPipeError):
-            while batch := memoryview(fragment.read(_BATCH_BYTES)):
-                while batch:
-                    batch = batch[pipe.write(batch) :]
+            return send(pipe.fileno())
+        return 0
 
     async def give_up() -> None:
         end_qemu()
 
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    await _transfer(monitor, "migrate-incoming", reading, FileIO(writing, "w"), give, give_up)
+    return await _transfer(monitor, "migrate-incoming", reading, FileIO(writing, "w"), give, give_up)
 
 
 async def _transfer(
@@ -118,31 +97,3 @@ async def _transfer(
 
 async def _ended(task: "asyncio.Future[Any]") -> None:
     await asyncio.wait([task])
-
-
-def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the migration capabilities with only x-ignore-shared on, so that vmsnap transfers the shared memory.
-
-    All others are off, because they are for a network, and some change the format of the state.
-
-    Parameters
-    ----------
-    found
-        The capabilities that QEMU lists.
-
-    Raises
-    ------
-    QemuError
-        This QEMU does not have x-ignore-shared.
-    """
-    if not any(each["capability"] == "x-ignore-shared" for each in found):
-        raise QemuError("this QEMU is too old: it lacks the migration capability x-ignore-shared; use QEMU 4 or newer")
-    return [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
-
-
-async def cancel(monitor: Monitor) -> None:
-    """Cancel a migration in progress, and wait until it has ended."""
-    with suppress(QemuError):
-        if await monitor.migrates():
-            await monitor.run("migrate_cancel")
-            await monitor.migrated()

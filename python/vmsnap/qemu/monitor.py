@@ -140,9 +140,7 @@ async def _disconnect(client: QMPClient) -> None:
 
 
 @asynccontextmanager
-async def connected(
-    connection: socket.socket, name: str, patience_seconds: float | None = None
-) -> AsyncIterator[Monitor]:
+async def connected(connection: socket.socket, name: str, patience: float | None = None) -> AsyncIterator[Monitor]:
     """Open a QMP session on a connection, for a ``with`` block.
 
     Parameters
@@ -151,8 +149,8 @@ async def connected(
         The connection. It is closed at the end.
     name
         The name of the other end in errors.
-    patience_seconds
-        The limit for the greeting. QEMU sends it when no other client is connected. The default is ten seconds.
+    patience
+        The number of seconds in which the other end must answer. The default is for a QEMU that runs.
 
     Raises
     ------
@@ -161,7 +159,7 @@ async def connected(
     """
     client = QMPClient("vmsnap", readbuflen=_ANSWER_BYTES)
     try:
-        await asyncio.wait_for(client.connect(connection), patience_seconds or _GREETING_SECONDS)
+        await asyncio.wait_for(client.connect(connection), _GREETING_SECONDS if patience is None else patience)
     except TimeoutError:
         connection.close()
         raise QemuError(

@@ -205,6 +205,7 @@ async def save_async(
                         await snapshot.commit()
                         await to_the_end(monitor.quit())
         await snapshot.commit()
+    assert memory is not None
     return SaveReport(
         paused_seconds=hold.paused_seconds,
         seconds=perf_counter() - started,
