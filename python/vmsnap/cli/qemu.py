@@ -77,7 +77,7 @@ def qemu() -> None:
     "--pid",
     type=click.IntRange(min=1),
     metavar="PID",
-    help="The process ID of QEMU.  [default: the process that created SOCKET]",
+    help="The process ID of QEMU.  [default: the process that has SOCKET open]",
 )
 @threads_option
 @archive_option

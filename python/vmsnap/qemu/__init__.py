@@ -4,8 +4,8 @@
 QEMU, restores both, and resumes the guest. ``docs/qemu.md`` has examples, and the QEMU options that a guest needs.
 
 The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU over QMP, ``machine`` describes the
-machine and finds the guest memory, and ``devices`` transfers the device state. ``started`` is a QEMU that vmsnap
-started for loading, and ``background`` keeps blocking calls out of the event loop.
+machine, ``survey`` finds the guest memory, ``process`` finds QEMU itself, and ``devices`` transfers the device state.
+``started`` is a QEMU that vmsnap started for loading, and ``background`` keeps blocking calls out of the event loop.
 """
 
 try:
@@ -14,7 +14,19 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError("vmsnap.qemu needs qemu.qmp: pip install 'vmsnap[qemu]'", name="qemu.qmp") from None
 
 from vmsnap.qemu.loading import LoadReport, load, load_async
-from vmsnap.qemu.machine import Machine, RamRange
+from vmsnap.qemu.machine import Cpu, Device, Machine, RamRange, Smp
 from vmsnap.qemu.saving import SaveReport, save, save_async
 
-__all__ = ["LoadReport", "Machine", "RamRange", "SaveReport", "load", "load_async", "save", "save_async"]
+__all__ = [
+    "Cpu",
+    "Device",
+    "LoadReport",
+    "Machine",
+    "RamRange",
+    "SaveReport",
+    "Smp",
+    "load",
+    "load_async",
+    "save",
+    "save_async",
+]
