@@ -62,4 +62,6 @@ pub use process_range::ProcessRange;
 pub use source::GuestMemorySource;
 #[cfg(feature = "python")]
 pub(crate) use source::{ChangingBytes, StableBytes};
+#[allow(unused_imports, reason = "the reader of a migration stream uses them")]
+pub(crate) use spool::{Spool, SpooledMemory, SpooledPages};
 pub use stop::StoppedProcess;
