@@ -10,7 +10,7 @@ use crate::error::{Error, Kind, Result};
 const GROUP_LENGTH: usize = 64;
 const GROUP_PAGES: u64 = GROUP_LENGTH as u64;
 
-/// The states of a page. A larger number is that of its slot plus [`FIRST`].
+/// The states of a page: absent, zero, or from [`FIRST`] on, in a slot.
 const ABSENT: u32 = 0;
 const ZERO: u32 = 1;
 const FIRST: u32 = 2;
@@ -42,7 +42,7 @@ impl PageIndex {
         place.is_some_and(|place| std::mem::replace(place, state) != ABSENT)
     }
 
-    /// Drops what only [`PageIndex::set_slot`] and [`PageIndex::set_zero`] need, when all pages were received.
+    /// Drops the groups without data, when all pages were received.
     pub(super) fn settle(&mut self) {
         self.groups.retain(|_, group| group.iter().any(|state| *state >= FIRST));
     }

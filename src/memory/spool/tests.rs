@@ -422,7 +422,7 @@ fn a_forked_process_can_neither_fill_nor_read_it() {
             spool
         };
         let (mut filled, finished, source) = (fill(), fill(), finish(fill()).source(0, 0..PAGE));
-        // SAFETY: the child only calls what a fork must not break, and ends without running anything of the parent's.
+        // SAFETY: the child only calls functions that refuse to run after a fork, and ends without cleaning up.
         let child = unsafe { libc::fork() };
         if child == 0 {
             let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
