@@ -151,7 +151,7 @@ def test_a_block_that_qemu_leaves_out_has_no_records(tmp_path: Path, qemu: Qemu)
         stream = migrate(qmp, tmp_path / "fifo", lambda fd: writer.receive_migration(fd, ["mem"]))
     assert stream.ignores_shared
     assert (stream.blocks[0].records, stream.blocks[0].taken, stream.page_bytes) == (0, True, 0)
-    with pytest.raises(vmsnap.InvalidArgumentError, match='"mem" is listed .* but QEMU left its pages out'):
+    with pytest.raises(vmsnap.InvalidArgumentError, match=r'"mem" is listed .* but QEMU left its pages out'):
         stream.memory("mem")
 
 
@@ -320,9 +320,9 @@ def test_a_damaged_fragment_is_named(tmp_path: Path) -> None:
     write(writer, "other", b"no stream")
     reader = vmsnap.open(tmp_path / "vm1")
     assert reader.migration_front().blocks == [("pc.ram", 8192)]
-    with pytest.raises(vmsnap.CorruptSnapshotError, match="device_state.*truncated"), open(os.devnull, "wb") as out:
+    with pytest.raises(vmsnap.CorruptSnapshotError, match=r"device_state.*truncated"), open(os.devnull, "wb") as out:
         reader.send_migration(out.fileno(), [])
-    with pytest.raises(vmsnap.CorruptSnapshotError, match="other.*not a stream of QEMU"):
+    with pytest.raises(vmsnap.CorruptSnapshotError, match=r"other.*not a stream of QEMU"):
         reader.migration_front("other")
     with pytest.raises(FileNotFoundError):
         reader.migration_front("absent")
