@@ -1,6 +1,5 @@
 """``vmsnap pack`` and ``vmsnap unpack``: a snapshot as one file, or through a pipe."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.options import expect_seal_digest_option, no_durable_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
-from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output
+from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output, refuse_terminal
 from vmsnap.cli.targets import complete_directory, complete_file, snapshot_argument
 
 _STREAM = "-"
@@ -20,11 +19,6 @@ _STREAM = "-"
 
 def _tell(seal: SealId) -> None:
     click.echo(f"vmsnap: seal digest: {seal.seal_digest.hex()}", err=True)
-
-
-def _refuse_terminal(stream: io.FileIO, advice: str) -> None:
-    if stream.isatty():
-        raise click.UsageError(f"an archive is binary, and {advice}")
 
 
 @click.command(
@@ -64,7 +58,7 @@ def pack(
         _tell(vmsnap.pack(snapshot, file, **keys.arguments(snapshot), **more))
         return
     output = binary_output()
-    _refuse_terminal(output, "standard output is a terminal: redirect it to a file or a pipe")
+    refuse_terminal(output, "an archive is binary, and standard output is a terminal: redirect it to a file or a pipe")
     try:
         _tell(vmsnap.pack(snapshot, output, **keys.arguments(snapshot), **more))
     except BrokenPipeError:
@@ -113,5 +107,7 @@ def unpack(
         _tell(vmsnap.unpack(file, directory, **keys.arguments(file), **more))
         return
     with binary_input() if file == _STREAM else open(file, "rb", buffering=0) as source:
-        _refuse_terminal(source, "standard input is a terminal: redirect it from a file or a pipe")
+        refuse_terminal(
+            source, "an archive is binary, and standard input is a terminal: redirect it from a file or a pipe"
+        )
         _tell(vmsnap.unpack(source, directory, **keys.arguments(None), **more))
