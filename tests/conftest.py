@@ -2,22 +2,25 @@
 
 A test that lacks something optional says so with `pytest.skip(reason)`. Where VMSNAP_REQUIRE_ALL=1 is set, as in CI,
 nothing may be missing: every skip, of one test or of a whole module, becomes a failure that names its reason. Only loop
-devices may be missing, because many containers do not have them.
+devices and huge pages may be missing, because many containers do not have them.
 """
 
 import os
 import secrets
 import signal
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import hypothesis
 import pytest
+import qemus
 import refusals
 import vmsnap
 from commands import write_private
+from huge_pages import reserved
 from support import Place
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -83,6 +86,18 @@ def guest_ram() -> Path:
     return made()
 
 
+@pytest.fixture(params=qemus.NAMES)
+def qemu(request: pytest.FixtureRequest) -> qemus.Qemu:
+    """A QEMU: that of the system, then 10.0 of Debian's backports. `qemu_command` takes it."""
+    return qemus.found(request.param)
+
+
+@pytest.fixture
+def huge_pages() -> Callable[[int], AbstractContextManager[None]]:
+    """Reserve a number of huge pages of 2 MiB during a block: ``with huge_pages(128): ...``."""
+    return reserved
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     """A file system of 1 MiB and 20 files."""
@@ -114,7 +129,7 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 def _refuse_skip(report: Report) -> Report:
     if os.environ.get("VMSNAP_REQUIRE_ALL") == "1" and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        if "there are no loop devices" in str(reason):
+        if any(each in str(reason) for each in ("there are no loop devices", "there are no huge pages")):
             return report
         report.outcome = "failed"
         report.longrepr = f"{reason} (VMSNAP_REQUIRE_ALL=1 allows no skip)"

@@ -1,11 +1,9 @@
 """A real guest for QEMU: Debian's kernel and busybox, and an init that counts on the serial console.
 
-Each line is ``count N SHA256``, the digest being that of 8 MiB which the guest holds in its memory. Both packages are
-fetched by `apt-get download` and unpacked, not installed, into target/guest/packages/.
+Each line is ``count N SHA256``, the digest being that of 8 MiB which the guest holds in its memory.
 """
 
 import asyncio
-import fcntl
 import functools
 import hashlib
 import os
@@ -14,7 +12,6 @@ import select
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from packages import CACHE, told, unpacked
 from qemu.qmp import QMPClient
+from qemus import QEMU, Qemu
 from support import MIB, pattern
-
-QEMU = "qemu-system-x86_64"
-CACHE = Path(__file__).resolve().parents[1] / "target/guest"
 
 HELD = pattern(8 * MIB, seed=8)
 HELD_DIGEST = hashlib.sha256(HELD).hexdigest()
@@ -58,46 +54,10 @@ def need_qemu() -> None:
         pytest.skip(f"there is no {QEMU}: apt install qemu-system-x86")
 
 
-@contextmanager
-def alone(name: str) -> Iterator[None]:
-    """Hold the lock of a name in the cache, so that only one process creates that file at a time."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f"{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def unpacked(package: str) -> Path:
-    """Return the directory of the files of a Debian package, fetched where it is not there yet."""
-    made = CACHE / "packages" / package
-    with alone("packages"):
-        made.parent.mkdir(exist_ok=True)
-        if not made.is_dir():
-            _fetch(package, made)
-    return made
-
-
-def _fetch(package: str, made: Path) -> None:
-    # Under its name when it is whole.
-    with tempfile.TemporaryDirectory(dir=CACHE) as beside:
-        try:
-            subprocess.run(["apt-get", "download", package], cwd=beside, check=True, capture_output=True, text=True)
-            [archive] = Path(beside).glob("*.deb")
-            subprocess.run(["dpkg", "-x", archive, f"{beside}/files"], check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            pytest.skip("there is no apt-get to fetch a kernel with")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"{package} cannot be fetched: {error.stderr.strip()} (try apt-get update)")
-        os.rename(f"{beside}/files", made)
-
-
 def _kernel_package() -> str:
     """Return the package that today's linux-image-cloud-amd64 stands for."""
-    try:
-        told = subprocess.run(["apt-cache", "depends", "linux-image-cloud-amd64"], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no apt-cache to find a kernel with")
-    found = re.search(r"Depends: (linux-image-\S+-cloud-amd64)$", told.stdout, re.MULTILINE)
+    depends = told("apt-cache", "depends", "linux-image-cloud-amd64")
+    found = re.search(r"Depends: (linux-image-\S+-cloud-amd64)$", depends, re.MULTILINE)
     if not found:
         pytest.skip("apt knows no linux-image-cloud-amd64 (try apt-get update; on Debian for x86_64)")
     return found[1]
@@ -161,12 +121,23 @@ def shared_memory(size: str = "256M") -> str:
 
 
 def qemu_command(
-    qmp: Path, *more: str | Path, machine: str = "pc", memory: str | None = None, size: str = "256M"
+    qmp: Path,
+    *more: str | Path,
+    machine: str = "pc",
+    memory: str | None = None,
+    size: str = "256M",
+    qemu: Qemu | None = None,
+    accel: str = "tcg",
 ) -> list[str]:
-    """Start QEMU with nothing but a processor, memory and a monitor."""
+    """Start a QEMU, that of the system unless said, with nothing but a processor, memory and a monitor.
+
+    The memory is the backend of this object, a memfd unless said; with "" it is that of a plain `-m`.
+    """
+    backend = ["-object", memory or shared_memory(size)] if memory != "" else []
     return [
-        *(QEMU, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-m", size),
-        *("-object", memory or shared_memory(size), "-machine", f"{machine},memory-backend=mem"),
+        *(qemu.command if qemu else [QEMU]),
+        *("-accel", accel, "-nodefaults", "-no-user-config", "-display", "none", "-m", size, *backend),
+        *("-machine", f"{machine},memory-backend=mem" if backend else machine),
         *("-qmp", f"unix:{qmp},server=on,wait=off"),
         *map(str, more),
     ]

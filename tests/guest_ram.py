@@ -20,18 +20,8 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from guest import (
-    CACHE,
-    Console,
-    alone,
-    kernel,
-    kernel_files,
-    need_qemu,
-    qemu_command,
-    running,
-    shared_memory,
-    write_initramfs,
-)
+from guest import Console, kernel, kernel_files, need_qemu, qemu_command, running, shared_memory, write_initramfs
+from packages import CACHE, alone
 from support import MIB
 from vmsnap.qemu.monitor import connected, connection_to
 

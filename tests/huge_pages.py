@@ -1,0 +1,45 @@
+"""Huge pages of 2 MiB, which this system keeps for programs that ask for them."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from packages import CACHE
+
+SIZE = 2 << 20
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+@contextmanager
+def reserved(count: int) -> Iterator[None]:
+    """Have a number of free huge pages; skips the test where there are too few. The system's number is put back.
+
+    One test at a time, because the number is that of the whole system.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "hugepages.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            before = _number("nr_hugepages")
+            missing = count - _free()
+            if missing > 0:
+                (_POOL / "nr_hugepages").write_text(f"{before + missing}\n")
+        except OSError as error:
+            pytest.skip(f"there are no huge pages, and none can be reserved: {error}")
+        try:
+            if _free() < count:
+                pytest.skip(f"there are no huge pages: {_free()} of {count} could be reserved")
+            yield
+        finally:
+            if missing > 0:
+                (_POOL / "nr_hugepages").write_text(f"{before}\n")
+
+
+def _number(name: str) -> int:
+    return int((_POOL / name).read_text())
+
+
+def _free() -> int:
+    return _number("free_hugepages") - _number("resv_hugepages")
