@@ -16,7 +16,7 @@ from vmsnap.exchange.new_file import new_file
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import Progress
 from vmsnap.migration import SentBlock
-from vmsnap.qemu.machine import Machine
+from vmsnap.machine import Machine
 from vmsnap.reader import SnapshotReader
 
 if TYPE_CHECKING:
@@ -103,16 +103,7 @@ def export_file(
     )
     machine = _machine_of(reader)
     header = _header(reader, machine, xml) if format == "libvirt" else b""
-    sent = [
-        SentBlock(
-            block.name,
-            block.name,
-            [(each.offset, each.guest_base, each.size) for each in machine.ram if each.backend == block.name],
-            zeros=True,
-        )
-        for block in reader.migration_front(DEVICE_STATE).blocks
-        if any(each.backend == block.name for each in machine.ram)
-    ]
+    sent = _sent(reader, machine)
     with _output(file, durable=durable) as output:
         rest = memoryview(header)
         while rest:
@@ -140,6 +131,21 @@ def _machine_of(reader: SnapshotReader) -> Machine:
     return machine
 
 
+def _sent(reader: SnapshotReader, machine: Machine) -> list[SentBlock]:
+    """Return the blocks of guest memory, with the places of their pages in the snapshot."""
+    front = reader.migration_front(DEVICE_STATE)
+    if front.ignores_shared:
+        raise QemuError(
+            f"{reader.location} cannot be exported: QEMU made its device state with the capability x-ignore-shared, "
+            "without which it cannot be loaded; load the guest with vmsnap qemu load, and save it with --live"
+        )
+    ranges = dict[str, list[tuple[int, int, int]]]()
+    for each in machine.ram:
+        ranges.setdefault(each.stream_name, []).append((each.offset, each.guest_base, each.size))
+    # Pages of zeros too: the memory that the file is loaded into may contain other bytes.
+    return [SentBlock(name, name, ranges[name], zeros=True) for name, _ in front.blocks if name in ranges]
+
+
 def _header(reader: SnapshotReader, machine: Machine, xml: "StrPath | None") -> bytes:
     """Return the beginning of a file of libvirt."""
     stored = LIBVIRT_XML in reader.list_fragments()
@@ -152,8 +158,8 @@ def _header(reader: SnapshotReader, machine: Machine, xml: "StrPath | None") -> 
         text = _read(reader, LIBVIRT_XML)
     else:
         raise QemuError(
-            f"{reader.location} cannot be exported for libvirt: it was not imported from libvirt, so that the XML of the "
-            "domain is missing; pass the output of virsh dumpxml --security-info --migratable as xml (--xml FILE)"
+            f"{reader.location} cannot be exported for libvirt: the XML of the domain is missing, because the guest was "
+            "not imported from libvirt; pass the output of virsh dumpxml --security-info --migratable as xml (--xml FILE)"
         )
     Domain.parse(text, label)
     # The cookie belongs to the XML that libvirt wrote with it.

@@ -8,7 +8,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from vmsnap.errors import UnsupportedFormatError
+from vmsnap.errors import QemuError, UnsupportedFormatError
 from vmsnap.exchange.compression import decompressed
 from vmsnap.exchange.domain import Domain
 from vmsnap.exchange.layout import place
@@ -17,7 +17,7 @@ from vmsnap.exchange.source import Source, opened
 from vmsnap.foreign import recognize
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
-from vmsnap.qemu.machine import Machine, RamRange
+from vmsnap.machine import Machine, RamRange
 from vmsnap.staging import create
 
 if TYPE_CHECKING:
@@ -111,8 +111,10 @@ def import_file(
                 machine, memory, device_state_bytes = _store(contents, source, writer, compress, progress)
                 # A program that fails at its end, or an input that could not be read to its end, is an error as well.
                 stack.close()
-            finally:
+            except QemuError as error:
                 source.check()
+                raise UnsupportedFormatError(f"{source.label}: {error}") from None
+            source.check()
     assert staged.snapshot_id is not None
     assert staged.seal_digest is not None
     return ImportReport(

@@ -69,9 +69,8 @@ def opened(file: "StrPath | FileDescriptorLike") -> Iterator[Source]:
         for is_kind, kind in ((stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device")):
             if is_kind(mode):
                 raise InvalidArgumentError(f"{label} is {kind}: import reads a file or a pipe")
-        with open(label, "rb", buffering=0) as stream:
-            with _begun(stream.fileno(), label) as source:
-                yield source
+        with open(label, "rb", buffering=0) as stream, _begun(stream.fileno(), label) as source:
+            yield source
         return
     descriptor = file if isinstance(file, int) else file.fileno()
     label = "standard input" if descriptor == 0 else f"file descriptor {descriptor}"
