@@ -14,10 +14,11 @@ from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import load_devices, without_shared_memory
-from vmsnap.qemu.machine import Machine, Ram, survey
+from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.monitor import Monitor, connected
-from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
+from vmsnap.qemu.saving import DEVICE_STATE, MACHINE, regions_of
 from vmsnap.qemu.started import StartedQemu, end
+from vmsnap.qemu.survey import Ram, survey
 from vmsnap.reader import SnapshotReader
 from vmsnap.verification import Verification
 from vmsnap.verification import verify as verify_snapshot
@@ -127,11 +128,15 @@ async def load_async(
         with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
             async with connected(qemu.connection, command[0]) as monitor:
                 try:
-                    ram = await survey(monitor, qemu.process.pid, stack, to_fill=True)
-                    machine.check_against(ram.machine)
+                    ram = await survey(monitor, stack, to_fill=True)
+                    names = machine.check_against(ram.machine, ignore_differences=overwrite)
+                    for saved, found in names.items():
+                        if saved != found:
+                            raise QemuError(f"backend {saved!r} of the saved guest is {found!r} in the started QEMU")
+                    regions = regions_of(ram)
                     _check_empty(ram, overwrite)
                     qemu.fills(ram)
-                    await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
+                    await with_progress(lambda show: memory.restore(regions, progress=show), progress)
                     await _set_capabilities(monitor)
                     await load_devices(monitor, devices, qemu.process.kill)
                     if not paused:
@@ -175,12 +180,13 @@ def _check(report: Verification, location: "StrPath") -> None:
 
 
 def _check_empty(ram: Ram, overwrite: bool) -> None:
-    for region, path in zip(ram.regions, ram.files, strict=True):
-        if path and not overwrite and _holds_something(region.source, region.offset, region.size):
+    for block in ram.blocks:
+        file = block.file
+        if file and file.path and not overwrite and _holds_something(file.descriptor, file.offset, block.size):
             raise FileExistsError(
                 errno.EEXIST,
                 "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
-                path,
+                file.path,
             )
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import stat
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,8 +21,6 @@ _GREETING_SECONDS = 10.0
 _POLL_SECONDS = 0.001
 # Enough for the object list of a large machine.
 _ANSWER_BYTES = 1 << 22
-# struct ucred of unix(7): pid, uid, gid.
-_CREDENTIALS = struct.Struct("3i")
 
 # The package logs the errors that it raises, and Python prints them if there is no handler.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -37,10 +34,9 @@ class Monitor:
         self._connection = connection
 
     @property
-    def peer_pid(self) -> int:
-        """The ID of the process that created the socket: QEMU, unless another process created the socket for it."""
-        credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return int(_CREDENTIALS.unpack(credentials)[0])
+    def connection(self) -> socket.socket:
+        """The connection itself, from which the process at the other end can be told."""
+        return self._connection
 
     async def run(self, command: str, **arguments: object) -> Any:
         """Run a command and return its result.

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from vmsnap.errors import QemuError
 from vmsnap.qemu.background import in_thread, no_thread
-from vmsnap.qemu.machine import Ram
+from vmsnap.qemu.survey import Ram
 
 # The last lines of the standard error of QEMU, for the error if it fails.
 _LAST_LINES = 20
@@ -88,10 +88,9 @@ class StartedQemu:
 
     def fills(self, ram: Ram) -> None:
         """Record the files that the guest memory is restored to, so that they are emptied if the block fails."""
-        for region, path in zip(ram.regions, ram.files, strict=True):
-            if path and path not in (known for known, _ in self._filled):
-                assert isinstance(region.source, int)
-                self._filled.append((path, os.dup(region.source)))
+        for file in (block.file for block in ram.blocks):
+            if file and file.path:
+                self._filled.append((file.path, os.dup(file.descriptor)))
 
     def runs(self) -> None:
         """Leave QEMU running when the block ends."""
