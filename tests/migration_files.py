@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -78,3 +79,11 @@ def saved_image(
         order=order,
     )
     return front + texts + bytes(padding) + compressed(compression, stream)
+
+
+def same_devices(one: bytes, other: bytes) -> bool:
+    """Whether two streams without guest memory differ at most in a section without pages, after the list of blocks.
+
+    An exported stream has the pages of guest memory in a section of its own, which is empty once they are taken out.
+    """
+    return len(os.path.commonprefix([one[::-1], other[::-1]])) > min(len(one), len(other)) - 1024

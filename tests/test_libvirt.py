@@ -11,9 +11,9 @@ import pytest
 import vmsnap
 from commands import error_of, run
 from guest import need_qemu, qemu_command, running
-from migration_files import COOKIE, NUMBERS, XML, header, migrate, saved_image
+from migration_files import COOKIE, NUMBERS, XML, header, migrate, same_devices, saved_image
 from refusals import refused, row
-from support import MIB, let_others_in
+from support import MIB
 from toy_guest import Toy
 from virsh import NAME, TWO_NODES, session
 
@@ -37,13 +37,18 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def memory_of(location: Path) -> str:
-    memory = vmsnap.open(location).memory()
+def memory_of(location: Path, key: bytes | None = None) -> str:
+    memory = vmsnap.open(location, key=key).memory()
     digest = hashlib.sha256()
     for region in memory.regions:
         digest.update(struct.pack("<2Q", region.start, region.stop))
         digest.update(memory.read(region.start, len(region)))
     return digest.hexdigest()
+
+
+def content(location: Path, name: str, key: bytes | None = None) -> bytes:
+    with vmsnap.open(location, key=key).raw_fragment(name) as fragment:
+        return fragment.read()
 
 
 # Files made by the rules of libvirt -------------------------------------------------------------------------------
@@ -62,14 +67,15 @@ def test_each_compression_gives_the_same_guest(folder: Path, tmp_path: Path, str
     assert report.device_state_bytes == plain.device_state_bytes
     assert memory_of(folder / "saved") == memory_of(folder / "plain")
     for name in ("device_state", "mem"):
-        with vmsnap.open(folder / "saved").raw_fragment(name) as one, vmsnap.open(folder / "plain").raw_fragment(name) as two:
+        with (
+            vmsnap.open(folder / "saved").raw_fragment(name) as one,
+            vmsnap.open(folder / "plain").raw_fragment(name) as two,
+        ):
             assert one.read() == two.read()
     assert vmsnap.verify(folder / "saved").ok
 
 
-@pytest.mark.parametrize("running", [True, False])
-@pytest.mark.parametrize("cookie", [COOKIE, b""])
-@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("running", "cookie", "order"), [(True, COOKIE, "<"), (False, b"", ">")])
 def test_what_libvirt_stores_is_given_back(
     folder: Path, tmp_path: Path, stream: bytes, running: bool, cookie: bytes, order: str
 ) -> None:
@@ -86,19 +92,8 @@ def test_what_libvirt_stores_is_given_back(
     with back.open("rb") as file:
         assert file.read(len(front)) == front
     vmsnap.import_file(back, folder / "again")
-    assert memory_of(folder / "again") == memory_of_encrypted(folder / "vm")
-    with vmsnap.open(folder / "again").raw_fragment("device_state") as one:
-        with vmsnap.open(folder / "vm", key=KEY).raw_fragment("device_state") as two:
-            assert len(one.read()) == two.size
-
-
-def memory_of_encrypted(location: Path) -> str:
-    memory = vmsnap.open(location, key=KEY).memory()
-    digest = hashlib.sha256()
-    for region in memory.regions:
-        digest.update(struct.pack("<2Q", region.start, region.stop))
-        digest.update(memory.read(region.start, len(region)))
-    return digest.hexdigest()
+    assert memory_of(folder / "again") == memory_of(folder / "vm", KEY)
+    assert same_devices(content(folder / "again", "device_state"), content(folder / "vm", "device_state", KEY))
 
 
 def test_an_image_of_version_1_is_not_compressed(folder: Path, tmp_path: Path, stream: bytes) -> None:
@@ -120,9 +115,10 @@ DAMAGED = {
     "its XML does not end in a NUL": header(size=9) + b"<domain/>",
     "its XML is empty": header(size=9) + bytes(9),
     "its cookie does not end in a NUL": header(size=12, cookie_offset=10) + b"<domain/>\0xx",
-    "is not well-formed": header(size=9) + b"<domain>\0",
+    "is not well-formed": header(size=21) + b"<domain type='kvm'>x\0",
+    "the XML does not describe a domain": header(size=9) + b"<other/>\0",
     "has a document type": header(size=200) + b'<!DOCTYPE d [<!ENTITY a "b">]><domain>&a;</domain>'.ljust(200, b"\0"),
-    "of another hypervisor": header(size=50) + b"<domain type='xen'/>".ljust(50, b"\0"),
+    "does not describe a domain of QEMU": header(size=50) + b"<domain type='xen'/>".ljust(50, b"\0"),
     "stream": header(size=50) + b"<domain type='kvm'/>".ljust(50, b"\0"),
 }
 
@@ -152,7 +148,7 @@ def test_a_program_that_fails_is_quoted(folder: Path, tmp_path: Path, stream: by
         pytest.skip(f"there is no {compression}: apt install {compression}")
     image = saved_image(stream, compression=compression)
     (tmp_path / "saved").write_bytes(image[:-20])
-    with refused("import-damaged", f"cannot be decompressed: {compression} failed with status 1: {compression}", folder):
+    with refused("import-damaged", f"cannot be decompressed: {compression} failed with status 1: .+", folder):
         vmsnap.import_file(tmp_path / "saved", folder / "vm")
 
 

@@ -74,9 +74,10 @@ class Libvirt:
         configuration.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()))
         socket = self.folder / "libvirt/libvirt-sock"
         command = [*self._as_user, shutil.which("libvirtd", path=_path()) or "libvirtd"]
-        with open(self.folder / "log", "wb") as log, subprocess.Popen(
-            command, env=self._environment, stdout=log, stderr=log
-        ) as process:
+        with (
+            open(self.folder / "log", "wb") as log,
+            subprocess.Popen(command, env=self._environment, stdout=log, stderr=log) as process,
+        ):
             try:
                 until = time.monotonic() + PATIENCE
                 while not socket.exists():

@@ -44,9 +44,9 @@ class Domain:
                 return
             path.append(name)
             match path:
-                case ["domain"]:
-                    if attributes.get("type") not in ("qemu", "kvm", "hvf"):
-                        raise UnsupportedFormatError(f"{label} is a domain of another hypervisor than QEMU")
+                case [root]:
+                    if root != "domain" or attributes.get("type") not in ("qemu", "kvm", "hvf"):
+                        raise UnsupportedFormatError(f"{label}: the XML does not describe a domain of QEMU")
                 case ["domain", "os", "type"]:
                     domain.architecture = attributes.get("arch", "")
                     domain.machine_type = attributes.get("machine", "")

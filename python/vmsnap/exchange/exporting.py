@@ -14,9 +14,9 @@ from vmsnap.exchange.importing import DEVICE_STATE, LIBVIRT_COOKIE, LIBVIRT_XML,
 from vmsnap.exchange.libvirt import MAX_XML_BYTES, SaveImage
 from vmsnap.exchange.new_file import new_file
 from vmsnap.keys import Keys, one_of
+from vmsnap.machine import Machine
 from vmsnap.memory import Progress
 from vmsnap.migration import SentBlock
-from vmsnap.machine import Machine
 from vmsnap.reader import SnapshotReader
 
 if TYPE_CHECKING:
@@ -158,8 +158,9 @@ def _header(reader: SnapshotReader, machine: Machine, xml: "StrPath | None") -> 
         text = _read(reader, LIBVIRT_XML)
     else:
         raise QemuError(
-            f"{reader.location} cannot be exported for libvirt: the XML of the domain is missing, because the guest was "
-            "not imported from libvirt; pass the output of virsh dumpxml --security-info --migratable as xml (--xml FILE)"
+            f"{reader.location} cannot be exported for libvirt: the XML of the domain is missing, because the guest "
+            "was not imported from libvirt; pass the output of virsh dumpxml --security-info --migratable as xml "
+            "(--xml FILE)"
         )
     Domain.parse(text, label)
     # The cookie belongs to the XML that libvirt wrote with it.

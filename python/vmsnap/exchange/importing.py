@@ -16,8 +16,8 @@ from vmsnap.exchange.libvirt import SaveImage
 from vmsnap.exchange.source import Source, opened
 from vmsnap.foreign import recognize
 from vmsnap.keys import Keys, one_of
-from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.machine import Machine, RamRange
+from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.staging import create
 
 if TYPE_CHECKING:

@@ -70,8 +70,8 @@ class SaveImage:
             raise UnsupportedFormatError(f"{label} is a guest saved by libvirt in version {version}, which is unknown")
         if number == _SPARSE:
             raise UnsupportedFormatError(
-                f"{label} is in the sparse format of libvirt, with memory at fixed places (mapped-ram), which vmsnap does "
-                "not read: restore the guest, and save it with --image-format raw"
+                f"{label} is in the sparse format of libvirt, with memory at fixed places (mapped-ram), which vmsnap "
+                "does not read: restore the guest, and save it with --image-format raw"
             )
         if number not in _COMPRESSIONS:
             raise UnsupportedFormatError(f"{label} has compression {number} of libvirt, which is unknown")
