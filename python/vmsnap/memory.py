@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vmsnap import _vmsnap
 from vmsnap._backing import Handles
-from vmsnap._vmsnap import ProcessMemory
+from vmsnap._vmsnap import ProcessMemory, SpooledMemory
 from vmsnap.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vmsnap._backing import OpenFile
 
-    _Source: TypeAlias = ReadableBuffer | StrPath | int | OpenFile | ProcessMemory
+    _Source: TypeAlias = ReadableBuffer | StrPath | int | OpenFile | ProcessMemory | SpooledMemory
     _Target: TypeAlias = WriteableBuffer | StrPath | int | OpenFile | "GuestRegion" | None
 
 __all__ = ["GuestMemory", "GuestRegion", "MemoryReport", "ProcessMemory"]
@@ -36,7 +36,8 @@ class GuestRegion:
         - a buffer (mmap, memoryview, numpy array, ``bytes``);
         - a file, memfd or block device: its path, its descriptor, or an open file. Holes are not read, and the position
           of the file does not change;
-        - a live process: a `ProcessMemory`. Pages that the process never touched are neither read nor made resident.
+        - a live process: a `ProcessMemory`. Pages that the process never touched are neither read nor made resident;
+        - memory that QEMU sent: what `MigrationStream.memory` returns.
 
         ``bytes`` are memory, not a path. An open file is an object from ``open`` or ``tempfile``, and is flushed first.
         An object that decompresses, or that reads from an archive or a socket, is refused even if it has a ``fileno``.
