@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import lzma
-import os
 import struct
 import subprocess
 from pathlib import Path
@@ -86,4 +85,5 @@ def same_devices(one: bytes, other: bytes) -> bool:
 
     An exported stream has the pages of guest memory in a section of its own, which is empty once they are taken out.
     """
-    return len(os.path.commonprefix([one[::-1], other[::-1]])) > min(len(one), len(other)) - 1024
+    size = min(len(one), len(other)) - 1024
+    return size > 0 and one[-size:] == other[-size:] and one[:64] == other[:64]

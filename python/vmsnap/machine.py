@@ -166,7 +166,7 @@ class Machine:
             ("architecture", self.target, started.target),
             ("machine type", self.machine_type, started.machine_type),
         ):
-            # A guest that was imported has an empty text for what the file did not tell.
+            # A guest that was imported has an empty text for each of these that its file did not tell.
             if saved not in ("", found):
                 yield _differs(what, saved, found)
         if not _same_layout(self.ram, started.ram):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from vmsnap.cli.command import Command, argument
-from vmsnap.cli.io import refuse_inside
+from vmsnap.cli.io import refuse_inside, refuse_terminal
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
 from vmsnap.cli.options import (
     archive_option,
@@ -20,7 +20,7 @@ from vmsnap.cli.options import (
     threads_option,
 )
 from vmsnap.cli.paths import PATH, TEXT_PATH
-from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output, refuse_terminal
+from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output
 from vmsnap.cli.targets import complete_file, new_snapshot_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, progress_so_far
 from vmsnap.exchange import export_file, import_file
@@ -84,9 +84,7 @@ def import_command(
     source: str | io.FileIO = file
     if file == _STREAM:
         source = binary_input()
-        refuse_terminal(
-            source, "the file is binary, and standard input is a terminal: redirect it from a file or a pipe"
-        )
+        refuse_terminal(source, "the file is binary, and standard input is a terminal")
     arguments |= _asked(new_keys.arguments)
     with progress_so_far("import") as show:
         report = import_file(source, new_snapshot, **arguments, progress=show)
@@ -176,9 +174,7 @@ def export(
     target: str | io.FileIO = file
     if file == _STREAM:
         target = binary_output()
-        refuse_terminal(
-            target, "the file is binary, and standard output is a terminal: redirect it to a file or a pipe"
-        )
+        refuse_terminal(target, "the file is binary, and standard output is a terminal")
         if as_json:
             raise click.UsageError("--json prints to standard output, which is FILE already")
     else:

@@ -8,10 +8,11 @@ import click
 import vmsnap
 from vmsnap import SealId
 from vmsnap.cli.command import Command, argument
+from vmsnap.cli.io import refuse_terminal
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.options import expect_seal_digest_option, no_durable_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
-from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output, refuse_terminal
+from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output
 from vmsnap.cli.targets import complete_directory, complete_file, snapshot_argument
 
 _STREAM = "-"
@@ -58,7 +59,7 @@ def pack(
         _tell(vmsnap.pack(snapshot, file, **keys.arguments(snapshot), **more))
         return
     output = binary_output()
-    refuse_terminal(output, "an archive is binary, and standard output is a terminal: redirect it to a file or a pipe")
+    refuse_terminal(output, "an archive is binary, and standard output is a terminal")
     try:
         _tell(vmsnap.pack(snapshot, output, **keys.arguments(snapshot), **more))
     except BrokenPipeError:
@@ -107,7 +108,5 @@ def unpack(
         _tell(vmsnap.unpack(file, directory, **keys.arguments(file), **more))
         return
     with binary_input() if file == _STREAM else open(file, "rb", buffering=0) as source:
-        refuse_terminal(
-            source, "an archive is binary, and standard input is a terminal: redirect it from a file or a pipe"
-        )
+        refuse_terminal(source, "an archive is binary, and standard input is a terminal")
         _tell(vmsnap.unpack(source, directory, **keys.arguments(None), **more))

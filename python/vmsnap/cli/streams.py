@@ -14,8 +14,6 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-import click
-
 from vmsnap.cli.files import NamedFile
 
 if TYPE_CHECKING:
@@ -122,12 +120,6 @@ def binary_output() -> io.FileIO:
     if isinstance(raw, _Output) and raw.missing:
         raise OSError(errno.EBADF, "standard output is closed")
     return io.FileIO(STDOUT, "wb", closefd=False)
-
-
-def refuse_terminal(stream: io.FileIO, advice: str) -> None:
-    """Refuse a terminal as the place of binary data."""
-    if stream.isatty():
-        raise click.UsageError(advice)
 
 
 def _is_open(number: int) -> bool:

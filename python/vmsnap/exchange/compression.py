@@ -27,7 +27,7 @@ _EXIT_SECONDS = 10.0
 
 @contextmanager
 def decompressed(compression: str, descriptor: int, label: str) -> Iterator[int]:
-    """Decompress what a descriptor gives, and give the descriptor of a pipe with the result.
+    """Decompress the bytes that a descriptor gives, and give the descriptor of a pipe with the result.
 
     The block reads the pipe to its end. The program is killed if it does not.
 

@@ -1,4 +1,4 @@
-"""The XML of a libvirt domain: what it tells about the memory of the guest."""
+"""The XML of a libvirt domain, as far as it tells about the memory of the guest."""
 
 import re
 from dataclasses import dataclass, field

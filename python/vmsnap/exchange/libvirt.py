@@ -1,6 +1,6 @@
 """The file of ``virsh save``: a header, the XML of the domain, and QEMU's migration stream.
 
-The format is that of ``src/qemu/qemu_saveimage.h`` and ``qemu_saveimage.c`` of libvirt. The numbers of the header are
+``src/qemu/qemu_saveimage.h`` and ``qemu_saveimage.c`` of libvirt define the format. The numbers of the header are
 in the byte order of the host that wrote it:
 
     16 bytes   "LibvirtQemudSave"; "LibvirtQemudPart" until the file is complete
@@ -8,7 +8,7 @@ in the byte order of the host that wrote it:
     u32        size of the XML, the cookie and the padding after them
     u32        whether the guest was running
     u32        compression of the stream: see `_COMPRESSIONS`
-    u32        offset of the cookie after the header; 0 if there is none
+    u32        offset of the cookie after the header; 0 without a cookie
     14 u32     unused
 
 The XML and the cookie end in a NUL. The cookie is XML of libvirt's own.
@@ -41,7 +41,7 @@ class SaveImage:
     xml: bytes
     """The XML of the domain, without the NUL."""
     cookie: bytes
-    """libvirt's own data about the domain, without the NUL; empty if there is none."""
+    """libvirt's own data about the domain, without the NUL; empty without it."""
     running: bool
     """Whether the guest was running when it was saved."""
     compression: str | None = None

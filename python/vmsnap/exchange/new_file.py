@@ -18,7 +18,7 @@ def new_file(path: str, *, durable: bool) -> Iterator[int]:
     FileExistsError
         Something exists at the path. It is not changed.
     """
-    if os.path.lexists(path):
+    if os.path.exists(path) or os.path.islink(path):
         raise FileExistsError(EEXIST, "exists already, and nothing is overwritten", path)
     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
