@@ -8,13 +8,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+from vmsnap._machine import Machine
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.exchange.domain import Domain
 from vmsnap.exchange.importing import DEVICE_STATE, LIBVIRT_COOKIE, LIBVIRT_XML, MACHINE
 from vmsnap.exchange.libvirt import MAX_XML_BYTES, SaveImage
 from vmsnap.exchange.new_file import new_file
 from vmsnap.keys import Keys, one_of
-from vmsnap.machine import Machine
 from vmsnap.memory import Progress
 from vmsnap.migration import SentBlock
 from vmsnap.reader import SnapshotReader

@@ -8,15 +8,15 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+from vmsnap._machine import Machine, RamRange
 from vmsnap.errors import QemuError, UnsupportedFormatError
 from vmsnap.exchange.compression import decompressed
 from vmsnap.exchange.domain import Domain
+from vmsnap.exchange.foreign import recognize
 from vmsnap.exchange.layout import place
 from vmsnap.exchange.libvirt import SaveImage
 from vmsnap.exchange.source import Source, opened
-from vmsnap.foreign import recognize
 from vmsnap.keys import Keys, one_of
-from vmsnap.machine import Machine, RamRange
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.staging import create
 
@@ -160,7 +160,7 @@ def _libvirt(source: Source, stack: ExitStack) -> _Contents:
 _FORMATS: tuple[tuple[bytes, Callable[[Source, ExitStack], _Contents]], ...] = (
     (rb"LibvirtQemud(Save|Part)", _libvirt),
     (rb"QEVM", _qemu),
-    # A compressed migration stream. These are the signatures of vmsnap.foreign.
+    # A compressed migration stream. These are the signatures of vmsnap.exchange.foreign.
     (rb"\x1f\x8b\x08", partial(_compressed, "gzip")),
     (rb"BZh[1-9]1AY&SY", partial(_compressed, "bzip2")),
     (rb"\xfd7zXZ\0", partial(_compressed, "xz")),

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vmsnap.errors import InvalidArgumentError, UnsupportedFormatError
-from vmsnap.foreign import HEAD_BYTES
+from vmsnap.exchange.foreign import HEAD_BYTES
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike, StrPath

@@ -4,8 +4,8 @@ import re
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
+from vmsnap._machine import Cpu, Device, Machine, RamRange, Smp
 from vmsnap.errors import QemuError
-from vmsnap.machine import Cpu, Device, Machine, RamRange, Smp
 from vmsnap.qemu.monitor import Monitor
 
 __all__ = ["Cpu", "Device", "Machine", "RamRange", "Smp", "describe"]
