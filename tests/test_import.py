@@ -229,6 +229,20 @@ def test_memory_whose_address_the_file_does_not_tell_has_regions_of_its_own() ->
     ]
 
 
+def test_a_guest_of_another_machine_is_imported_and_exported(folder: Path, tmp_path: Path, file: Path) -> None:
+    whole = file.read_bytes()
+    assert whole.count(b"pc-i440fx-") == 1
+    (tmp_path / "file").write_bytes(whole.replace(b"pc-i440fx-", b"xy-i440fx-"))
+    done = run("import", tmp_path / "file", folder / "vm")
+    assert b"warning: the file does not tell where the guest sees its memory" in done.stderr
+    [region] = vmsnap.open(folder / "vm").memory().regions
+    assert (region.start, len(region)) == (UNKNOWN_BASE, 16 * MIB)
+    run("export", folder / "vm", tmp_path / "back", "--format", "qemu")
+    report = vmsnap.import_file(tmp_path / "back", folder / "again")
+    assert not report.machine.ram[0].mapped
+    assert content(folder / "again", "mem") == content(folder / "vm", "mem")
+
+
 # Files that cannot be imported ------------------------------------------------------------------------------------
 
 
@@ -289,6 +303,18 @@ def test_a_file_that_ends_anywhere_is_refused(folder: Path, tmp_path: Path, file
         path.write_bytes(gzip.compress(whole[:size]))
         with refused("import-damaged", f"{path}: ", folder):
             vmsnap.import_file(path, folder / "vm", key=KEY)
+
+
+@row("import-damaged")
+def test_a_compressed_file_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for inner, message in ((b"", "truncated"), (b"hello" * 1000, "not a stream of QEMU")):
+        path.write_bytes(gzip.compress(inner))
+        with refused("import-damaged", f"{path}: .*{message}", folder):
+            vmsnap.import_file(path, folder / "vm")
+    path.write_bytes(b"\x1f\x8b\x08" + bytes(1000))
+    with refused("import-damaged", f"{path} cannot be decompressed: gzip failed", folder):
+        vmsnap.import_file(path, folder / "vm")
 
 
 @row("import-without-memory")

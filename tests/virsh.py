@@ -126,7 +126,7 @@ def session() -> Iterator[Libvirt]:
     """Give a session of libvirt; skips the test where there is none."""
     for program in ("libvirtd", "virsh", "setpriv", QEMU):
         if shutil.which(program, path=_path()) is None:
-            pytest.skip(f"there is no {program}: apt install libvirt-daemon-driver-qemu libvirt-clients")
+            pytest.skip(f"there is no {program}: apt install libvirt-daemon libvirt-clients")
     # The directories of pytest belong to the user that runs it. The path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="vmsnap-", ignore_cleanup_errors=True) as folder:
         made = Libvirt(Path(folder))

@@ -3,11 +3,11 @@
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmsnap.errors import UnsupportedFormatError
+from vmsnap.exchange.thread import started
 
 #: The command for each compression. The limit for xz bounds the memory that a hostile file can make it use; the other
 #: programs have a limit of their own.
@@ -99,7 +99,6 @@ class _Said:
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self._process = process
         self._kept = b""
-        self._thread = threading.Thread(target=self._listen, name="vmsnap-import-stderr", daemon=True)
 
     def _listen(self) -> None:
         assert self._process.stderr is not None
@@ -112,7 +111,7 @@ class _Said:
 
     def __enter__(self) -> "_Said":
         try:
-            self._thread.start()
+            self._thread = started(self._listen)
         except BaseException:
             self._process.kill()
             raise

@@ -4,13 +4,13 @@ import io
 import os
 import select
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vmsnap.errors import InvalidArgumentError, UnsupportedFormatError
 from vmsnap.exchange.foreign import HEAD_BYTES
+from vmsnap.exchange.thread import started
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike, StrPath
@@ -109,8 +109,7 @@ class _Pump:
             while len(self.head) < HEAD_BYTES and (batch := self._read(HEAD_BYTES - len(self.head))):
                 self.head += batch
             self.reading, self._writing = os.pipe2(os.O_CLOEXEC)
-            self._thread = threading.Thread(target=self._copy, name="vmsnap-import", daemon=True)
-            self._thread.start()
+            self._thread = started(self._copy)
         except BaseException:
             self._close(self._stopped, self._stop, self.reading, self._writing)
             raise
