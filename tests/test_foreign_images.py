@@ -16,7 +16,7 @@ import pytest
 import vmsnap
 from commands import error_of, run
 from support import pattern
-from vmsnap.cli.foreign import FORMATS, HEAD_BYTES, recognize
+from vmsnap.exchange.foreign import FORMATS, HEAD_BYTES, recognize
 
 RAM = pattern(1 << 16, seed=9)
 

@@ -33,6 +33,7 @@ from vmsnap.errors import (
     UnsupportedFormatError,
     VmsnapError,
 )
+from vmsnap.exchange import ExportReport, ImportReport, export_file, import_file
 from vmsnap.inspection import InspectedFragment, Inspection, inspect
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.keys import IdentityFile, KeyProvider, Keys, KeyWrapping, generate_identity, recipients_of, rekey
@@ -50,11 +51,13 @@ __all__ = [
     "BuildInfo",
     "Cleaned",
     "CorruptSnapshotError",
+    "ExportReport",
     "Fragment",
     "FragmentReader",
     "GuestMemory",
     "GuestRegion",
     "IdentityFile",
+    "ImportReport",
     "InspectedFragment",
     "Inspection",
     "InvalidArgumentError",
@@ -84,8 +87,10 @@ __all__ = [
     "build_info",
     "clean",
     "create",
+    "export_file",
     "generate_identity",
     "generate_key",
+    "import_file",
     "inspect",
     "open",
     "pack",

@@ -50,7 +50,10 @@ class CorruptSnapshotError(VmsnapError):
 
 
 class UnsupportedFormatError(VmsnapError):
-    """The snapshot needs a newer version of vmsnap, or its key is wrapped in a way that this version cannot open."""
+    """The snapshot needs a newer version of vmsnap, or its key is wrapped in a way that this version cannot open.
+
+    For a file to import: it is of a format that vmsnap cannot import, or it is truncated or damaged.
+    """
 
 
 class InvalidArgumentError(VmsnapError, ValueError):

@@ -15,6 +15,7 @@ from vmsnap.cli.convert import decrypt, encrypt
 from vmsnap.cli.demo import demo
 from vmsnap.cli.dump import dump
 from vmsnap.cli.dump_process import dump_process
+from vmsnap.cli.exchange import export, import_command
 from vmsnap.cli.failure import CommandError, describe, status_of
 from vmsnap.cli.get import get
 from vmsnap.cli.info import info
@@ -49,7 +50,7 @@ Exit codes:
 _SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Snapshot": (info, tree, ls, show, cat, get, put, pack, unpack),
     "Guest memory": (dump, restore, peek, map_memory, dump_process),
-    "QEMU": (qemu,),
+    "QEMU": (qemu, import_command, export),
     "Keys": (keygen, rekey, encrypt, decrypt),
     "Maintenance": (verify, seal, clean, demo, completion),
 }

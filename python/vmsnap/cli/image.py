@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vmsnap._backing import refuse_special
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.foreign import HEAD_BYTES, recognize
+from vmsnap.exchange.foreign import HEAD_BYTES, recognize
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Reading and writing files: new files that appear complete or not at all, and fragments batch by batch."""
 
 import contextlib
+import io
 import os
 import stat
 import tempfile
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import click
 
 import vmsnap
 from vmsnap import FragmentReader
@@ -27,6 +30,12 @@ def batches(path: str, fragment: FragmentReader, offset: int, end: int) -> Itera
             raise CommandError(f"{path}: the fragment became shorter while it was read")
         yield buffer[:count]
         offset += count
+
+
+def refuse_terminal(stream: io.FileIO, stated: str) -> None:
+    """Refuse a terminal as the place of binary data."""
+    if stream.isatty():
+        raise click.UsageError(f"{stated}: redirect it, or use a pipe")
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

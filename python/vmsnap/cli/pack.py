@@ -1,6 +1,5 @@
 """``vmsnap pack`` and ``vmsnap unpack``: a snapshot as one file, or through a pipe."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import click
 import vmsnap
 from vmsnap import SealId
 from vmsnap.cli.command import Command, argument
+from vmsnap.cli.io import refuse_terminal
 from vmsnap.cli.keys import OpeningKeys, opening_options
 from vmsnap.cli.options import expect_seal_digest_option, no_durable_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
@@ -20,11 +20,6 @@ _STREAM = "-"
 
 def _tell(seal: SealId) -> None:
     click.echo(f"vmsnap: seal digest: {seal.seal_digest.hex()}", err=True)
-
-
-def _refuse_terminal(stream: io.FileIO, advice: str) -> None:
-    if stream.isatty():
-        raise click.UsageError(f"an archive is binary, and {advice}")
 
 
 @click.command(
@@ -64,7 +59,7 @@ def pack(
         _tell(vmsnap.pack(snapshot, file, **keys.arguments(snapshot), **more))
         return
     output = binary_output()
-    _refuse_terminal(output, "standard output is a terminal: redirect it to a file or a pipe")
+    refuse_terminal(output, "an archive is binary, and standard output is a terminal")
     try:
         _tell(vmsnap.pack(snapshot, output, **keys.arguments(snapshot), **more))
     except BrokenPipeError:
@@ -113,5 +108,5 @@ def unpack(
         _tell(vmsnap.unpack(file, directory, **keys.arguments(file), **more))
         return
     with binary_input() if file == _STREAM else open(file, "rb", buffering=0) as source:
-        _refuse_terminal(source, "standard input is a terminal: redirect it from a file or a pipe")
+        refuse_terminal(source, "an archive is binary, and standard input is a terminal")
         _tell(vmsnap.unpack(source, directory, **keys.arguments(None), **more))

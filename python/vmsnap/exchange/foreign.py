@@ -1,7 +1,7 @@
 """Formats of memory and disk images that are not raw, recognized by their first bytes.
 
 A dump of such a file would contain headers and compressed data instead of guest memory. A raw image may begin with the
-same bytes by chance, so ``--format raw`` skips this check.
+same bytes by chance, so ``vmsnap dump --format raw`` skips this check.
 """
 
 import re
@@ -28,6 +28,7 @@ def _format(begins: bytes, name: str, remedy: str) -> Foreign:
 
 
 _VOLATILITY = "Volatility 3 makes a raw image of it: vol -f FILE layerwriter"
+_IMPORT = "vmsnap import FILE NEW-SNAPSHOT"
 _LOAD_AGAIN = "load it into its virtual machine monitor, and save the guest from there with vmsnap qemu save"
 _DISK = "make a raw image of it: qemu-img convert -O raw FILE RAM"
 
@@ -42,10 +43,10 @@ FORMATS = (
         "store its LOAD segments, which readelf -lW lists, with --range and --format raw",
     ),
     # src/qemu/qemu_saveimage.h of libvirt for the first; libxl_conf.h and ch_conf.h of libvirt for the second.
-    _format(rb"LibvirtQemud(Save|Part)", "a guest saved by libvirt", _LOAD_AGAIN),
+    _format(rb"LibvirtQemud(Save|Part)", "a guest saved by libvirt", _IMPORT),
     _format(rb"libvirt-xml\n \0 \r", "a guest saved by libvirt", _LOAD_AGAIN),
     # QEMU_VM_FILE_MAGIC in migration/savevm.h of QEMU, big-endian.
-    _format(rb"QEVM", "a migration stream of QEMU", _LOAD_AGAIN),
+    _format(rb"QEVM", "a migration stream of QEMU", _IMPORT),
     # docs/specs/libxl-migration-stream.pandoc of Xen, and xl_vmcontrol.c.
     _format(rb"Xen saved domain, xl format|LibxlFmt", "a guest saved by Xen", _LOAD_AGAIN),
     # diskdump.h of crash, and include/sysemu/dump.h of QEMU.
