@@ -109,9 +109,9 @@ bench-values: build $(venv)/bench ## measure the speed of writing and reading va
 	$(python) benches/values.py $(BENCH_ARGS)
 
 .PHONY: bench-qemu
-bench-qemu: build $(venv)/dev ## compare the pause of a QEMU guest that vmsnap saves with that of QEMU's own save
-	@$(call step,benches/pause.py)
-	$(python) benches/pause.py $(BENCH_ARGS)
+bench-qemu: build $(venv)/dev ## compare the pause and the duration of a save of a QEMU guest with those of QEMU's own save
+	@$(call step,benches/qemu_save.py)
+	$(python) benches/qemu_save.py $(BENCH_ARGS)
 
 # mkdocs.yml configures the site; its hook copies target/doc, which rustdoc builds, into it.
 .PHONY: docs

@@ -166,6 +166,12 @@ class Console:
             *("-append", f"console=ttyS0 quiet panic=-1 {parameters}"),
         ]
 
+    def has_line(self) -> bool:
+        """Whether the guest has said a line that was not read."""
+        while b"\n" not in self._rest and select.select([self._out], [], [], 0)[0]:
+            self._rest += os.read(self._out, 1 << 16)
+        return b"\n" in self._rest
+
     def line(self) -> bytes:
         """Wait for a line, without its end."""
         while b"\n" not in self._rest:

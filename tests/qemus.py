@@ -32,10 +32,19 @@ class Qemu:
         major, minor = self.version.split(".")[:2]
         return int(major), int(minor)
 
+    @functools.cached_property
+    def _machine_types(self) -> str:
+        return subprocess.run([*self.command, "-machine", "help"], check=True, capture_output=True, text=True).stdout
+
     def knows(self, machine_type: str) -> bool:
         """Whether it has a machine type, such as "pc-q35-7.2"."""
-        listed = subprocess.run([*self.command, "-machine", "help"], check=True, capture_output=True, text=True).stdout
-        return any(line.split()[:1] == [machine_type] for line in listed.splitlines())
+        return any(line.split()[:1] == [machine_type] for line in self._machine_types.splitlines())
+
+    def newest(self, machine: str) -> str:
+        """Return the machine type that "pc" or "q35" stands for."""
+        found = re.search(rf"^{machine} .*\(alias of (\S+)\)$", self._machine_types, re.MULTILINE)
+        assert found, f"{self} does not say what {machine} is"
+        return found[1]
 
     def __str__(self) -> str:
         return f"QEMU {self.version}"

@@ -38,20 +38,36 @@ def _program() -> bytes:
 class Toy(Console):
     """The toy guest and its serial console, which goes on where one QEMU ends and another loads the guest.
 
-    It holds data from 2 MiB on: `still_mib` that it only checks, and `moving_mib` that it rewrites, in rounds of at
-    least `period_ms`. A guest without a pause fills the pipe of its console, and then waits until somebody reads it.
+    It holds data from 2 MiB on: `still_mib` that it only checks, and `moving_mib` that it rewrites in each round. A
+    round has `steps` of at least `period_ms`; each checks one of `still_parts` of the data that stay as they are. A
+    guest without a pause fills the pipe of its console, and then waits until somebody reads it.
     """
 
     def __init__(
-        self, folder: Path, name: str = "toy", *, still_mib: int = 4, moving_mib: int = 4, period_ms: float = 20
+        self,
+        folder: Path,
+        name: str = "toy",
+        *,
+        still_mib: int = 4,
+        moving_mib: int = 4,
+        steps: int = 1,
+        still_parts: int = 1,
+        period_ms: float = 20,
     ) -> None:
         super().__init__(folder, name)
-        moving, ticks = _FIRST + still_mib * MIB, round(period_ms * _TIMER_HZ / 1000)
-        # The timer has 24 bits. Devices lie below 4 GiB.
+        moving = _FIRST + still_mib * MIB
+        end = moving + moving_mib * MIB
+        still_step, moving_step = still_mib * MIB // still_parts, moving_mib * MIB // steps
+        assert (still_step * still_parts, moving_step * steps) == (still_mib * MIB, moving_mib * MIB)
+        # Words are in groups of 16 bytes.
+        assert still_step % 16 == moving_step % 16 == 0
+        # Devices lie below 4 GiB.
+        assert end <= 3 << 30
+        ticks = round(period_ms * _TIMER_HZ / 1000)
+        # The timer has 24 bits.
         assert ticks < 1 << 23
-        assert moving + moving_mib * MIB <= 3 << 30
         program = bytearray(_program())
-        struct.pack_into("<4I", program, _PARAMETERS_AT, _FIRST, moving, moving + moving_mib * MIB, ticks)
+        struct.pack_into("<6I", program, _PARAMETERS_AT, _FIRST, moving, end, still_step, moving_step, ticks)
         self._kernel = folder / f"{name}.kernel"
         self._kernel.write_bytes(program)
         self.number: int | None = None
@@ -76,3 +92,8 @@ class Toy(Console):
     def ticks(self, count: int) -> list[int]:
         """Wait for some numbers."""
         return [self.tick() for _ in range(count)]
+
+    def catch_up(self) -> None:
+        """Read all numbers that the guest has printed, without waiting for one."""
+        while self.has_line():
+            self.tick()

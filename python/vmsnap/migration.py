@@ -9,7 +9,7 @@ from vmsnap import _vmsnap
 from vmsnap._vmsnap import SpooledMemory
 from vmsnap.memory import Progress
 
-__all__ = ["MigrationFront", "MigrationStream", "RamBlock", "SentBlock"]
+__all__ = ["MigrationFront", "MigrationStream", "RamBlock", "SentBlock", "SpooledMemory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class RamBlock:
 
 @dataclass(frozen=True, slots=True)
 class MigrationFront:
-    """What a migration stream begins with. `SnapshotReader.migration_front` returns it."""
+    """The beginning of a migration stream. `SnapshotReader.migration_front` returns it."""
 
     machine_type: str | None
     """The machine type, for example ``pc-q35-7.2``. A stream without a configuration does not name it."""

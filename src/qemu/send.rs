@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::format::section;
 use super::front::Front;
 use super::input::{self, Input};
+use super::kept::Kept;
 use super::output::Output;
 use super::passage::Passage;
 use super::records::{Part, write_records};
@@ -78,12 +79,7 @@ impl SnapshotReader {
     /// [`Error::is_invalid_argument`] if `blocks` do not fit the blocks in the fragment, or guest memory.
     /// [`Error::is_corrupt`], [`Error::is_unsupported_format`] or [`Error::is_authentication`] if the fragment or guest
     /// memory is damaged. [`Error::is_io`] if the stream cannot be written: errno EPIPE if QEMU stopped reading.
-    pub fn send_migration(
-        &self,
-        stream: &mut (dyn Write + Send),
-        blocks: &[SentBlock],
-        fragment: &str,
-    ) -> Result<u64> {
+    pub fn send_migration(&self, stream: &mut (dyn Write + Send), blocks: &[SentBlock], fragment: &str) -> Result<u64> {
         self.send_migration_interruptible(stream, blocks, fragment, None, &mut |_| Ok(()))
     }
 
@@ -123,24 +119,23 @@ impl SnapshotReader {
         let mut report = || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed), total_bytes });
         let interrupt = &mut Interrupt::new(&mut report);
         let stream = Mutex::new(stream);
-        let mut sink = |bytes: &[u8], interrupt: &mut Interrupt<'_>| {
-            pipe::write_all(&mut **lock(&stream), bytes, interrupt)
-        };
+        let mut sink =
+            |bytes: &[u8], interrupt: &mut Interrupt<'_>| pipe::write_all(&mut **lock(&stream), bytes, interrupt);
         let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
-        let mut passage = Passage::begin(input, output, &front, names, interrupt)?;
+        let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
         passage.first_section(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
         let mut sent = 0;
         if let Some(memory) = memory.filter(|_| !parts.is_empty()) {
             // A section of its own: no other one has to be changed.
-            passage.begin_section(section::PART, interrupt)?;
-            passage.output.flush(interrupt)?;
+            passage.kept.begin_section(section::PART, interrupt)?;
+            passage.kept.flush(interrupt)?;
             sent = write_records(&memory, &parts, &stream, threads, &done, interrupt)?;
-            passage.end_section(interrupt)?;
-            passage.forget_last_block();
+            passage.kept.end_section(interrupt)?;
+            passage.kept.forget_last_block();
         }
         passage.other_sections(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
         passage.rest(interrupt).map_err(in_fragment)?;
-        sent += passage.output.written();
+        sent += passage.kept.written();
         drop(passage);
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
         Ok(sent)
@@ -177,12 +172,7 @@ fn number_of(front: &Front, block: &SentBlock) -> Result<usize> {
 }
 
 /// Returns the ranges of all blocks, each with its place in guest memory.
-fn parts<'a>(
-    front: &Front,
-    names: &[&'a str],
-    blocks: &[SentBlock],
-    memory: &GuestMemory,
-) -> Result<Vec<Part<'a>>> {
+fn parts<'a>(front: &Front, names: &[&'a str], blocks: &[SentBlock], memory: &GuestMemory) -> Result<Vec<Part<'a>>> {
     let mut parts = Vec::new();
     for block in blocks {
         let number = number_of(front, block)?;

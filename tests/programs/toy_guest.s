@@ -1,11 +1,11 @@
 # A guest that boots in no time, without a disk: a kernel by the rules of Multiboot, which QEMU's -kernel starts in
 # 32-bit mode without paging.
 #
-# It fills memory from `first` to `end` with words that differ from address to address. From then on it counts rounds.
-# In each it checks the words from `first` to `moving`, which stay as they are, and checks and rewrites those from
-# `moving` to `end`, which tell the round, so that a page of an earlier round is an error. It prints "tick ROUND", in
-# hexadecimal, or "bad ROUND ADDRESS", and then no more. A round takes at least `period` ticks of ACPI's timer of
-# 3.579545 MHz.
+# It fills memory from `first` to `end` with words that differ from address to address. From then on it works in steps:
+# it checks the next `still_step` bytes from `first` to `moving`, which stay as they are, and checks and rewrites the next
+# `moving_step` bytes from `moving` to `end`. A step takes at least `period` ticks of ACPI's timer of 3.579545 MHz. When
+# all from `moving` on is rewritten, a round is over. The words tell the round, so that a page of an earlier one is an
+# error. It prints "tick ROUND", in hexadecimal, or "bad ROUND ADDRESS", and then no more.
 
 .intel_syntax noprefix
 .code32
@@ -21,10 +21,16 @@ _start:
   .long MAGIC, HAS_ADDRESSES, -(MAGIC + HAS_ADDRESSES)
   .long _start, _start, end_of_program, end_of_program, entry
 # tests/toy_guest.py writes these.
-first:  .long 0
-moving: .long 0
-end:    .long 0
-period: .long 0
+first:       .long 0
+moving:      .long 0
+end:         .long 0
+still_step:  .long 0
+moving_step: .long 0
+period:      .long 0
+
+# Where the next step begins.
+still_at:    .long 0
+moving_at:   .long 0
 
 # The word of round 0 in each of the 16 bytes at edi, in eax.
 .macro word_at_edi
@@ -43,16 +49,22 @@ fill:
   add edi, 16
   cmp edi, [end]
   jb fill
+  mov eax, [first]
+  mov [still_at], eax
+  mov eax, [moving]
+  mov [moving_at], eax
   xor ebp, ebp                  # the round
 
-round:
+step:
   mov dx, TIMER
   in eax, dx
   mov esi, eax
-  mov edi, [first]
-still:
-  cmp edi, [moving]
-  jae change
+  mov edi, [still_at]
+  mov ebx, edi
+  add ebx, [still_step]
+look:
+  cmp edi, ebx
+  jae looked
   word_at_edi
   cmp [edi], eax
   jne bad
@@ -63,11 +75,20 @@ still:
   cmp [edi + 12], eax
   jne bad
   add edi, 16
-  jmp still
+  jmp look
+looked:
+  cmp edi, [moving]
+  jb more
+  mov edi, [first]
+more:
+  mov [still_at], edi
 
+  mov edi, [moving_at]
+  mov ebx, edi
+  add ebx, [moving_step]
 change:
-  cmp edi, [end]
-  jae wait
+  cmp edi, ebx
+  jae changed
   word_at_edi
   add eax, ebp
   cmp [edi], eax
@@ -85,6 +106,8 @@ change:
   mov [edi + 12], eax
   add edi, 16
   jmp change
+changed:
+  mov [moving_at], edi
 
 wait:
   mov dx, TIMER
@@ -93,7 +116,11 @@ wait:
   and eax, 0xffffff
   cmp eax, [period]
   jb wait
+  cmp edi, [end]
+  jb step
 
+  mov eax, [moving]
+  mov [moving_at], eax
   inc ebp
   mov esi, offset tick
   call print
@@ -101,7 +128,7 @@ wait:
   call print_number
   mov al, '\n'
   call print_character
-  jmp round
+  jmp step
 
 bad:
   mov esi, offset error

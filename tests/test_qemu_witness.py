@@ -1,0 +1,148 @@
+"""A Linux guest that works while it is saved: all its processes go on, in the guest and in each copy of it."""
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qemus
+import vmsnap.qemu
+from guest import PATIENCE, ended, qemu_command, running
+from qemus import Qemu
+from toy_guest import Toy
+from witness import SIZE, Witness, make_disk
+
+# How a guest is saved.
+WAYS: dict[str, dict[str, Any]] = {"stopped": {}}
+
+
+class Host:
+    """A directory for a guest: its console, monitor, disk and memory."""
+
+    def __init__(self, folder: Path, machine: str, image: str) -> None:
+        folder.mkdir()
+        self.folder, self.machine, self.image = folder, machine, image
+        self.witness = Witness(folder)
+        self.qmp, self.disk = folder / "qmp", folder / "disk"
+
+    def command(self, qemu: Qemu) -> list[str]:
+        memory = f"memory-backend-file,id=mem,size={SIZE},share=on,mem-path={self.folder}/ram"
+        options = self.witness.options(self.disk, self.image)
+        return qemu_command(self.qmp, *options, machine=self.machine, memory=memory, size=SIZE, qemu=qemu)
+
+    @contextmanager
+    def boots(self, qemu: Qemu) -> Iterator[Any]:
+        make_disk(self.disk, self.image)
+        with running(self.command(qemu), self.qmp) as process:
+            yield process
+
+    @contextmanager
+    def loads(self, qemu: Qemu, snapshot: Path, disk: Path, **options: Any) -> Iterator[Any]:
+        """Load a guest, with a copy of the disk that it had."""
+        shutil.copyfile(disk, self.disk)
+        with ended(vmsnap.qemu.load(snapshot, self.command(qemu), **options).process) as process:
+            yield process
+
+    def close(self) -> None:
+        self.witness.close()
+        (self.folder / "ram").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Callable[[str, Host], Host]]:
+    """Make a host for the guest of another one."""
+    hosts: list[Host] = []
+
+    def make(name: str, like: Host) -> Host:
+        hosts.append(Host(tmp_path / name, like.machine, like.image))
+        return hosts[-1]
+
+    yield make
+    for each in hosts:
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Host]:
+    """Boot a guest in one of the QEMUs, once in a session, and quit it: `vm` in its directory is the snapshot."""
+
+    @functools.cache
+    def boot(name: str, machine: str) -> Host:
+        qemu = qemus.found(name)
+        image = {"pc": "raw", "q35": "qcow2"}[machine]
+        host = Host(tmp_path_factory.mktemp("booted") / machine, qemu.newest(machine), image)
+        with host.boots(qemu) as process:
+            host.witness.goes_on()
+            vmsnap.qemu.save(host.qmp, host.folder / "vm", compress="lz4", then="quit")
+            process.wait(PATIENCE)
+        host.close()
+        return host
+
+    return boot
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("name", "machine"), [("system", "pc"), ("10.0", "q35")])
+def test_a_guest_that_works_is_saved_three_times_and_comes_back(
+    booted: Callable[[str, str], Host],
+    host: Callable[[str, Host], Host],
+    name: str,
+    machine: str,
+    way: str,
+    key: bytes,
+) -> None:
+    first = booted(name, machine)
+    qemu = qemus.found(name)
+    source, copy = host("source", first), host("copy", first)
+    with source.loads(qemu, first.folder / "vm", first.disk) as process:
+        source.witness.goes_on()
+        for number in range(2):
+            report = vmsnap.qemu.save(source.qmp, source.folder / f"vm{number}", key=key, **WAYS[way])
+            source.witness.goes_on()
+        assert report.machine.machine_type == first.machine
+        vmsnap.qemu.save(source.qmp, source.folder / "vm", key=key, compress="lz4", then="quit", **WAYS[way])
+        assert process.wait(PATIENCE) == 0
+    with copy.loads(qemu, source.folder / "vm", source.disk, key=key):
+        copy.witness.goes_on()
+
+
+def newer_than(older: Qemu, machine_type: str) -> Qemu:
+    newer = qemus.found("10.0")
+    if not newer.knows(machine_type):
+        pytest.skip(f"{newer} does not know {machine_type} of the system's {older}")
+    return newer
+
+
+def test_a_guest_of_the_systems_qemu_goes_on_in_10_0(
+    booted: Callable[[str, str], Host], host: Callable[[str, Host], Host]
+) -> None:
+    """And comes back once more from there."""
+    first = booted("system", "pc")
+    newer = newer_than(qemus.found("system"), first.machine)
+    second, third = host("second", first), host("third", first)
+    with second.loads(newer, first.folder / "vm", first.disk) as process:
+        second.witness.goes_on()
+        vmsnap.qemu.save(second.qmp, second.folder / "vm", then="quit")
+        assert process.wait(PATIENCE) == 0
+    with third.loads(newer, second.folder / "vm", second.disk):
+        third.witness.goes_on()
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_a_toy_guest_of_the_systems_qemu_goes_on_in_10_0(tmp_path: Path, machine: str) -> None:
+    """With the machine type of the older one."""
+    older = qemus.found("system")
+    machine_type = older.newest(machine)
+    newer = newer_than(older, machine_type)
+    toy, qmp = Toy(tmp_path), tmp_path / "qmp"
+    commands = [qemu_command(qmp, *toy.options, machine=machine_type, qemu=each) for each in (older, newer)]
+    with running(commands[0], qmp) as process:
+        toy.ticks(3)
+        vmsnap.qemu.save(qmp, tmp_path / "vm", then="quit")
+        assert process.wait(PATIENCE) == 0
+    with ended(vmsnap.qemu.load(tmp_path / "vm", commands[1]).process):
+        toy.ticks(5)
+    toy.close()
