@@ -78,12 +78,3 @@ def saved_image(
         order=order,
     )
     return front + texts + bytes(padding) + compressed(compression, stream)
-
-
-def same_devices(one: bytes, other: bytes) -> bool:
-    """Whether two streams without guest memory differ at most in a section without pages, after the list of blocks.
-
-    An exported stream has the pages of guest memory in a section of its own, which is empty once they are taken out.
-    """
-    size = min(len(one), len(other)) - 1024
-    return size > 0 and one[-size:] == other[-size:] and one[:64] == other[:64]
