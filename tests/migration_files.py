@@ -26,7 +26,8 @@ def migrate(qmp: Path, path: Path, **capabilities: bool) -> Path:
     named = [{"capability": name.replace("_", "-"), "state": state} for name, state in capabilities.items()]
     if named:
         ask(qmp, "migrate-set-capabilities", capabilities=named)
-    ask(qmp, "migrate", uri=f"exec:cat > '{path}'")
+    # mapped-ram needs a file in which QEMU can seek.
+    ask(qmp, "migrate", uri=f"file:{path}" if "mapped_ram" in capabilities else f"exec:cat > '{path}'")
     status: Any = None
     while status not in ("completed", "failed"):
         status = ask(qmp, "query-migrate").get("status")

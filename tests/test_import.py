@@ -16,7 +16,7 @@ import vmsnap.qemu
 from commands import error_of, run
 from guest import ask, ended, need_qemu, qemu_command, running
 from migration_files import migrate
-from qemus import Qemu
+from qemus import Qemu, found
 from refusals import refused, row
 from support import MIB, run_python, write
 from toy_guest import Toy
@@ -315,6 +315,26 @@ def test_a_compressed_file_of_another_kind_is_refused(folder: Path, tmp_path: Pa
     path.write_bytes(b"\x1f\x8b\x08" + bytes(1000))
     with refused("import-damaged", f"{path} cannot be decompressed: gzip failed", folder):
         vmsnap.import_file(path, folder / "vm")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "message"),
+    [
+        ("10.0", "mapped_ram", 'capability "mapped-ram" was on; switch it off'),
+        ("system", "compress", "capability compress; switch it off"),
+    ],
+)
+@row("import-damaged")
+def test_a_file_of_another_form_is_refused_by_name(
+    folder: Path, tmp_path: Path, qmp: Path, name: str, capability: str, message: str
+) -> None:
+    qemu = found(name)
+    if capability == "compress" and qemu.number >= (9, 1):
+        pytest.skip(f"{qemu} has no capability compress any more")
+    with running(qemu_command(qmp, "-S", memory="", size="16M", qemu=qemu), qmp):
+        migrate(qmp, tmp_path / "file", **{capability: True})
+    with refused("import-damaged", message, folder):
+        vmsnap.import_file(tmp_path / "file", folder / "vm")
 
 
 @row("import-without-memory")
