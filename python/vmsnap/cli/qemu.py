@@ -47,12 +47,10 @@ def _asked(arguments: dict[str, Any]) -> dict[str, Any]:
 def qemu() -> None:
     """Save a running QEMU guest, and resume it.
 
-    The memory of the guest must be in a shared file or memfd, and QEMU must have a monitor:
+    QEMU must have a monitor:
 
     \b
     qemu-system-x86_64 -m 4G \\
-      -object memory-backend-memfd,id=mem,size=4G,share=on \\
-      -machine q35,memory-backend=mem \\
       -qmp unix:/run/vm1.qmp,server=on,wait=off ...
     """  # noqa: D301  the \\b is for click: it leaves the lines after it as they are
 
@@ -60,8 +58,9 @@ def qemu() -> None:
 @qemu.command(
     cls=Command,
     examples=[
-        "vmsnap qemu save --qmp /run/vm1.qmp vm1 --encrypt",
+        "vmsnap qemu save --qmp /run/vm1.qmp vm1 --live --encrypt",
         "vmsnap qemu save --qmp /run/vm1.qmp vm1 --compress lz4 --quit",
+        "vmsnap qemu save --qmp /run/vm1.qmp vm1 --live --while-paused 'cp --reflink=auto disk.qcow2 vm1.qcow2'",
     ],
 )
 @click.option("--qmp", required=True, metavar="SOCKET", type=PATH, help="The Unix socket of QEMU's monitor.")
@@ -69,6 +68,12 @@ def qemu() -> None:
 @encrypt_option
 @writing_options()
 @compress_option
+@click.option("--live", is_flag=True, help="Let the guest run while its memory is saved, and pause it only at the end.")
+@click.option(
+    "--while-paused",
+    metavar="COMMAND",
+    help="Run COMMAND with sh -c while the guest stands still and its disks are flushed, for example to copy a disk.",
+)
 @click.option(
     "--continue", "then", flag_value="continue", help="Let the guest run afterwards, even if it was paused before."
 )
@@ -88,6 +93,8 @@ def save(
     new_snapshot: Path,
     new_keys: WritingKeys,
     compress: str,
+    live: bool,
+    while_paused: str | None,
     then: Literal["continue", "quit"] | None,
     pid: int | None,
     threads: int | None,
@@ -98,7 +105,8 @@ def save(
     """Save a running QEMU guest in a new snapshot.
 
     The snapshot contains the memory, the device state, and a description of the machine. The guest is paused during
-    the save, and continues afterwards if it was running before.
+    the save, or with --live only for some milliseconds at the end. It continues afterwards if it was running before,
+    even if vmsnap is killed.
 
     NEW-SNAPSHOT appears when it is complete, and is sealed. A save that fails leaves nothing behind, and does not
     change whether the guest runs.
@@ -113,6 +121,8 @@ def save(
             new_snapshot,
             **arguments,
             compress="lz4" if compress == "lz4" else None,
+            live=live,
+            while_paused=None if while_paused is None else lambda: library.run_command(while_paused),
             then=then or "as-before",
             pid=pid,
             threads=threads,
@@ -121,10 +131,15 @@ def save(
             progress=show,
         )
     memory = report.memory
+    if report.interrupted:
+        click.echo(f"vmsnap: warning: {report.interrupted}", err=True)
     if as_json:
         told = {
             "paused_seconds": report.paused_seconds,
             "seconds": report.seconds,
+            "way": report.way,
+            "rounds": report.rounds,
+            "repeated_bytes": report.repeated_bytes,
             "device_state_bytes": report.device_state_bytes,
             "logical_bytes": memory.logical_bytes,
             "data_bytes": memory.data_bytes,
@@ -133,12 +148,14 @@ def save(
             "qemu_version": report.machine.qemu_version,
             "snapshot_id": report.snapshot_id.hex(),
             "seal_digest": report.seal_digest.hex(),
+            "interrupted": report.interrupted,
         }
         click.echo(json.dumps(told))
         return
+    sent = f" in {report.rounds} rounds while it ran" if report.way == "live" else ""
     click.echo(
-        f"vmsnap: saved {report.machine.machine_type} of QEMU {report.machine.qemu_version} in {report.seconds:.2f} s; "
-        f"the guest was paused for {report.paused_seconds:.2f} s: {human_size(memory.data_bytes)} of "
+        f"vmsnap: saved {report.machine.machine_type} of QEMU {report.machine.qemu_version} in {report.seconds:.2f} s"
+        f"{sent}; the guest was paused for {report.paused_seconds:.3f} s: {human_size(memory.data_bytes)} of "
         f"{human_size(memory.logical_bytes)} of memory, {human_size(memory.stored_bytes)} on disk, and "
         f"{human_size(report.device_state_bytes)} of device state",
         err=True,
