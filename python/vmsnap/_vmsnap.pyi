@@ -168,6 +168,7 @@ class GuestMemory:
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         huge_pages: bool,
         uncached: bool,
+        keep_allocated: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to destinations: the expected base, a descriptor or buffer, the offset in it, the size."""
@@ -302,7 +303,7 @@ class SnapshotReader:
     def send_migration(
         self,
         descriptor: int,
-        blocks: Sequence[tuple[str, str, Sequence[tuple[int, int, int]], bool]],
+        blocks: Sequence[tuple[str, str, Sequence[tuple[int, int, int]], bool, bool]],
         fragment: str,
         threads: int | None,
         progress: Callable[[int, int], object] | None,

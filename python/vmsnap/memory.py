@@ -178,6 +178,7 @@ class GuestMemory:
         *,
         huge_pages: bool = False,
         uncached: bool = False,
+        keep_allocated: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Restore all regions, each to its own destination, with several threads.
@@ -200,6 +201,9 @@ class GuestMemory:
         uncached
             Bypass the page cache for the stored bytes and for files that are written. A restore of tens of GiB then
             does not evict other data from the cache. Before Linux 6.14, vmsnap can only advise the kernel to do so.
+        keep_allocated
+            Whether a file that is allocated completely stays so, as memory that QEMU preallocated: zeros are written
+            instead of holes, and only where the file has other bytes.
         progress
             Called with the number of bytes done and the total, at most ten times a second, and at the end.
 
@@ -217,7 +221,8 @@ class GuestMemory:
             A destination has an unsupported type.
         """
         with Handles(writable=True) as handles:
-            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, uncached, progress)
+            targets = [_destination(handles, each) for each in destinations]
+            self._raw.restore(targets, huge_pages, uncached, keep_allocated, progress)
 
     def __repr__(self) -> str:
         regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])

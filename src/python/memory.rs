@@ -249,6 +249,7 @@ impl GuestMemory {
         destinations: Vec<RegionDestination<'_>>,
         huge_pages: bool,
         uncached: bool,
+        keep_allocated: bool,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Vec::new();
@@ -280,7 +281,7 @@ impl GuestMemory {
             if let Some(size) = size {
                 destination = destination.of_size(*size);
             }
-            Ok(destination.huge_pages(huge_pages).uncached(uncached))
+            Ok(destination.huge_pages(huge_pages).uncached(uncached).keep_allocated(keep_allocated))
         });
         let mut opened = opened.collect::<Result<Vec<_>>>()?;
         reporting(py, progress, |interrupt| self.0.restore_interruptible(&mut opened, interrupt))
