@@ -15,8 +15,8 @@ import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
 from guest import ask, ended, need_qemu, qemu_command, running
-from migration_files import migrate, same_devices
-from qemus import Qemu
+from migration_files import migrate
+from qemus import Qemu, found
 from refusals import refused, row
 from support import MIB, run_python, write
 from toy_guest import Toy
@@ -100,7 +100,7 @@ def test_a_guest_goes_on_after_import_and_export(
     one, other = vmsnap.open(folder / "vm", key=KEY).memory(), vmsnap.open(folder / "again").memory()
     assert one.regions == other.regions
     assert all(one.read(each.start, len(each)) == other.read(each.start, len(each)) for each in one.regions)
-    assert same_devices(content(folder / "vm", "device_state", KEY), content(folder / "again", "device_state"))
+    assert content(folder / "again", "device_state") == content(folder / "vm", "device_state", KEY)
     toy.close()
 
 
@@ -114,6 +114,20 @@ def test_an_imported_guest_loads(folder: Path, tmp_path: Path, qmp: Path, qemu: 
     with ended(vmsnap.qemu.load(folder / "vm", command).process):
         toy.ticks(3)
         assert ask(qmp, "query-status")["status"] == "running"
+    toy.close()
+
+
+def test_a_guest_that_was_saved_live_is_exported(folder: Path, tmp_path: Path, qmp: Path, qemu: Qemu) -> None:
+    toy = Toy(tmp_path)
+    command = qemu_command(qmp, *toy.options, machine="q35", memory="", size="64M", qemu=qemu)
+    with running(command, qmp):
+        toy.ticks(3)
+        vmsnap.qemu.save(qmp, folder / "vm", key=KEY, live=True, then="quit")
+    vmsnap.export_file(folder / "vm", tmp_path / "exported", "qemu", key=KEY)
+    with running([*command, "-incoming", f"exec:cat '{tmp_path / 'exported'}'"], qmp):
+        # What it said after the save is lost with the snapshot's QEMU, or comes twice.
+        toy.number = None
+        toy.ticks(3)
     toy.close()
 
 
@@ -315,6 +329,26 @@ def test_a_compressed_file_of_another_kind_is_refused(folder: Path, tmp_path: Pa
     path.write_bytes(b"\x1f\x8b\x08" + bytes(1000))
     with refused("import-damaged", f"{path} cannot be decompressed: gzip failed", folder):
         vmsnap.import_file(path, folder / "vm")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "message"),
+    [
+        ("10.0", "mapped_ram", 'capability "mapped-ram" was on; switch it off'),
+        ("system", "compress", "capability compress; switch it off"),
+    ],
+)
+@row("import-damaged")
+def test_a_file_of_another_form_is_refused_by_name(
+    folder: Path, tmp_path: Path, qmp: Path, name: str, capability: str, message: str
+) -> None:
+    qemu = found(name)
+    if capability == "compress" and qemu.number >= (9, 1):
+        pytest.skip(f"{qemu} has no capability compress any more")
+    with running(qemu_command(qmp, "-S", memory="", size="16M", qemu=qemu), qmp):
+        migrate(qmp, tmp_path / "file", **{capability: True})
+    with refused("import-damaged", message, folder):
+        vmsnap.import_file(tmp_path / "file", folder / "vm")
 
 
 @row("import-without-memory")

@@ -1,6 +1,7 @@
 """A libvirt of its own for a test: a session daemon in a directory, and a domain with the toy guest."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -60,7 +61,7 @@ class Libvirt:
 
     @contextmanager
     def daemon(self, **settings: str) -> Iterator[None]:
-        """Run the daemon, and end its domain with it.
+        """Run the daemon, and end its domains with it.
 
         Parameters
         ----------
@@ -87,7 +88,8 @@ class Libvirt:
                 try:
                     yield
                 finally:
-                    self.virsh("destroy", NAME, check=False)
+                    for name in self.virsh("list", "--name").split():
+                        self.virsh("destroy", name)
             finally:
                 process.terminate()
                 process.wait()
@@ -99,12 +101,22 @@ class Libvirt:
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def start(self, toy: Toy, *, machine: str = "pc", cpu: str = "") -> None:
-        """Start the domain."""
+    def shim(self) -> None:
+        """Make a command ``virsh`` in the directory: for this session, and for files of the user that runs it."""
+        give = f'[ ! -f "$2" ] || chown {_NOBODY}:{_NOBODY} "$2"' if self._as_user else ""
+        environment = [f"{name}={text}" for name, text in self._environment.items()]
+        command = shlex.join([*self._as_user, "env", *environment, str(shutil.which("virsh")), "-c", "qemu:///session"])
+        (self.folder / "virsh").write_text(f'#!/bin/sh\n{give}\ncase $1 in save) set -- save "$2" "$PWD/$3";; esac\n')
+        with (self.folder / "virsh").open("a") as script:
+            script.write(f'exec {command} "$@"\n')
+        (self.folder / "virsh").chmod(0o755)
+
+    def start(self, toy: Toy, *, name: str = NAME, machine: str = "pc", cpu: str = "") -> None:
+        """Start a domain with the toy guest, whose files are in this directory. The daemon's end ends it."""
         for each in (self.folder / "toy.in", self.folder / "toy.out", self.folder / "toy.kernel"):
             self.give(each)
         text = _DOMAIN.format(
-            name=NAME,
+            name=name,
             mib=64,
             cpu=cpu,
             machine=machine,

@@ -50,6 +50,8 @@ class SentBlock:
     """The pages to send: offset in the block, guest-physical address in the snapshot, size in bytes."""
     zeros: bool = False
     """Whether pages of zeros are sent, for memory that may contain other bytes."""
+    replaced: bool = False
+    """Whether pages of the block that are in the fragment are left out, because all of them come from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -133,5 +135,5 @@ def send(
     progress: Progress | None,
 ) -> int:
     """Send a stream. `SnapshotReader.send_migration` describes the parameters."""
-    sent = [(each.name, each.sent_name, list(each.ranges), each.zeros) for each in blocks]
+    sent = [(each.name, each.sent_name, list(each.ranges), each.zeros, each.replaced) for each in blocks]
     return raw.send_migration(fd, sent, fragment, threads, progress)
