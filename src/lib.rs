@@ -27,6 +27,13 @@
 //! - [`SnapshotReader::memory`] returns a [`GuestMemory`], which reads by guest-physical address and restores into
 //!   [`GuestDestination`]s.
 //!
+//! QEMU's migration stream, out of which guest memory is taken, and into which it is put back:
+//!
+//! - [`SnapshotWriter::receive_migration`] returns a [`MigrationStream`], whose memory
+//!   [`SnapshotWriter::write_memory`] dumps; the rest of the stream is a fragment.
+//! - [`SnapshotReader::send_migration`] makes the whole stream anew; [`SnapshotReader::migration_front`] returns a
+//!   [`MigrationFront`], which tells the RAM blocks.
+//!
 //! One file instead of a directory, an archive:
 //!
 //! - [`SnapshotOptions::pack`] and [`SnapshotOptions::unpack`] convert between a directory and an archive;
@@ -99,6 +106,7 @@
 // The table of the modules. A module imports from its own row and from the rows below; `docs/design.md` explains each.
 //
 //     python, crosvm                                the extension module; crosvm's own signatures
+//     qemu                                          QEMU's migration stream
 //     memory, verify, transfer                      guest memory; verification; whole snapshots as archives
 //     snapshot                                      the handles, SnapshotOptions, commit and seal
 //     fragment, key, serialization                  contents of fragments; wrapped keys; values
@@ -126,6 +134,7 @@ mod pool;
 mod process;
 #[cfg(feature = "python")]
 mod python;
+mod qemu;
 mod reflink;
 mod serialization;
 mod snapshot;
@@ -160,6 +169,7 @@ pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
     MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
+pub use qemu::{MigrationFront, MigrationStream, RamBlock, SentBlock};
 pub use serialization::{AnySnapshot, Format};
 pub use snapshot::{
     InspectedFragment, Inspection, SnapshotOptions, SnapshotReader, SnapshotWriter, StagedSnapshot, inspect, rekey,

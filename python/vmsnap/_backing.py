@@ -9,7 +9,7 @@ from numbers import Integral
 from types import TracebackType
 from typing import IO, Any, Self, TypeAlias, cast
 
-from vmsnap._vmsnap import ProcessMemory
+from vmsnap._vmsnap import ProcessMemory, SpooledMemory
 from vmsnap.errors import InvalidArgumentError
 
 OpenFile: TypeAlias = io.FileIO | IO[bytes] | IO[str]
@@ -98,7 +98,7 @@ class Handles:
         self._stack.__exit__(kind, error, trace)
 
     def of(self, given: object) -> object:
-        """Return a descriptor for a path or a file, and a buffer or a `ProcessMemory` as it is.
+        """Return a descriptor for a path or a file, and a buffer, `ProcessMemory` or `SpooledMemory` as it is.
 
         Raises
         ------
@@ -117,6 +117,8 @@ class Handles:
                     raise InvalidArgumentError(
                         "guest memory cannot be restored into a process: use a memfd that both processes map"
                     )
+                return given
+            case SpooledMemory() if not self._writable:
                 return given
             case bytes() if self._writable:
                 raise BufferError("bytes are not writable: pass a bytearray, or a path as a str or an os.PathLike")

@@ -15,10 +15,12 @@ __all__ = [
     "Fragment",
     "FragmentReader",
     "GuestMemory",
+    "MigrationStream",
     "ProcessMemory",
     "ProcessRange",
     "SnapshotReader",
     "SnapshotWriter",
+    "SpooledMemory",
     "StagedSnapshot",
     "StoppedProcess",
     "__version__",
@@ -64,7 +66,21 @@ def write_memory(
     uncached: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int, int, float, list[tuple[int, int]]]:
-    """Write guest memory. A region is its base; a descriptor, buffer or process; the offset in that; its size."""
+    """Write guest memory. A region is its base; its source; the offset in that; its size.
+
+    A source is a descriptor, a buffer, a process, or spooled memory.
+    """
+
+@final
+class MigrationStream:
+    """The guest memory of a migration stream; `vmsnap.migration.MigrationStream` is the class to use."""
+
+    def memory(self, block: str, offset: int, size: int) -> SpooledMemory: ...
+    def close(self) -> None: ...
+
+@final
+class SpooledMemory:
+    """A part of a RAM block of a migration stream, as the source of a `GuestRegion`."""
 
 @final
 class ProcessMemory:
@@ -152,6 +168,7 @@ class GuestMemory:
         destinations: Sequence[tuple[int | None, object, int | None, int | None]],
         huge_pages: bool,
         uncached: bool,
+        keep_allocated: bool,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         """Restore to destinations: the expected base, a descriptor or buffer, the offset in it, the size."""
@@ -249,6 +266,13 @@ class SnapshotWriter:
     def open(location: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     def raw_fragment(self, name: str, chunk_size_bytes: int) -> Fragment: ...
     def write_whole(self, name: str, data: bytes) -> None: ...
+    def receive_migration(
+        self,
+        descriptor: int,
+        blocks: Sequence[str] | None,
+        fragment: str,
+        progress: Callable[[int, int], object] | None,
+    ) -> tuple[MigrationStream, str | None, bool, list[tuple[str, int, int, bool]], int, int, int]: ...
     def add_namespace(self, name: str) -> SnapshotWriter: ...
     def namespace(self, name: str) -> SnapshotWriter: ...
     @property
@@ -275,6 +299,15 @@ class SnapshotReader:
     ) -> SnapshotReader: ...
     def memory(self) -> GuestMemory: ...
     def raw_fragment(self, name: str) -> FragmentReader: ...
+    def migration_front(self, fragment: str) -> tuple[str | None, bool, list[tuple[str, int]]]: ...
+    def send_migration(
+        self,
+        descriptor: int,
+        blocks: Sequence[tuple[str, str, Sequence[tuple[int, int, int]], bool]],
+        fragment: str,
+        threads: int | None,
+        progress: Callable[[int, int], object] | None,
+    ) -> int: ...
     def read_value(self, name: str, format: str | None, max_size_bytes: int) -> tuple[bytes, str]: ...
     def place(self, name: str) -> str: ...
     def namespace(self, name: str) -> SnapshotReader: ...

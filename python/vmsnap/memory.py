@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vmsnap import _vmsnap
 from vmsnap._backing import Handles
-from vmsnap._vmsnap import ProcessMemory
+from vmsnap._vmsnap import ProcessMemory, SpooledMemory
 from vmsnap.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vmsnap._backing import OpenFile
 
-    _Source: TypeAlias = ReadableBuffer | StrPath | int | OpenFile | ProcessMemory
+    _Source: TypeAlias = ReadableBuffer | StrPath | int | OpenFile | ProcessMemory | SpooledMemory
     _Target: TypeAlias = WriteableBuffer | StrPath | int | OpenFile | "GuestRegion" | None
 
 __all__ = ["GuestMemory", "GuestRegion", "MemoryReport", "ProcessMemory"]
@@ -36,7 +36,8 @@ class GuestRegion:
         - a buffer (mmap, memoryview, numpy array, ``bytes``);
         - a file, memfd or block device: its path, its descriptor, or an open file. Holes are not read, and the position
           of the file does not change;
-        - a live process: a `ProcessMemory`. Pages that the process never touched are neither read nor made resident.
+        - a live process: a `ProcessMemory`. Pages that the process never touched are neither read nor made resident;
+        - memory that QEMU sent: what `MigrationStream.memory` returns.
 
         ``bytes`` are memory, not a path. An open file is an object from ``open`` or ``tempfile``, and is flushed first.
         An object that decompresses, or that reads from an archive or a socket, is refused even if it has a ``fileno``.
@@ -177,6 +178,7 @@ class GuestMemory:
         *,
         huge_pages: bool = False,
         uncached: bool = False,
+        keep_allocated: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Restore all regions, each to its own destination, with several threads.
@@ -199,6 +201,9 @@ class GuestMemory:
         uncached
             Bypass the page cache for the stored bytes and for files that are written. A restore of tens of GiB then
             does not evict other data from the cache. Before Linux 6.14, vmsnap can only advise the kernel to do so.
+        keep_allocated
+            Whether a file that is allocated completely stays so, as memory that QEMU preallocated: zeros are written
+            instead of holes, and only where the file has other bytes.
         progress
             Called with the number of bytes done and the total, at most ten times a second, and at the end.
 
@@ -216,7 +221,8 @@ class GuestMemory:
             A destination has an unsupported type.
         """
         with Handles(writable=True) as handles:
-            self._raw.restore([_destination(handles, each) for each in destinations], huge_pages, uncached, progress)
+            targets = [_destination(handles, each) for each in destinations]
+            self._raw.restore(targets, huge_pages, uncached, keep_allocated, progress)
 
     def __repr__(self) -> str:
         regions = ", ".join(f"{each.start:#x}-{each.stop:#x}" for each in self.regions[:4])

@@ -4,11 +4,12 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from vmsnap import _vmsnap, memory, serialization
+from vmsnap import _vmsnap, memory, migration, serialization
 from vmsnap._handle import Handle
 from vmsnap.errors import InvalidArgumentError
 from vmsnap.io import FragmentReader
 from vmsnap.keys import Keys, one_of
+from vmsnap.memory import Progress
 from vmsnap.serialization.build import converter
 
 if TYPE_CHECKING:
@@ -144,6 +145,64 @@ class SnapshotReader(Handle):
             The data or the metadata is not authentic.
         """
         return memory.GuestMemory(self._raw.memory())
+
+    def migration_front(self, fragment: str = "device_state") -> migration.MigrationFront:
+        """Read the beginning of the fragment with the devices of a QEMU guest: machine type and RAM blocks.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such fragment.
+        CorruptSnapshotError, UnsupportedFormatError
+            The fragment is not a migration stream of QEMU that vmsnap reads.
+        AuthenticationError
+            The fragment is not authentic.
+        """
+        return migration.MigrationFront(*self._raw.migration_front(fragment))
+
+    def send_migration(
+        self,
+        fd: int,
+        blocks: Iterable[migration.SentBlock],
+        *,
+        fragment: str = "device_state",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Write a migration stream for QEMU: the fragment, with the pages of guest memory put into it.
+
+        Parameters
+        ----------
+        fd
+            The descriptor of a pipe, a socket or a file.
+        blocks
+            The RAM blocks of the fragment whose pages are sent, or whose names are changed. The others stay as they
+            are.
+        fragment
+            The name of the fragment.
+        threads
+            The maximum number of threads. The default is that of the reader.
+        progress
+            Called with the number of bytes of guest memory that are sent and of all, at most ten times a second, and at
+            the end. An exception of the callback ends the call.
+
+        Returns
+        -------
+        int
+            The number of bytes of the stream.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The blocks do not fit the fragment or guest memory. Nothing was written.
+        CorruptSnapshotError, UnsupportedFormatError, AuthenticationError
+            The fragment or guest memory is damaged or was changed.
+        BrokenPipeError
+            QEMU stopped reading.
+        OSError
+            The stream cannot be written.
+        """
+        return migration.send(self._raw, fd, blocks, fragment, threads, progress)
 
     @overload
     def read_fragment(

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from vmsnap import _vmsnap, memory, serialization
+from vmsnap import _vmsnap, memory, migration, serialization
 from vmsnap._handle import Handle
 from vmsnap.io import Fragment
 from vmsnap.keys import Keys, one_of
@@ -272,6 +272,45 @@ class SnapshotWriter(Handle):
             chunk_size_bytes=chunk_size_bytes,
             block_size_bytes=block_size_bytes,
         )
+
+    def receive_migration(
+        self,
+        fd: int,
+        blocks: Iterable[str] | None,
+        *,
+        fragment: str = "device_state",
+        progress: memory.Progress | None = None,
+    ) -> migration.MigrationStream:
+        """Read a migration stream of QEMU to its end, and take the pages of guest memory out of it.
+
+        The rest is written to a fragment as it passes, and is still a stream that QEMU accepts. If a page comes several
+        times, as in a live migration, its last record counts.
+
+        Parameters
+        ----------
+        fd
+            The descriptor of a pipe, a socket or a file.
+        blocks
+            The names of the RAM blocks that are guest memory. If it is None, the names decide: ROMs, flash and the
+            memory of graphics cards are not guest memory.
+        fragment
+            The name of the fragment for the rest.
+        progress
+            Called with the number of bytes of guest memory that have come and of all, at most ten times a second, and
+            at the end. An exception of the callback ends the call.
+
+        Raises
+        ------
+        QemuError
+            The stream is malformed or truncated, or contains something that vmsnap does not read. The text says what,
+            and at which byte.
+        OSError
+            The stream cannot be read, the fragment exists, or the disk is full. After an error the fragment does not
+            exist.
+        InvalidArgumentError
+            The name of the fragment is not allowed.
+        """
+        return migration.receive(self._raw, fd, blocks, fragment, progress)
 
     def add_namespace(self, name: str) -> "SnapshotWriter":
         """Create a namespace, and return a writer into it.

@@ -4,13 +4,11 @@ use std::sync::Arc;
 
 use super::batches::batch_bytes;
 use super::encryptors::Encryptors;
-use super::place::aad;
 use super::positioned::{PositionedKind, PositionedWriter};
 use crate::buffer;
 use crate::cipher::{Encryption, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey, header_tag, segment_offset};
 use crate::error::Result;
 use crate::manifest::{Entry, Proof};
-use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
 use crate::store::bytes::WriteAt;
 use crate::threads::Interrupt;
@@ -35,12 +33,12 @@ impl EncryptedSink {
     pub(super) fn new(
         object: Arc<dyn WriteAt>,
         key: &SecretKey,
-        path: &SnapshotPath,
+        aad: &[u8],
         chunk_size_bytes: usize,
         threads: usize,
         interrupt: &mut Interrupt<'_>,
     ) -> Result<Self> {
-        let (encryption, header) = Encryption::start(key, &aad(path), chunk_size_bytes)?;
+        let (encryption, header) = Encryption::start(key, aad, chunk_size_bytes)?;
         object.write_all_at(&header, 0, interrupt)?;
         let encryptors = Arc::new(Encryptors::new(encryption, threads));
         let header_tag = header_tag(&header);

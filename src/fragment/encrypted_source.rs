@@ -6,14 +6,12 @@
 use std::sync::{Arc, Mutex};
 
 use super::batches::{Batches, batch_bytes};
-use super::place::aad;
 use crate::buffer;
 use crate::cipher::{
     Decryption, Decryptor, HEADER_BYTES, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey,
     check_declared_chunk_size, header_tag, segment_offset, segment_size,
 };
 use crate::error::{Error, Kind, Result};
-use crate::name::SnapshotPath;
 use crate::store::bytes::ReadAt;
 use crate::threads::{Interrupt, for_each, lock};
 
@@ -37,13 +35,13 @@ struct DecryptionWorker {
 }
 
 impl EncryptedSource {
-    /// Opens a fragment: verifies the header and the last segment, and so the length.
+    /// Opens a message: verifies the header and the last segment, and so the length.
     ///
-    /// `expected` is the header tag in the manifest, if there is one.
+    /// `aad` is the one that it was encrypted with. `expected` is the header tag in the manifest, if there is one.
     pub(super) fn open(
         object: Arc<dyn ReadAt>,
         key: &SecretKey,
-        path: &SnapshotPath,
+        aad: &[u8],
         expected: Option<[u8; HEADER_TAG_BYTES]>,
         interrupt: &mut Interrupt<'_>,
     ) -> Result<Self> {
@@ -61,7 +59,7 @@ impl EncryptedSource {
         if expected.is_some_and(|expected| expected != header_tag) {
             return Err(Error::corrupt("differs from the manifest: it was changed or swapped"));
         }
-        let decryption = Decryption::start(key, &aad(path), header, stored_size)?;
+        let decryption = Decryption::start(key, aad, header, stored_size)?;
         let chunk_size_bytes = decryption.chunk_size_bytes();
         let source = Self { object, decryption, header_tag, chunk_size_bytes, idle: Mutex::default() };
         let mut worker = source.worker();

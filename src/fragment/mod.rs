@@ -14,6 +14,7 @@
 //! place.rs             the location and path of a fragment, for errors and the cipher
 //! digest.rs            BLAKE3 of a plain fragment
 //! ledger.rs            the fragments a process wrote into a staged snapshot
+//! scratch.rs           a file of this process alone, written and read back
 //! ```
 
 mod batches;
@@ -28,6 +29,7 @@ mod plain;
 pub(crate) mod positioned;
 mod reading;
 pub(crate) mod rope;
+pub(crate) mod scratch;
 mod writing;
 
 pub(crate) use place::FragmentPlace;

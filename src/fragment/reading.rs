@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::digest::Digest;
 use super::encrypted_source::EncryptedSource;
-use super::place::FragmentPlace;
+use super::place::{FragmentPlace, aad};
 use super::plain;
 use crate::buffer;
 use crate::cipher::SecretKey;
@@ -106,7 +106,7 @@ impl FragmentReader {
                 let source = EncryptedSource::open(
                     Arc::clone(&object),
                     key,
-                    &place.path,
+                    &aad(&place.path),
                     tag,
                     &mut Interrupt::new(&mut || Ok(())),
                 )

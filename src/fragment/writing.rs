@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::encrypted_sink::EncryptedSink;
 use super::ledger::Ledger;
-use super::place::FragmentPlace;
+use super::place::{FragmentPlace, aad};
 use super::plain::PlainSink;
 use super::positioned::PositionedWriter;
 use crate::cipher::SecretKey;
@@ -44,7 +44,7 @@ enum State {
     Closed,
 }
 
-enum Sink {
+pub(super) enum Sink {
     Plain(PlainSink),
     Encrypted(EncryptedSink),
 }
@@ -83,8 +83,8 @@ impl Fragment {
             // Only the process that staged the snapshot needs the digest.
             None => Sink::Plain(PlainSink::new(object, writing.ledger.is_some(), threads)),
             Some(key) => {
-                let path = &self.place.path;
-                Sink::Encrypted(EncryptedSink::new(object, key, path, chunk_size_bytes, threads, interrupt)?)
+                let aad = aad(&self.place.path);
+                Sink::Encrypted(EncryptedSink::new(object, key, &aad, chunk_size_bytes, threads, interrupt)?)
             }
         })
     }

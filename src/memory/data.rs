@@ -49,7 +49,7 @@ struct Frame {
 
 /// The buffers with which one thread reads data.
 #[derive(Default)]
-pub(super) struct ReadBuffers {
+pub(crate) struct ReadBuffers {
     stored: Vec<u8>,
     data: Vec<u8>,
     /// The range of the stream that is in `data`.

@@ -23,6 +23,7 @@ pub struct GuestDestination<'a> {
     size: Option<u64>,
     huge_pages: bool,
     uncached: bool,
+    keep_allocated: bool,
     kind: DestinationKind<'a>,
 }
 
@@ -36,7 +37,14 @@ impl<'a> GuestDestination<'a> {
     /// Restores to a buffer, which must be as long as the region. If it is anonymous or shared memory, holes release
     /// their pages to the system.
     pub fn buffer(buffer: &'a mut [u8]) -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, uncached: false, kind: DestinationKind::Buffer(buffer) }
+        Self {
+            guest_base: None,
+            size: None,
+            huge_pages: false,
+            uncached: false,
+            keep_allocated: false,
+            kind: DestinationKind::Buffer(buffer),
+        }
     }
 
     /// Restores to a file or memfd. It must be as long as the region, or empty, and is then extended. With an `offset`
@@ -51,6 +59,7 @@ impl<'a> GuestDestination<'a> {
             size: None,
             huge_pages: false,
             uncached: false,
+            keep_allocated: false,
             kind: DestinationKind::File { file: file.as_fd(), offset },
         }
     }
@@ -58,7 +67,14 @@ impl<'a> GuestDestination<'a> {
     /// Leaves the region out of the restore.
     #[must_use]
     pub fn nowhere() -> Self {
-        Self { guest_base: None, size: None, huge_pages: false, uncached: false, kind: DestinationKind::Nowhere }
+        Self {
+            guest_base: None,
+            size: None,
+            huge_pages: false,
+            uncached: false,
+            keep_allocated: false,
+            kind: DestinationKind::Nowhere,
+        }
     }
 
     /// Requires the region to be at this guest-physical address.
@@ -91,6 +107,15 @@ impl<'a> GuestDestination<'a> {
         self
     }
 
+    /// Sets whether a file that is allocated completely stays so: zeros are written instead of holes, and only where the
+    /// file has other bytes. Without it, a virtual machine monitor that has preallocated the file can run out of memory
+    /// later. Off by default. It has no effect on a file that is not open for reading and writing.
+    #[must_use]
+    pub fn keep_allocated(mut self, keep_allocated: bool) -> Self {
+        self.keep_allocated = keep_allocated;
+        self
+    }
+
     pub(super) fn is_uncached(&self) -> bool {
         self.uncached
     }
@@ -119,8 +144,8 @@ pub(super) enum Prepared<'a> {
     Nowhere,
     Buffer(&'a mut [u8], Backing),
     File(OpenFile<'a>, u64, CacheUse),
-    /// A file that can be written only through a mapping.
-    Mapped(Mapping),
+    /// A file that is written through a mapping, with its backing for holes.
+    Mapped(Mapping, Backing),
 }
 
 /// A file to which positioned writes work: the one of the caller, or the same file reopened without `O_APPEND` and
@@ -157,6 +182,7 @@ struct Examined {
     kind: fs::FileType,
     /// Page size in bytes, for a file on hugetlbfs.
     huge_page: Option<u64>,
+    allocated_bytes: u64,
 }
 
 impl Examined {
@@ -172,7 +198,14 @@ impl Examined {
             && fs::fstatfs(file)
                 .is_ok_and(|system| u64::try_from(system.f_type).is_ok_and(|kind| kind == HUGETLBFS_MAGIC));
         let huge_page = on_hugetlbfs.then(|| u64::try_from(stat.st_blksize).unwrap_or(1).max(1));
-        Ok(Self { identity: (stat.st_dev, stat.st_ino), length, kind, huge_page })
+        // The unit of st_blocks is 512 bytes on every file system: stat(2).
+        let allocated_bytes = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
+        Ok(Self { identity: (stat.st_dev, stat.st_ino), length, kind, huge_page, allocated_bytes })
+    }
+
+    /// Returns whether no range of a regular file up to `end` is a hole.
+    fn is_allocated(&self, end: u64) -> bool {
+        self.is_regular() && self.length >= end && self.allocated_bytes >= self.length
     }
 
     fn is_regular(&self) -> bool {
@@ -234,7 +267,7 @@ pub(super) fn prepare<'a>(
                 let start = offset.unwrap_or(0);
                 taken.push((examined.identity, start, start + region.size, number));
                 let file = usable(*file, &mut reopened).map_err(refuse)?;
-                files.push(number);
+                files.push((number, destination.keep_allocated));
                 if let Some(huge_page) = examined.huge_page {
                     // Mapped once before any file is changed: a file on hugetlbfs that cannot be mapped is refused
                     // here.
@@ -248,11 +281,15 @@ pub(super) fn prepare<'a>(
         });
     }
     check_apart(taken)?;
-    for number in files {
-        if let Prepared::File(file, offset, _) = &prepared[number]
-            && let Some(mapping) = make_zero_and_long_enough(file, *offset, regions[number].size)?
-        {
-            prepared[number] = Prepared::Mapped(mapping);
+    for (number, keep_allocated) in files {
+        let Prepared::File(file, offset, _) = &prepared[number] else { continue };
+        let (offset, size) = (*offset, regions[number].size);
+        let mapped = match allocated_mapping(file, offset, size, keep_allocated)? {
+            Some(mapping) => Some((mapping, Backing::Other)),
+            None => make_zero_and_long_enough(file, offset, size)?.map(|mapping| (mapping, Backing::Zeros)),
+        };
+        if let Some((mapping, backing)) = mapped {
+            prepared[number] = Prepared::Mapped(mapping, backing);
         }
     }
     Ok(prepared)
@@ -340,6 +377,17 @@ fn check_apart(mut taken: Vec<Taken>) -> Result<()> {
             )))
         }
     }
+}
+
+/// Maps the range of a file that must stay allocated. Returns `None` for any other file.
+fn allocated_mapping(file: &OpenFile<'_>, offset: u64, size: u64, keep_allocated: bool) -> Result<Option<Mapping>> {
+    let examined = Examined::of(file)?;
+    let flags = fs::fcntl_getfl(file).unwrap_or(OFlags::empty());
+    if !keep_allocated || !flags.contains(OFlags::RDWR) || !examined.is_allocated(offset + size) {
+        return Ok(None);
+    }
+    let page = examined.huge_page.unwrap_or(rustix::param::page_size() as u64);
+    Mapping::of_file(file, offset, size, page).map(Some).map_err(not_written)
 }
 
 /// Extends a file that is too short, and makes the range of the region a hole. Returns a mapping of the range if the

@@ -416,7 +416,11 @@ impl<'a> Dump<'a> {
             let page = page_end(at).min(start + buf.len() as u64);
             if !self.options.zero_unreadable || !is_of_page(&error) {
                 let text = format!("guest-physical address {:#x} cannot be read", guest_base + at);
-                return Err(Error::io(text, error));
+                // An error of vmsnap keeps its kind: a scratch file may be found damaged.
+                return Err(match error.downcast::<Error>() {
+                    Ok(own) => own.context(text),
+                    Err(error) => Error::io(text, error),
+                });
             }
             let rest = usize::try_from(page - at).unwrap_or(0);
             buf[done..done + rest].fill(0);

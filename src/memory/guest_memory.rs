@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use super::data::Data;
+use super::data::{Data, ReadBuffers};
 use super::metadata::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
 use crate::error::{Error, Result};
 use crate::snapshot::SnapshotReader;
@@ -142,14 +142,21 @@ impl GuestMemory {
 
     /// Returns the region of an address, and the offset in it.
     fn find(&self, guest_address: u64, size: u64) -> Result<(&Region, u64)> {
-        let region = self.layout.regions.iter().find(|region| {
+        self.locate(guest_address, size).map(|(region, offset)| (&self.layout.regions[region], offset))
+    }
+
+    /// Returns the number of the region that has all of the addresses, and their offset in it.
+    pub(crate) fn locate(&self, guest_address: u64, size: u64) -> Result<(usize, u64)> {
+        let region = self.layout.regions.iter().enumerate().find(|(_, region)| {
             guest_address
                 .checked_sub(region.guest_base)
                 .is_some_and(|offset| offset < region.size || size == 0 && offset == region.size)
         });
         match region {
-            Some(region) if region.end() - guest_address >= size => Ok((region, guest_address - region.guest_base)),
-            Some(region) => Err(Error::invalid_argument(format!(
+            Some((number, region)) if region.end() - guest_address >= size => {
+                Ok((number, guest_address - region.guest_base))
+            }
+            Some((_, region)) => Err(Error::invalid_argument(format!(
                 "{size} bytes from guest-physical address {guest_address:#x} extend past the end of their region \
                  at {:#x}",
                 region.end()
@@ -169,6 +176,26 @@ impl GuestMemory {
                 Err(Error::invalid_argument(text))
             }
         }
+    }
+
+    /// Iterates over the parts of data ranges that are in a range of a region.
+    pub(crate) fn data_within(&self, region: usize, within: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let ranges = ranges_in(&self.layout.regions[region], within.start, within.end);
+        ranges.iter().map(move |range| range.start.max(within.start)..range.end.min(within.end))
+    }
+
+    /// Fills the slices of `places` one after the other with the data of a region from `start` on, which is the
+    /// beginning of a part of [`GuestMemory::data_within`]; gaps between data ranges are skipped.
+    pub(crate) fn gather(
+        &self,
+        buffers: &mut ReadBuffers,
+        region: usize,
+        start: u64,
+        places: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let Some(range) = ranges_in(&self.layout.regions[region], start, start + 1).first() else { return Ok(()) };
+        let data = self.data.scatter(buffers, range.data + (start - range.start), places, |_| Ok(()));
+        data.map_err(|error| error.context(&self.place))
     }
 
     fn read_here_and_there(&self, region: &Region, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -8,6 +8,8 @@
 //! mappings.rs         its mappings, and the page faults that it may serve
 //! pagemap.rs          the pages that it has
 //! stop.rs             StoppedProcess: stops it, and lets it go on
+//! spool.rs            Spool: pages that arrive in any order, kept in a scratch file, as a source
+//! page_index.rs       where the last copy of each page is
 //!
 //! options.rs          GuestRegion, MemoryOptions, MemoryReport, MemoryProgress
 //! dump.rs             SnapshotWriter::write_memory
@@ -34,6 +36,7 @@ mod mappings;
 mod metadata;
 mod options;
 mod own_mappings;
+mod page_index;
 mod pagemap;
 mod pages;
 mod process;
@@ -42,8 +45,10 @@ mod ranges;
 mod reorder;
 mod restore;
 mod source;
+mod spool;
 mod stop;
 
+pub(crate) use data::ReadBuffers;
 pub use destination::GuestDestination;
 pub use file::FileMemory;
 pub use guest_memory::GuestMemory;
@@ -57,4 +62,5 @@ pub use process_range::ProcessRange;
 pub use source::GuestMemorySource;
 #[cfg(feature = "python")]
 pub(crate) use source::{ChangingBytes, StableBytes};
+pub(crate) use spool::{Spool, SpooledPages};
 pub use stop::StoppedProcess;

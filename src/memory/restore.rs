@@ -55,7 +55,9 @@ impl GuestMemory {
             match destination {
                 Prepared::Nowhere => {}
                 Prepared::Buffer(buffer, backing) => push_batches(&mut batches, region, buffer, *backing),
-                Prepared::Mapped(mapping) => push_batches(&mut batches, region, mapping.as_mut_slice(), Backing::Zeros),
+                Prepared::Mapped(mapping, backing) => {
+                    push_batches(&mut batches, region, mapping.as_mut_slice(), *backing)
+                }
                 Prepared::File(file, offset, cache) => {
                     let to = |start| (region, start, Target::File(file, *offset, cache));
                     batches.extend(batches_with_data(region).map(to));

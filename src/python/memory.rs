@@ -14,6 +14,7 @@ use pyo3::types::PyBytes;
 
 use super::buffer::{Readable, Writable};
 use super::call::{check_signals, interruptible, number};
+use super::migration::SpooledMemory;
 use super::process::ProcessMemory;
 use super::writer::SnapshotWriter;
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ use crate::{FileMemory, GuestDestination, GuestRegion, MemoryOptions, MemoryProg
 /// Progress is reported at most this often.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Guest base; file descriptor, buffer or process; offset in it; size.
+/// Guest base; file descriptor, buffer, process or spooled memory; offset in it; size.
 type RegionSource<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
 /// Guest base; file descriptor or buffer; offset in it; size.
@@ -38,6 +39,7 @@ enum HeldMemory<T> {
     Buffer(T),
     Descriptor(BorrowedFd<'static>),
     Process(crate::ProcessMemory),
+    Spooled(Py<SpooledMemory>),
     Nowhere,
 }
 
@@ -61,7 +63,7 @@ fn borrowed(descriptor: i32) -> BorrowedFd<'static> {
 }
 
 /// Does long `work`, handles signals and reports progress.
-fn reporting<T: Send>(
+pub(super) fn reporting<T: Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce(&mut dyn FnMut(MemoryProgress) -> Result<()>) -> Result<T> + Send,
@@ -124,9 +126,12 @@ pub(super) fn write_memory(
     let mut held = Vec::new();
     for (base, source, offset, size) in &regions {
         let size = size.as_ref().map(|size| number::<u64>(size, "size")).transpose()?;
-        let held_source = match source.cast::<ProcessMemory>() {
-            Ok(process) => HeldMemory::Process(process.get().0.clone()),
-            Err(_) => HeldMemory::get(source, Readable::get)?,
+        let held_source = if let Ok(process) = source.cast::<ProcessMemory>() {
+            HeldMemory::Process(process.get().0.clone())
+        } else if let Ok(spooled) = source.cast::<SpooledMemory>() {
+            HeldMemory::Spooled(spooled.clone().unbind())
+        } else {
+            HeldMemory::get(source, Readable::get)?
         };
         held.push((number(base, "guest_base")?, held_source, number::<u64>(offset, "offset")?, size));
     }
@@ -134,6 +139,7 @@ pub(super) fn write_memory(
     let mut files = HashMap::new();
     let regions = held.iter().map(|(base, held, offset, size)| match held {
         HeldMemory::Nowhere => Err(Error::invalid_argument("a region of guest memory must have a source")),
+        HeldMemory::Spooled(spooled) => Ok(GuestRegion::new(*base, spooled.get().part(*offset, *size)?)),
         HeldMemory::Process(process) => {
             let size =
                 size.ok_or_else(|| Error::invalid_argument("the size of a region in a process must be given"))?;
@@ -243,6 +249,7 @@ impl GuestMemory {
         destinations: Vec<RegionDestination<'_>>,
         huge_pages: bool,
         uncached: bool,
+        keep_allocated: bool,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Vec::new();
@@ -260,7 +267,7 @@ impl GuestMemory {
         }))?;
         let opened = held.iter_mut().map(|(base, held, offset, size)| {
             let mut destination = match held {
-                HeldMemory::Process(_) | HeldMemory::Nowhere => GuestDestination::nowhere(),
+                HeldMemory::Process(_) | HeldMemory::Spooled(_) | HeldMemory::Nowhere => GuestDestination::nowhere(),
                 HeldMemory::Descriptor(descriptor) => GuestDestination::file(descriptor, *offset),
                 HeldMemory::Buffer(buffer) => {
                     let buffer = buffer.as_mut_slice();
@@ -274,7 +281,7 @@ impl GuestMemory {
             if let Some(size) = size {
                 destination = destination.of_size(*size);
             }
-            Ok(destination.huge_pages(huge_pages).uncached(uncached))
+            Ok(destination.huge_pages(huge_pages).uncached(uncached).keep_allocated(keep_allocated))
         });
         let mut opened = opened.collect::<Result<Vec<_>>>()?;
         reporting(py, progress, |interrupt| self.0.restore_interruptible(&mut opened, interrupt))

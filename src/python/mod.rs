@@ -13,6 +13,7 @@
 //! fragment_reader.rs  FragmentReader
 //! staging.rs          StagedSnapshot, seal, clean, verify
 //! memory.rs           GuestMemory, write_memory
+//! migration.rs        MigrationStream, SpooledMemory
 //! process.rs          ProcessMemory, ProcessRange, StoppedProcess
 //! inspect.rs          inspect, is_marked, key_wrapping
 //! transfer.rs         pack, unpack
@@ -26,6 +27,7 @@ mod fragment;
 mod fragment_reader;
 mod inspect;
 mod memory;
+mod migration;
 mod process;
 mod reader;
 mod slot;
@@ -57,6 +59,8 @@ mod _vmsnap {
     use super::inspect::{inspect, is_marked, key_wrapping};
     #[pymodule_export]
     use super::memory::{GuestMemory, write_memory};
+    #[pymodule_export]
+    use super::migration::{MigrationStream, SpooledMemory};
     #[pymodule_export]
     use super::process::{ProcessMemory, ProcessRange, StoppedProcess};
     #[pymodule_export]

@@ -9,9 +9,18 @@ use pyo3::types::PyBytes;
 use super::call::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
 use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, reporting};
+use super::transfer::duplicate;
+use crate::SentBlock;
 use crate::error::Error;
 use crate::serialization;
+use crate::store::pipe::Pipe;
+
+/// The fields of `vmsnap.migration.MigrationFront`.
+type Front = (Option<String>, bool, Vec<(String, u64)>);
+
+/// The fields of `vmsnap.migration.SentBlock`; a range is an offset in the block, a guest-physical address and a size.
+type Sent<'py> = (String, String, Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)>, bool);
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotReader(crate::SnapshotReader);
@@ -37,6 +46,37 @@ impl SnapshotReader {
 
     fn memory(&self, py: Python<'_>) -> PyResult<GuestMemory> {
         Ok(GuestMemory(py.detach(|| self.0.memory())?))
+    }
+
+    fn migration_front(&self, py: Python<'_>, fragment: &str) -> PyResult<Front> {
+        let front = py.detach(|| self.0.migration_front(fragment))?;
+        Ok((front.machine_type, front.ignores_shared, front.blocks))
+    }
+
+    /// Writes a migration stream for QEMU to a descriptor.
+    fn send_migration(
+        &self,
+        py: Python<'_>,
+        descriptor: &Bound<'_, PyAny>,
+        blocks: Vec<Sent<'_>>,
+        fragment: &str,
+        threads: Option<&Bound<'_, PyAny>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let mut stream = Pipe::new(duplicate(number(descriptor, "a file descriptor")?)?);
+        let threads = threads.map(|threads| number(threads, "threads")).transpose()?;
+        let mut sent = Vec::new();
+        for (name, sent_name, ranges, zeros) in blocks {
+            let mut block = SentBlock::new(name).sent_as(sent_name).zeros(zeros);
+            for (offset, guest_base, size) in &ranges {
+                block =
+                    block.range(number(offset, "offset")?, number(guest_base, "guest_base")?, number(size, "size")?);
+            }
+            sent.push(block);
+        }
+        reporting(py, progress, |progress| {
+            self.0.send_migration_interruptible(&mut stream, &sent, fragment, threads, progress)
+        })
     }
 
     /// Reads a fragment with one serialized value, and returns its bytes and format.

@@ -22,7 +22,7 @@ pub(super) enum ArchiveFile {
 }
 
 /// Returns a file for a descriptor. Both have one position.
-fn duplicate(descriptor: i32) -> Result<File> {
+pub(super) fn duplicate(descriptor: i32) -> Result<File> {
     if descriptor < 0 {
         return Err(Error::invalid_argument("a file descriptor cannot be negative"));
     }

@@ -9,6 +9,12 @@ use pyo3::types::PyBytes;
 use super::call::{from_state, interruptible, number, options, parse_format, to_state};
 use super::credentials::Credentials;
 use super::fragment::Fragment;
+use super::memory::reporting;
+use super::migration::{Received, received};
+use super::transfer::duplicate;
+use crate::store::pipe::Pipe;
+
+pyo3::import_exception!(vmsnap.errors, QemuError);
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotWriter {
@@ -55,6 +61,31 @@ impl SnapshotWriter {
     fn write_whole(&self, py: Python<'_>, name: &str, data: &Bound<'_, PyBytes>) -> PyResult<()> {
         let data = data.as_bytes();
         interruptible(py, |interrupt| self.writer.write_whole(name, data, interrupt))
+    }
+
+    /// Reads a migration stream of QEMU from a descriptor.
+    fn receive_migration(
+        &self,
+        py: Python<'_>,
+        descriptor: &Bound<'_, PyAny>,
+        blocks: Option<Vec<String>>,
+        fragment: &str,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Received> {
+        let mut stream = Pipe::new(duplicate(number(descriptor, "a file descriptor")?)?);
+        let blocks: Option<Vec<&str>> = blocks.as_ref().map(|names| names.iter().map(String::as_str).collect());
+        // Such an error is one of the stream, not of the snapshot.
+        let mut is_of_stream = false;
+        let stream = reporting(py, progress, |progress| {
+            let received =
+                self.writer.receive_migration_interruptible(&mut stream, blocks.as_deref(), fragment, progress);
+            received.inspect_err(|error| is_of_stream = error.is_corrupt() || error.is_unsupported_format())
+        });
+        match stream {
+            Ok(stream) => Ok(received(stream)),
+            Err(error) if is_of_stream => Err(QemuError::new_err(error.value(py).to_string())),
+            Err(error) => Err(error),
+        }
     }
 
     fn add_namespace(&self, name: &str) -> PyResult<Self> {

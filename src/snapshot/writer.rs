@@ -12,6 +12,7 @@ use super::{SnapshotOptions, open_manifest};
 use crate::cipher::{DEFAULT_CHUNK_SIZE_BYTES, SecretKey, wipe_stack};
 use crate::error::{Error, Kind, Result};
 use crate::fragment::ledger::Ledger;
+use crate::fragment::scratch::ScratchWriter;
 use crate::fragment::{Fragment, Writing};
 use crate::key::KeyPayload;
 use crate::location::Location;
@@ -217,6 +218,12 @@ impl SnapshotWriter {
 
     pub(crate) fn threads(&self) -> usize {
         threads::clamp(self.threads)
+    }
+
+    /// Creates a scratch file on the file system of the snapshot, encrypted if the snapshot is. Nothing of it is ever a
+    /// part of the snapshot.
+    pub(crate) fn scratch(&self, aad: &'static [u8]) -> Result<ScratchWriter> {
+        ScratchWriter::new(self.draft.create_nameless()?, self.is_encrypted(), aad, self.threads())
     }
 
     pub(crate) fn data_key(&self) -> Option<&SecretKey> {

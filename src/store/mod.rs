@@ -7,6 +7,7 @@ mod contract;
 pub(crate) mod directory;
 pub(crate) mod pipe;
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -217,6 +218,11 @@ impl Draft {
     /// Creates a fragment.
     pub(crate) fn create(&self, path: &SnapshotPath) -> Result<Arc<dyn NewObject>> {
         Ok(Arc::new(self.directory().create(path, self.is_staged())?))
+    }
+
+    /// Creates a file without a name on the file system of the snapshot. It is gone when it is closed.
+    pub(crate) fn create_nameless(&self) -> Result<File> {
+        self.directory().create_nameless()
     }
 
     pub(crate) fn add_namespace(&self, namespace: &SnapshotPath) -> Result<()> {

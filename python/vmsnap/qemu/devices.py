@@ -8,7 +8,7 @@ from io import FileIO
 from typing import Any, TypeVar
 
 from vmsnap.errors import QemuError
-from vmsnap.io import Fragment, FragmentReader
+from vmsnap.io import Fragment
 from vmsnap.qemu.background import to_the_end
 from vmsnap.qemu.monitor import Monitor
 
@@ -39,13 +39,15 @@ async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
     return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: cancel(monitor))
 
 
-async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Callable[[], object]) -> None:
-    """Let QEMU read the device state from a fragment.
+async def load_devices(monitor: Monitor, send: Callable[[int], int], end_qemu: Callable[[], object]) -> int:
+    """Let QEMU load a migration stream, and return its size in bytes.
 
     Parameters
     ----------
-    monitor, fragment
-        QEMU, and the fragment with the state.
+    monitor
+        QEMU, which waits for a stream.
+    send
+        Writes the stream to a descriptor, and returns its size.
     end_qemu
         Called on an error, because a QEMU with half of its devices loaded is useless.
 
@@ -57,18 +59,17 @@ async def load_devices(monitor: Monitor, fragment: FragmentReader, end_qemu: Cal
         The fragment is damaged or was changed.
     """
 
-    def give(pipe: FileIO) -> None:
+    def give(pipe: FileIO) -> int:
         # QEMU stops reading when it fails, and its own error is reported elsewhere.
         with suppress(BrokenPipeError):
-            while batch := memoryview(fragment.read(_BATCH_BYTES)):
-                while batch:
-                    batch = batch[pipe.write(batch) :]
+            return send(pipe.fileno())
+        return 0
 
     async def give_up() -> None:
         end_qemu()
 
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    await _transfer(monitor, "migrate-incoming", reading, FileIO(writing, "w"), give, give_up)
+    return await _transfer(monitor, "migrate-incoming", reading, FileIO(writing, "w"), give, give_up)
 
 
 async def _transfer(

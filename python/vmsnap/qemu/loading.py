@@ -1,23 +1,25 @@
 """`load`: starting QEMU with a guest from a snapshot."""
 
-import errno
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
+from vmsnap.migration import MigrationFront
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import load_devices, without_shared_memory
-from vmsnap.qemu.machine import Machine, Ram, survey
-from vmsnap.qemu.monitor import Monitor, connected
+from vmsnap.qemu.devices import load_devices
+from vmsnap.qemu.filling import Filling, plan
+from vmsnap.qemu.machine import Machine
+from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
+from vmsnap.qemu.survey import survey
 from vmsnap.reader import SnapshotReader
 from vmsnap.verification import Verification
 from vmsnap.verification import verify as verify_snapshot
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
 
-_BATCH_BYTES = 1 << 20
 _SHOWN_PROBLEMS = 3
 
 
@@ -36,18 +37,30 @@ class LoadReport:
     """The QEMU process that `load` started, and the sizes and times of the load."""
 
     process: subprocess.Popen[bytes]
-    """QEMU. The caller waits for it or ends it. Its standard error is copied to the standard error of this process."""
+    """The command. The caller waits for it or ends it. Its standard error is copied to that of this process."""
     seconds: float
     """Time from the call until the guest was resumed."""
     restored_bytes: int
     """Size of the data ranges of the guest memory, in bytes."""
+    streamed_bytes: int
+    """Size of the stream that QEMU loaded: the device state, and all memory that vmsnap cannot write into a file."""
+    paused: bool
+    """Whether the guest is paused: because the caller wants it, or because it was paused when it was saved."""
     machine: Machine
     """The machine that the guest was saved on."""
+    pid: int
+    """The process ID of QEMU. It differs from that of `process` if the command is a wrapper that starts QEMU."""
+    monitor_path: str = field(repr=False)
+    """The path that QEMU connected to. It identifies QEMU among all processes, and no longer exists."""
+
+    def end(self) -> None:
+        """End QEMU, and the command that started it."""
+        end(self.process, self.monitor_path)
 
 
 def load(location: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
     """Start QEMU with a saved guest, and resume the guest. The parameters are the same as for `load_async`."""
-    return run(load_async(location, command, **options), undo=lambda report: end(report.process))
+    return run(load_async(location, command, **options), undo=lambda report: report.end())
 
 
 async def load_async(
@@ -64,12 +77,16 @@ async def load_async(
     verify: bool = True,
     paused: bool = False,
     overwrite: bool = False,
+    ignore_differences: bool = False,
+    pid: int | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Start QEMU with the memory and the device state of a saved guest, and resume the guest.
 
-    QEMU starts and waits. vmsnap checks that the machine is the saved one before it writes anything, then restores the
-    memory, and lets QEMU load the device state. After any error QEMU is ended.
+    QEMU starts and waits. vmsnap checks that the machine is the saved one before it writes anything. It writes the
+    memory into the files of shared memory, and lets QEMU load the device state and all other memory from a stream. A
+    guest that was paused when it was saved stays paused. After any error QEMU is ended, and files that it created are
+    removed.
 
     Parameters
     ----------
@@ -77,8 +94,9 @@ async def load_async(
         The snapshot: a directory, or an archive.
     command
         The command that starts QEMU, with the arguments of the saved guest: the same machine type, devices, and memory
-        backends (ids and sizes). vmsnap adds ``-incoming`` and its own monitor. A ``memory-backend-file`` is filled
-        with the memory; with ``share=off`` the guest does not change the file afterwards.
+        size. The memory backend may be another one. The command may be a wrapper that starts QEMU. vmsnap adds ``-S``,
+        ``-incoming`` and its own monitor. A ``memory-backend-file`` is filled with the memory; with ``share=off`` the
+        guest does not change the file afterwards.
     keys, key, identities, passphrase, key_provider, threads, expect_seal_digest
         Keyword arguments of `vmsnap.open`.
     verify
@@ -89,6 +107,10 @@ async def load_async(
         Whether the guest stays paused until the monitor command ``cont``.
     overwrite
         Whether the memory may overwrite a file that is not empty. Another guest may be using such a file.
+    ignore_differences
+        Whether the started QEMU may have another processor or other devices than the saved guest.
+    pid
+        The process ID of QEMU. By default it is the process that connects to vmsnap.
     progress
         Called from another thread with the number of bytes of memory done and the total.
 
@@ -101,6 +123,8 @@ async def load_async(
         The snapshot is damaged, was changed, or is not sealed. The guest did not run.
     FileExistsError
         The file for the memory is not empty.
+    BlockingIOError
+        Another load is filling the file for the memory.
     InvalidArgumentError
         The command is empty, or contains ``-incoming`` or ``-daemonize``.
     FileNotFoundError
@@ -115,33 +139,46 @@ async def load_async(
     keys = keys if keys.given else None
     pinned: dict[str, Any] = {"threads": threads, "expect_seal_digest": expect_seal_digest}
 
-    def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory]:
+    def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory, MigrationFront]:
         reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
         machine = _machine_of(reader)
         if verify and not reader.encrypted:
             _check(verify_snapshot(location, keys=keys, **pinned), location)
-        return reader, machine, reader.memory()
+        return reader, machine, reader.memory(), reader.migration_front(DEVICE_STATE)
 
-    reader, machine, memory = await in_thread(open_snapshot)
+    reader, machine, memory, front = await in_thread(open_snapshot)
     async with StartedQemu(command) as qemu:
-        with reader.raw_fragment(DEVICE_STATE) as devices, ExitStack() as stack:
-            async with connected(qemu.connection, command[0]) as monitor:
+        with ExitStack() as stack:
+            async with qemu.monitor() as monitor:
                 try:
-                    ram = await survey(monitor, qemu.process.pid, stack, to_fill=True)
-                    machine.check_against(ram.machine)
-                    _check_empty(ram, overwrite)
-                    qemu.fills(ram)
-                    await with_progress(lambda show: memory.restore(ram.regions, progress=show), progress)
-                    await _set_capabilities(monitor)
-                    await load_devices(monitor, devices, qemu.process.kill)
-                    if not paused:
+                    ram = await survey(monitor, stack, pid, to_fill=True)
+                    if ram.pid is not None:
+                        qemu.owns(ram.pid)
+                    names = machine.check_against(ram.machine, ignore_differences=overwrite or ignore_differences)
+                    filling = await in_thread(
+                        lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)
+                    )
+                    for file in filling.files:
+                        qemu.fills(file)
+                    streamed_bytes = await _fill(monitor, reader, memory, filling, front, qemu, progress)
+                    goes_on = not paused and machine.state != "paused"
+                    if goes_on:
                         await monitor.run("cont")
                 except BaseException:
                     # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
                     await to_the_end(monitor.quit())
                     raise
         qemu.runs()
-    return LoadReport(qemu.process, perf_counter() - started, memory.data_bytes, machine)
+    return LoadReport(
+        process=qemu.process,
+        pid=qemu.process.pid if ram.pid is None else ram.pid,
+        seconds=perf_counter() - started,
+        restored_bytes=memory.data_bytes,
+        streamed_bytes=streamed_bytes,
+        paused=not goes_on,
+        machine=machine,
+        monitor_path=qemu.monitor_path,
+    )
 
 
 def _check_command(command: Sequence[str]) -> None:
@@ -174,34 +211,39 @@ def _check(report: Verification, location: "StrPath") -> None:
         )
 
 
-def _check_empty(ram: Ram, overwrite: bool) -> None:
-    for region, path in zip(ram.regions, ram.files, strict=True):
-        if path and not overwrite and _holds_something(region.source, region.offset, region.size):
-            raise FileExistsError(
-                errno.EEXIST,
-                "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
-                path,
-            )
+async def _fill(
+    monitor: Monitor,
+    reader: SnapshotReader,
+    memory: GuestMemory,
+    filling: Filling,
+    front: MigrationFront,
+    qemu: StartedQemu,
+    progress: Progress | None,
+) -> int:
+    """Write the memory into the files, let QEMU load everything else, and return the size of the stream."""
+    total_bytes = filling.file_bytes + filling.stream_bytes
 
+    def fill(show: Progress) -> None:
+        memory.restore(
+            filling.destinations,
+            keep_allocated=filling.keep_allocated,
+            progress=lambda done, _: show(done, total_bytes),
+        )
 
-def _holds_something(descriptor: Any, offset: int, size: int | None) -> bool:
-    """Return whether a range of a file has nonzero bytes. QEMU may have allocated pages of zeros already."""
-    assert size is not None
-    end = offset + size
-    while offset < end:
-        try:
-            offset = os.lseek(descriptor, offset, os.SEEK_DATA)
-        except OSError:
-            return False  # no data up to the end
-        batch = os.pread(descriptor, min(_BATCH_BYTES, end - offset), offset)
-        if not batch or offset >= end:
-            return False
-        if batch.count(0) != len(batch):
-            return True
-        offset += len(batch)
-    return False
+    if filling.file_bytes:
+        await with_progress(fill, progress)
 
+    def shown(done: int, of: int) -> None:
+        if progress is not None and filling.stream_bytes:
+            progress(filling.file_bytes + filling.stream_bytes * done // max(of, 1), total_bytes)
 
-async def _set_capabilities(monitor: Monitor) -> None:
     found = await monitor.run("query-migrate-capabilities")
-    await monitor.run("migrate-set-capabilities", capabilities=without_shared_memory(found))
+    # All others are off: they are for a network, or change the format.
+    wanted = [{**each, "state": each["capability"] == "x-ignore-shared" and front.ignores_shared} for each in found]
+    await monitor.run("migrate-set-capabilities", capabilities=wanted)
+    size = await load_devices(
+        monitor, lambda pipe: reader.send_migration(pipe, filling.sent, progress=shown), qemu.kill
+    )
+    # A capability that stays on would change how QEMU migrates the guest later.
+    await monitor.run("migrate-set-capabilities", capabilities=found)
+    return size

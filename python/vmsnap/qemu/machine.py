@@ -1,24 +1,32 @@
-"""The machine that a QEMU runs, and the location of its guest memory."""
+"""The machine that a QEMU runs: its description in a snapshot, and the comparison with a started QEMU."""
 
-import os
 import re
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmsnap.errors import QemuError, UnsupportedFormatError
-from vmsnap.memory import GuestRegion
 from vmsnap.qemu.monitor import Monitor
 
-_FORMAT, _VERSION = "vmsnap-qemu", 1
+_FORMAT, _VERSION = "vmsnap-qemu", 2
+# Version 1 has no state, processor and devices.
+_READABLE = (1, _VERSION)
 
-_SYSTEM = "/machine/unattached/system[0]"
-# A PC sees one part of its RAM below the hole for devices and the rest above it. These are both parts, in the order in
-# which they are in the RAM: see hw/i386/pc.c of QEMU.
-_PC_WINDOWS = ("/machine/unattached/ram-below-4g[0]", "/machine/unattached/ram-above-4g[0]")
+# The levels of the arrangement of processors.
+_LEVELS = ("socket", "die", "core", "thread")
 
-_HOW = "-object memory-backend-memfd,id=mem,size=SIZE,share=on -machine TYPE,memory-backend=mem"
+# A longer list in an error is cut.
+_SHOWN = 8
+
+# Features that a started processor may lack: PCOMMIT. QEMU 7.2 has it with `-cpu max`, and later versions removed it,
+# because Intel withdrew it before a processor had it.
+_MAY_LACK = {"7.0.EBX": 1 << 22}
+
+# Devices of a board that options such as -serial and -drive create. Other devices of a board belong to the machine type
+# or are PCI functions, and newer versions of QEMU name some of them differently.
+_OPTIONAL = re.compile(r"isa-serial|isa-parallel|isa-fdc|floppy|hpet|(?:ide|scsi|usb)-.*")
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,58 @@ class RamRange:
     """The offset of the range in the backend."""
     size: int
     """The size of the range."""
+    mapped: bool = True
+    """Whether the guest sees the range there. If not, the address only tells the range from others."""
+    block: str = ""
+    """The name of the backend in QEMU's migration stream, if it differs from the id."""
+
+    @property
+    def stream_name(self) -> str:
+        """The name of the backend in QEMU's migration stream."""
+        return self.block or self.backend
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processors of a machine."""
+
+    model: str
+    """The model, such as ``qemu64``."""
+    features: dict[str, str] = field(default_factory=dict, repr=False)
+    """The features of an x86 processor, as hexadecimal numbers by CPUID leaf, subleaf and register: ``7.0.EBX``."""
+
+
+@dataclass(frozen=True)
+class Smp:
+    """The number of processors, and their arrangement in the whole machine."""
+
+    cpus: int
+    """Processors that are present."""
+    max_cpus: int
+    """Processors that may be present."""
+    sockets: int = 1
+    """Sockets of the machine."""
+    dies: int = 1
+    """Dies of a socket."""
+    cores: int = 1
+    """Cores of a die."""
+    threads: int = 1
+    """Threads of a core."""
+
+
+@dataclass(frozen=True, order=True)
+class Device:
+    """A device of a machine."""
+
+    type: str
+    """The type in QEMU, such as ``virtio-net-pci``; of a PCI function, the vendor and the device: ``1af4:1000``."""
+    address: str = ""
+    """The PCI address: bus, slot and function of a PCI function, slot and function of another device."""
+    id: str = ""
+    """The id, where the device has one."""
+
+    def __str__(self) -> str:
+        return self.type + (f" at {self.address}" if self.address else "")
 
 
 @dataclass(frozen=True)
@@ -48,7 +108,15 @@ class Machine:
     ram: list[RamRange]
     """The memory, in the order of the regions in the fragment ``mem``."""
     command_line: list[str] = field(default_factory=list, repr=False)
-    """The command line of QEMU. It may contain secrets."""
+    """The command line of QEMU, empty if its process was not visible. It may contain secrets."""
+    state: str = ""
+    """``running`` or ``paused``: the state of the guest before it was saved."""
+    cpu: Cpu | None = None
+    """The processors."""
+    smp: Smp | None = None
+    """The number of processors."""
+    devices: list[Device] | None = field(default=None, repr=False)
+    """The devices, in alphabetical order."""
     format: str = _FORMAT
     version: int = _VERSION
 
@@ -60,40 +128,135 @@ class Machine:
         UnsupportedFormatError
             A newer version of vmsnap wrote it.
         """
-        if (self.format, self.version) != (_FORMAT, _VERSION):
+        if self.format != _FORMAT or self.version not in _READABLE:
             raise UnsupportedFormatError(
                 f"{root}: the fragment 'machine' is {self.format!r}, version {self.version}: use a newer vmsnap"
             )
 
-    def check_against(self, started: "Machine") -> None:
+    def check_against(self, started: "Machine", *, ignore_differences: bool = False) -> dict[str, str]:
         """Check that the started machine can load the state of this one.
 
-        A newer QEMU can load it, because the version is part of the machine type.
+        A newer QEMU can load it, because the version is part of the machine type. The processor may have more features.
+        The ids of memory backends may differ. A description of version 1 has no processor and devices to compare.
+
+        Parameters
+        ----------
+        started
+            The machine that the started QEMU runs.
+        ignore_differences
+            Whether other processors and devices are allowed.
+
+        Returns
+        -------
+        dict
+            The names of the blocks of memory in the started QEMU, by their names in the stream of the saved one.
 
         Raises
         ------
         QemuError
-            The started machine is another one, or its QEMU is older. The text names the difference.
+            The started machine is another one, or its QEMU is older. The text names all differences.
         """
+        differences = list(self._basic_differences(started))
+        can_be_ignored = not differences
+        if not ignore_differences:
+            differences += self._other_differences(started)
+        if differences:
+            advice = "start the same machine, with the same version of QEMU or a newer one"
+            if can_be_ignored:
+                advice += ", or pass ignore_differences=True (--force)"
+            raise QemuError(f"{'; '.join(differences)}: {advice}")
+        return {
+            saved.stream_name: found.stream_name
+            for saved, found in zip(_by_address(self.ram), _by_address(started.ram), strict=True)
+        }
+
+    def _basic_differences(self, started: "Machine") -> Iterator[str]:
         for what, saved, found in (
-            ("the architecture", self.target, started.target),
-            ("the machine type", self.machine_type, started.machine_type),
-            ("the memory", _told(self.ram), _told(started.ram)),
+            ("architecture", self.target, started.target),
+            ("machine type", self.machine_type, started.machine_type),
         ):
             if saved != found:
-                raise QemuError(
-                    f"{what} of the saved guest is {saved}, but that of the started QEMU is {found}: "
-                    "start the same machine"
-                )
+                yield _differs(what, saved, found)
+        if not _same_layout(self.ram, started.ram):
+            yield _differs("memory", _told(self.ram), _told(started.ram))
         if _release(self.qemu_version) > _release(started.qemu_version):
-            raise QemuError(
-                f"the guest was saved by QEMU {self.qemu_version}, but the started QEMU is {started.qemu_version}: "
-                "use the same version or a newer one"
-            )
+            yield f"the guest was saved by QEMU {self.qemu_version}, but the started QEMU is {started.qemu_version}"
+
+    def _other_differences(self, started: "Machine") -> Iterator[str]:
+        if self.cpu and started.cpu:
+            if self.cpu.model != started.cpu.model:
+                yield _differs("CPU model (-cpu)", self.cpu.model, started.cpu.model)
+            elif missing := list(_missing(self.cpu.features, started.cpu.features)):
+                yield f"the CPU of the started QEMU lacks features of the saved guest, in CPUID {_listed(missing)}"
+        if self.smp and started.smp and self.smp != started.smp:
+            yield _differs("number of CPUs (-smp)", _counted(self.smp), _counted(started.smp))
+        # Another machine type has other devices.
+        same_type = (self.target, self.machine_type) == (started.target, started.machine_type)
+        if same_type and self.devices is not None and started.devices is not None:
+            # Ids are names on the command line, which the state does not contain.
+            saved, found = (Counter(map(str, each)) for each in (self.devices, started.devices))
+            if gone := sorted((saved - found).elements()):
+                yield f"the started QEMU lacks devices of the saved guest: {_listed(gone)}"
+            if more := sorted((found - saved).elements()):
+                yield f"the started QEMU has devices that the saved guest did not have: {_listed(more)}"
+
+
+def _differs(what: str, saved: str, found: str) -> str:
+    return f"the {what} of the saved guest is {saved}, but that of the started QEMU is {found}"
+
+
+def _listed(texts: list[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
 
 
 def _told(ram: list[RamRange]) -> str:
-    return ", ".join(f"{each.size >> 20} MiB of backend {each.backend!r} at {each.guest_base:#x}" for each in ram)
+    return _listed(
+        [
+            f"{each.size >> 20} MiB of backend {each.backend!r}" + (f" at {each.guest_base:#x}" if each.mapped else "")
+            for each in ram
+        ]
+    )
+
+
+def _by_address(ram: list[RamRange]) -> list[RamRange]:
+    return sorted(ram, key=lambda each: each.guest_base)
+
+
+def _same_layout(saved: list[RamRange], found: list[RamRange]) -> bool:
+    """Return whether the guest sees the same memory, in backends that correspond one to one."""
+    if len(saved) != len(found):
+        return False
+    there, back = dict[str, str](), dict[str, str]()
+    for one, other in zip(_by_address(saved), _by_address(found), strict=True):
+        # The address of a range that is not mapped depends on the names of all others.
+        same = ("mapped", "offset", "size", "guest_base" if one.mapped else "backend")
+        if any(getattr(one, name) != getattr(other, name) for name in same):
+            return False
+        if there.setdefault(one.backend, other.backend) != other.backend:
+            return False
+        if back.setdefault(other.backend, one.backend) != one.backend:
+            return False
+    return True
+
+
+def _missing(saved: dict[str, str], found: dict[str, str]) -> Iterator[str]:
+    for name, word in sorted(saved.items()):
+        if missing := _number(word) & ~_number(found.get(name, "0")) & ~_MAY_LACK.get(name, 0):
+            yield f"{name}: {missing:#x}"
+
+
+def _number(word: str) -> int:
+    if not re.fullmatch(r"(?:0x)?[0-9a-f]{1,8}", word):
+        raise QemuError(f"the fragment 'machine' has a CPU feature word that is not a number of 32 bits: {word[:20]!r}")
+    return int(word, 16)
+
+
+def _counted(smp: Smp) -> str:
+    return (
+        f"{smp.cpus} of {smp.max_cpus} (sockets={smp.sockets}, dies={smp.dies}, cores={smp.cores}, "
+        f"threads={smp.threads})"
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -101,159 +264,83 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-@dataclass(frozen=True)
-class Ram:
-    """The open memory of a guest in QEMU. It is valid until the exit stack of `survey` closes."""
+async def describe(monitor: Monitor, ram: list[RamRange], command_line: list[str]) -> Machine:
+    """Describe the machine that QEMU runs.
 
-    machine: Machine
-    regions: list[GuestRegion]
-    """A region for each range of the machine, with its open file."""
-    files: list[str]
-    """The path of the file behind each region, empty if it does not have one."""
-
-
-async def survey(monitor: Monitor, pid: int, stack: ExitStack, *, to_fill: bool) -> Ram:
-    """Describe the machine that QEMU runs, and open the guest memory.
-
-    Parameters
-    ----------
-    monitor
-        The connection to QEMU.
-    pid
-        The process ID of QEMU.
-    stack
-        The exit stack that closes the opened files.
-    to_fill
-        Whether the memory will be written instead of read. Then it does not have to be shared.
-
-    Raises
-    ------
-    QemuError
-        The memory is not in a file, or the file is not shared.
-    OSError
-        This user may not access the process.
+    QEMU is asked nothing that makes it load modules, such as the list of its types: a QEMU whose package was upgraded
+    meanwhile aborts when it loads a module of the new version.
     """
     version = (await monitor.run("query-version"))["qemu"]
     kind = await monitor.run("qom-get", path="/machine", property="type")
-    backends = sorted(await monitor.run("query-memdev"), key=lambda each: str(each.get("id")))
-    if not backends:
-        raise QemuError(f"the guest memory has no memory backend: start QEMU with {_HOW}")
-    private = [each["id"] for each in backends if not each["share"]]
-    if private and not to_fill:
-        raise QemuError(f"the memory backend {private[0]!r} is not shared: start QEMU with {_HOW}")
-    ranges = [each for backend in backends for each in await _ranges(monitor, backend["id"], backend["size"])]
-    ranges.sort(key=lambda each: each.guest_base)
-    machine = Machine(
+    target = (await monitor.run("query-target"))["arch"]
+    status = (await monitor.run("query-status"))["status"]
+    processors = await monitor.run("query-cpus-fast")
+    return Machine(
         qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
-        target=(await monitor.run("query-target"))["arch"],
+        target=target,
         machine_type=kind.removesuffix("-machine"),
-        ram=ranges,
-        command_line=[os.fsdecode(each) for each in _proc(pid, "cmdline").read_bytes().split(b"\0")[:-1]],
+        ram=ram,
+        command_line=command_line,
+        state="running" if status == "running" else "paused",
+        cpu=await _cpu(monitor, processors, target),
+        smp=await _smp(monitor, len(processors)),
+        devices=sorted([each async for each in _devices(monitor)]),
     )
-    process = _Process(pid, os.O_RDWR if to_fill else os.O_RDONLY, stack)
-    regions, files = [], []
-    for each in ranges:
-        descriptor, offset, path = process.file_at(await _host_address(monitor, each), each.backend)
-        regions.append(GuestRegion(each.guest_base, descriptor, offset=offset, size=each.size))
-        files.append(path)
-    return Ram(machine, regions, files)
 
 
-async def _ranges(monitor: Monitor, backend: str, size: int) -> list[RamRange]:
-    """Return where the guest sees a backend. The nested memory regions in the object model of QEMU tell."""
-    objects = await monitor.run("qom-list", path=f"/objects/{backend}")
-    names = [each["name"] for each in objects if each["type"] == "child<memory-region>"]
-    region = f"/objects/{backend}/{names[0]}" if names else ""
-    address, seen = 0, set[str]()
-    while region and region != _SYSTEM and region not in seen:
-        seen.add(region)
-        address += await monitor.run("qom-get", path=region, property="addr")
-        outermost, region = region, await monitor.run("qom-get", path=region, property="container")
-    if region == _SYSTEM:
-        return [RamRange(backend, address, 0, size)]
-    main = await monitor.run("qom-get", path="/machine", property="memory-backend")
-    ranges = []
-    if seen and (main == f"/objects/{backend}" or outermost.startswith("/machine/")):
-        start = 0
-        for window in await _windows(monitor):
-            low, high = max(address, start), min(address + size, start + window.size)
-            if low < high:
-                ranges.append(RamRange(backend, window.guest_base + low - start, low - address, high - low))
-            start += window.size
-    if sum(each.size for each in ranges) != size:
-        raise QemuError(
-            f"cannot find the guest-physical addresses of the memory backend {backend!r}: it is not RAM of the "
-            "machine, or vmsnap does not support this machine type"
-        )
-    return ranges
+async def _cpu(monitor: Monitor, processors: list[dict[str, Any]], target: str) -> Cpu | None:
+    if not processors:
+        return None
+    path = processors[0]["qom-path"]
+    kind = await monitor.run("qom-get", path=path, property="type")
+    features = {}
+    if "feature-words" in {each["name"] for each in await monitor.run("qom-list", path=path)}:
+        for each in await monitor.run("qom-get", path=path, property="feature-words"):
+            if each["features"]:
+                name = f"{each['cpuid-input-eax']:x}.{each.get('cpuid-input-ecx', 0):x}.{each['cpuid-register']}"
+                features[name] = f"{each['features']:#010x}"
+    return Cpu(kind.removesuffix(f"-{target}-cpu"), dict(sorted(features.items())))
 
 
-async def _windows(monitor: Monitor) -> list[RamRange]:
-    known = {each["name"] for each in await monitor.run("qom-list", path="/machine/unattached")}
-    windows = []
-    for path in _PC_WINDOWS:
-        if path.rpartition("/")[2] in known:
-            base = await monitor.run("qom-get", path=path, property="addr")
-            windows.append(RamRange("", base, 0, await monitor.run("qom-get", path=path, property="size")))
-    return windows
+async def _smp(monitor: Monitor, cpus: int) -> Smp:
+    try:
+        slots = await monitor.run("query-hotpluggable-cpus")
+    except QemuError:  # such as microvm
+        return Smp(cpus, cpus)
+    numbers = [len({slot["props"].get(f"{each}-id", 0) for slot in slots}) or 1 for each in _LEVELS]
+    return Smp(cpus, sum(slot["vcpus-count"] for slot in slots), *numbers)
 
 
-async def _host_address(monitor: Monitor, each: RamRange) -> int:
-    """Return the address of a range in the memory of QEMU. Only the human monitor reports it."""
-    told = await monitor.run("human-monitor-command", command_line=f"gpa2hva {each.guest_base:#x}")
-    found = re.search(r"\((.*)\) is (0x[0-9a-f]+)", told)
-    if not found:
-        raise QemuError(f"QEMU does not report where the guest memory at {each.guest_base:#x} is: {told.strip()}")
-    return int(found[2], 16)
+async def _devices(monitor: Monitor) -> AsyncIterator[Device]:
+    """Yield the devices, in no particular order."""
+    try:
+        buses = await monitor.run("query-pci")
+    except QemuError:  # a machine without PCI, in some versions
+        buses = []
+    # Devices behind a bridge are left out, because the firmware of the guest gives the bridge its number.
+    for function in (each for bus in buses for each in bus["devices"]):
+        numbers = function["id"]
+        address = f"{function['bus']:02x}:{function['slot']:02x}.{function['function']:x}"
+        yield Device(f"{numbers['vendor']:04x}:{numbers['device']:04x}", address, function.get("qdev_id", ""))
+    for folder in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
+        for name, kind in _children(await monitor.run("qom-list", path=folder)):
+            if folder == "/machine/unattached" and not (name.startswith("device[") and _OPTIONAL.fullmatch(kind)):
+                continue
+            path = f"{folder}/{name}"
+            properties = {each["name"] for each in await monitor.run("qom-list", path=path)}
+            address = ""
+            if {"addr", "romfile"} <= properties:  # a PCI function
+                address = _slot(await monitor.run("qom-get", path=path, property="addr"))
+            yield Device(kind, address, name if folder == "/machine/peripheral" else "")
 
 
-def _proc(pid: int, name: str) -> Path:
-    return Path("/proc", str(pid), name)
+def _slot(address: object) -> str:
+    """Return the slot and function of a PCI address. Versions of QEMU give it as a number or as such a text."""
+    return f"{address >> 3:02x}.{address & 7:x}" if isinstance(address, int) else str(address)
 
 
-class _Process:
-    """The files that the process of QEMU has mapped."""
-
-    # The format of /proc/PID/maps, see proc(5).
-    _LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) [-rwxsp]{4} ([0-9a-f]+) \S+ (\d+) *(.*)")
-
-    def __init__(self, pid: int, flags: int, stack: ExitStack) -> None:
-        self._pid, self._flags, self._stack = pid, flags, stack
-        self._opened: dict[str, int] = {}
-        try:
-            text = _proc(pid, "maps").read_text("utf-8", "surrogateescape")
-            self._names = os.listdir(_proc(pid, "fd"))
-        except PermissionError as error:
-            raise PermissionError(
-                error.errno, "no permission to access QEMU: run as root, or as the user of QEMU", error.filename
-            ) from None
-        self._maps: list[Any] = [found.groups() for line in text.splitlines() if (found := self._LINE.match(line))]
-
-    def file_at(self, address: int, backend: str) -> tuple[int, int, str]:
-        """Return the open file mapped at an address, the offset in it, and its path if it has one."""
-        for start, end, offset, inode, path in self._maps:
-            if int(start, 16) <= address < int(end, 16) and inode != "0":
-                for name in self._names:
-                    link = _proc(self._pid, f"fd/{name}")
-                    # On some file systems the device number in maps differs from that of stat.
-                    if self._is(link, int(inode), path):
-                        where = int(offset, 16) + address - int(start, 16)
-                        return self._open(link), where, "" if path.endswith(" (deleted)") else path
-        raise QemuError(
-            f"the memory backend {backend!r} is not in a file that process {self._pid} has open: "
-            f"start QEMU with {_HOW}; if another process created the socket for QEMU, pass the process ID of QEMU"
-        )
-
-    @staticmethod
-    def _is(link: Path, inode: int, path: str) -> bool:
-        try:
-            return link.stat().st_ino == inode and os.readlink(link) == path
-        except FileNotFoundError:
-            return False  # closed meanwhile
-
-    def _open(self, link: Path) -> int:
-        name = str(link)
-        if name not in self._opened:
-            self._opened[name] = os.open(link, self._flags | os.O_CLOEXEC)
-            self._stack.callback(os.close, self._opened[name])
-        return self._opened[name]
+def _children(objects: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the type of each object within another."""
+    for each in objects:
+        if found := re.fullmatch(r"child<(.*)>", each["type"]):
+            yield each["name"], found[1]

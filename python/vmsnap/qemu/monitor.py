@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import stat
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,8 +21,6 @@ _GREETING_SECONDS = 10.0
 _POLL_SECONDS = 0.001
 # Enough for the object list of a large machine.
 _ANSWER_BYTES = 1 << 22
-# struct ucred of unix(7): pid, uid, gid.
-_CREDENTIALS = struct.Struct("3i")
 
 # The package logs the errors that it raises, and Python prints them if there is no handler.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -37,10 +34,9 @@ class Monitor:
         self._connection = connection
 
     @property
-    def peer_pid(self) -> int:
-        """The ID of the process that created the socket: QEMU, unless another process created the socket for it."""
-        credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return int(_CREDENTIALS.unpack(credentials)[0])
+    def connection(self) -> socket.socket:
+        """The connection itself, from which the process at the other end can be told."""
+        return self._connection
 
     async def run(self, command: str, **arguments: object) -> Any:
         """Run a command and return its result.
@@ -100,7 +96,7 @@ class Monitor:
 
 
 @asynccontextmanager
-async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monitor]:
+async def connected(connection: socket.socket, name: str, patience: float | None = None) -> AsyncIterator[Monitor]:
     """Open a QMP session on a connection, for a ``with`` block.
 
     Parameters
@@ -109,6 +105,8 @@ async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monit
         The connection. It is closed at the end.
     name
         The name of the other end in errors.
+    patience
+        The number of seconds in which the other end must answer. The default is for a QEMU that runs.
 
     Raises
     ------
@@ -117,7 +115,7 @@ async def connected(connection: socket.socket, name: str) -> AsyncIterator[Monit
     """
     client = QMPClient("vmsnap", readbuflen=_ANSWER_BYTES)
     try:
-        await asyncio.wait_for(client.connect(connection), _GREETING_SECONDS)
+        await asyncio.wait_for(client.connect(connection), _GREETING_SECONDS if patience is None else patience)
     except TimeoutError:
         connection.close()
         raise QemuError(

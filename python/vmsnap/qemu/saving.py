@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
-from vmsnap.memory import MemoryReport, Progress
+from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.devices import cancel, save_devices, without_shared_memory
-from vmsnap.qemu.machine import Machine, survey
+from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
+from vmsnap.qemu.survey import Ram, survey
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
 
@@ -105,7 +106,7 @@ async def save_async(
         The state of the guest afterwards: ``"as-before"`` resumes it if it ran before, ``"continue"`` always resumes
         it, and ``"quit"`` ends QEMU when the snapshot is complete.
     pid
-        The process ID of QEMU. The default is the process that created the socket.
+        The process ID of QEMU, which must have the socket open. By default it is found.
     progress
         Called from another thread with the number of bytes of memory done and the total.
 
@@ -130,7 +131,8 @@ async def save_async(
         stack.callback(connection.close)
         async with connected(connection, os.fspath(qmp)) as monitor:
             ran = await _check_state(monitor)
-            ram = await survey(monitor, monitor.peer_pid if pid is None else pid, stack, to_fill=False)
+            ram = await survey(monitor, stack, pid)
+            regions = regions_of(ram)
             staged = await _staged(
                 lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
             )
@@ -141,7 +143,7 @@ async def save_async(
                         device_state_bytes = await save_devices(monitor, fragment)
                     # The memory comes after the devices, because saving some devices changes the guest memory.
                     memory = await with_progress(
-                        lambda show: writer.write_memory(ram.regions, compress=compress, progress=show), progress
+                        lambda show: writer.write_memory(regions, compress=compress, progress=show), progress
                     )
                     if then == "quit":
                         pause.ends()
@@ -159,6 +161,18 @@ async def save_async(
         snapshot_id=staged.snapshot_id,
         seal_digest=staged.seal_digest,
     )
+
+
+def regions_of(ram: Ram) -> list[GuestRegion]:
+    """Return the regions of ``mem``, whose memory is in the files of QEMU."""
+    regions = []
+    for each, block in ram.places():
+        if block.file is None:
+            assert block.why_no_file is not None
+            raise block.why_no_file
+        offset = block.file.offset + each.offset
+        regions.append(GuestRegion(each.guest_base, block.file.descriptor, offset=offset, size=each.size))
+    return regions
 
 
 async def _staged(make: Callable[[], StagedSnapshot]) -> StagedSnapshot:

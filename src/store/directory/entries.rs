@@ -114,6 +114,25 @@ pub(crate) fn create_readable(folder: &OwnedFd, name: &str) -> std::result::Resu
     create_file_with(folder, name, OFlags::RDWR, FILE_MODE)
 }
 
+/// Creates a file without a name, to write it and read it back. It is gone when its last descriptor is closed, also
+/// after a crash.
+pub(crate) fn create_nameless(folder: &OwnedFd) -> Result<File> {
+    // Exclusive: no process can give it a name later.
+    let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+    if let Ok(file) = fs::openat(folder, ".", flags, FILE_MODE) {
+        return Ok(file.into());
+    }
+    // The file system, or an old kernel, does not support that.
+    create_and_unlink(folder)
+}
+
+fn create_and_unlink(folder: &OwnedFd) -> Result<File> {
+    let name = temporary_name()?;
+    let file = create_readable(folder, &name).map_err(|errno| Error::io("cannot be created", errno))?;
+    fs::unlinkat(folder, &name, AtFlags::empty()).map_err(|errno| Error::io("cannot be unlinked", errno))?;
+    Ok(file)
+}
+
 /// Opens a file that exists, to write into it.
 pub(crate) fn open_writable(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
     let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -353,5 +372,29 @@ fn kind_text(kind: FileType) -> &'static str {
         FileType::Socket => "a socket",
         FileType::CharacterDevice | FileType::BlockDevice => "a device",
         _ => "a special file",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_nameless_file_is_its_owners_and_in_no_listing() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = open(root.path(), "").unwrap();
+        for create in [create_nameless, create_and_unlink] {
+            let file = create(&folder).unwrap();
+            file.write_all_at(b"scratch", 3).unwrap();
+            let mut back = [9; 10];
+            file.read_exact_at(&mut back, 0).unwrap();
+            assert_eq!(&back, b"\0\0\0scratch");
+            let found = file.metadata().unwrap();
+            assert_eq!((found.nlink(), found.mode() & 0o7777), (0, 0o600));
+            assert_eq!(found.dev(), root.path().metadata().unwrap().dev());
+            assert!(entries(&folder).unwrap().is_empty());
+        }
     }
 }

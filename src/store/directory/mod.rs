@@ -20,6 +20,7 @@ mod remove;
 mod staged;
 mod walk;
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -94,6 +95,12 @@ impl Directory {
     /// Creates the file of a fragment.
     pub(crate) fn create(&self, path: &SnapshotPath, staged: bool) -> Result<NewFile> {
         NewFile::create(self, path, staged)
+    }
+
+    /// Creates a file without a name on the file system of the snapshot: no listing and no commit sees it.
+    pub(crate) fn create_nameless(&self) -> Result<File> {
+        let locked = LockedRoot::shared(self.root())?;
+        entries::create_nameless(locked.folder())
     }
 
     pub(crate) fn add_namespace(&self, namespace: &SnapshotPath) -> Result<()> {

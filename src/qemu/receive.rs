@@ -1,0 +1,293 @@
+//! [`MigrationStream`]: a stream that QEMU sent, taken apart into guest memory and the rest.
+
+use std::cell::Cell;
+use std::fmt;
+use std::io::Read;
+use std::sync::Arc;
+
+use super::front::Front;
+use super::input::{self, Input};
+use super::output::Output;
+use super::passage::Passage;
+use crate::error::{Error, Result};
+use crate::fragment::Fragment;
+use crate::memory::{GuestMemorySource, MemoryProgress, Spool, SpooledPages};
+use crate::name::shown;
+use crate::snapshot::SnapshotWriter;
+use crate::threads::Interrupt;
+use crate::zeros::PAGE_BYTES;
+
+/// A block of RAM in a migration stream: guest memory, or a ROM or the memory of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RamBlock {
+    /// The name that QEMU gave it, for example `pc.ram`.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The number of page records in the stream; 0 if QEMU left the block out, because it is in a shared file.
+    pub records: u64,
+    /// Whether it is guest memory, whose pages were taken out of the stream.
+    pub taken: bool,
+}
+
+/// A migration stream of QEMU that was received: what [`SnapshotWriter::receive_migration`] returns.
+///
+/// Guest memory is in a temporary file until the `MigrationStream` and all its memory is dropped. All else is in a
+/// fragment.
+pub struct MigrationStream {
+    machine_type: Option<String>,
+    ignores_shared: bool,
+    blocks: Vec<RamBlock>,
+    /// The area of each block in the spool.
+    areas: Vec<Option<usize>>,
+    pages: Arc<SpooledPages>,
+    device_state_bytes: u64,
+    page_bytes: u64,
+    repeated_bytes: u64,
+}
+
+impl MigrationStream {
+    /// Returns the machine type, for example `pc-q35-7.2`. A stream without a configuration does not name it.
+    #[must_use]
+    pub fn machine_type(&self) -> Option<&str> {
+        self.machine_type.as_deref()
+    }
+
+    /// Returns whether the capability `x-ignore-shared` was on.
+    #[must_use]
+    pub fn ignores_shared(&self) -> bool {
+        self.ignores_shared
+    }
+
+    /// Returns all blocks of RAM, in the order of the stream.
+    #[must_use]
+    pub fn blocks(&self) -> &[RamBlock] {
+        &self.blocks
+    }
+
+    /// Returns the number of bytes of the fragment.
+    #[must_use]
+    pub fn device_state_bytes(&self) -> u64 {
+        self.device_state_bytes
+    }
+
+    /// Returns the number of bytes of guest memory that the stream contained: 4096 for each page record.
+    #[must_use]
+    pub fn page_bytes(&self) -> u64 {
+        self.page_bytes
+    }
+
+    /// Returns how many of [`MigrationStream::page_bytes`] were for pages that had come before. The last record counts.
+    #[must_use]
+    pub fn repeated_bytes(&self) -> u64 {
+        self.repeated_bytes
+    }
+
+    /// Returns a part of a block, `size` bytes from `offset` on, as the source of a
+    /// [`GuestRegion`](crate::GuestRegion). Pages that the stream did not contain are zero.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_invalid_argument`] if there is no such block, its pages were not taken, or it does not have the
+    /// bytes; also if QEMU left the block out, because then its memory is in a file.
+    pub fn memory(&self, block: &str, offset: u64, size: u64) -> Result<impl GuestMemorySource + use<>> {
+        let wrong = |text| Error::invalid_argument(format!("the RAM block {} {text}", shown(block)));
+        let number = self.blocks.iter().position(|listed| listed.name == block);
+        let number = number.ok_or_else(|| wrong("is not in the migration stream".to_owned()))?;
+        let listed = &self.blocks[number];
+        let area = self.areas[number].ok_or_else(|| wrong("was not taken out of the migration stream".to_owned()))?;
+        if listed.records == 0 {
+            return Err(wrong("is listed in the migration stream, but QEMU left its pages out".to_owned()));
+        }
+        match offset.checked_add(size) {
+            Some(end) if end <= listed.size_bytes => Ok(self.pages.source(area, offset..end)),
+            _ => {
+                let size_bytes = listed.size_bytes;
+                Err(wrong(format!("has {size_bytes} bytes, too few for {size} bytes from offset {offset}")))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for MigrationStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MigrationStream")
+            .field("machine_type", &self.machine_type)
+            .field("blocks", &self.blocks)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SnapshotWriter {
+    /// Reads a migration stream of QEMU to its end. The pages of guest memory are taken out of it: they are in the
+    /// returned [`MigrationStream`]. The rest is written to `fragment` as it passes, and is still a stream that QEMU
+    /// accepts. If a page comes several times, as in a live migration, its last record counts.
+    ///
+    /// `blocks` are the names of the RAM blocks that are guest memory. If it is `None`, the names decide: ROMs, flash
+    /// and the memory of graphics cards are not guest memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_corrupt`] if the stream is malformed or truncated. [`Error::is_unsupported_format`] if it contains
+    /// something that vmsnap does not read, for example pages in the form of a migration capability; the text names it.
+    /// [`Error::is_io`] if the stream cannot be read, the fragment exists, or the disk is full. After an error the
+    /// fragment does not exist.
+    pub fn receive_migration(
+        &self,
+        stream: &mut dyn Read,
+        blocks: Option<&[&str]>,
+        fragment: &str,
+    ) -> Result<MigrationStream> {
+        self.receive_migration_interruptible(stream, blocks, fragment, &mut |_| Ok(()))
+    }
+
+    /// Reads a migration stream as [`SnapshotWriter::receive_migration`] does, and calls `progress` at most every 50 ms
+    /// with the number of bytes of guest memory that have come. An error of `progress` ends the call.
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`SnapshotWriter::receive_migration`], and the error that `progress` returns.
+    pub fn receive_migration_interruptible(
+        &self,
+        stream: &mut dyn Read,
+        blocks: Option<&[&str]>,
+        fragment: &str,
+        progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
+    ) -> Result<MigrationStream> {
+        let mut fragment = self.raw_fragment(fragment)?;
+        let (done_bytes, total_bytes) = (Cell::new(0), Cell::new(0));
+        let mut report = || progress(MemoryProgress { done_bytes: done_bytes.get(), total_bytes: total_bytes.get() });
+        let interrupt = &mut Interrupt::new(&mut report);
+        let received = receive(self, stream, blocks, &mut fragment, (&done_bytes, &total_bytes), interrupt);
+        let received = received.and_then(|received| {
+            fragment.finish_interruptible(&mut || interrupt.check())?;
+            Ok(received)
+        });
+        match received {
+            Ok(received) => {
+                let total_bytes = total_bytes.get();
+                progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
+                Ok(received)
+            }
+            Err(error) => {
+                // The first error is the reason.
+                let _ = fragment.remove();
+                Err(error)
+            }
+        }
+    }
+}
+
+fn receive(
+    writer: &SnapshotWriter,
+    stream: &mut dyn Read,
+    memory: Option<&[&str]>,
+    fragment: &mut Fragment,
+    (done_bytes, total_bytes): (&Cell<u64>, &Cell<u64>),
+    interrupt: &mut Interrupt<'_>,
+) -> Result<MigrationStream> {
+    let mut input = Input::new(stream, input::BUFFER_BYTES)?;
+    let front = Front::read(&mut input, interrupt)?;
+    let mut spool = Spool::new(writer)?;
+    let areas = choose(&front, memory, &mut spool)?;
+    let sizes = front.blocks.iter().zip(&areas).filter(|(_, area)| area.is_some()).map(|(block, _)| block.size);
+    total_bytes.set(sizes.sum());
+
+    let mut records = vec![0_u64; areas.len()];
+    let mut repeated = 0_u64;
+    let mut sink =
+        |bytes: &[u8], interrupt: &mut Interrupt<'_>| fragment.write_all_interruptible(bytes, &mut || interrupt.check());
+    let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
+    let names = front.blocks.iter().map(|block| &*block.name).collect();
+    let mut passage = Passage::begin(input, output, &front, names, interrupt)?;
+    let mut take = |block: usize, page: u64, bytes: Option<&[u8; PAGE_BYTES]>, interrupt: &mut Interrupt<'_>| {
+        records[block] += 1;
+        let Some(area) = areas[block] else { return Ok(false) };
+        let is_repeated = match bytes {
+            Some(bytes) => spool.put(area, page, bytes, interrupt)?,
+            None => spool.put_zero(area, page),
+        };
+        repeated += u64::from(is_repeated);
+        done_bytes.set(done_bytes.get() + if is_repeated { 0 } else { PAGE_BYTES as u64 });
+        Ok(true)
+    };
+    passage.first_section(&mut take, interrupt)?;
+    passage.other_sections(&mut take, interrupt)?;
+    passage.rest(interrupt)?;
+    let device_state_bytes = passage.output.written();
+    drop(passage);
+
+    let pages = Arc::new(spool.finish(interrupt)?);
+    let repeated_bytes = repeated * PAGE_BYTES as u64;
+    let taken = areas.iter().map(Option::is_some);
+    let blocks = front.blocks.into_iter().zip(records).zip(taken);
+    let blocks = blocks.map(|((block, records), taken)| {
+        RamBlock { name: block.name, size_bytes: block.size, records, taken }
+    });
+    Ok(MigrationStream {
+        machine_type: front.machine_type,
+        ignores_shared: front.ignores_shared,
+        blocks: blocks.collect(),
+        areas,
+        pages,
+        device_state_bytes,
+        page_bytes: done_bytes.get() + repeated_bytes,
+        repeated_bytes,
+    })
+}
+
+/// Returns the area in the spool of each block that is guest memory.
+fn choose(front: &Front, memory: Option<&[&str]>, spool: &mut Spool) -> Result<Vec<Option<usize>>> {
+    if let Some(missing) = memory.and_then(|names| names.iter().find(|name| front.find(name).is_none())) {
+        let text = format!(
+            "the migration stream has no RAM block {}, which is guest memory; its blocks are {}",
+            shown(missing),
+            front.names()
+        );
+        return Err(Error::corrupt(text));
+    }
+    let is_memory = |name: &str| memory.map_or_else(|| is_guest_memory(name), |names| names.contains(&name));
+    let areas = front.blocks.iter().map(|block| is_memory(&block.name).then(|| spool.add_area(block.size)));
+    Ok(areas.collect())
+}
+
+/// Returns whether a block is guest memory, as far as its name tells. QEMU names a memory backend by its path
+/// (`/objects/mem`) or its id, default memory by the machine (`pc.ram`), and all others by their device or file.
+fn is_guest_memory(name: &str) -> bool {
+    const OTHERS: [&str; 5] = ["bios", "flash", "vram", "nvram", "rom"];
+    let is_backend = name.strip_prefix("/objects/").is_some_and(|id| !id.contains('/'));
+    let is_other = || name.contains('/') || name.split(['.', '-', '@']).any(|word| is_numbered(word, &OTHERS));
+    is_backend || !is_other()
+}
+
+/// Returns whether `word` is one of `words`, perhaps with a number at its end.
+fn is_numbered(word: &str, words: &[&str]) -> bool {
+    words.contains(&word.trim_end_matches(|last: char| last.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod names {
+    use super::is_guest_memory;
+
+    #[test]
+    fn guest_memory_is_known_by_its_name() {
+        for name in ["pc.ram", "mach-virt.ram", "/objects/mem", "mem", "ram-node0", "memdimm0", "dimm1", "s390.ram"] {
+            assert!(is_guest_memory(name), "{name}");
+        }
+        for name in [
+            "pc.bios",
+            "pc.rom",
+            "isa-bios",
+            "system.flash0",
+            "virt.flash1",
+            "vga.vram",
+            "0000:00:02.0/vga.vram",
+            "0000:00:03.0/e1000.rom",
+            "/rom@etc/acpi/tables",
+            "/objects/../mem",
+        ] {
+            assert!(!is_guest_memory(name), "{name}");
+        }
+    }
+}
