@@ -11,6 +11,7 @@ use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, decrypt_
 use crate::key::{self, KeyPayload};
 use crate::manifest::Manifest;
 use crate::memory::Metadata;
+use crate::qemu;
 use crate::store::archive::member::{self, Member};
 
 /// The number of bytes that a parser may allocate for each byte of input.
@@ -21,7 +22,7 @@ const MAX_FIXED_BYTES: usize = 64 << 10;
 type Parser = fn(&[u8]);
 
 /// The parsers, each with the name of its directory in `fuzz/seeds`.
-pub const PARSERS: [(&str, Parser); 6] = [
+pub const PARSERS: [(&str, Parser); 7] = [
     ("manifest", |bytes| drop(Manifest::decode(bytes, None))),
     ("payload", |bytes| drop(KeyPayload::decode(Zeroizing::new(bytes.to_vec())))),
     ("mem_metadata", |bytes| drop(Metadata::decode(bytes))),
@@ -33,6 +34,7 @@ pub const PARSERS: [(&str, Parser); 6] = [
         drop(decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, bytes));
     }),
     ("archive", parse_member),
+    ("migration", |bytes| drop(qemu::pass_all(bytes))),
 ];
 
 /// Parses the headers at the beginning of `bytes` as those of the first member of an archive.
@@ -206,6 +208,9 @@ mod tests {
             let _ = key::wrapping(&read(&format!("enc_metadata/{wrapped}"))).unwrap();
         }
         decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
+        for seed in ["thinned", "zeros"] {
+            qemu::pass_all(&read(&format!("migration/{seed}"))).unwrap();
+        }
         for (seed, path) in [("key_metadata", "enc_metadata"), ("namespace", "disks/é"), ("large", "mem_data")] {
             let headers = read(&format!("archive/{seed}"));
             assert_eq!(Member::parse(member::GLOBAL_HEADER_BYTES as u64, &headers).unwrap().path, path);

@@ -4,8 +4,8 @@ import platform
 
 # asm/unistd.h.
 _NUMBERS = {
-    "x86_64": {"pread64": 17, "ptrace": 101, "process_vm_readv": 310},
-    "aarch64": {"pread64": 67, "ptrace": 117, "process_vm_readv": 270},
+    "x86_64": {"pread64": 17, "socket": 41, "ptrace": 101, "process_vm_readv": 310},
+    "aarch64": {"pread64": 67, "socket": 198, "ptrace": 117, "process_vm_readv": 270},
 }
 
 _FILTER = """

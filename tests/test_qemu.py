@@ -23,6 +23,7 @@ import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
 from guest import HELD, HELD_DIGEST, PATIENCE, QEMU, Console, ask, ended, listens, need_qemu, qemu_command, running
+from qemu_states import eventually, is_as_before, state
 from refusals import refused, refused_elsewhere, row
 from support import MIB, let_others_in, run_python
 from vmsnap.qemu import Machine, RamRange, monitor
@@ -53,23 +54,6 @@ def console(tmp_path: Path) -> Iterator[Console]:
     made = Console(tmp_path, "console")
     yield made
     made.close()
-
-
-def state(qmp: Path) -> str:
-    return str(ask(qmp, "query-status")["status"])
-
-
-def is_as_before(qmp: Path) -> bool:
-    """Whether the guest runs, no migration goes on, and QEMU has the settings it began with."""
-    on = [each["capability"] for each in ask(qmp, "query-migrate-capabilities") if each["state"]]
-    bandwidth = ask(qmp, "query-migrate-parameters")["max-bandwidth"]
-    migration = ask(qmp, "query-migrate").get("status", "none")
-    return (
-        state(qmp) == "running"
-        and on == []
-        and bandwidth == 128 * MIB
-        and migration in ("none", "completed", "failed", "cancelled")
-    )
 
 
 # A guest that counts ----------------------------------------------------------------------------------------------
@@ -189,7 +173,7 @@ def test_the_command_line_saves_and_loads(folder: Path, qmp: Path, console: Cons
         told = run("qemu", "save", "--qmp", qmp, folder / name, *arguments, "--quit").stderr.decode()
         assert process.wait(PATIENCE) == 0
     assert told.startswith("vmsnap: saved pc-i440fx-")
-    assert re.search(r"; the guest was paused for \d+\.\d\d s: ", told)
+    assert re.search(r"; the guest was paused for \d+\.\d{3} s: ", told)
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", folder / name, "-i", recipient, "--", *command]
     with ended(subprocess.Popen(load, stderr=subprocess.PIPE)) as loading:
         # The first numbers that are read may come from before.
@@ -350,8 +334,11 @@ def test_a_paused_guest_stays_paused_or_continues_where_told(folder: Path, qmp: 
         assert state(qmp) == "running"
         ask(qmp, "stop")
         vmsnap.qemu.save(qmp, folder / "vm2")
-        # QEMU's word for it; and it refuses a second one before `cont`.
-        assert state(qmp) == "postmigrate"
+        # Not `postmigrate`, with its disks given away: it can be saved again.
+        assert state(qmp) == "paused"
+        vmsnap.qemu.save(qmp, folder / "vm2b")
+        ask(qmp, "migrate", uri="exec:cat >/dev/null")
+        eventually(lambda: state(qmp) == "postmigrate", "migrated")
         with refused("qemu-not-now", "was saved or migrated before .*with 'cont' first", folder):
             vmsnap.qemu.save(qmp, folder / "vm3")
         ask(qmp, "cont")
@@ -671,10 +658,11 @@ def test_another_machine_is_refused(saved: Path, folder: Path, qmp: Path) -> Non
         vmsnap.qemu.load(saved, qemu_command(qmp, machine="q35"))
     with refused("qemu-other-machine", "256 MiB of backend 'mem' at 0x0, .* 512 MiB of backend 'mem'", folder):
         vmsnap.qemu.load(saved, qemu_command(qmp, size="512M"))
-    other = [each.replace("id=mem", "id=ram").replace("backend=mem", "backend=ram") for each in qemu_command(qmp)]
-    with refused("qemu-other-machine", "backend 'mem' of the saved guest is 'ram' in", folder):
-        vmsnap.qemu.load(saved, other)
     assert no_process_with(qmp)
+    # The id of a backend may be another one.
+    other = [each.replace("id=mem", "id=ram").replace("backend=mem", "backend=ram") for each in qemu_command(qmp)]
+    with ended(vmsnap.qemu.load(saved, other).process):
+        assert state(qmp) == "running"
 
 
 def copy_of(saved: Path, target: Path, **change: object) -> Path:
@@ -738,7 +726,7 @@ def test_a_load_that_fails_says_what_qemu_said(tmp_path: Path, folder: Path, qmp
     memory = f"memory-backend-file,id=mem,size=256M,share=on,mem-path={tmp_path}/ram"
     without = qemu_command(qmp, memory=memory)
     with refused("qemu-ends", "QEMU printed: .*virtio-rng", folder):
-        vmsnap.qemu.load(folder / "vm1", without, overwrite=True)
+        vmsnap.qemu.load(folder / "vm1", without, ignore_differences=True)
     line = error_of(run("qemu", "load", folder / "vm1", "--force", "--", *without, status=1))
     assert "virtio-rng" in line
     # The memory of a guest is not left behind in a file that was not there.
@@ -760,17 +748,9 @@ def test_what_a_failed_load_filled_is_empty_again(tmp_path: Path, folder: Path, 
     os.truncate(ram, SIZE)
     for memory in (json.dumps(backend), f"memory-backend-file,id=mem,size=256M,share=on,mem-path={ram}"):
         with refused("qemu-ends", "QEMU printed: .*virtio-rng", folder):
-            vmsnap.qemu.load(folder / "vm1", qemu_command(qmp, memory=memory), overwrite=True)
+            vmsnap.qemu.load(folder / "vm1", qemu_command(qmp, memory=memory), ignore_differences=True)
         assert ram.stat().st_size == SIZE
         assert ram.stat().st_blocks == 0
-
-
-@row("qemu-no-file")
-def test_a_load_through_a_shell_that_fails_ends_qemu_too(folder: Path, qmp: Path, saved: Path) -> None:
-    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    with refused("qemu-no-file", "is not in a file that process", folder):
-        vmsnap.qemu.load(saved, [*shell, *qemu_command(qmp, memory="memory-backend-ram,id=mem,size=256M")])
-    assert no_process_with(qmp)
 
 
 @row("qemu-command", "qemu-command-missing")

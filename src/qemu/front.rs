@@ -14,7 +14,7 @@ use crate::zeros::PAGE_BYTES;
 /// The buffer for a front that is read alone.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// What a stream of QEMU's migration begins with.
+/// The beginning of a migration stream of QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MigrationFront {
@@ -162,13 +162,11 @@ impl Front {
             let offset = input.offset();
             let name = input.name("the name of a capability", interrupt)?;
             push_name(&mut self.head, name);
-            match name {
-                "x-ignore-shared" => self.ignores_shared = true,
-                _ => {
-                    let text = format!("the migration capability {} was on; switch it off", shown(name));
-                    return Err(refused(offset, text));
-                }
+            if name != "x-ignore-shared" {
+                let text = format!("the migration capability {} was on; switch it off", shown(name));
+                return Err(refused(offset, text));
             }
+            self.ignores_shared = true;
         }
         Ok(())
     }
@@ -258,9 +256,13 @@ impl Front {
 
 /// Appends a name as the stream has it: its length in one byte, and its bytes.
 pub(super) fn push_name(bytes: &mut Vec<u8>, name: &str) {
-    // Names come from a stream, or their length was checked.
-    bytes.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
+    bytes.push(length_byte(name));
     bytes.extend(name.as_bytes());
+}
+
+/// Returns the length of a name. It fits, because the name comes from a stream, or its length was checked.
+pub(super) fn length_byte(name: &str) -> u8 {
+    u8::try_from(name.len()).unwrap_or(u8::MAX)
 }
 
 /// Reads a command, after the byte of its kind, and returns its bytes.

@@ -7,6 +7,7 @@
 //! output.rs    Output: the bytes that pass
 //! front.rs     Front: header, configuration and list of RAM blocks; SnapshotReader::migration_front
 //! passage.rs   Passage: a stream that passes, with every page shown on its way
+//! kept.rs      Kept: the stream that is left
 //! ending.rs    Ending: whether a stream was truncated
 //! receive.rs   SnapshotWriter::receive_migration, MigrationStream
 //! send.rs      SnapshotReader::send_migration, SentBlock
@@ -26,6 +27,7 @@ mod ending;
 mod format;
 mod front;
 mod input;
+mod kept;
 mod output;
 mod passage;
 mod receive;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::front::Front;
 use super::input::{self, Input};
+use super::kept::Kept;
 use super::output::Output;
 use super::passage::Passage;
 use crate::error::{Error, Result};
@@ -31,7 +32,7 @@ pub struct RamBlock {
     pub taken: bool,
 }
 
-/// A migration stream of QEMU that was received: what [`SnapshotWriter::receive_migration`] returns.
+/// A migration stream of QEMU that was received. [`SnapshotWriter::receive_migration`] returns it.
 ///
 /// Guest memory is in a temporary file until the `MigrationStream` and all its memory is dropped. All else is in a
 /// fragment.
@@ -196,11 +197,12 @@ fn receive(
 
     let mut records = vec![0_u64; areas.len()];
     let mut repeated = 0_u64;
-    let mut sink =
-        |bytes: &[u8], interrupt: &mut Interrupt<'_>| fragment.write_all_interruptible(bytes, &mut || interrupt.check());
+    let mut sink = |bytes: &[u8], interrupt: &mut Interrupt<'_>| {
+        fragment.write_all_interruptible(bytes, &mut || interrupt.check())
+    };
     let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
     let names = front.blocks.iter().map(|block| &*block.name).collect();
-    let mut passage = Passage::begin(input, output, &front, names, interrupt)?;
+    let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
     let mut take = |block: usize, page: u64, bytes: Option<&[u8; PAGE_BYTES]>, interrupt: &mut Interrupt<'_>| {
         records[block] += 1;
         let Some(area) = areas[block] else { return Ok(false) };
@@ -215,16 +217,15 @@ fn receive(
     passage.first_section(&mut take, interrupt)?;
     passage.other_sections(&mut take, interrupt)?;
     passage.rest(interrupt)?;
-    let device_state_bytes = passage.output.written();
+    let device_state_bytes = passage.kept.written();
     drop(passage);
 
     let pages = Arc::new(spool.finish(interrupt)?);
     let repeated_bytes = repeated * PAGE_BYTES as u64;
     let taken = areas.iter().map(Option::is_some);
     let blocks = front.blocks.into_iter().zip(records).zip(taken);
-    let blocks = blocks.map(|((block, records), taken)| {
-        RamBlock { name: block.name, size_bytes: block.size, records, taken }
-    });
+    let blocks =
+        blocks.map(|((block, records), taken)| RamBlock { name: block.name, size_bytes: block.size, records, taken });
     Ok(MigrationStream {
         machine_type: front.machine_type,
         ignores_shared: front.ignores_shared,

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::format::section;
 use super::front::Front;
 use super::input::{self, Input};
+use super::kept::Kept;
 use super::output::Output;
-use super::passage::Passage;
+use super::passage::{Passage, Take};
 use super::records::{Part, write_records};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, MemoryProgress};
@@ -26,6 +27,7 @@ pub struct SentBlock {
     sent_name: String,
     ranges: Vec<SentRange>,
     zeros: bool,
+    replaced: bool,
 }
 
 /// A part of a block, and where its bytes are in guest memory.
@@ -41,7 +43,7 @@ impl SentBlock {
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
         let name = name.into();
-        Self { sent_name: name.clone(), name, ranges: Vec::new(), zeros: false }
+        Self { sent_name: name.clone(), name, ranges: Vec::new(), zeros: false, replaced: false }
     }
 
     /// Sets the name that the block has in the QEMU that receives the stream. By default the same.
@@ -65,6 +67,14 @@ impl SentBlock {
         self.zeros = zeros;
         self
     }
+
+    /// Sets whether pages of the block that are in the fragment are left out, because all of them come from elsewhere:
+    /// from guest memory, or from a file. Off by default.
+    #[must_use]
+    pub fn replaced(mut self, replaced: bool) -> Self {
+        self.replaced = replaced;
+        self
+    }
 }
 
 impl SnapshotReader {
@@ -78,12 +88,7 @@ impl SnapshotReader {
     /// [`Error::is_invalid_argument`] if `blocks` do not fit the blocks in the fragment, or guest memory.
     /// [`Error::is_corrupt`], [`Error::is_unsupported_format`] or [`Error::is_authentication`] if the fragment or guest
     /// memory is damaged. [`Error::is_io`] if the stream cannot be written: errno EPIPE if QEMU stopped reading.
-    pub fn send_migration(
-        &self,
-        stream: &mut (dyn Write + Send),
-        blocks: &[SentBlock],
-        fragment: &str,
-    ) -> Result<u64> {
+    pub fn send_migration(&self, stream: &mut (dyn Write + Send), blocks: &[SentBlock], fragment: &str) -> Result<u64> {
         self.send_migration_interruptible(stream, blocks, fragment, None, &mut |_| Ok(()))
     }
 
@@ -123,24 +128,29 @@ impl SnapshotReader {
         let mut report = || progress(MemoryProgress { done_bytes: done.load(Ordering::Relaxed), total_bytes });
         let interrupt = &mut Interrupt::new(&mut report);
         let stream = Mutex::new(stream);
-        let mut sink = |bytes: &[u8], interrupt: &mut Interrupt<'_>| {
-            pipe::write_all(&mut **lock(&stream), bytes, interrupt)
-        };
+        let mut sink =
+            |bytes: &[u8], interrupt: &mut Interrupt<'_>| pipe::write_all(&mut **lock(&stream), bytes, interrupt);
         let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
-        let mut passage = Passage::begin(input, output, &front, names, interrupt)?;
-        passage.first_section(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
+        let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
+        let replaced: Vec<bool> = front
+            .blocks
+            .iter()
+            .map(|block| blocks.iter().any(|sent| sent.replaced && sent.name == block.name))
+            .collect();
+        let take: &mut Take<'_> = &mut |block, _, _, _| Ok(replaced[block]);
+        passage.first_section(take, interrupt).map_err(in_fragment)?;
         let mut sent = 0;
         if let Some(memory) = memory.filter(|_| !parts.is_empty()) {
             // A section of its own: no other one has to be changed.
-            passage.begin_section(section::PART, interrupt)?;
-            passage.output.flush(interrupt)?;
+            passage.kept.begin_section(section::PART, interrupt)?;
+            passage.kept.flush(interrupt)?;
             sent = write_records(&memory, &parts, &stream, threads, &done, interrupt)?;
-            passage.end_section(interrupt)?;
-            passage.forget_last_block();
+            passage.kept.end_section(interrupt)?;
+            passage.kept.forget_last_block();
         }
-        passage.other_sections(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
+        passage.other_sections(take, interrupt).map_err(in_fragment)?;
         passage.rest(interrupt).map_err(in_fragment)?;
-        sent += passage.output.written();
+        sent += passage.kept.written();
         drop(passage);
         progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
         Ok(sent)
@@ -177,12 +187,7 @@ fn number_of(front: &Front, block: &SentBlock) -> Result<usize> {
 }
 
 /// Returns the ranges of all blocks, each with its place in guest memory.
-fn parts<'a>(
-    front: &Front,
-    names: &[&'a str],
-    blocks: &[SentBlock],
-    memory: &GuestMemory,
-) -> Result<Vec<Part<'a>>> {
+fn parts<'a>(front: &Front, names: &[&'a str], blocks: &[SentBlock], memory: &GuestMemory) -> Result<Vec<Part<'a>>> {
     let mut parts = Vec::new();
     for block in blocks {
         let number = number_of(front, block)?;

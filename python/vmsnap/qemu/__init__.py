@@ -1,11 +1,14 @@
 """Saving a running QEMU guest into a snapshot, and resuming it from one. Linux only, over QMP.
 
-`save` pauses the guest, stores the device state of QEMU and the guest memory, and resumes the guest. `load` starts
-QEMU, restores both, and resumes the guest. ``docs/qemu.md`` has examples, and the QEMU options that a guest needs.
+`save` stores the guest memory, the device state of QEMU, and a description of the machine, while the guest runs or
+stands still. `load` starts QEMU, restores all of it, and resumes the guest. ``docs/qemu.md`` has examples.
 
 The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU over QMP, ``machine`` describes the
-machine and finds the guest memory, and ``devices`` transfers the device state. ``started`` is a QEMU that vmsnap
-started for loading, and ``background`` keeps blocking calls out of the event loop.
+machine, ``survey`` finds the guest memory, and ``process`` finds QEMU itself. For saving, ``migration`` receives what
+QEMU sends, ``hold`` is the time in which QEMU is not as it was, ``settings``, ``mark`` and ``guard`` see to it that it
+is afterwards, and ``shell`` runs a command meanwhile. For loading, ``filling`` plans how memory gets into QEMU,
+``devices`` sends what it loads, ``started`` is the process, and ``leftovers`` removes what a failure leaves.
+``background`` keeps blocking calls out of the event loop.
 """
 
 try:
@@ -14,7 +17,21 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError("vmsnap.qemu needs qemu.qmp: pip install 'vmsnap[qemu]'", name="qemu.qmp") from None
 
 from vmsnap.qemu.loading import LoadReport, load, load_async
-from vmsnap.qemu.machine import Machine, RamRange
+from vmsnap.qemu.machine import Cpu, Device, Machine, RamRange, Smp
 from vmsnap.qemu.saving import SaveReport, save, save_async
+from vmsnap.qemu.shell import run_command
 
-__all__ = ["LoadReport", "Machine", "RamRange", "SaveReport", "load", "load_async", "save", "save_async"]
+__all__ = [
+    "Cpu",
+    "Device",
+    "LoadReport",
+    "Machine",
+    "RamRange",
+    "SaveReport",
+    "Smp",
+    "load",
+    "load_async",
+    "run_command",
+    "save",
+    "save_async",
+]

@@ -26,7 +26,7 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
     An exception from a signal handler in this thread (Ctrl-C, or SIGTERM on the command line) cancels the coroutine,
     and is raised when the coroutine has ended. If it were raised in the thread of the event loop, it would destroy the
     loop and the connection to QEMU. If the coroutine completes in spite of the cancellation, `undo` is called with its
-    result.
+    result. If that cannot be undone and `undo` returns True, the result is returned, and the exception is not raised.
     """
     begun = threading.Event()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
@@ -63,7 +63,8 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
                 with suppress(RuntimeError):  # the loop has ended, and this error is the result of the coroutine
                     loop.call_soon_threadsafe(task.cancel)
             with suppress(Exception, asyncio.CancelledError):
-                undo(future.result())
+                if undo(result := future.result()) is True:
+                    return result
             raise
 
 

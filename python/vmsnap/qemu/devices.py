@@ -1,4 +1,4 @@
-"""Transfer of device state between QEMU and a fragment, through a pipe so that no disk stores it in plaintext."""
+"""The incoming migration of a load: a thread sends the stream of a snapshot through a pipe to QEMU."""
 
 import asyncio
 import os
@@ -8,7 +8,6 @@ from io import FileIO
 from typing import Any, TypeVar
 
 from vmsnap.errors import QemuError
-from vmsnap.io import Fragment
 from vmsnap.qemu.background import to_the_end
 from vmsnap.qemu.monitor import Monitor
 
@@ -16,27 +15,6 @@ Result = TypeVar("Result")
 
 _NAME = "vmsnap-device-state"
 _BATCH_BYTES = 1 << 20
-
-
-async def save_devices(monitor: Monitor, fragment: Fragment) -> int:
-    """Let QEMU write the device state into a fragment, and return the number of bytes.
-
-    Raises
-    ------
-    QemuError
-        QEMU cannot save the state, or has ended. No migration is in progress afterwards.
-    """
-
-    def take(pipe: FileIO) -> int:
-        buffer = memoryview(bytearray(_BATCH_BYTES))
-        taken = 0
-        while count := pipe.readinto(buffer):
-            fragment.write(buffer[:count])
-            taken += count
-        return taken
-
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    return await _transfer(monitor, "migrate", writing, FileIO(reading), take, lambda: cancel(monitor))
 
 
 async def load_devices(monitor: Monitor, send: Callable[[int], int], end_qemu: Callable[[], object]) -> int:
@@ -119,31 +97,3 @@ async def _transfer(
 
 async def _ended(task: "asyncio.Future[Any]") -> None:
     await asyncio.wait([task])
-
-
-def without_shared_memory(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the migration capabilities with only x-ignore-shared on, so that vmsnap transfers the shared memory.
-
-    All others are off, because they are for a network, and some change the format of the state.
-
-    Parameters
-    ----------
-    found
-        The capabilities that QEMU lists.
-
-    Raises
-    ------
-    QemuError
-        This QEMU does not have x-ignore-shared.
-    """
-    if not any(each["capability"] == "x-ignore-shared" for each in found):
-        raise QemuError("this QEMU is too old: it lacks the migration capability x-ignore-shared; use QEMU 4 or newer")
-    return [{**each, "state": each["capability"] == "x-ignore-shared"} for each in found]
-
-
-async def cancel(monitor: Monitor) -> None:
-    """Cancel a migration in progress, and wait until it has ended."""
-    with suppress(QemuError):
-        if await monitor.migrates():
-            await monitor.run("migrate_cancel")
-            await monitor.migrated()

@@ -17,6 +17,10 @@ from vmsnap.qemu.survey import Block, Ram
 _NAMED_FILES_ONLY = (8, 1)
 
 
+# `-device loader` writes into guest memory before QEMU waits for the stream. Nothing else does.
+_LOADER = "loader"
+
+
 @dataclass(frozen=True)
 class Filling:
     """The destination of each region of guest memory."""
@@ -78,6 +82,7 @@ def plan(
     destinations, files = list[GuestRegion | None](), list[MappedFile]()
     ranges: dict[str, list[tuple[int, int, int]]] = {each.name: [] for each in ram.blocks}
     zeros = dict[str, bool]()
+    writes_early = any(each.type == _LOADER for each in ram.machine.devices or [])
     for block in ram.blocks:
         _check_can_be_filled(block, ram, front)
         changes = block.file is not None and (block.shared or _is_filled(block))
@@ -90,7 +95,7 @@ def plan(
                     "is not empty, and another guest may use it: remove it, or pass overwrite=True (--force)",
                     block.file.path,
                 )
-        zeros[block.name] = not _is_filled(block) and _holds_something(block)
+        zeros[block.name] = not _is_filled(block) and (writes_early or _holds_something(block))
     for here in saved.ram:
         there, block = pairs[here]
         if block.file and _is_filled(block):
@@ -101,7 +106,8 @@ def plan(
             ranges[block.name].append((there.offset, here.guest_base, here.size))
     known = {name for name, _ in front.blocks}
     sent = [
-        SentBlock(name, there, ranges.get(there, []), zeros.get(there, False))
+        # vmsnap 0.1 left all memory in the stream of QEMU 8.1 and newer, beside `mem`.
+        SentBlock(name, there, ranges.get(there, []), zeros=zeros.get(there, False), replaced=True)
         for here, there in names.items()
         if (name := next((each for each in (here, f"/objects/{here}") if each in known), None))
     ]

@@ -154,7 +154,7 @@ async def load_async(
                     ram = await survey(monitor, stack, pid, to_fill=True)
                     if ram.pid is not None:
                         qemu.owns(ram.pid)
-                    names = machine.check_against(ram.machine, ignore_differences=overwrite or ignore_differences)
+                    names = machine.check_against(ram.machine, ignore_differences=ignore_differences)
                     filling = await in_thread(
                         lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)
                     )

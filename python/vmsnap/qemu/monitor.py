@@ -8,15 +8,18 @@ import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 
 from vmsnap.errors import QemuError
 
 # QEMU sends its greeting immediately. Without one, another client is connected, or the process is not QEMU.
 _GREETING_SECONDS = 10.0
+# The limit for the answer to a command. QEMU normally answers within milliseconds; a disk may have to be flushed first.
+_ANSWER_SECONDS = 30.0
 # The interval of queries for a migration, which takes about ten milliseconds.
 _POLL_SECONDS = 0.001
 # Enough for the object list of a large machine.
@@ -26,12 +29,39 @@ _ANSWER_BYTES = 1 << 22
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
+@dataclass(frozen=True)
+class Event:
+    """An event that QEMU has sent."""
+
+    name: str
+    """Its name, such as ``STOP``."""
+    seconds: float
+    """When it happened, by the clock of QEMU's host: seconds since the epoch."""
+    data: dict[str, Any]
+    """What QEMU says about it."""
+
+
 class Monitor:
     """An open QMP connection. `connected` returns it."""
 
     def __init__(self, client: QMPClient, connection: socket.socket) -> None:
         self._client = client
         self._connection = connection
+        self._listener = EventListener(names={"STOP", "RESUME", "RESET", "MIGRATION"})
+        self._events: list[Event] = []
+        client.register_listener(self._listener)
+
+    @property
+    def events(self) -> list[Event]:
+        """The events STOP, RESUME, RESET and MIGRATION that QEMU has sent on this connection, in their order.
+
+        An event that happened before QEMU answered a command has been received when `run` returns that answer.
+        """
+        for message in self._listener.clear():
+            told: dict[str, Any] = dict(message)
+            seconds = told["timestamp"]["seconds"] + told["timestamp"]["microseconds"] / 1e6
+            self._events.append(Event(told["event"], seconds, told.get("data", {})))
+        return self._events
 
     @property
     def connection(self) -> socket.socket:
@@ -51,17 +81,26 @@ class Monitor:
         Raises
         ------
         QemuError
-            QEMU refused the command, with the reason in the text; or QEMU has ended.
+            QEMU refused the command, with the reason in the text; QEMU has ended; or it does not answer in time.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            return await self._client.execute(command, named or None)
+            return await asyncio.wait_for(self._client.execute(command, named or None), _ANSWER_SECONDS)
+        except TimeoutError:
+            raise QemuError(
+                f"QEMU does not answer {command!r} within {_ANSWER_SECONDS:g} s: it may be stopped by a signal, or "
+                "wait for a disk"
+            ) from None
         except ExecuteError as refusal:
             raise QemuError(f"QEMU refused {command!r}: {refusal}") from None
         except ExecInterruptedError:
             raise QemuError(f"QEMU ended or closed the connection during {command!r}") from None
         except QMPError as error:
             raise QemuError(f"cannot send {command!r} to QEMU: {error}") from None
+
+    async def run_both(self, first: str, second: str) -> None:
+        """Send two commands at once, so that as little time as possible passes between them, and wait for both."""
+        await asyncio.gather(self.run(first), self.run(second))
 
     async def send_descriptor(self, name: str, descriptor: int) -> None:
         """Send a descriptor to QEMU, under a name that ``fd:`` refers to."""
@@ -91,8 +130,13 @@ class Monitor:
         """End QEMU. Returns when QEMU has closed the connection, or does not answer in time."""
         with suppress(QemuError, TimeoutError):
             await asyncio.wait_for(self.run("quit"), _GREETING_SECONDS)
-        with suppress(QMPError, EOFError, OSError):
-            await self._client.disconnect()
+        await _disconnect(self._client)
+
+
+async def _disconnect(client: QMPClient) -> None:
+    """Close a connection. If QEMU has ended, the command that was running has raised that error."""
+    with suppress(QMPError, EOFError, OSError, TimeoutError):
+        await asyncio.wait_for(client.disconnect(), _GREETING_SECONDS)
 
 
 @asynccontextmanager
@@ -127,9 +171,7 @@ async def connected(connection: socket.socket, name: str, patience: float | None
     try:
         yield Monitor(client, connection)
     finally:
-        # If QEMU has ended, the command that was running has raised that error.
-        with suppress(QMPError, EOFError, OSError):
-            await client.disconnect()
+        await _disconnect(client)
 
 
 def connection_to(path: Path) -> socket.socket:

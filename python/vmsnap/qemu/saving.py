@@ -1,9 +1,10 @@
 """`save`: storing a running QEMU guest in a snapshot."""
 
 import asyncio
+import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,11 +14,15 @@ from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
+from vmsnap.migration import MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import cancel, save_devices, without_shared_memory
+from vmsnap.qemu.hold import Hold
 from vmsnap.qemu.machine import Machine
+from vmsnap.qemu.mark import recover
+from vmsnap.qemu.migration import Rounds, keep_to, receive
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
-from vmsnap.qemu.survey import Ram, survey
+from vmsnap.qemu.settings import differing
+from vmsnap.qemu.survey import Block, Ram, survey
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
 
@@ -28,13 +33,8 @@ if TYPE_CHECKING:
 
 MACHINE, DEVICE_STATE = "machine", "device_state"
 
-_CHUNK_BYTES = 1 << 16
-
-# Bytes per second. The default limit of QEMU is for a network, and would keep the guest paused for longer.
-_MAX_BANDWIDTH = 1 << 40
-
-# QEMU normally answers within milliseconds.
-_PATIENCE_SECONDS = 30.0
+# QEMU stops the guest when it expects to send the rest in this time. Its default is 300.
+_DOWNTIME_MILLISECONDS = 20
 
 _NOT_NOW = {
     "postmigrate": "it was saved or migrated before and has not run since; resume it with 'cont' first",
@@ -48,12 +48,18 @@ class SaveReport:
     """Sizes, times and identifiers of a save."""
 
     paused_seconds: float
-    """How long the guest was paused: from before the command ``stop`` until after ``cont``.
+    """How long the guest stood still, by the times of QEMU's events ``STOP`` and ``RESUME``.
 
-    If the guest was paused before, or stays paused, the time ends when its memory has been read.
+    If the guest was paused before, or does not go on, it is the time in which its state was read.
     """
     seconds: float
     """Duration of the whole save, including the sync."""
+    way: Literal["files", "stream", "live"]
+    """How the memory was saved: read from shared files, or sent by QEMU, or sent by QEMU while the guest ran."""
+    rounds: int
+    """How many times QEMU went through the memory: 0 if it was read from files, 1 if the guest stood still."""
+    repeated_bytes: int
+    """Bytes of memory that QEMU sent again, because the guest had changed them."""
     device_state_bytes: int
     """Size of the device state, in bytes."""
     memory: MemoryReport
@@ -64,11 +70,23 @@ class SaveReport:
     """The identifier of the snapshot."""
     seal_digest: bytes
     """The digest of the seal. Keep it elsewhere to recognize this snapshot later."""
+    interrupted: str | None = None
+    """A sentence about an earlier save that was killed and whose changes to QEMU were undone first, or None."""
 
 
 def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
-    """Save a running guest in a new snapshot. The parameters are the same as for `save_async`."""
-    return run(save_async(qmp, location, encrypt, **options))
+    """Save a running guest in a new snapshot. The parameters are the same as for `save_async`.
+
+    After an exception from a signal handler, such as KeyboardInterrupt, there is no snapshot. If QEMU has already ended
+    for ``then="quit"``, the snapshot is kept, and the report is returned instead of the exception.
+    """
+
+    def undo(_report: SaveReport) -> bool:
+        if options.get("then") != "quit":
+            remove_snapshot(Path(location))
+        return options.get("then") == "quit"
+
+    return run(save_async(qmp, location, encrypt, **options), undo)
 
 
 async def save_async(
@@ -82,7 +100,10 @@ async def save_async(
     passphrase: "Passphrase | None" = None,
     key_provider: "KeyProvider | None" = None,
     compress: Literal["lz4"] | None = None,
+    live: bool = False,
+    max_rounds: int = 10,
     then: Literal["as-before", "continue", "quit"] = "as-before",
+    while_paused: Callable[[], object] | None = None,
     pid: int | None = None,
     threads: int | None = None,
     durable: bool = True,
@@ -91,8 +112,12 @@ async def save_async(
 ) -> SaveReport:
     """Save a running guest in a new snapshot: its memory, its device state, and a description of the machine.
 
-    The guest is paused while its state is read, and resumed before the snapshot is synced. If the save fails or is
-    cancelled, there is no snapshot, and the guest runs if it ran before.
+    The guest is paused while its state is read, and resumed as soon as possible; with `live` it runs meanwhile, and is
+    paused for some milliseconds at the end. If the save fails or is cancelled, there is no snapshot, and the guest runs
+    if it ran before. A small process sees to that even if this process is killed.
+
+    A guest that was paused before is paused afterwards. It runs for a moment of about a millisecond, in which QEMU
+    takes back its disks.
 
     Parameters
     ----------
@@ -102,19 +127,29 @@ async def save_async(
         Arguments of `vmsnap.create`.
     compress
         The compression of the guest memory: ``"lz4"``, or None.
+    live
+        Whether the guest runs while its memory is saved. QEMU sends the memory in rounds: all of it, and then what the
+        guest has changed since. A guest that is paused is saved as without this option.
+    max_rounds
+        The number of rounds after which a guest that changes its memory faster than it is saved is stopped. It is also
+        stopped after three rounds that left as much to send as the one before.
     then
         The state of the guest afterwards: ``"as-before"`` resumes it if it ran before, ``"continue"`` always resumes
         it, and ``"quit"`` ends QEMU when the snapshot is complete.
+    while_paused
+        Called from another thread while the guest stands still and its disks are flushed, for example to copy a disk.
+        An awaitable result is awaited. An exception ends the save, and the guest goes on.
     pid
-        The process ID of QEMU, which must have the socket open. By default it is found.
+        The process ID of QEMU. The default is the process at the other end of the socket.
     progress
-        Called from another thread with the number of bytes of memory done and the total.
+        Called from another thread with the number of bytes done and the total. Memory that QEMU sends counts twice:
+        when it is received, and when it is written.
 
     Raises
     ------
     QemuError
-        QEMU refused a command, failed or ended; the guest memory is not in a shared file; another client is connected;
-        or the guest is being migrated.
+        QEMU refused a command, failed, ended or does not answer; another client is connected, or has resumed the guest
+        during the save; another save is in progress; or the guest is being migrated.
     OSError
         There is no such socket, this user may not connect to it or access QEMU, or the disk is full.
     FileExistsError, KeyUnavailableError, InvalidArgumentError
@@ -126,65 +161,189 @@ async def save_async(
     keys = one_of(keys, given)
     keys = keys if keys.given else None
     started = perf_counter()
-    with ExitStack() as stack:
-        connection = connection_to(Path(qmp))
-        stack.callback(connection.close)
-        async with connected(connection, os.fspath(qmp)) as monitor:
-            ran = await _check_state(monitor)
-            ram = await survey(monitor, stack, pid)
-            regions = regions_of(ram)
-            staged = await _staged(
-                lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
-            )
-            async with _complete_or_absent(staged) as writer, _prepared(monitor):
+    async with _Snapshot(
+        lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
+    ) as snapshot:
+        with ExitStack() as stack:
+            connection = connection_to(Path(qmp))
+            stack.callback(connection.close)
+            async with connected(connection, os.fspath(qmp)) as monitor:
+                interrupted = await recover(monitor)
+                ran = await _check_state(monitor)
+                ram = await survey(monitor, stack, pid)
+                lively = live and ran
+                files = not lively and _in_files(ram.blocks)
+                parameters = {"downtime-limit": _DOWNTIME_MILLISECONDS} if lively else {}
+                found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
+                writer = await snapshot.begin()
                 writer.write_fragment(MACHINE, ram.machine)
-                async with _standing_still(monitor, ran, ran or then == "continue") as pause:
-                    with writer.raw_fragment(DEVICE_STATE, chunk_size_bytes=_CHUNK_BYTES) as fragment:
-                        device_state_bytes = await save_devices(monitor, fragment)
-                    # The memory comes after the devices, because saving some devices changes the guest memory.
-                    memory = await with_progress(
-                        lambda show: writer.write_memory(regions, compress=compress, progress=show), progress
+                shown = _Shown(progress)
+                rounds = Rounds(max_rounds)
+                async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
+                    if not lively:
+                        await hold.stop()
+                    stream = await receive(
+                        monitor,
+                        lambda pipe, show: writer.receive_migration(pipe, _names(ram), progress=show),
+                        hold.migrate,
+                        shown.received,
+                        (lambda: keep_to(rounds, monitor, hold.notice, hold.stop)) if lively else None,
                     )
+                    stack.callback(stream.close)
+                    regions, from_files = _regions(ram, stream)
+                    # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not.
+                    hold.stands_still(anew=not from_files)
+                    if while_paused is not None:
+                        await _call(while_paused)
+                    memory = await _write(writer, regions, compress, shown) if from_files else None
+                    await hold.check()
+                    if then != "quit":
+                        await hold.go_on(hold.runs or then == "continue")
+                    if memory is None:
+                        memory = await _write(writer, regions, compress, shown)
                     if then == "quit":
-                        pause.ends()
-                        await _commit(staged)
-                        pause.goes_on = False
+                        await snapshot.commit()
                         await to_the_end(monitor.quit())
-    assert staged.snapshot_id is not None
-    assert staged.seal_digest is not None
+        await snapshot.commit()
+    assert memory is not None
     return SaveReport(
-        paused_seconds=pause.seconds,
+        paused_seconds=hold.paused_seconds,
         seconds=perf_counter() - started,
-        device_state_bytes=device_state_bytes,
+        way="live" if lively else "stream" if len(from_files) < len(regions) else "files",
+        rounds=max(rounds.done, 1) if lively else 0 if len(from_files) == len(regions) else 1,
+        repeated_bytes=stream.repeated_bytes,
+        device_state_bytes=stream.device_state_bytes,
         memory=memory,
         machine=ram.machine,
-        snapshot_id=staged.snapshot_id,
-        seal_digest=staged.seal_digest,
+        snapshot_id=snapshot.identifier,
+        seal_digest=snapshot.seal_digest,
+        interrupted=interrupted,
     )
 
 
-def regions_of(ram: Ram) -> list[GuestRegion]:
-    """Return the regions of ``mem``, whose memory is in the files of QEMU."""
-    regions = []
+def _in_files(blocks: list[Block]) -> bool:
+    """Return whether QEMU should leave shared memory out of its stream, because it can be read from files.
+
+    QEMU leaves out all shared memory, or none. Since version 8.1 it still sends shared memory that has no name.
+    """
+    shared = [each for each in blocks if each.shared]
+    return bool(shared) and all(each.file is not None for each in shared)
+
+
+def _names(ram: Ram) -> list[str]:
+    """Return the names of the blocks of guest memory in the stream."""
+    return [each.name for each in ram.blocks if each.migrated]
+
+
+def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list[GuestRegion]]:
+    """Return the regions of ``mem``, and those of them that are read from files.
+
+    Raises
+    ------
+    QemuError, PermissionError
+        A block is neither in the stream nor in a file.
+    """
+    sent = {each.name for each in stream.blocks if each.taken and each.records}
+    regions, from_files = [], []
     for each, block in ram.places():
-        if block.file is None:
-            assert block.why_no_file is not None
-            raise block.why_no_file
-        offset = block.file.offset + each.offset
-        regions.append(GuestRegion(each.guest_base, block.file.descriptor, offset=offset, size=each.size))
-    return regions
+        if block.name in sent:
+            regions.append(GuestRegion(each.guest_base, stream.memory(block.name, each.offset, each.size)))
+        elif block.file is not None:
+            offset = block.file.offset + each.offset
+            from_files.append(GuestRegion(each.guest_base, block.file.descriptor, offset=offset, size=each.size))
+            regions.append(from_files[-1])
+        else:
+            raise block.why_no_file or QemuError(
+                f"QEMU did not send the memory block {block.name!r}, and it is not in a file that vmsnap can open"
+            )
+    return regions, from_files
 
 
-async def _staged(make: Callable[[], StagedSnapshot]) -> StagedSnapshot:
-    """Begin a snapshot. If this is cancelled meanwhile, the snapshot is discarded."""
-    made: list[StagedSnapshot] = []
-    try:
-        await in_thread(lambda: made.append(make()))
-    except asyncio.CancelledError:
-        for staged in made:
-            staged.discard()
-        raise
-    return made[0]
+class _Shown:
+    """The progress of both steps, receiving and writing, as that of one piece of work."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._received = 0
+
+    def received(self, done: int, total: int) -> None:
+        """Show the progress of receiving. Nothing is received if all memory is in files."""
+        if self._progress is not None and done:
+            self._received = total
+            self._progress(min(done, total), 2 * total)
+
+    def written(self, done: int, total: int) -> None:
+        """Show the progress of writing."""
+        if self._progress is not None:
+            self._progress(self._received + done, self._received + total)
+
+
+async def _write(
+    writer: SnapshotWriter, regions: list[GuestRegion], compress: Literal["lz4"] | None, shown: _Shown
+) -> MemoryReport:
+    return await with_progress(
+        lambda show: writer.write_memory(regions, compress=compress, progress=show), shown.written
+    )
+
+
+async def _call(while_paused: Callable[[], object]) -> None:
+    """Run the caller's function in a thread, and wait for its result if that is awaitable."""
+    called: list[object] = []
+    await in_thread(lambda: called.append(while_paused()))
+    if inspect.isawaitable(called[0]):
+        await called[0]
+
+
+class _Snapshot:
+    """A snapshot that is complete when its ``with`` block ends, or absent if the block fails."""
+
+    def __init__(self, make: Callable[[], StagedSnapshot]) -> None:
+        self._make = make
+        self._staged: StagedSnapshot | None = None
+        self.identifier = self.seal_digest = b""
+
+    async def begin(self) -> SnapshotWriter:
+        """Create it."""
+
+        def create_staged() -> None:
+            self._staged = self._make()
+
+        await in_thread(create_staged)
+        assert self._staged is not None
+        return self._staged.writer
+
+    async def commit(self) -> None:
+        """Complete it, if that has not been done. If this is cancelled meanwhile, the snapshot is removed."""
+        staged = self._staged
+        assert staged is not None
+        if staged.seal_digest is None:
+            try:
+                await in_thread(staged.commit)
+            except asyncio.CancelledError:
+                if staged.seal_digest is not None:
+                    self._staged = None
+                    await in_thread(lambda: remove_snapshot(staged.path))
+                raise
+        assert staged.snapshot_id is not None
+        assert staged.seal_digest is not None
+        self.identifier, self.seal_digest = staged.snapshot_id, staged.seal_digest
+
+    async def __aenter__(self) -> "_Snapshot":
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if error is None or self._staged is None:
+            return False
+        if self.seal_digest:
+            # The snapshot is all that is left of the guest. A cancellation came too late.
+            task = asyncio.current_task()
+            assert task is not None
+            return isinstance(error, asyncio.CancelledError) and task.uncancel() == 0
+        try:
+            self._staged.discard()
+        except OSError as left:
+            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
+        return False
 
 
 async def _check_state(monitor: Monitor) -> bool:
@@ -203,91 +362,3 @@ async def _check_state(monitor: Monitor) -> bool:
     if reasons := (await monitor.run("query-migrate")).get("blocked-reasons"):
         raise QemuError(f"QEMU cannot save the guest: {'; '.join(reasons)}")
     return bool(state == "running")
-
-
-@asynccontextmanager
-async def _complete_or_absent(staged: StagedSnapshot) -> AsyncIterator[SnapshotWriter]:
-    """Commit a snapshot if the block succeeds and has not done so itself; otherwise discard it."""
-    try:
-        yield staged.writer
-        if staged.seal_digest is None:
-            await _commit(staged)
-    except BaseException as error:
-        try:
-            staged.discard()
-        except OSError as left:
-            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
-        raise
-
-
-async def _commit(staged: StagedSnapshot) -> None:
-    """Commit a snapshot. If this is cancelled meanwhile, the snapshot is removed."""
-    try:
-        await in_thread(staged.commit)
-    except asyncio.CancelledError:
-        if staged.seal_digest is not None:
-            await in_thread(lambda: remove_snapshot(staged.path))
-        raise
-
-
-@asynccontextmanager
-async def _prepared(monitor: Monitor) -> AsyncIterator[None]:
-    """Set up QEMU to save everything except shared memory at full speed; restore its settings afterwards."""
-    found = await monitor.run("query-migrate-capabilities")
-    wanted = without_shared_memory(found)
-    bandwidth = (await monitor.run("query-migrate-parameters")).get("max-bandwidth")
-    try:
-        await _set(monitor, wanted, _MAX_BANDWIDTH)
-        yield
-    finally:
-        # If QEMU has ended, the first error is enough.
-        with suppress(QemuError):
-            await _in_time(_set(monitor, found, bandwidth))
-
-
-async def _set(monitor: Monitor, capabilities: list[dict[str, Any]], bandwidth: int | None) -> None:
-    if capabilities:
-        await monitor.run("migrate-set-capabilities", capabilities=capabilities)
-    if bandwidth is not None:
-        await monitor.run("migrate-set-parameters", max_bandwidth=bandwidth)
-
-
-class _Pause:
-    """A pause of the guest: its duration, and whether the guest is resumed afterwards."""
-
-    def __init__(self, goes_on: bool) -> None:
-        self.goes_on = goes_on
-        self.seconds = 0.0
-        self._started = perf_counter()
-
-    def ends(self) -> None:
-        self.seconds = self.seconds or perf_counter() - self._started
-
-
-@asynccontextmanager
-async def _standing_still(monitor: Monitor, ran: bool, goes_on: bool) -> AsyncIterator[_Pause]:
-    """Pause the guest during the block, and resume it afterwards; after an error only if it ran before."""
-    pause = _Pause(goes_on)
-    try:
-        await monitor.run("stop")
-        yield pause
-    except BaseException:
-        await _in_time(_as_it_was(monitor, ran))
-        raise
-    if pause.goes_on:
-        await to_the_end(monitor.run("cont"))
-    pause.ends()
-
-
-async def _in_time(work: Coroutine[Any, Any, None]) -> None:
-    """Wait until work that restores the guest has ended, with a limit in case QEMU does not answer."""
-    with suppress(TimeoutError):
-        await to_the_end(asyncio.wait_for(work, _PATIENCE_SECONDS))
-
-
-async def _as_it_was(monitor: Monitor, ran: bool) -> None:
-    """Resume the guest after an error if it ran before. Failures here must not hide that error."""
-    await cancel(monitor)
-    with suppress(QemuError):
-        if ran:
-            await monitor.run("cont")

@@ -45,6 +45,8 @@ class Block:
     """Whether the backend has ``prealloc=on``."""
     page_size: int
     """The size of its pages in bytes: larger than usual for ``hugetlb``."""
+    migrated: bool
+    """Whether it is in the migration stream. The memory of a virtio-pmem device is not, and always has a file."""
     ranges: list[RamRange]
     """Where the guest sees it. The ranges cover the block; some may not be mapped."""
     file: MappedFile | None
@@ -90,9 +92,10 @@ async def survey(monitor: Monitor, stack: ExitStack, pid: int | None = None, *, 
     Raises
     ------
     QemuError
-        The guest has no memory backend, or a part of its memory cannot be migrated; or process `pid` is not this QEMU.
+        The guest has no memory backend; process `pid` is not this QEMU; or a block that QEMU does not migrate is not in
+        a file.
     PermissionError
-        This user may not look into process `pid`.
+        This user may not look into process `pid`, or into the process that has such a block.
     """
     found = await _found(monitor)
     process, why = _process(monitor, pid, found)
@@ -109,6 +112,7 @@ class _Found:
     name: str
     size: int
     page_size: int
+    migrated: bool
     backend: dict[str, Any]
     ranges: list[RamRange]
     address: int | None
@@ -125,12 +129,11 @@ async def _found(monitor: Monitor) -> list[_Found]:
         name, size = backend["id"], backend["size"]
         parts = await places.of(name, size)
         block = _stream_block(listed, name, size)
+        migrated = block is not None
         if block is None:
-            if parts:
-                raise QemuError(
-                    f"the memory backend {name!r} is not in the migration stream of QEMU, so the guest cannot be saved"
-                )
-            continue  # an object that the machine does not use
+            if not parts:
+                continue  # an object that the machine does not use
+            block = _Listed(name, size, mmap.PAGESIZE, None)
         stream_name = "" if block.name == name else block.name
         ranges = [RamRange(name, base, at, length, block=stream_name) for base, at, length in parts]
         for at, length in _gaps(parts, block.size):
@@ -140,7 +143,7 @@ async def _found(monitor: Monitor) -> list[_Found]:
         if address is None and parts:
             base, at, _ = parts[0]
             address = await _host_address(monitor, base) - at
-        found.append(_Found(block.name, block.size, block.page_size, backend, ranges, address))
+        found.append(_Found(block.name, block.size, block.page_size, migrated, backend, ranges, address))
     if not found:
         raise QemuError(f"the guest memory has no memory backend: start QEMU with {_HOW}")
     return sorted(found, key=lambda each: each.name)
@@ -308,6 +311,9 @@ def _block(
                 file = process.file_at(found.address, found.size, flags, stack)
         except OSError as error:
             why = error
+    if file is None and not found.migrated:
+        assert why is not None
+        raise why
     writable = (
         to_fill
         and file is not None
@@ -322,6 +328,7 @@ def _block(
         shared=shared,
         preallocated=bool(found.backend["prealloc"]),
         page_size=found.page_size,
+        migrated=found.migrated,
         ranges=found.ranges,
         file=file,
         why_no_file=why if file is None else None,

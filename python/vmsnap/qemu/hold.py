@@ -1,0 +1,140 @@
+"""The time in which QEMU is not as it was: its settings are changed, and the guest may stand still."""
+
+import asyncio
+from time import perf_counter
+
+from vmsnap.errors import QemuError
+from vmsnap.qemu.background import in_thread, to_the_end
+from vmsnap.qemu.guard import Guard
+from vmsnap.qemu.mark import Holder, Mark, as_it_was, recover
+from vmsnap.qemu.monitor import Monitor
+from vmsnap.qemu.settings import Settings
+
+# The limit for undoing everything. If QEMU does not answer in time, that is left to the guard.
+_UNDO_SECONDS = 30.0
+
+
+class Hold:
+    """Changed settings of QEMU. When the ``with`` block ends, in whatever way, QEMU is as it was before."""
+
+    def __init__(self, monitor: Monitor, qmp: str, ran: bool, found: Settings, wanted: Settings) -> None:
+        self._monitor, self._qmp = monitor, qmp
+        self._mark = Mark(Holder.here(), ran, found)
+        self._wanted = wanted
+        self._guard: Guard | None = None
+        self._stopped = perf_counter()
+        self._seen, self._begun = 0, False
+        self.paused_seconds = 0.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether the guest ran before, and nobody else has stopped it since."""
+        return self._mark.ran
+
+    async def __aenter__(self) -> "Hold":
+        def start_guard() -> None:
+            self._guard = Guard(self._qmp, self._mark.id)
+
+        try:
+            await in_thread(start_guard)
+            await self._mark.place(self._monitor)
+            await self._wanted.put(self._monitor)
+        except BaseException:
+            await self.release()
+            raise
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.release()
+
+    async def stop(self) -> None:
+        """Stop the guest."""
+        await self._note(stops=True)
+        self.stands_still(anew=True)
+        await self._monitor.run("stop")
+
+    async def migrate(self, uri: str) -> None:
+        """Let QEMU begin to migrate. At the end QEMU stops the guest if it runs.
+
+        Raises
+        ------
+        QemuError
+            QEMU refuses, for example because somebody else has begun another migration, which goes on.
+        """
+        before = self._mark
+        await self._note(stops=True, migrates=True)
+        try:
+            await self._monitor.run("migrate", uri=uri)
+        except QemuError:
+            await self._note(stops=before.stops, migrates=before.migrates)
+            raise
+
+    async def notice(self) -> None:
+        """Notice whether somebody else has stopped or resumed the guest, while QEMU migrates it and it runs."""
+        state = (await self._monitor.run("query-status"))["status"]
+        if (state == "paused") == self._mark.ran and state in ("paused", "running"):
+            await self._note(ran=state == "running")
+
+    def stands_still(self, *, anew: bool) -> None:
+        """Begin a time in which the guest has to stand still.
+
+        Parameters
+        ----------
+        anew
+            Whether a time that has begun before does not matter any more.
+        """
+        if anew or not self._begun:
+            self._begun = True
+            self._seen = len(self._monitor.events)
+
+    async def check(self) -> None:
+        """Check that the guest has stood still until now, after it was migrated.
+
+        Raises
+        ------
+        QemuError
+            Somebody else has let the guest run, so that what was saved does not fit together.
+        """
+        state = (await self._monitor.run("query-status"))["status"]
+        resumed = any(each.name == "RESUME" for each in self._monitor.events[self._seen :])
+        if resumed:
+            await self._note(stops=False)  # it is theirs now, whether it runs or not
+        if resumed or state != "postmigrate":
+            raise QemuError(
+                "the guest did not stand still while it was saved: another client of QEMU has resumed or reset it; "
+                "save it again"
+            )
+        self.paused_seconds = perf_counter() - self._stopped
+
+    async def go_on(self, runs: bool) -> None:
+        """Let the guest run, or make it ``paused`` again; and let QEMU be as it was before."""
+        if runs:
+            await self._monitor.run("cont")
+        else:
+            await as_it_was(self._monitor, ran=False)
+        self.paused_seconds = perf_counter() - self._stopped
+        times = {each.name: each.seconds for each in self._monitor.events}
+        if runs and 0 < times.get("STOP", 0) <= times.get("RESUME", 0):
+            self.paused_seconds = times["RESUME"] - times["STOP"]
+        await self._note(stops=False, migrates=False)
+        await self.release()
+
+    async def release(self) -> None:
+        """Let QEMU be as it was before."""
+        if self._guard is not None:
+            guard, self._guard = self._guard, None
+            await to_the_end(self._undo(guard))
+
+    async def _note(self, **changed: bool) -> None:
+        self._mark = await self._mark.put(self._monitor, **changed)
+
+    async def _undo(self, guard: Guard) -> None:
+        try:
+            await asyncio.wait_for(recover(self._monitor, self._mark.id), _UNDO_SECONDS)
+        except (QemuError, TimeoutError):
+            # The error that led here is the one to report. If QEMU has ended, the guard finds nothing to do.
+            guard.take_over()
+        else:
+            guard.dismiss()
+        finally:
+            self._mark.over()

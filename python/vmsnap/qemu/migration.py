@@ -1,0 +1,213 @@
+"""The outgoing migration of a save: QEMU writes its stream into a pipe, and a thread receives it."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from vmsnap.errors import QemuError
+from vmsnap.memory import Progress
+from vmsnap.migration import MigrationStream
+from vmsnap.qemu.background import to_the_end, with_progress
+from vmsnap.qemu.monitor import Monitor
+
+_NAME = "vmsnap-state"
+_CANCEL_SECONDS = 30.0
+# QEMU needs a moment between the end of the stream and the state in which the guest can go on.
+_POLL_SECONDS = 0.001
+# A round of a live save takes longer.
+_ROUND_POLL_SECONDS = 0.02
+
+# The number of rounds in which the amount that is left may fail to become smaller.
+_ROUNDS_WITHOUT_PROGRESS = 3
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+
+@dataclass
+class Rounds:
+    """The rounds of a live save. QEMU sends all memory, and then again and again what the guest has written since."""
+
+    limit: int
+    """The largest number of rounds. The guest is stopped for the last one at the latest."""
+    done: int = 0
+    """The number of rounds so far."""
+    _least: int | None = None
+    _fruitless: int = 0
+
+    def go_on(self, memory: dict[str, Any]) -> bool:
+        """Return whether the guest may run on.
+
+        Parameters
+        ----------
+        memory
+            The statistics of the memory from ``query-migrate``.
+        """
+        number = memory.get("dirty-sync-count", 0)
+        if number > self.done:
+            self.done = number
+            left = memory.get("remaining", 0)
+            if self._least is None or left < self._least:
+                self._least, self._fruitless = left, 0
+            else:
+                self._fruitless += 1
+        return self.done <= self.limit and self._fruitless < _ROUNDS_WITHOUT_PROGRESS
+
+
+async def receive(
+    monitor: Monitor,
+    call: Callable[[int, Progress], MigrationStream],
+    migrate: Callable[[str], Coroutine[Any, Any, None]],
+    progress: Progress | None,
+    watch: Work | None = None,
+) -> MigrationStream:
+    """Let QEMU migrate into a pipe, and return the stream that `call` has received in a thread.
+
+    Parameters
+    ----------
+    monitor
+        The connection to QEMU.
+    call
+        Receives the stream from a descriptor.
+    migrate
+        Begins the migration to a URI.
+    progress
+        The progress of `call`.
+    watch
+        Runs beside the migration, and is cancelled when that has completed.
+
+    Raises
+    ------
+    QemuError
+        QEMU cannot save the guest, or has ended; or the stream is not understood. No migration is in progress
+        afterwards.
+    """
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
+
+    ended = False
+
+    def receive_and_close(show: Progress) -> MigrationStream:
+        nonlocal ended
+        # The end is closed even if the work fails, because QEMU would wait until its bytes are read.
+        try:
+            return call(ours, show)
+        except QemuError:
+            ended = _is_at_its_end(ours)
+            raise
+        finally:
+            os.close(ours)
+
+    try:
+        try:
+            await monitor.send_descriptor(_NAME, theirs)
+        finally:
+            os.close(theirs)
+        await migrate(f"fd:{_NAME}")
+    except BaseException:
+        os.close(ours)
+        with suppress(QemuError):
+            await to_the_end(monitor.run("closefd", fdname=_NAME))
+        raise
+    receiving = asyncio.ensure_future(with_progress(receive_and_close, progress))
+    waiting = [asyncio.ensure_future(_completed(monitor))]
+    if watch is not None:
+        waiting.append(asyncio.ensure_future(watch()))
+    try:
+        # If the thread fails, QEMU is not waited for: 7.2 does not notice a pipe that ends immediately.
+        pending = {receiving, *waiting}
+        while not waiting[0].done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if ended:
+                # QEMU has closed the pipe too early, and tells why.
+                await waiting[0]
+            for each in done:
+                each.result()
+        return await receiving
+    except BaseException:
+        # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
+        await to_the_end(_given_up(monitor, receiving, waiting))
+        if not ended and receiving.done() and not receiving.cancelled() and (error := receiving.exception()):
+            raise error from None
+        raise
+    finally:
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def _is_at_its_end(pipe: int) -> bool:
+    """Return whether nothing can be read from a pipe any more."""
+    os.set_blocking(pipe, False)
+    try:
+        return not os.read(pipe, 1)
+    except BlockingIOError:
+        return False
+
+
+async def _given_up(
+    monitor: Monitor, receiving: "asyncio.Future[MigrationStream]", waiting: list["asyncio.Task[None]"]
+) -> None:
+    """End a migration after an error, which is not to be hidden by another one."""
+    for each in waiting:
+        each.cancel()
+    with suppress(QemuError):
+        await cancel(monitor)
+    # If QEMU does not answer, it may never close its end of the pipe.
+    receiving.cancel()
+    await asyncio.wait([receiving], timeout=_CANCEL_SECONDS)
+    if receiving.done() and not receiving.cancelled() and receiving.exception() is None:
+        receiving.result().close()
+
+
+async def _completed(monitor: Monitor) -> None:
+    """Wait until the migration has completed, and the guest can be told to go on.
+
+    Raises
+    ------
+    QemuError
+        The migration failed. The text contains the reason if QEMU reports one.
+    """
+    await monitor.migrated()
+    while (await monitor.run("query-status"))["status"] == "finish-migrate":
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def keep_to(rounds: Rounds, monitor: Monitor, notice: Work, stop: Work) -> None:
+    """Watch a live migration, and stop the guest if it writes faster than its memory is saved.
+
+    Parameters
+    ----------
+    rounds
+        The limit, and the rounds so far.
+    monitor
+        The connection to QEMU.
+    notice
+        Called between two looks at the rounds.
+    stop
+        Stops the guest.
+    """
+    while rounds.go_on((await monitor.run("query-migrate")).get("ram", {})):
+        await notice()
+        await asyncio.sleep(_ROUND_POLL_SECONDS)
+    await stop()
+
+
+async def cancel(monitor: Monitor) -> None:
+    """Cancel a migration in progress, and wait until it has ended.
+
+    Raises
+    ------
+    QemuError
+        QEMU has ended, or does not end the migration in time.
+    """
+    if not await monitor.migrates():
+        return
+    await monitor.run("migrate_cancel")
+    try:
+        async with asyncio.timeout(_CANCEL_SECONDS):
+            while await monitor.migrates():
+                await asyncio.sleep(_POLL_SECONDS)
+    except TimeoutError:
+        raise QemuError(f"QEMU does not cancel its migration within {_CANCEL_SECONDS:g} s") from None
