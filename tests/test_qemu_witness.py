@@ -16,8 +16,12 @@ from support import MIB
 from toy_guest import Toy
 from witness import SIZE, SIZE_BYTES, Witness, make_disk
 
-# How a guest is saved.
-WAYS: dict[str, dict[str, Any]] = {"stopped": {}}
+# How a guest is saved: the memory that it has, and the options.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "files": ("file", {}),
+    "stream": ("plain", {}),
+    "live": ("plain", {"live": True}),
+}
 
 # How a guest's memory is backed; "" is a plain -m.
 BACKENDS = {
@@ -96,7 +100,7 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Hos
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "machine"), [("system", "pc"), ("10.0", "q35")])
-def test_a_guest_that_works_is_saved_three_times_and_comes_back(
+def test_a_guest_that_works_goes_on_when_it_is_saved_and_a_copy_begins_there(
     booted: Callable[[str, str], Host],
     host: Callable[..., Host],
     name: str,
@@ -104,20 +108,44 @@ def test_a_guest_that_works_is_saved_three_times_and_comes_back(
     way: str,
     key: bytes,
 ) -> None:
-    first = booted(name, machine)
-    qemu = qemus.found(name)
-    source, copy = host("source", first), host("copy", first)
-    with source.loads(qemu, first.folder / "vm", first.disk) as process:
+    """Its disk is copied while it stands still."""
+    first, qemu = booted(name, machine), qemus.found(name)
+    backend, options = WAYS[way]
+    source, copy = host("source", first, backend), host("copy", first)
+    disk = source.folder / "disk at the save"
+    with source.loads(qemu, first.folder / "vm", first.disk):
         source.witness.goes_on()
         for number in range(2):
-            report = vmsnap.qemu.save(source.qmp, source.folder / f"vm{number}", key=key, durable=False, **WAYS[way])
+            disk.unlink(missing_ok=True)
+            report = vmsnap.qemu.save(
+                source.qmp,
+                source.folder / f"vm{number}",
+                key=key,
+                compress="lz4",
+                durable=False,
+                while_paused=lambda: shutil.copyfile(source.disk, disk),
+                **options,
+            )
+            assert report.way == way
+            assert report.machine.machine_type == first.machine
             source.witness.goes_on()
-        assert report.machine.machine_type == first.machine
-        vmsnap.qemu.save(
-            source.qmp, source.folder / "vm", key=key, compress="lz4", then="quit", durable=False, **WAYS[way]
-        )
+        with copy.loads(qemu, source.folder / "vm1", disk, key=key):
+            copy.witness.goes_on()
+            source.witness.goes_on()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_guest_that_works_is_saved_and_quit(
+    booted: Callable[[str, str], Host], host: Callable[..., Host], way: str
+) -> None:
+    first, qemu = booted("10.0", "q35"), qemus.found("10.0")
+    backend, options = WAYS[way]
+    source, copy = host("source", first, backend), host("copy", first, backend)
+    with source.loads(qemu, first.folder / "vm", first.disk) as process:
+        source.witness.goes_on()
+        vmsnap.qemu.save(source.qmp, source.folder / "vm", then="quit", durable=False, **options)
         assert process.wait(PATIENCE) == 0
-    with copy.loads(qemu, source.folder / "vm", source.disk, key=key):
+    with copy.loads(qemu, source.folder / "vm", source.disk):
         copy.witness.goes_on()
 
 
