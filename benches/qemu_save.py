@@ -148,7 +148,7 @@ def theirs(qemu: Qemu, live: bool, directory: Path) -> Iterator[Writer]:
         yield Writer("QEMU exec:lz4 | age", through(f"lz4 -1 -c | age -e -i {identity}"))
 
 
-# Those of vmsnap ----------------------------------------------------------------------------------------------------
+# Saves of vmsnap ----------------------------------------------------------------------------------------------------
 
 
 def ours(way: Guest) -> Iterator[Writer]:

@@ -3,7 +3,7 @@
 import functools
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,38 @@ import qemus
 import vmsnap.qemu
 from guest import PATIENCE, ended, qemu_command, running
 from qemus import Qemu
+from support import MIB
 from toy_guest import Toy
-from witness import SIZE, Witness, make_disk
+from witness import SIZE, SIZE_BYTES, Witness, make_disk
 
-# How a guest is saved.
-WAYS: dict[str, dict[str, Any]] = {"stopped": {}}
+# How a guest is saved: the memory that it has, and the options.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "files": ("file", {}),
+    "stream": ("plain", {}),
+    "live": ("plain", {"live": True}),
+}
+
+# How a guest's memory is backed; "" is a plain -m.
+BACKENDS = {
+    "file": f"memory-backend-file,id=mem,size={SIZE},share=on,mem-path={{folder}}/ram",
+    "memfd": f"memory-backend-memfd,id=mem,size={SIZE},share=on",
+    "private": f"memory-backend-memfd,id=mem,size={SIZE},share=off",
+    "huge": f"memory-backend-memfd,id=mem,size={SIZE},share=on,hugetlb=on,hugetlbsize=2M",
+    "plain": "",
+}
 
 
 class Host:
     """A directory for a guest: its console, monitor, disk and memory."""
 
-    def __init__(self, folder: Path, machine: str, image: str) -> None:
+    def __init__(self, folder: Path, machine: str, image: str, backend: str = "file") -> None:
         folder.mkdir()
-        self.folder, self.machine, self.image = folder, machine, image
+        self.folder, self.machine, self.image, self.backend = folder, machine, image, backend
         self.witness = Witness(folder)
         self.qmp, self.disk = folder / "qmp", folder / "disk"
 
     def command(self, qemu: Qemu) -> list[str]:
-        memory = f"memory-backend-file,id=mem,size={SIZE},share=on,mem-path={self.folder}/ram"
+        memory = BACKENDS[self.backend].format(folder=self.folder)
         options = self.witness.options(self.disk, self.image)
         return qemu_command(self.qmp, *options, machine=self.machine, memory=memory, size=SIZE, qemu=qemu)
 
@@ -52,12 +66,12 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Callable[[str, Host], Host]]:
-    """Make a host for the guest of another one."""
+def host(tmp_path: Path) -> Iterator[Callable[..., Host]]:
+    """Make a host for the guest of another one, with memory of its own kind."""
     hosts: list[Host] = []
 
-    def make(name: str, like: Host) -> Host:
-        hosts.append(Host(tmp_path / name, like.machine, like.image))
+    def make(name: str, like: Host, backend: str = "file") -> Host:
+        hosts.append(Host(tmp_path / name, like.machine, like.image, backend))
         return hosts[-1]
 
     yield make
@@ -76,7 +90,7 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Hos
         host = Host(tmp_path_factory.mktemp("booted") / machine, qemu.newest(machine), image)
         with host.boots(qemu) as process:
             host.witness.goes_on()
-            vmsnap.qemu.save(host.qmp, host.folder / "vm", compress="lz4", then="quit")
+            vmsnap.qemu.save(host.qmp, host.folder / "vm", compress="lz4", then="quit", durable=False)
             process.wait(PATIENCE)
         host.close()
         return host
@@ -86,27 +100,72 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Hos
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "machine"), [("system", "pc"), ("10.0", "q35")])
-def test_a_guest_that_works_is_saved_three_times_and_comes_back(
+def test_a_guest_that_works_goes_on_when_it_is_saved_and_a_copy_begins_there(
     booted: Callable[[str, str], Host],
-    host: Callable[[str, Host], Host],
+    host: Callable[..., Host],
     name: str,
     machine: str,
     way: str,
     key: bytes,
 ) -> None:
-    first = booted(name, machine)
-    qemu = qemus.found(name)
-    source, copy = host("source", first), host("copy", first)
-    with source.loads(qemu, first.folder / "vm", first.disk) as process:
+    """Its disk is copied while it stands still."""
+    first, qemu = booted(name, machine), qemus.found(name)
+    backend, options = WAYS[way]
+    source, copy = host("source", first, backend), host("copy", first)
+    disk = source.folder / "disk at the save"
+    with source.loads(qemu, first.folder / "vm", first.disk):
         source.witness.goes_on()
         for number in range(2):
-            report = vmsnap.qemu.save(source.qmp, source.folder / f"vm{number}", key=key, **WAYS[way])
+            disk.unlink(missing_ok=True)
+            report = vmsnap.qemu.save(
+                source.qmp,
+                source.folder / f"vm{number}",
+                key=key,
+                compress="lz4",
+                durable=False,
+                while_paused=lambda: shutil.copyfile(source.disk, disk),
+                **options,
+            )
+            assert report.way == way
+            assert report.machine.machine_type == first.machine
             source.witness.goes_on()
-        assert report.machine.machine_type == first.machine
-        vmsnap.qemu.save(source.qmp, source.folder / "vm", key=key, compress="lz4", then="quit", **WAYS[way])
+        with copy.loads(qemu, source.folder / "vm1", disk, key=key):
+            copy.witness.goes_on()
+            source.witness.goes_on()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_guest_that_works_is_saved_and_quit(
+    booted: Callable[[str, str], Host], host: Callable[..., Host], way: str
+) -> None:
+    first, qemu = booted("10.0", "q35"), qemus.found("10.0")
+    backend, options = WAYS[way]
+    source, copy = host("source", first, backend), host("copy", first, backend)
+    with source.loads(qemu, first.folder / "vm", first.disk) as process:
+        source.witness.goes_on()
+        vmsnap.qemu.save(source.qmp, source.folder / "vm", then="quit", durable=False, **options)
         assert process.wait(PATIENCE) == 0
-    with copy.loads(qemu, source.folder / "vm", source.disk, key=key):
+    with copy.loads(qemu, source.folder / "vm", source.disk):
         copy.witness.goes_on()
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "backend"),
+    [("system", "pc", "private"), ("system", "pc", "huge"), ("10.0", "q35", "memfd"), ("10.0", "q35", "plain")],
+)
+def test_a_guest_goes_on_in_memory_of_another_kind(
+    booted: Callable[[str, str], Host],
+    host: Callable[..., Host],
+    huge_pages: Callable[[int], AbstractContextManager[None]],
+    name: str,
+    machine: str,
+    backend: str,
+) -> None:
+    first = booted(name, machine)
+    other = host("other", first, backend)
+    pages = huge_pages(SIZE_BYTES // (2 * MIB)) if backend == "huge" else nullcontext()
+    with pages, other.loads(qemus.found(name), first.folder / "vm", first.disk):
+        other.witness.goes_on()
 
 
 def newer_than(older: Qemu, machine_type: str) -> Qemu:
@@ -117,7 +176,7 @@ def newer_than(older: Qemu, machine_type: str) -> Qemu:
 
 
 def test_a_guest_of_the_systems_qemu_goes_on_in_10_0(
-    booted: Callable[[str, str], Host], host: Callable[[str, Host], Host]
+    booted: Callable[[str, str], Host], host: Callable[..., Host]
 ) -> None:
     """And comes back once more from there."""
     first = booted("system", "pc")
@@ -125,7 +184,7 @@ def test_a_guest_of_the_systems_qemu_goes_on_in_10_0(
     second, third = host("second", first), host("third", first)
     with second.loads(newer, first.folder / "vm", first.disk) as process:
         second.witness.goes_on()
-        vmsnap.qemu.save(second.qmp, second.folder / "vm", then="quit")
+        vmsnap.qemu.save(second.qmp, second.folder / "vm", then="quit", durable=False)
         assert process.wait(PATIENCE) == 0
     with third.loads(newer, second.folder / "vm", second.disk):
         third.witness.goes_on()
