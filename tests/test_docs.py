@@ -43,12 +43,14 @@ BLOCKS = {
     ("docs/design.md", "text"): 3,  # diagrams
     ("docs/format.md", ""): 11,  # the worked example in test_independent_reader, and below; the others are formulas
     ("docs/guide.md", "python"): 6,  # test_readme
+    ("docs/import.md", "python"): 1,  # test_libvirt
+    ("docs/import.md", "sh"): 2,  # test_libvirt
     ("docs/index.md", "python"): 1,  # below
     ("docs/index.md", "sh"): 1,  # below
     ("docs/keys.md", "python"): 5,  # test_readme
     ("docs/keys.md", "sh"): 1,  # test_keys
     ("docs/qemu.md", "python"): 1,  # test_qemu
-    ("docs/qemu.md", "sh"): 5,  # test_qemu
+    ("docs/qemu.md", "sh"): 4,  # test_qemu
     ("docs/recovery.md", "python"): 2,  # test_recovery
     ("docs/recovery.md", "sh"): 14,  # test_recovery
     ("docs/rust.md", "rust"): 2,  # cargo test: src/lib.rs includes the page; the first is the README's

@@ -209,26 +209,32 @@ def test_a_guest_with_a_disk_goes_on_and_comes_back(tmp_path: Path, folder: Path
 
 
 def test_the_page_on_qemu_says_what_works(tmp_path: Path, no_identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the blocks one by one. A QEMU that one of them started runs until it is told to quit."""
+    """Run the blocks one by one, with a guest that was started as the page loads it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     text = (Path(__file__).resolve().parents[1] / "docs/qemu.md").read_text()
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     qmp = Path("vm1.qmp")
+    Path("disk.raw").write_bytes(bytes(MIB))
     identity = vmsnap.generate_identity()
-    command = shlex.split(next(block for _, block in blocks).replace("\\\n", ""))
+    [load] = [block for _, block in blocks if block.startswith("vmsnap qemu load")]
+    command = shlex.split(load.partition(" -- ")[2].replace("\\\n", ""))
     known = {"recipients": vmsnap.recipients_of(identity), "identities": identity, "command": command}
     with ExitStack() as stack:
+        process = stack.enter_context(ended(subprocess.Popen(command)))
+        wait_for(qmp, process)
         for language, block in blocks:
             if language == "python":
                 exec(block, known)
-            elif block.startswith(("qemu-system", "vmsnap qemu load")):
+            elif block == load:
+                process.kill()
+                process.wait()
                 qmp.unlink(missing_ok=True)
-                process = stack.enter_context(ended(subprocess.Popen(["bash", "-c", f"exec {block}"])))
-                wait_for(qmp, process)
+                wait_for(qmp, stack.enter_context(ended(subprocess.Popen(["bash", "-c", f"exec {block}"]))))
             else:
                 subprocess.run(["bash", "-ec", block], check=True, stdout=subprocess.DEVNULL)
-    assert state_of_snapshots(tmp_path) == ["vm1", "vm1-end", "vm2"]
+    assert state_of_snapshots(tmp_path) == ["vm1", "vm1-disk", "vm2"]
+    assert Path("vm1-disk.raw").read_bytes() == bytes(MIB)
 
 
 def state_of_snapshots(folder: Path) -> list[str]:

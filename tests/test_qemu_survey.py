@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import qemus
 import vmsnap
 from guest import PATIENCE, ask, qemu_command, running
 from qemus import Qemu
