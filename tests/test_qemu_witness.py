@@ -134,12 +134,11 @@ def test_a_guest_that_works_goes_on_when_it_is_saved_and_a_copy_begins_there(
             source.witness.goes_on()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_guest_that_works_is_saved_and_quit(
-    booted: Callable[[str, str], Host], host: Callable[..., Host], way: str
+def test_a_guest_that_works_is_saved_live_and_quit(
+    booted: Callable[[str, str], Host], host: Callable[..., Host]
 ) -> None:
     first, qemu = booted("10.0", "q35"), qemus.found("10.0")
-    backend, options = WAYS[way]
+    backend, options = WAYS["live"]
     source, copy = host("source", first, backend), host("copy", first, backend)
     with source.loads(qemu, first.folder / "vm", first.disk) as process:
         source.witness.goes_on()
