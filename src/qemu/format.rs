@@ -66,6 +66,9 @@ pub(super) fn command_name(command: u16) -> String {
 /// The most blocks of a stream. QEMU makes a block for each memory backend and each ROM.
 pub(super) const MAX_BLOCKS: usize = 1024;
 
+/// The most guest memory. It bounds the index of a hostile stream, which needs nine bytes for a page of zeros.
+pub(super) const MAX_MEMORY_BYTES: u64 = 16 << 40;
+
 /// The most bytes of a machine type.
 pub(super) const MAX_MACHINE_TYPE_BYTES: usize = 256;
 

@@ -1,5 +1,7 @@
 //! [`Front`]: header, configuration and list of RAM blocks, with which every stream begins.
 
+use std::ops::Range;
+
 use super::format::{
     self, MAGIC, MAX_BLOCKS, MAX_CAPABILITIES, MAX_MACHINE_TYPE_BYTES, RAM, RAM_VERSION, VERSION, flag, malformed,
     refused, section,
@@ -57,13 +59,21 @@ pub(super) struct Front {
     pub(super) blocks: Vec<ListedBlock>,
     /// All bytes before the list.
     head: Vec<u8>,
+    /// The subsection with the capabilities, in `head`.
+    capabilities: Range<usize>,
 }
 
 impl Front {
     /// Reads up to the end of the list.
     pub(super) fn read(input: &mut Input<'_>, interrupt: &mut Interrupt<'_>) -> Result<Self> {
-        let mut front =
-            Self { machine_type: None, ignores_shared: false, section: 0, blocks: Vec::new(), head: Vec::new() };
+        let mut front = Self {
+            machine_type: None,
+            ignores_shared: false,
+            section: 0,
+            blocks: Vec::new(),
+            head: Vec::new(),
+            capabilities: 0..0,
+        };
         front.read_header(input, interrupt)?;
         front.read_configuration(input, interrupt)?;
         loop {
@@ -124,7 +134,7 @@ impl Front {
     /// Reads a subsection of the configuration. Its length depends on its name.
     fn read_subsection(&mut self, input: &mut Input<'_>, interrupt: &mut Interrupt<'_>) -> Result<()> {
         const WHAT: &str = "a subsection of its configuration";
-        let offset = input.offset();
+        let (offset, start) = (input.offset(), self.head.len());
         self.head.push(input.byte(WHAT, interrupt)?);
         let name = input.name("the name of a subsection", interrupt)?.to_owned();
         push_name(&mut self.head, &name);
@@ -143,7 +153,13 @@ impl Front {
                 }
             }
             "configuration/uuid" => self.head.extend(input.array::<16>(WHAT, interrupt)?),
-            "configuration/capabilities" => self.read_capabilities(input, interrupt)?,
+            "configuration/capabilities" => {
+                if !self.capabilities.is_empty() {
+                    return Err(malformed(offset, "the configuration lists the capabilities twice"));
+                }
+                self.read_capabilities(input, interrupt)?;
+                self.capabilities = start..self.head.len();
+            }
             _ => {
                 return Err(refused(offset, format_args!("the configuration has the subsection {}", shown(&name))));
             }
@@ -225,6 +241,14 @@ impl Front {
             self.blocks.push(ListedBlock { name, size, address });
         }
         Ok(())
+    }
+
+    /// Makes it the front of a stream that contains all memory: of one without `x-ignore-shared`, which is the only
+    /// capability that a front lists.
+    pub(super) fn without_capabilities(mut self) -> Self {
+        self.head.drain(std::mem::take(&mut self.capabilities));
+        self.blocks.iter_mut().for_each(|block| block.address = None);
+        self
     }
 
     /// Returns the bytes of the front. `names` are the names of the blocks in it.

@@ -5,12 +5,13 @@ use std::fmt;
 use std::io::Read;
 use std::sync::Arc;
 
+use super::format::MAX_MEMORY_BYTES;
 use super::front::Front;
 use super::input::{self, Input};
 use super::kept::Kept;
 use super::output::Output;
 use super::passage::Passage;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::fragment::Fragment;
 use crate::memory::{GuestMemorySource, MemoryProgress, Spool, SpooledPages};
 use crate::name::shown;
@@ -249,6 +250,12 @@ fn choose(front: &Front, memory: Option<&[&str]>, spool: &mut Spool) -> Result<V
         return Err(Error::corrupt(text));
     }
     let is_memory = |name: &str| memory.map_or_else(|| is_guest_memory(name), |names| names.contains(&name));
+    let sizes = front.blocks.iter().filter(|block| is_memory(&block.name)).map(|block| block.size);
+    let bytes = sizes.fold(0_u64, u64::saturating_add);
+    if bytes > MAX_MEMORY_BYTES {
+        let text = format!("the guest has {bytes} bytes of memory, and vmsnap reads at most 16 TiB from a stream");
+        return Err(Error::new(Kind::Unsupported, text));
+    }
     let areas = front.blocks.iter().map(|block| is_memory(&block.name).then(|| spool.add_area(block.size)));
     Ok(areas.collect())
 }

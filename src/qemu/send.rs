@@ -78,8 +78,8 @@ impl SentBlock {
 }
 
 impl SnapshotReader {
-    /// Writes a migration stream for QEMU: the stream in `fragment`, with pages of guest memory put into it. Returns
-    /// its number of bytes. Several threads read, decrypt and decompress; the stream is written in order.
+    /// Writes a migration stream for QEMU: the stream in `fragment`, with pages of guest memory put into it. It needs no
+    /// migration capability: if `x-ignore-shared` was on, it is taken out. Returns the number of bytes. Several threads read, decrypt and decompress; the stream is written in order.
     ///
     /// A block of the fragment that is not in `blocks` keeps its name, and no pages are added to it.
     ///
@@ -117,6 +117,7 @@ impl SnapshotReader {
         let mut go_on = || Ok(());
         let mut input = Input::new(&mut reader, input::BUFFER_BYTES)?;
         let front = Front::read(&mut input, &mut Interrupt::new(&mut go_on)).map_err(in_fragment)?;
+        let front = front.without_capabilities();
         let names = names(&front, blocks)?;
         let parts = match &memory {
             Some(memory) => parts(&front, &names, blocks, memory)?,

@@ -134,11 +134,6 @@ def _machine_of(reader: SnapshotReader) -> Machine:
 def _sent(reader: SnapshotReader, machine: Machine) -> list[SentBlock]:
     """Return the blocks of guest memory, with the places of their pages in the snapshot."""
     front = reader.migration_front(DEVICE_STATE)
-    if front.ignores_shared:
-        raise QemuError(
-            f"{reader.location} cannot be exported: QEMU made its device state with the capability x-ignore-shared, "
-            "without which it cannot be loaded; load the guest with vmsnap qemu load, and save it with --live"
-        )
     ranges = dict[str, list[tuple[int, int, int]]]()
     for each in machine.ram:
         ranges.setdefault(each.stream_name, []).append((each.offset, each.guest_base, each.size))

@@ -1,7 +1,6 @@
 """How guest memory gets into a QEMU that was started: into the files of its memory, or through the migration stream."""
 
 import errno
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,10 +11,6 @@ from vmsnap.qemu.leftovers import holds_something
 from vmsnap.qemu.machine import Machine, RamRange
 from vmsnap.qemu.process import MappedFile
 from vmsnap.qemu.survey import Block, Ram
-
-# The first version of QEMU whose capability x-ignore-shared leaves out only memory in a named file.
-_NAMED_FILES_ONLY = (8, 1)
-
 
 # `-device loader` writes into guest memory before QEMU waits for the stream. Nothing else does.
 _LOADER = "loader"
@@ -84,7 +79,7 @@ def plan(
     zeros = dict[str, bool]()
     writes_early = any(each.type == _LOADER for each in ram.machine.devices or [])
     for block in ram.blocks:
-        _check_can_be_filled(block, ram, front)
+        _check_can_be_filled(block, ram.pid)
         changes = block.file is not None and (block.shared or _is_filled(block))
         if block.file and changes:
             lock(block.file)
@@ -130,19 +125,13 @@ def _is_filled(block: Block) -> bool:
     return block.writable or (block.shared and file is not None and not file.private and file.opened_for_writing)
 
 
-def _check_can_be_filled(block: Block, ram: Ram, front: MigrationFront) -> None:
+def _check_can_be_filled(block: Block, pid: int | None) -> None:
     if not block.shared or _is_filled(block):
         return
     # A shared file must be looked at before it is overwritten.
-    if block.file is None and (ram.pid is None or isinstance(block.why_no_file, OSError)):
+    if block.file is None and (pid is None or isinstance(block.why_no_file, OSError)):
         assert block.why_no_file is not None
         raise block.why_no_file
-    version = tuple(int(number) for number in re.findall(r"\d+", ram.machine.qemu_version)[:2])
-    if front.ignores_shared and version < _NAMED_FILES_ONLY:
-        raise QemuError(
-            f"the memory backend {block.backend!r} is shared, but not in a file that vmsnap can fill, and this QEMU "
-            "does not load shared memory from the stream of this snapshot: use memory-backend-memfd, or share=off"
-        )
 
 
 def _holds_something(block: Block) -> bool:

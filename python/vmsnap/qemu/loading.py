@@ -160,7 +160,7 @@ async def load_async(
                     )
                     for file in filling.files:
                         qemu.fills(file)
-                    streamed_bytes = await _fill(monitor, reader, memory, filling, front, qemu, progress)
+                    streamed_bytes = await _fill(monitor, reader, memory, filling, qemu, progress)
                     goes_on = not paused and machine.state != "paused"
                     if goes_on:
                         await monitor.run("cont")
@@ -216,7 +216,6 @@ async def _fill(
     reader: SnapshotReader,
     memory: GuestMemory,
     filling: Filling,
-    front: MigrationFront,
     qemu: StartedQemu,
     progress: Progress | None,
 ) -> int:
@@ -238,8 +237,8 @@ async def _fill(
             progress(filling.file_bytes + filling.stream_bytes * done // max(of, 1), total_bytes)
 
     found = await monitor.run("query-migrate-capabilities")
-    # All others are off: they are for a network, or change the format.
-    wanted = [{**each, "state": each["capability"] == "x-ignore-shared" and front.ignores_shared} for each in found]
+    # They are for a network, or change the format.
+    wanted = [{**each, "state": False} for each in found]
     await monitor.run("migrate-set-capabilities", capabilities=wanted)
     size = await load_stream(monitor, lambda pipe: reader.send_migration(pipe, filling.sent, progress=shown), qemu.kill)
     # A capability that stays on would change how QEMU migrates the guest later.

@@ -158,14 +158,23 @@ async def connected(connection: socket.socket, name: str, patience: float | None
         The other end does not answer in time, or does not speak QMP.
     """
     client = QMPClient("vmsnap", readbuflen=_ANSWER_BYTES)
+    # The client would take an event that comes now, when the state of the guest changes, for the answer.
+    client.negotiate = False
+
+    async def begin() -> None:
+        await client.connect(connection)
+        await client.execute("qmp_capabilities")
+
     try:
-        await asyncio.wait_for(client.connect(connection), _GREETING_SECONDS if patience is None else patience)
+        await asyncio.wait_for(begin(), _GREETING_SECONDS if patience is None else patience)
     except TimeoutError:
+        await _disconnect(client)
         connection.close()
         raise QemuError(
             f"{name}: QEMU does not answer; it serves one client at a time: disconnect any other one, such as libvirt"
         ) from None
     except (QMPError, EOFError, OSError) as error:
+        await _disconnect(client)
         connection.close()
         raise QemuError(f"{name} is not a QMP monitor of QEMU: {error}") from None
     try:
