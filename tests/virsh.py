@@ -75,6 +75,8 @@ class Libvirt:
         for each in reversed(configuration.relative_to(self.folder).parents[:-1]):
             (self.folder / each).mkdir(exist_ok=True)
             self.give(self.folder / each)
+        # The default starts virtlogd, which stays for two minutes.
+        settings |= {"stdio_handler": "file"}
         configuration.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()))
         socket = self.folder / "libvirt/libvirt-sock"
         command = [*self._as_user, shutil.which("libvirtd", path=_path()) or "libvirtd"]
