@@ -236,6 +236,25 @@ def test_nodes_lie_in_the_order_of_the_domain() -> None:
     assert [each.block for each in place("pc-q35-9.0", blocks, None)] == ["ram-node0", "ram-node1"]
 
 
+def test_dimms_lie_where_the_domain_has_them() -> None:
+    blocks = [("memdimm0", GIB), ("pc.ram", 5 * GIB), ("memdimm1", GIB), ("memdimm2", GIB)]
+
+    def placed(*addresses: str) -> dict[str, int]:
+        dimms = "".join(f"<memory><address type='dimm' {each}/></memory>" for each in addresses)
+        domain = Domain.parse(f"<domain type='kvm'><devices>{dimms}</devices></domain>".encode(), "x")
+        parts = place("pc-q35-9.0", blocks, domain)
+        assert [each.guest_base for each in parts] == sorted({each.guest_base for each in parts})
+        return {each.block: each.guest_base >> 30 for each in parts if each.mapped and each.block != "pc.ram"}
+
+    assert placed("slot='1' base='0x200000000'", "slot='0' base='0x240000000'") == {"memdimm1": 8, "memdimm0": 9}
+    # Addresses that are in other memory, are not those of pages, or are not addresses.
+    assert placed("slot='0' base='0x40000000'", "slot='1' base='0x100000000'", "slot='2' base='0x1c0000000'") == {
+        "memdimm2": 7
+    }
+    assert placed("slot='0' base='0x200000001'", "slot='1' base='0xffffffffffffffff'", "slot='2' base='high'") == {}
+    assert placed("slot='0' base='0x200000000'", "slot='1' base='0x200001000'") == {"memdimm0": 8}
+
+
 def test_memory_whose_address_the_file_does_not_tell_has_regions_of_its_own() -> None:
     argument = "<qemu:commandline xmlns:qemu='q'><qemu:arg value='pc,max-ram-below-4g=1G'/></qemu:commandline>"
     moved = f"<domain type='kvm'>{argument}</domain>".encode()

@@ -217,22 +217,25 @@ def test_an_xml_that_is_not_one_is_refused(folder: Path, tmp_path: Path, stream:
 
 
 @pytest.mark.parametrize(
-    ("machine", "cpu", "compression"), [("pc", "", "raw"), ("q35", TWO_NODES, "gzip")], ids=["pc", "q35, two nodes"]
+    ("machine", "cpu", "compression"),
+    [("pc", "", "raw"), ("q35", TWO_NODES, "gzip")],
+    ids=["pc", "q35, two nodes, a DIMM"],
 )
 def test_a_guest_of_libvirt_goes_on_after_import_and_export(
     folder: Path, machine: str, cpu: str, compression: str
 ) -> None:
     with session() as libvirt, libvirt.daemon(save_image_format=compression):
         toy = Toy(libvirt.folder)
-        libvirt.start(toy, machine=machine, cpu=cpu)
+        libvirt.start(toy, machine=machine, cpu=cpu, dimm=128 if cpu else 0)
         toy.ticks(3)
         saved = libvirt.folder / "saved"
         libvirt.virsh("save", NAME, saved)
         report = vmsnap.import_file(saved, folder / "vm", key=KEY, compress="lz4")
         assert report.compression == (None if compression == "raw" else compression)
         assert report.machine.machine_type.startswith(f"pc-{'q35' if machine == 'q35' else 'i440fx'}-")
-        nodes = [("ram-node0", 0, 24 * MIB), ("ram-node1", 24 * MIB, 40 * MIB)] if cpu else [("pc.ram", 0, 64 * MIB)]
-        assert [(each.stream_name, each.guest_base, each.size) for each in report.machine.ram] == nodes
+        nodes = [("ram-node0", 0, 24 * MIB), ("ram-node1", 24 * MIB, 40 * MIB), ("memdimm0", 4096 * MIB, 128 * MIB)]
+        expected = nodes if cpu else [("pc.ram", 0, 64 * MIB)]
+        assert [(each.stream_name, each.guest_base, each.size) for each in report.machine.ram] == expected
         os.unlink(saved)
 
         exported = libvirt.folder / "exported"

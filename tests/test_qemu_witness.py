@@ -183,24 +183,28 @@ def test_a_guest_of_the_systems_qemu_goes_on_in_10_0(
     second, third = host("second", first), host("third", first)
     with second.loads(newer, first.folder / "vm", first.disk) as process:
         second.witness.goes_on()
-        vmsnap.qemu.save(second.qmp, second.folder / "vm", then="quit", durable=False)
+        vmsnap.qemu.save(second.qmp, second.folder / "vm", live=True, then="quit", durable=False)
         assert process.wait(PATIENCE) == 0
     with third.loads(newer, second.folder / "vm", second.disk):
         third.witness.goes_on()
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])
-def test_a_toy_guest_of_the_systems_qemu_goes_on_in_10_0(tmp_path: Path, machine: str) -> None:
-    """With the machine type of the older one."""
+@pytest.mark.parametrize("way", WAYS)
+def test_a_toy_guest_of_the_systems_qemu_goes_on_in_10_0(tmp_path: Path, machine: str, way: str) -> None:
+    """With the machine type of the older one, and in memory of another kind."""
     older = qemus.found("system")
     machine_type = older.newest(machine)
     newer = newer_than(older, machine_type)
+    backend, options = WAYS[way]
+    memory = BACKENDS[backend].format(folder=tmp_path)
     toy, qmp = Toy(tmp_path), tmp_path / "qmp"
-    commands = [qemu_command(qmp, *toy.options, machine=machine_type, qemu=each) for each in (older, newer)]
-    with running(commands[0], qmp) as process:
+    command = functools.partial(qemu_command, qmp, *toy.options, machine=machine_type, size=SIZE)
+    with running(command(qemu=older, memory=memory), qmp) as process:
         toy.ticks(3)
-        vmsnap.qemu.save(qmp, tmp_path / "vm", then="quit")
+        report = vmsnap.qemu.save(qmp, tmp_path / "vm", then="quit", **options)
+        assert report.way == way
         assert process.wait(PATIENCE) == 0
-    with ended(vmsnap.qemu.load(tmp_path / "vm", commands[1]).process):
+    with ended(vmsnap.qemu.load(tmp_path / "vm", command(qemu=newer, memory=BACKENDS["private"])).process):
         toy.ticks(5)
     toy.close()

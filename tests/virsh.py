@@ -21,12 +21,13 @@ _NOBODY = 65534
 _DOMAIN = """
 <domain type='qemu'>
   <name>{name}</name>
-  <memory unit='MiB'>{mib}</memory>
+  {memory}
   <vcpu>2</vcpu>
   {cpu}
   <features><acpi/></features>
   <os><type arch='x86_64' machine='{machine}'>hvm</type><kernel>{kernel}</kernel></os>
   <devices>
+    {dimm}
     <emulator>{qemu}</emulator>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
@@ -34,6 +35,8 @@ _DOMAIN = """
   </devices>
 </domain>
 """
+_SLOTS = "<maxMemory slots='1' unit='MiB'>1024</maxMemory>"
+_DIMM = "<memory model='dimm'><target><size unit='MiB'>{mib}</size><node>0</node></target></memory>"
 TWO_NODES = """
 <cpu><numa>
   <cell id='0' cpus='0' memory='24' unit='MiB'/><cell id='1' cpus='1' memory='40' unit='MiB'/>
@@ -72,6 +75,8 @@ class Libvirt:
         for each in reversed(configuration.relative_to(self.folder).parents[:-1]):
             (self.folder / each).mkdir(exist_ok=True)
             self.give(self.folder / each)
+        # The default starts virtlogd, which stays for two minutes.
+        settings |= {"stdio_handler": "file"}
         configuration.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()))
         socket = self.folder / "libvirt/libvirt-sock"
         command = [*self._as_user, shutil.which("libvirtd", path=_path()) or "libvirtd"]
@@ -111,13 +116,22 @@ class Libvirt:
             script.write(f'exec {command} "$@"\n')
         (self.folder / "virsh").chmod(0o755)
 
-    def start(self, toy: Toy, *, name: str = NAME, machine: str = "pc", cpu: str = "") -> None:
-        """Start a domain with the toy guest, whose files are in this directory. The daemon's end ends it."""
+    def start(self, toy: Toy, *, name: str = NAME, machine: str = "pc", cpu: str = "", dimm: int = 0) -> None:
+        """Start a domain with the toy guest, whose files are in this directory. The daemon's end ends it.
+
+        Parameters
+        ----------
+        toy, name, machine, cpu
+            The guest, the name of the domain, its machine type, and the element for its processors.
+        dimm
+            The size of a DIMM in MiB, or 0. It needs NUMA nodes.
+        """
         for each in (self.folder / "toy.in", self.folder / "toy.out", self.folder / "toy.kernel"):
             self.give(each)
         text = _DOMAIN.format(
             name=name,
-            mib=64,
+            memory=f"{_SLOTS if dimm else ''}<memory unit='MiB'>{64 + dimm}</memory>",
+            dimm=_DIMM.format(mib=dimm) if dimm else "",
             cpu=cpu,
             machine=machine,
             kernel=self.folder / "toy.kernel",

@@ -8,7 +8,8 @@ from vmsnap.errors import UnsupportedFormatError
 
 # A deeper element is ignored, so that a hostile file cannot make the path of elements long.
 _DEPTH = 8
-_MAX_CELLS = 1024
+# Of NUMA nodes and of DIMMs, for the same reason.
+_MAX_COUNT = 1024
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Domain:
     """The machine type with its version."""
     cells: list[int] = field(default_factory=list)
     """The NUMA nodes, in the order in which they follow each other in memory."""
+    dimms: dict[int, int] = field(default_factory=dict)
+    """The guest-physical addresses of DIMMs, by their slots."""
     placed: bool = True
     """Whether the memory is where this machine type has it: no QEMU option of the domain moves it."""
 
@@ -50,9 +53,13 @@ class Domain:
                 case ["domain", "os", "type"]:
                     domain.architecture = attributes.get("arch", "")
                     domain.machine_type = attributes.get("machine", "")
-                case ["domain", "cpu", "numa", "cell"] if len(domain.cells) < _MAX_CELLS:
+                case ["domain", "cpu", "numa", "cell"] if len(domain.cells) < _MAX_COUNT:
                     number = attributes.get("id", "")
                     domain.cells.append(int(number) if re.fullmatch("[0-9]{1,4}", number) else len(domain.cells))
+                case ["domain", "devices", "memory", "address"] if len(domain.dimms) < _MAX_COUNT:
+                    slot, base = attributes.get("slot", ""), attributes.get("base", "")
+                    if re.fullmatch("[0-9]{1,4}", slot) and re.fullmatch("0x[0-9a-f]{1,16}", base):
+                        domain.dimms[int(slot)] = int(base, 16)
                 case ["domain", _, "qemu:arg" | "arg"]:
                     domain.placed &= "max-ram-below-4g" not in attributes.get("value", "")
 

@@ -11,6 +11,7 @@ from vmsnap.exchange.domain import Domain
 
 _GIB = 1 << 30
 _FOUR_GIB = 4 * _GIB
+_PAGE_BYTES = 4096
 #: Regions of blocks whose address is not known begin here: no processor of today has addresses of 52 bits or more.
 UNKNOWN_BASE = 1 << 52
 
@@ -24,6 +25,8 @@ _MAX_PLACED_BYTES = 960 * _GIB
 
 _DEFAULT_BLOCK = "pc.ram"
 _NODE_BLOCK = re.compile(r"ram-node(\d{1,4})")
+# libvirt names the memory of a DIMM by its slot.
+_DIMM_BLOCK = re.compile(r"mem(?:nv)?dimm(\d{1,4})")
 
 
 class Part(NamedTuple):
@@ -61,6 +64,8 @@ def place(machine_type: str, blocks: Sequence[tuple[str, int]], domain: Domain |
                 parts.append(Part(name, base + low - window_start, low - start, high - low, True))
             window_start += size
         start = end
+    if parts and domain is not None:
+        _add_dimms(parts, sizes, domain)
     parts.sort(key=lambda each: each.guest_base)
     base = UNKNOWN_BASE
     placed = {each.block for each in parts}
@@ -68,6 +73,17 @@ def place(machine_type: str, blocks: Sequence[tuple[str, int]], domain: Domain |
         parts.append(Part(name, base, 0, sizes[name], False))
         base += sizes[name]
     return parts
+
+
+def _add_dimms(parts: list[Part], sizes: dict[str, int], domain: Domain) -> None:
+    """Add the DIMMs whose addresses the domain tells. An address that cannot be right is ignored."""
+    end = max(each.guest_base + each.size for each in parts)
+    dimms = [(domain.dimms.get(int(found[1]), 0), name) for name in sizes if (found := _DIMM_BLOCK.fullmatch(name))]
+    for base, name in sorted(dimms):
+        # DIMMs lie above all other memory: pc_get_device_memory_range in hw/i386/pc.c of QEMU.
+        if max(end, _FOUR_GIB) <= base <= UNKNOWN_BASE - sizes[name] and base % _PAGE_BYTES == 0:
+            parts.append(Part(name, base, 0, sizes[name], True))
+            end = base + sizes[name]
 
 
 def _windows(machine_type: str, total: int) -> list[tuple[int, int]]:

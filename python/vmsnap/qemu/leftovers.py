@@ -107,7 +107,7 @@ class Guard:
             os.close(this)
 
     def add(self, kind: str, descriptor: int) -> None:
-        """Share a leftover with the guard. The parameters are those of `Leftovers.add`."""
+        """Share a leftover with the guard, with the parameters of `Leftovers.add`."""
         self._send({"kind": kind}, [descriptor])
 
     def release(self) -> None:
@@ -262,7 +262,7 @@ def _guard() -> None:
     events = select.poll()
     with socket.socket(fileno=0) as connection:
         events.register(connection, select.POLLIN)
-        # What was sent before the end of the starter is read first.
+        # All messages from before the end of the starter are read first.
         while connection.fileno() in dict(events.poll()):
             data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 1)
             if not data:
