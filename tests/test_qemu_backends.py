@@ -136,7 +136,7 @@ def saved_by(qemu: Qemu, folder: Path, qmp: Path, **options: Any) -> tuple[Toy, 
 
 def no_qemu_with(qmp: Path) -> bool:
     return not any(
-        str(qmp).encode() in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
+        f"unix:{qmp},".encode() in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
     )
 
 
