@@ -81,8 +81,8 @@ async def receive(
     Raises
     ------
     QemuError
-        QEMU cannot save the guest, or has ended; or the stream is not understood. No migration is in progress
-        afterwards.
+        QEMU cannot save the guest, or has ended; or the stream is not understood. The migration may still be in
+        progress, and is to be cancelled.
     """
     ours, theirs = os.pipe2(os.O_CLOEXEC)
 
@@ -126,8 +126,9 @@ async def receive(
                 each.result()
         return await receiving
     except BaseException:
-        # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
-        await to_the_end(_given_up(monitor, receiving, waiting))
+        # The thread ends soon, and closes its end of the pipe. If it failed first, its error is the reason.
+        receiving.cancel()
+        await to_the_end(_ended(receiving))
         if not ended and receiving.done() and not receiving.cancelled() and (error := receiving.exception()):
             raise error from None
         raise
@@ -146,18 +147,10 @@ def _is_at_its_end(pipe: int) -> bool:
         return False
 
 
-async def _given_up(
-    monitor: Monitor, receiving: "asyncio.Future[MigrationStream]", waiting: list["asyncio.Task[None]"]
-) -> None:
-    """End a migration after an error, which is not to be hidden by another one."""
-    for each in waiting:
-        each.cancel()
-    with suppress(QemuError):
-        await cancel(monitor)
-    # If QEMU does not answer, it may never close its end of the pipe.
-    receiving.cancel()
-    await asyncio.wait([receiving], timeout=_CANCEL_SECONDS)
-    if receiving.done() and not receiving.cancelled() and receiving.exception() is None:
+async def _ended(receiving: "asyncio.Future[MigrationStream]") -> None:
+    """Wait for the end of a thread, and free what it has received."""
+    await asyncio.wait([receiving])
+    if not receiving.cancelled() and receiving.exception() is None:
         receiving.result().close()
 
 

@@ -177,7 +177,7 @@ async def save_async(
                 found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
                 writer = await snapshot.begin()
                 writer.write_fragment(MACHINE, ram.machine)
-                shown = _Shown(progress)
+                shown = _Shown(progress, receives=not files)
                 rounds = Rounds(max_rounds)
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
                     if not lively:
@@ -262,13 +262,13 @@ def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list
 class _Shown:
     """The progress of both steps, receiving and writing, as that of one piece of work."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress | None, receives: bool) -> None:
+        self._progress, self._receives = progress, receives
         self._received = 0
 
     def received(self, done: int, total: int) -> None:
-        """Show the progress of receiving. Nothing is received if all memory is in files."""
-        if self._progress is not None and done:
+        """Show the progress of receiving. Nothing is to be received if all memory is in files."""
+        if self._progress is not None and self._receives:
             self._received = total
             self._progress(min(done, total), 2 * total)
 
