@@ -17,6 +17,8 @@ _NAME = "vmsnap-state"
 _CANCEL_SECONDS = 30.0
 # QEMU needs a moment between the end of the stream and the state in which the guest can go on.
 _POLL_SECONDS = 0.001
+# QEMU reports the end of a migration by an event. Without the capability `events` this is the interval of queries.
+_EVENT_SECONDS = 0.05
 # A round of a live save takes longer.
 _ROUND_POLL_SECONDS = 0.02
 
@@ -28,7 +30,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 @dataclass
 class Rounds:
-    """The rounds of a live save. QEMU sends all memory, and then again and again what the guest has written since."""
+    """The rounds of a live save. QEMU sends all memory, and then again and again the pages that the guest has written since."""
 
     limit: int
     """The largest number of rounds. The guest is stopped for the last one at the latest."""
@@ -82,7 +84,7 @@ async def receive(
     ------
     QemuError
         QEMU cannot save the guest, or has ended; or the stream is not understood. The migration may still be in
-        progress, and is to be cancelled.
+        progress, and must be cancelled.
     """
     ours, theirs = os.pipe2(os.O_CLOEXEC)
 
@@ -148,7 +150,7 @@ def _is_at_its_end(pipe: int) -> bool:
 
 
 async def _ended(receiving: "asyncio.Future[MigrationStream]") -> None:
-    """Wait for the end of a thread, and free what it has received."""
+    """Wait for the end of a thread, and free the memory that it has received."""
     await asyncio.wait([receiving])
     if not receiving.cancelled() and receiving.exception() is None:
         receiving.result().close()
@@ -162,7 +164,7 @@ async def _completed(monitor: Monitor) -> None:
     QemuError
         The migration failed. The text contains the reason if QEMU reports one.
     """
-    await monitor.migrated()
+    await monitor.migrated(_EVENT_SECONDS)
     while (await monitor.run("query-status"))["status"] == "finish-migrate":
         await asyncio.sleep(_POLL_SECONDS)
 
