@@ -31,7 +31,7 @@
 //!
 //! - [`SnapshotWriter::receive_migration`] returns a [`MigrationStream`], whose memory
 //!   [`SnapshotWriter::write_memory`] dumps; the rest of the stream is a fragment.
-//! - [`SnapshotReader::send_migration`] makes the whole stream anew; [`SnapshotReader::migration_front`] returns a
+//! - [`SnapshotReader::send_migration`] makes the whole stream again; [`SnapshotReader::migration_front`] returns a
 //!   [`MigrationFront`], which tells the RAM blocks.
 //!
 //! One file instead of a directory, an archive:

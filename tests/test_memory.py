@@ -177,6 +177,34 @@ def test_each_row_of_guest_memory_is_as_the_table_says(tmp_path: Path) -> None:
         vmsnap.open(tmp_path / "vm1").memory()
 
 
+def test_a_file_that_is_allocated_stays_so_if_told(tmp_path: Path) -> None:
+    """Whatever it holds, in parts of pages, and at an offset; a file with holes keeps to holes."""
+    mib = 1 << 20
+    content = bytes(mib + 100) + pattern(mib) + bytes(6 * mib - 100)
+    with vmsnap.create(tmp_path / "vm1") as writer:
+        writer.write_memory([GuestRegion(0, content)])
+    memory = vmsnap.open(tmp_path / "vm1").memory()
+    path = tmp_path / "ram"
+    for before in (bytes(9 * mib), b"\xff" * (9 * mib)):
+        path.write_bytes(before)
+        allocated = blocks_of(path)
+        memory.restore([GuestRegion(0, path, offset=1000, size=len(content))], keep_allocated=True)
+        assert path.read_bytes() == before[:1000] + content + before[1000 + len(content) :]
+        assert blocks_of(path) == allocated
+    path.write_bytes(b"")
+    os.truncate(path, len(content))
+    memory.restore([path], keep_allocated=True)
+    assert path.read_bytes() == content
+    assert blocks_of(path) * 512 < len(content) // 2
+
+
+def blocks_of(path: Path) -> int:
+    """Return the number of allocated blocks. A file system may allocate them only when data is written to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file)
+        return os.fstat(file.fileno()).st_blocks
+
+
 def test_two_regions_are_not_restored_to_the_same_bytes(tmp_path: Path) -> None:
     regions = [GuestRegion(0x1000, b"a" * PAGE), GuestRegion(0x8000, b"b" * PAGE)]
     vmsnap.SnapshotWriter(tmp_path / "vm1").write_memory(regions)

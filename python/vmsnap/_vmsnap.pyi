@@ -303,7 +303,7 @@ class SnapshotReader:
     def send_migration(
         self,
         descriptor: int,
-        blocks: Sequence[tuple[str, str, Sequence[tuple[int, int, int]], bool]],
+        blocks: Sequence[tuple[str, str, Sequence[tuple[int, int, int]], bool, bool]],
         fragment: str,
         threads: int | None,
         progress: Callable[[int, int], object] | None,

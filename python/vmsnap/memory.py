@@ -37,7 +37,7 @@ class GuestRegion:
         - a file, memfd or block device: its path, its descriptor, or an open file. Holes are not read, and the position
           of the file does not change;
         - a live process: a `ProcessMemory`. Pages that the process never touched are neither read nor made resident;
-        - memory that QEMU sent: what `MigrationStream.memory` returns.
+        - memory that QEMU sent, from `MigrationStream.memory`.
 
         ``bytes`` are memory, not a path. An open file is an object from ``open`` or ``tempfile``, and is flushed first.
         An object that decompresses, or that reads from an archive or a socket, is refused even if it has a ``fileno``.

@@ -9,7 +9,7 @@ from vmsnap import _vmsnap
 from vmsnap._vmsnap import SpooledMemory
 from vmsnap.memory import Progress
 
-__all__ = ["MigrationFront", "MigrationStream", "RamBlock", "SentBlock"]
+__all__ = ["MigrationFront", "MigrationStream", "RamBlock", "SentBlock", "SpooledMemory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class RamBlock:
 
 @dataclass(frozen=True, slots=True)
 class MigrationFront:
-    """What a migration stream begins with. `SnapshotReader.migration_front` returns it."""
+    """The beginning of a migration stream. `SnapshotReader.migration_front` returns it."""
 
     machine_type: str | None
     """The machine type, for example ``pc-q35-7.2``. A stream without a configuration does not name it."""
@@ -50,6 +50,8 @@ class SentBlock:
     """The pages to send: offset in the block, guest-physical address in the snapshot, size in bytes."""
     zeros: bool = False
     """Whether pages of zeros are sent, for memory that may contain other bytes."""
+    replaced: bool = False
+    """Whether pages of the block that are in the fragment are left out, because all of them come from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -133,5 +135,5 @@ def send(
     progress: Progress | None,
 ) -> int:
     """Send a stream. `SnapshotReader.send_migration` describes the parameters."""
-    sent = [(each.name, each.sent_name, list(each.ranges), each.zeros) for each in blocks]
+    sent = [(each.name, each.sent_name, list(each.ranges), each.zeros, each.replaced) for each in blocks]
     return raw.send_migration(fd, sent, fragment, threads, progress)

@@ -181,7 +181,7 @@ class SnapshotReader(Handle):
         fragment
             The name of the fragment.
         threads
-            The maximum number of threads. The default is that of the reader.
+            The maximum number of threads. By default the number that the reader was opened with.
         progress
             Called with the number of bytes of guest memory that are sent and of all, at most ten times a second, and at
             the end. An exception of the callback ends the call.

@@ -7,14 +7,15 @@ use crate::error::{Error, Kind, Result};
 
 /// The pages of a group, which has an entry in the map. Larger groups would take less memory for an area that is
 /// received whole, and more for one of which only scattered pages are.
-const GROUP_PAGES: u64 = 64;
+const GROUP_LENGTH: usize = 64;
+const GROUP_PAGES: u64 = GROUP_LENGTH as u64;
 
-/// The states of a page. A larger number is that of its slot plus [`FIRST`].
+/// The states of a page: absent, zero, or from [`FIRST`] on, in a slot.
 const ABSENT: u32 = 0;
 const ZERO: u32 = 1;
 const FIRST: u32 = 2;
 
-type Group = Box<[u32; GROUP_PAGES as usize]>;
+type Group = Box<[u32; GROUP_LENGTH]>;
 
 /// An index that takes 4 bytes for a page, in groups of pages of which at least one was received. So its size depends
 /// on the pages that were received, and not on the size of the area, which comes from a stream.
@@ -41,7 +42,7 @@ impl PageIndex {
         place.is_some_and(|place| std::mem::replace(place, state) != ABSENT)
     }
 
-    /// Drops what only [`PageIndex::set_slot`] and [`PageIndex::set_zero`] need, when all pages were received.
+    /// Drops the groups without data, when all pages were received.
     pub(super) fn settle(&mut self) {
         self.groups.retain(|_, group| group.iter().any(|state| *state >= FIRST));
     }

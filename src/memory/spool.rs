@@ -207,7 +207,11 @@ impl GuestMemorySource for SpooledMemory {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok(self.runs(offset..self.size()).next().map(|(run, _)| run.start))
+        // One page and not a run, which may be as long as the region: a dump asks for each of its batches.
+        let at = self.range.start.saturating_add(offset);
+        let mut pages = self.pages.areas[self.area].index.data(at / PAGE..self.range.end.div_ceil(PAGE));
+        let found = pages.next().map(|(page, _)| (page * PAGE).max(at));
+        Ok(found.filter(|found| *found < self.range.end).map(|found| found - self.range.start))
     }
 
     /// Reads each run with one call. Every error is one of vmsnap, so a damaged page never counts as one that cannot be

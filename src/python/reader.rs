@@ -20,7 +20,7 @@ use crate::store::pipe::Pipe;
 type Front = (Option<String>, bool, Vec<(String, u64)>);
 
 /// The fields of `vmsnap.migration.SentBlock`; a range is an offset in the block, a guest-physical address and a size.
-type Sent<'py> = (String, String, Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)>, bool);
+type Sent<'py> = (String, String, Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)>, bool, bool);
 
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct SnapshotReader(crate::SnapshotReader);
@@ -66,8 +66,8 @@ impl SnapshotReader {
         let mut stream = Pipe::new(duplicate(number(descriptor, "a file descriptor")?)?);
         let threads = threads.map(|threads| number(threads, "threads")).transpose()?;
         let mut sent = Vec::new();
-        for (name, sent_name, ranges, zeros) in blocks {
-            let mut block = SentBlock::new(name).sent_as(sent_name).zeros(zeros);
+        for (name, sent_name, ranges, zeros, replaced) in blocks {
+            let mut block = SentBlock::new(name).sent_as(sent_name).zeros(zeros).replaced(replaced);
             for (offset, guest_base, size) in &ranges {
                 block =
                     block.range(number(offset, "offset")?, number(guest_base, "guest_base")?, number(size, "size")?);

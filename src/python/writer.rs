@@ -1,5 +1,7 @@
 //! `_vmsnap.SnapshotWriter`.
 
+#![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
+
 use std::ffi::OsStr;
 use std::path::PathBuf;
 

@@ -14,7 +14,7 @@ use crate::zeros::PAGE_BYTES;
 /// The buffer for a front that is read alone.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// What a stream of QEMU's migration begins with.
+/// The beginning of a migration stream of QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MigrationFront {
@@ -162,13 +162,11 @@ impl Front {
             let offset = input.offset();
             let name = input.name("the name of a capability", interrupt)?;
             push_name(&mut self.head, name);
-            match name {
-                "x-ignore-shared" => self.ignores_shared = true,
-                _ => {
-                    let text = format!("the migration capability {} was on; switch it off", shown(name));
-                    return Err(refused(offset, text));
-                }
+            if name != "x-ignore-shared" {
+                let text = format!("the migration capability {} was on; switch it off", shown(name));
+                return Err(refused(offset, text));
             }
+            self.ignores_shared = true;
         }
         Ok(())
     }

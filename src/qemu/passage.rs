@@ -1,5 +1,4 @@
-//! [`Passage`]: a stream that passes. Every page is shown on its way and may be taken out; what is left is a valid
-//! stream.
+//! [`Passage`]: a stream that passes. Every page is shown on its way and may be taken out; the rest is a valid stream.
 
 use super::ending::Ending;
 use super::format::{flag, malformed, refused, section};

@@ -32,7 +32,7 @@ pub struct RamBlock {
     pub taken: bool,
 }
 
-/// A migration stream of QEMU that was received: what [`SnapshotWriter::receive_migration`] returns.
+/// A migration stream of QEMU that was received. [`SnapshotWriter::receive_migration`] returns it.
 ///
 /// Guest memory is in a temporary file until the `MigrationStream` and all its memory is dropped. All else is in a
 /// fragment.

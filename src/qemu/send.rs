@@ -10,7 +10,7 @@ use super::front::Front;
 use super::input::{self, Input};
 use super::kept::Kept;
 use super::output::Output;
-use super::passage::Passage;
+use super::passage::{Passage, Take};
 use super::records::{Part, write_records};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, MemoryProgress};
@@ -27,6 +27,7 @@ pub struct SentBlock {
     sent_name: String,
     ranges: Vec<SentRange>,
     zeros: bool,
+    replaced: bool,
 }
 
 /// A part of a block, and where its bytes are in guest memory.
@@ -42,7 +43,7 @@ impl SentBlock {
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
         let name = name.into();
-        Self { sent_name: name.clone(), name, ranges: Vec::new(), zeros: false }
+        Self { sent_name: name.clone(), name, ranges: Vec::new(), zeros: false, replaced: false }
     }
 
     /// Sets the name that the block has in the QEMU that receives the stream. By default the same.
@@ -64,6 +65,14 @@ impl SentBlock {
     #[must_use]
     pub fn zeros(mut self, zeros: bool) -> Self {
         self.zeros = zeros;
+        self
+    }
+
+    /// Sets whether pages of the block that are in the fragment are left out, because all of them come from elsewhere:
+    /// from guest memory, or from a file. Off by default.
+    #[must_use]
+    pub fn replaced(mut self, replaced: bool) -> Self {
+        self.replaced = replaced;
         self
     }
 }
@@ -123,7 +132,13 @@ impl SnapshotReader {
             |bytes: &[u8], interrupt: &mut Interrupt<'_>| pipe::write_all(&mut **lock(&stream), bytes, interrupt);
         let output = Output::new(&mut sink, input::BUFFER_BYTES)?;
         let mut passage = Passage::new(input, Kept::begin(output, &front, names, interrupt)?, &front);
-        passage.first_section(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
+        let replaced: Vec<bool> = front
+            .blocks
+            .iter()
+            .map(|block| blocks.iter().any(|sent| sent.replaced && sent.name == block.name))
+            .collect();
+        let take: &mut Take<'_> = &mut |block, _, _, _| Ok(replaced[block]);
+        passage.first_section(take, interrupt).map_err(in_fragment)?;
         let mut sent = 0;
         if let Some(memory) = memory.filter(|_| !parts.is_empty()) {
             // A section of its own: no other one has to be changed.
@@ -133,7 +148,7 @@ impl SnapshotReader {
             passage.kept.end_section(interrupt)?;
             passage.kept.forget_last_block();
         }
-        passage.other_sections(&mut |_, _, _, _| Ok(false), interrupt).map_err(in_fragment)?;
+        passage.other_sections(take, interrupt).map_err(in_fragment)?;
         passage.rest(interrupt).map_err(in_fragment)?;
         sent += passage.kept.written();
         drop(passage);

@@ -7,7 +7,7 @@ The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU o
 machine, ``survey`` finds the guest memory, and ``process`` finds QEMU itself. For saving, ``migration`` receives the
 stream of QEMU, ``hold`` is the time in which QEMU is not as it was, ``settings``, ``mark`` and ``guard`` see to it that
 it is afterwards, and ``shell`` runs a command meanwhile. For loading, ``filling`` plans how memory gets into QEMU,
-``devices`` sends the stream, ``started`` is the process, and ``leftovers`` removes the files of a load that failed.
+``incoming`` sends the stream, ``started`` is the process, and ``leftovers`` removes the files of a load that failed.
 ``background`` keeps blocking calls out of the event loop.
 """
 

@@ -106,7 +106,8 @@ def plan(
             ranges[block.name].append((there.offset, here.guest_base, here.size))
     known = {name for name, _ in front.blocks}
     sent = [
-        SentBlock(name, there, ranges.get(there, []), zeros.get(there, False))
+        # vmsnap 0.1 left all memory in the stream of QEMU 8.1 and newer, beside `mem`.
+        SentBlock(name, there, ranges.get(there, []), zeros=zeros.get(there, False), replaced=True)
         for here, there in names.items()
         if (name := next((each for each in (here, f"/objects/{here}") if each in known), None))
     ]

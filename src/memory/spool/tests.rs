@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
 use crate::cipher::SecretKey;
@@ -299,34 +300,73 @@ fn a_plain_file_that_was_cut_is_an_error() {
     assert!(Error::from(error).is_corrupt());
 }
 
+/// Puts pages until that fails, and returns the error. From then on the spool must refuse everything.
+fn failure(mut spool: Spool) -> Error {
+    let area = spool.add_area(1 << 30);
+    let mut puts = (0..10_000).map(|at| with(|interrupt| spool.put(area, at, &page(at), interrupt)));
+    let error = puts.find_map(Result::err).unwrap();
+    let again = puts.next().unwrap().unwrap_err();
+    assert!(again.is_state(), "{again}");
+    drop(puts);
+    assert!(with(|interrupt| spool.finish(interrupt)).err().unwrap().is_state());
+    error
+}
+
 #[test]
 fn a_full_disk_is_an_error_that_says_how_much_is_needed() {
+    let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+    let scratch = ScratchWriter::new(full, false, AAD, 2).unwrap();
+    let error = failure(Spool::over(scratch, "the temporary copy of guest memory in vm".into()));
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    let text = error.to_string();
+    assert!(text.starts_with("the temporary copy of guest memory in vm cannot be written: "), "{text}");
+    assert!(text.contains("needs up to 1073741824 bytes") && text.contains("No space left"), "{text}");
+}
+
+#[test]
+fn a_write_that_fails_in_the_background_is_an_error() {
+    let file = memfd_create("spool", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    let scratch = ScratchWriter::new(file.try_clone().unwrap().into(), true, AAD, 2).unwrap();
+    fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+    let error = failure(Spool::over(scratch, "the temporary copy of guest memory".into()));
+    assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    assert!(error.to_string().starts_with("the temporary copy of guest memory: cannot be written: "), "{error}");
+}
+
+/// The number of files that this process has open below a directory.
+fn open_files(folder: &Path) -> usize {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+    let paths = descriptors.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+    paths.filter(|path| path.starts_with(folder)).count()
+}
+
+#[test]
+fn its_file_is_closed_and_so_freed_when_it_is_dropped() {
     for encrypted in [false, true] {
-        // The header of an encrypted file is written to another file first, because /dev/full refuses it, too.
-        let full = File::options().read(true).write(true).open("/dev/full").unwrap();
-        let begun = ScratchWriter::new(full, encrypted, AAD, 2);
-        let error = if encrypted {
-            let folder = tempfile::tempdir().unwrap();
-            let place = place_in(&writer(folder.path(), "vm", None));
-            let mut spool = open_spool(true).0;
-            spool.add_area(1 << 30);
-            spool.place = place;
-            spool.in_spool(begun.err().unwrap())
-        } else {
-            let mut spool = Spool::over(begun.unwrap(), "the temporary copy of guest memory in vm".into());
-            let area = spool.add_area(1 << 30);
-            let mut puts = (0..1000).map(|at| with(|interrupt| spool.put(area, at, &page(at), interrupt)));
-            let error = puts.find_map(Result::err).unwrap();
-            let again = puts.next().unwrap().unwrap_err();
-            assert!(again.is_state(), "{again}");
-            drop(puts);
-            assert!(with(|interrupt| spool.finish(interrupt)).err().unwrap().is_state());
-            error
+        let folder = tempfile::tempdir().unwrap();
+        let key = SecretKey::generate().unwrap();
+        let fill = || {
+            let name = format!("vm{}", std::fs::read_dir(&folder).unwrap().count());
+            let mut spool = Spool::new(&writer(folder.path(), &name, encrypted.then_some(&key))).unwrap();
+            scattered(&mut spool, 1000);
+            spool
         };
-        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
-        let text = error.to_string();
-        assert!(text.starts_with("the temporary copy of guest memory in "), "{text}");
-        assert!(text.contains("needs up to 1073741824 bytes") && text.contains("No space left"), "{text}");
+        let unfinished = fill();
+        assert!(open_files(folder.path()) > 0);
+        drop(unfinished);
+        assert_eq!(open_files(folder.path()), 0);
+        let mut interrupted = fill();
+        let stop = &mut || Err(Error::interrupted());
+        let mut interrupt = Interrupt::new(stop);
+        while interrupted.put(0, 0, &page(0), &mut interrupt).is_ok() {}
+        assert_eq!(open_files(folder.path()), 0);
+        let pages = finish(fill());
+        let source = pages.source(0, 0..PAGE);
+        drop(pages);
+        assert_eq!(open_files(folder.path()), 1);
+        assert!(source.read_at(0, &mut [0; 10]).is_ok());
+        drop(source);
+        assert_eq!(open_files(folder.path()), 0);
     }
 }
 
@@ -382,7 +422,7 @@ fn a_forked_process_can_neither_fill_nor_read_it() {
             spool
         };
         let (mut filled, finished, source) = (fill(), fill(), finish(fill()).source(0, 0..PAGE));
-        // SAFETY: the child only calls what a fork must not break, and ends without running anything of the parent's.
+        // SAFETY: the child only calls functions that refuse to run after a fork, and ends without cleaning up.
         let child = unsafe { libc::fork() };
         if child == 0 {
             let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
