@@ -81,7 +81,7 @@ def killed(process: "subprocess.Popen[bytes]") -> None:
 def test_a_killed_save_leaves_the_guest_running_without_another_save(
     folder: Path, qmp: Path, toy: Toy, qemu: Qemu
 ) -> None:
-    with running(qemu_command(qmp, *toy.options, qemu=qemu), qmp):
+    with running(qemu_command(qmp, *toy.options, memory=in_file(qmp), qemu=qemu), qmp):
         toy.ticks(3)
         before = settings(qmp)
         process = saving(qmp, folder / "vm1")

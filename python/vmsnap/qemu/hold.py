@@ -119,6 +119,13 @@ class Hold:
         await self._note(stops=False, migrates=False)
         await self.release()
 
+    def give_up(self) -> None:
+        """Leave QEMU as it is, because it will be ended."""
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
+            self._mark.over()
+
     async def release(self) -> None:
         """Let QEMU be as it was before."""
         if self._guard is not None:

@@ -203,6 +203,7 @@ async def save_async(
                         memory = await _write(writer, regions, compress, shown)
                     if then == "quit":
                         await snapshot.commit()
+                        hold.give_up()
                         await to_the_end(monitor.quit())
         await snapshot.commit()
     assert memory is not None
