@@ -74,16 +74,17 @@ def in_file(path: Path, size: str = "64M", more: str = "") -> str:
     return f"memory-backend-file,id=mem,size={size},share=on,mem-path={path}{more}"
 
 
-def processes_with(text: object) -> list[str]:
-    done = subprocess.run(["pgrep", "-af", str(text)], capture_output=True, text=True)
+def processes_with(qmp: Path) -> list[str]:
+    """List each QEMU that has this socket, and each process that starts such a QEMU."""
+    done = subprocess.run(["pgrep", "-af", f"unix:{qmp},"], capture_output=True, text=True)
     return done.stdout.splitlines()
 
 
-def until(is_so: Callable[[], bool]) -> None:
+def until(is_so: Callable[[], bool], told: Callable[[], object] = lambda: None) -> None:
     """Wait for something."""
     end = time.monotonic() + PATIENCE
     while not is_so():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, told()
         time.sleep(0.01)
 
 
@@ -191,8 +192,8 @@ def test_the_socket_has_a_short_path_in_a_private_directory(
     with ended(vmsnap.qemu.load(saved, qemu_command(qmp, *silent(toy), size="64M")).process):
         assert ask(qmp, "query-status")["status"] == "running"
     assert list(deep.iterdir()) == []
-    listening, path = started._listen()
-    with listening:
+    path = started._socket_path()
+    with started._listen(path):
         assert Path(path).parent.stat().st_mode & 0o777 == 0o700
     shutil.rmtree(Path(path).parent)
 
@@ -205,6 +206,13 @@ def is_running(qmp: Path) -> bool:
         return str(ask(qmp, "query-status")["status"]) == "running"
     except (OSError, EOFError, QMPError):
         return False
+
+
+def has_quit(qmp: Path) -> bool:
+    """Tell a QEMU to quit, which serves one client at a time."""
+    with suppress(OSError, EOFError, QMPError):
+        ask(qmp, "quit")
+    return not processes_with(qmp)
 
 
 @pytest.mark.parametrize("wrapper", [[], SHELL], ids=["exec", "sh"])
@@ -231,13 +239,14 @@ def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
         with subprocess.Popen(load) as process:
             time.sleep(random.Random(number).uniform(0, whole * 1.2))
             process.kill()
-        until(lambda: nothing_is_left() or is_running(qmp))
+        until(
+            lambda: nothing_is_left() or is_running(qmp),
+            lambda: [*processes_with(qmp), *sockets.rglob("*"), *ram.parent.glob("ram")],
+        )
         if nothing_is_left():
             early += 1
             continue
-        with suppress(OSError, EOFError, QMPError):
-            ask(qmp, "quit")
-        until(lambda: not processes_with(qmp))
+        until(lambda: has_quit(qmp))
         ram.unlink(missing_ok=True)
     assert early > 0
 

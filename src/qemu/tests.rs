@@ -1,166 +1,13 @@
 //! Streams made by a builder, whole and damaged. QEMU's own are in `tests/test_migration_stream.py`.
 
+mod builder;
+
 use std::io::{self, Read};
 
+use self::builder::{BLOCKS, PAGE, Stream, Trickle, live, thinned};
 use super::{MigrationStream, SentBlock};
 use crate::error::Result;
 use crate::{GuestRegion, MemoryOptions, SecretKey, SnapshotOptions, SnapshotReader};
-
-const PAGE: usize = 4096;
-
-/// A stream of the bytes that QEMU would send.
-#[derive(Clone)]
-struct Stream(Vec<u8>);
-
-impl Stream {
-    fn new() -> Self {
-        Self(b"QEVM\0\0\0\x03".to_vec())
-    }
-
-    fn bytes(mut self, bytes: &[u8]) -> Self {
-        self.0.extend(bytes);
-        self
-    }
-
-    fn u32(self, number: u32) -> Self {
-        self.bytes(&number.to_be_bytes())
-    }
-
-    fn u64(self, number: u64) -> Self {
-        self.bytes(&number.to_be_bytes())
-    }
-
-    fn name(self, name: &str) -> Self {
-        self.bytes(&[u8::try_from(name.len()).unwrap()]).bytes(name.as_bytes())
-    }
-
-    fn configured(self) -> Self {
-        self.bytes(&[7]).u32(9).bytes(b"pc-q35-10")
-    }
-
-    fn subsection(self, name: &str) -> Self {
-        self.bytes(&[5]).name(name).u32(1)
-    }
-
-    fn start(self, name: &str) -> Self {
-        self.bytes(&[1]).u32(2).name(name).u32(0).u32(4)
-    }
-
-    fn listed(self, blocks: &[(&str, u64)]) -> Self {
-        let sum: u64 = blocks.iter().map(|(_, size)| size).sum();
-        blocks.iter().fold(self.u64(sum | 4), |stream, (name, size)| stream.name(name).u64(*size))
-    }
-
-    fn end_section(self) -> Self {
-        self.u64(0x10).footer(2)
-    }
-
-    fn footer(self, id: u32) -> Self {
-        self.bytes(&[0x7e]).u32(id)
-    }
-
-    fn part(self) -> Self {
-        self.bytes(&[2]).u32(2)
-    }
-
-    fn end(self) -> Self {
-        self.bytes(&[3]).u32(2)
-    }
-
-    fn page(self, block: &str, page: u64, fill: u8) -> Self {
-        self.u64(page << 12 | 8).name(block).bytes(&[fill; PAGE])
-    }
-
-    fn next_page(self, page: u64, fill: u8) -> Self {
-        self.u64(page << 12 | 0x28).bytes(&[fill; PAGE])
-    }
-
-    fn zero(self, block: &str, page: u64) -> Self {
-        self.u64(page << 12 | 2).name(block).bytes(&[0])
-    }
-
-    fn next_zero(self, page: u64) -> Self {
-        self.u64(page << 12 | 0x22).bytes(&[0])
-    }
-
-    fn devices(self) -> Self {
-        self.bytes(&[4]).u32(3).name("timer").u32(0).u32(2).u64(0x0600).footer(3)
-    }
-
-    fn described(self) -> Self {
-        self.bytes(&[0, 6]).u32(17).bytes(b"{\"devices\":[1,2]}")
-    }
-
-    fn begun(blocks: &[(&str, u64)]) -> Self {
-        Self::new().configured().start("ram").listed(blocks)
-    }
-}
-
-const BLOCKS: [(&str, u64); 3] = [("pc.ram", 8 << 12), ("pc.bios", 2 << 12), ("/objects/hot", 4 << 12)];
-
-/// A live migration: a page comes three times, and pages of two blocks of guest memory and of a ROM take turns.
-fn live() -> Stream {
-    Stream::begun(&BLOCKS)
-        .end_section()
-        .part()
-        .page("pc.ram", 0, 1)
-        .next_zero(1)
-        .page("pc.bios", 0, 0xb0)
-        .page("pc.ram", 2, 2)
-        .next_page(3, 3)
-        .end_section()
-        .part()
-        .next_page(3, 4)
-        .page("pc.bios", 1, 0xb1)
-        .page("/objects/hot", 3, 7)
-        .zero("pc.bios", 1)
-        .end_section()
-        .part()
-        .page("pc.ram", 2, 0)
-        .end_section()
-        .bytes(&[8, 0, 11, 0, 0])
-        .end()
-        .page("pc.ram", 3, 5)
-        .next_zero(0)
-        .end_section()
-        .devices()
-        .described()
-}
-
-/// The fragment with the rest of it.
-fn thinned() -> Stream {
-    Stream::begun(&BLOCKS)
-        .end_section()
-        .part()
-        .page("pc.bios", 0, 0xb0)
-        .end_section()
-        .part()
-        .next_page(1, 0xb1)
-        .next_zero(1)
-        .end_section()
-        .bytes(&[8, 0, 11, 0, 0])
-        .end()
-        .end_section()
-        .devices()
-        .described()
-}
-
-/// Returns a few bytes at a time, and a wait in between.
-struct Trickle<'a>(&'a [u8], usize, bool);
-
-impl Read for Trickle<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.2 = !self.2;
-        if self.2 {
-            return Err(io::ErrorKind::Interrupted.into());
-        }
-        let count = self.1.min(self.0.len()).min(buf.len());
-        let (now, later) = self.0.split_at(count);
-        buf[..count].copy_from_slice(now);
-        self.0 = later;
-        Ok(count)
-    }
-}
 
 fn received(
     options: &SnapshotOptions,
@@ -476,6 +323,46 @@ fn a_reader_that_stops_is_an_error_of_the_system() {
     drop(pipe);
     let error = reader.send_migration(&mut stream, &[], "device_state").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EPIPE));
+}
+
+/// A snapshot with guest memory of several batches, which several threads send.
+fn large(options: &SnapshotOptions) -> (tempfile::TempDir, SentBlock) {
+    let size = 8 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let writer = options.create_in_place(folder.path().join("vm")).unwrap();
+    writer.write_memory(&[GuestRegion::new(0, vec![7; size])], &MemoryOptions::new()).unwrap();
+    let state = Stream::begun(&[("mem", size as u64)]).end_section().end().end_section().devices().described();
+    writer.write_whole("device_state", &state.0, &mut || Ok(())).unwrap();
+    (folder, SentBlock::new("mem").range(0, 0, size as u64))
+}
+
+#[test]
+fn a_reader_that_stops_in_the_middle_ends_all_threads() {
+    let options = SnapshotOptions::new().key(SecretKey::generate().unwrap()).threads(3);
+    let (folder, block) = large(&options);
+    let reader = options.open(folder.path().join("vm")).unwrap();
+    let (mut pipe, mut stream) = io::pipe().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || pipe.read_exact(&mut vec![0; 3 << 20]).unwrap());
+        let error = reader.send_migration(&mut stream, &[block], "device_state").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPIPE));
+    });
+}
+
+#[test]
+fn memory_that_was_changed_is_not_sent() {
+    let options = SnapshotOptions::new().key(SecretKey::generate().unwrap()).threads(3);
+    let (folder, block) = large(&options);
+    let path = folder.path().join("vm/mem");
+    let mut stored = std::fs::read(&path).unwrap();
+    stored[5 << 20] ^= 1;
+    std::fs::write(&path, stored).unwrap();
+    let reader = options.open(folder.path().join("vm")).unwrap();
+    let mut sent = Vec::new();
+    let error = reader.send_migration(&mut sent, &[block], "device_state").unwrap_err();
+    assert!(error.is_authentication() && error.to_string().contains("mem"), "{error}");
+    // The stream ends before the batch with the changed byte, so QEMU does not accept it.
+    assert!(sent.len() < 5 << 20);
 }
 
 #[test]

@@ -7,7 +7,8 @@ The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU o
 machine, ``survey`` finds the guest memory, and ``process`` finds QEMU itself. For saving, ``migration`` receives what
 QEMU sends, ``hold`` is the time in which QEMU is not as it was, ``settings``, ``mark`` and ``guard`` see to it that it
 is afterwards, and ``shell`` runs a command meanwhile. For loading, ``filling`` plans how memory gets into QEMU,
-``devices`` sends what it loads, ``started`` is the process, and ``leftovers`` removes what a failure leaves.
+``filling`` and ``incoming`` fill QEMU with the guest, ``started`` is its process, and ``leftovers`` removes what a
+failure leaves.
 ``background`` keeps blocking calls out of the event loop.
 """
 

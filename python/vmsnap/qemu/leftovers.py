@@ -78,31 +78,44 @@ class Leftovers:
 
 
 class Guard:
-    """A process that removes the leftovers if this process ends before `release`."""
+    """A process that removes the leftovers if this process ends before `release`.
+
+    Where no process can be started, it does nothing.
+    """
 
     def __init__(self, monitor: str, sizes: dict[str, int | None]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection = above_standard(ours)
-        with theirs:
-            # A session of its own: Ctrl-C in the terminal must not end it.
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                start_new_session=True,
-            )
+        self._process: subprocess.Popen[bytes] | None = None
+        with theirs, suppress(OSError):
+            # A frozen program is not an interpreter.
+            if sys.executable and not getattr(sys, "frozen", False):
+                # A session of its own: Ctrl-C in the terminal must not end it.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", __file__],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,
+                )
         self._send({"monitor": monitor, "sizes": sizes})
+        with suppress(OSError):
+            # A caller that forks gives its end of the connection to its child, so its own end is watched, too.
+            this = os.pidfd_open(os.getpid())
+            self._send({"kind": "starter"}, [this])
+            os.close(this)
 
     def add(self, kind: str, descriptor: int) -> None:
-        """Share a leftover with the guard. The parameters are those of `Leftovers.add`."""
+        """Share a leftover with the guard, with the parameters of `Leftovers.add`."""
         self._send({"kind": kind}, [descriptor])
 
     def release(self) -> None:
         """End the guard. It removes nothing."""
         self._send({"kind": "done"})
         self._connection.close()
+        if self._process is None:
+            return
         try:
             self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -242,9 +255,15 @@ def holds_something(descriptor: int, offset: int, size: int) -> bool:
 
 def _guard() -> None:
     """Collect leftovers from standard input, and remove them when it ends."""
+    # SIGTERM goes to all processes of a service that is being stopped.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     leftovers: Leftovers | None = None
+    events = select.poll()
     with socket.socket(fileno=0) as connection:
-        while True:
+        events.register(connection, select.POLLIN)
+        # All messages from before the end of the starter are read first.
+        while connection.fileno() in dict(events.poll()):
             data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 1)
             if not data:
                 break
@@ -253,6 +272,8 @@ def _guard() -> None:
                 leftovers = Leftovers(message["monitor"], message["sizes"])
             elif message["kind"] == "done":
                 return
+            elif message["kind"] == "starter":
+                events.register(descriptors[0], select.POLLIN)
             else:
                 leftovers.add(message["kind"], descriptors[0])
     if leftovers is not None:

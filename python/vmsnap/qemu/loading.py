@@ -13,8 +13,8 @@ from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestMemory, Progress
 from vmsnap.migration import MigrationFront
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.devices import load_devices
 from vmsnap.qemu.filling import Filling, plan
+from vmsnap.qemu.incoming import load_stream
 from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
@@ -241,9 +241,7 @@ async def _fill(
     # All others are off: they are for a network, or change the format.
     wanted = [{**each, "state": each["capability"] == "x-ignore-shared" and front.ignores_shared} for each in found]
     await monitor.run("migrate-set-capabilities", capabilities=wanted)
-    size = await load_devices(
-        monitor, lambda pipe: reader.send_migration(pipe, filling.sent, progress=shown), qemu.kill
-    )
+    size = await load_stream(monitor, lambda pipe: reader.send_migration(pipe, filling.sent, progress=shown), qemu.kill)
     # A capability that stays on would change how QEMU migrates the guest later.
     await monitor.run("migrate-set-capabilities", capabilities=found)
     return size

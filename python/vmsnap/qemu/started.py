@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import re
-import shutil
+import secrets
 import socket
 import subprocess
 import tempfile
@@ -65,12 +65,14 @@ class StartedQemu:
         # The locked files, by device and inode.
         self._locked: dict[tuple[int, int], int] = {}
         self._filled = set[tuple[int, int]]()
-        self._listening, self.monitor_path = _listen()
+        self.monitor_path = _socket_path()
         self._leftovers = Leftovers(self.monitor_path, sizes)
+        # It must know the directory before that exists.
+        self._guard = Guard(self.monitor_path, sizes)
         try:
-            self._guard = Guard(self.monitor_path, sizes)
+            self._listening = _listen(self.monitor_path)
         except BaseException:
-            self._close_socket()
+            self._guard.release()
             raise
         try:
             self.process = subprocess.Popen(
@@ -306,13 +308,16 @@ def _memory_paths(command: Sequence[str]) -> list[str]:
     return options + in_json
 
 
-def _listen() -> tuple[socket.socket, str]:
+def _socket_path() -> str:
+    """Return a path for a socket in a private directory that does not exist yet."""
+    name = f"vmsnap-{secrets.token_hex(8)}/qmp"
+    path = f"{tempfile.gettempdir()}/{name}"
+    return path if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES else f"/tmp/{name}"
+
+
+def _listen(path: str) -> socket.socket:
     """Listen at a socket in a new private directory."""
-    directory = tempfile.mkdtemp(prefix="vmsnap-")
-    if len(os.fsencode(directory)) + len("/qmp") > _SOCKET_PATH_BYTES:
-        os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="vmsnap-", dir="/tmp")
-    path = f"{directory}/qmp"
+    os.mkdir(os.path.dirname(path), 0o700)
     listening = above_standard(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         listening.bind(path)
@@ -320,9 +325,9 @@ def _listen() -> tuple[socket.socket, str]:
         listening.setblocking(False)
     except BaseException:
         listening.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_socket(path)
         raise
-    return listening, path
+    return listening
 
 
 def _inherited(number: int) -> int | None:
