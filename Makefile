@@ -109,7 +109,7 @@ bench-values: build $(venv)/bench ## measure the speed of writing and reading va
 	$(python) benches/values.py $(BENCH_ARGS)
 
 .PHONY: bench-qemu
-bench-qemu: build $(venv)/dev ## compare the pause and the duration of a save of a QEMU guest with those of QEMU's own save
+bench-qemu: build $(venv)/dev ## compare the pause and the time of a save of a QEMU guest with those of QEMU itself
 	@$(call step,benches/qemu_save.py)
 	$(python) benches/qemu_save.py $(BENCH_ARGS)
 

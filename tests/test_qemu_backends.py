@@ -136,7 +136,7 @@ def saved_by(qemu: Qemu, folder: Path, qmp: Path, **options: Any) -> tuple[Toy, 
 
 def no_qemu_with(qmp: Path) -> bool:
     return not any(
-        str(qmp).encode() in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
+        f"unix:{qmp},".encode() in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
     )
 
 
@@ -248,6 +248,52 @@ def test_a_snapshot_of_the_first_version_loads_into_every_backend(folder: Path, 
             source.goes_on()
         process.wait()
         source.ends()
+    toy.close()
+
+
+def test_memory_that_the_first_version_left_in_the_stream_is_not_sent_twice(folder: Path, qmp: Path) -> None:
+    """vmsnap 0.1 used x-ignore-shared, which leaves a memfd in the stream of QEMU 8.1 and newer."""
+    qemu, toy = qemus.found("10.0"), Toy(folder.parent)
+    memory, stream = folder.parent / "memory", folder.parent / "stream"
+    with running(command_for(qmp, toy, "memfd", qemu, folder), qmp):
+        toy.ticks(3)
+        vmsnap.qemu.save(qmp, folder / "vm1")
+        ask(qmp, "stop")
+        ask(qmp, "pmemsave", val=0, size=SIZE, filename=str(memory))
+        ask(qmp, "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+        ask(qmp, "migrate", uri=f"exec:cat > {stream}")
+        while (status := ask(qmp, "query-migrate")["status"]) != "completed":
+            assert status != "failed"
+    source = Source(toy)
+    assert stream.stat().st_size > 8 * MIB
+    with vmsnap.create(folder / "vm2") as writer:
+        writer.write_fragment("machine", vmsnap.open(folder / "vm1").read_fragment("machine"))
+        writer.write_memory([vmsnap.GuestRegion(0, memory)])
+        with writer.raw_fragment("device_state") as copy:
+            copy.write(stream.read_bytes())
+    for backend in ("memfd", "file", "plain"):
+        command = command_for(qmp, toy, backend, qemu, folder.parent / "ram")
+        report = vmsnap.qemu.load(folder / "vm2", command)
+        source.goes_on()
+        assert (report.streamed_bytes < 4 * MIB) == (backend in FILLED)
+        report.end()
+        source.ends()
+    toy.close()
+
+
+@row("qemu-no-file")
+def test_shared_memory_without_a_file_is_refused_where_qemu_does_not_load_it(folder: Path, qmp: Path) -> None:
+    qemu = qemus.found("system")
+    if qemu.number >= (8, 1):
+        pytest.skip("this QEMU loads such memory from the stream")
+    toy, location = saved_by(qemu, folder, qmp)
+    memory = "memory-backend-ram,id=mem,size=64M,share=on"
+    command = qemu_command(qmp, *toy.options, machine=MACHINE, memory=memory, size="64M", qemu=qemu)
+    with refused(
+        "qemu-no-file", "is shared, but not in a file that vmsnap can fill.*: use memory-backend-memfd", folder
+    ):
+        vmsnap.qemu.load(location, command)
+    assert no_qemu_with(qmp)
     toy.close()
 
 

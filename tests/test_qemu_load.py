@@ -229,7 +229,7 @@ def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
         whole = time.monotonic() - began
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE)
-    ram.unlink()
+    ram.unlink(missing_ok=True)
     early = 0
 
     def nothing_is_left() -> bool:

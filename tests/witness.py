@@ -128,7 +128,9 @@ class Witness(Console):
         """Options for a QEMU with this guest and its disk; its memory is `SIZE`."""
         # The host's system does not end here: a flush of the guest need not reach the host's disk.
         drive = f"if=none,id=disk,format={image},file={disk},cache=unsafe"
-        return [*self.boot_from(self._initramfs), "-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+        # On a busy machine, the kernel would report that a processor was stuck.
+        boot = self.boot_from(self._initramfs, "nowatchdog")
+        return [*boot, "-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
 
     def goes_on(self) -> None:
         """Wait until each process has checked all that it has, and each round follows the one before."""

@@ -56,7 +56,7 @@ impl GuestMemory {
                 Prepared::Nowhere => {}
                 Prepared::Buffer(buffer, backing) => push_batches(&mut batches, region, buffer, *backing),
                 Prepared::Mapped(mapping, backing) => {
-                    push_batches(&mut batches, region, mapping.as_mut_slice(), *backing)
+                    push_batches(&mut batches, region, mapping.as_mut_slice(), *backing);
                 }
                 Prepared::File(file, offset, cache) => {
                     let to = |start| (region, start, Target::File(file, *offset, cache));

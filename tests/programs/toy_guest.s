@@ -1,11 +1,11 @@
 # A guest that boots in no time, without a disk: a kernel by the rules of Multiboot, which QEMU's -kernel starts in
 # 32-bit mode without paging.
 #
-# It fills memory from `first` to `end` with words that differ from address to address. From then on it works in steps:
-# it checks the next `still_step` bytes from `first` to `moving`, which stay as they are, and checks and rewrites the next
-# `moving_step` bytes from `moving` to `end`. A step takes at least `period` ticks of ACPI's timer of 3.579545 MHz. When
-# all from `moving` on is rewritten, a round is over. The words tell the round, so that a page of an earlier one is an
-# error. It prints "tick ROUND", in hexadecimal, or "bad ROUND ADDRESS", and then no more.
+# It fills memory from `first` to `end` with words that differ from address to address. From then on it works in steps.
+# It checks the next `still_step` bytes from `first` to `moving`, which stay as they are, and checks and rewrites the
+# next `moving_step` bytes from `moving` to `end`. A step takes at least `period` ticks of ACPI's timer of 3.579545 MHz.
+# When all from `moving` on is rewritten, a round is over. The words tell the round, so that a page of an earlier one is
+# an error. It prints "tick ROUND", in hexadecimal, or "bad ROUND ADDRESS", and then no more.
 
 .intel_syntax noprefix
 .code32

@@ -4,11 +4,10 @@
 stands still. `load` starts QEMU, restores all of it, and resumes the guest. ``docs/qemu.md`` has examples.
 
 The modules: ``saving`` and ``loading`` do the work. ``monitor`` talks to QEMU over QMP, ``machine`` describes the
-machine, ``survey`` finds the guest memory, and ``process`` finds QEMU itself. For saving, ``migration`` receives what
-QEMU sends, ``hold`` is the time in which QEMU is not as it was, ``settings``, ``mark`` and ``guard`` see to it that it
-is afterwards, and ``shell`` runs a command meanwhile. For loading, ``filling`` plans how memory gets into QEMU,
-``filling`` and ``incoming`` fill QEMU with the guest, ``started`` is its process, and ``leftovers`` removes what a
-failure leaves.
+machine, ``survey`` finds the guest memory, and ``process`` finds QEMU itself. For saving, ``migration`` receives the
+stream of QEMU, ``hold`` is the time in which QEMU is not as it was, ``settings``, ``mark`` and ``guard`` see to it that
+it is afterwards, and ``shell`` runs a command meanwhile. For loading, ``filling`` plans how memory gets into QEMU,
+``incoming`` sends the stream, ``started`` is the process, and ``leftovers`` removes the files of a load that failed.
 ``background`` keeps blocking calls out of the event loop.
 """
 

@@ -1,7 +1,7 @@
 """A small process that lets the guest go on if the saving process dies: by SIGKILL, a crash, or the end of its memory.
 
-It waits at the end of a pipe. Where the pipe ends before the word that all is well, it connects to QEMU and undoes what
-the mark of the save says (`mark`). It is started before the first change, and the save never waits for it: a guard that
+It waits at the end of a pipe. Where the pipe ends before the word that all is well, it connects to QEMU and undoes
+the changes that the mark of the save lists (`mark`). It is started before the first change, and the save never waits for it: a guard that
 is still starting when the saving process dies finds the end of the pipe at once.
 """
 
@@ -103,7 +103,7 @@ class Guard:
         self.take_over()
 
     def take_over(self) -> None:
-        """Let the process undo what this one could not undo, as soon as QEMU answers."""
+        """Let the process undo the changes, because this one could not, as soon as QEMU answers."""
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
@@ -122,7 +122,7 @@ def _pidfd() -> int:
 
 
 def rescue(qmp: str, save: str) -> None:
-    """Undo what a save has changed in QEMU. The guard process calls it."""
+    """Undo the changes of a save in QEMU. The guard process calls it."""
 
     async def rescuing() -> None:
         connection = connection_to(Path(qmp))

@@ -15,7 +15,7 @@ _UNDO_SECONDS = 30.0
 
 
 class Hold:
-    """Changed settings of QEMU. When the ``with`` block ends, in whatever way, QEMU is as it was before."""
+    """Changed settings of QEMU. QEMU is as it was before when the ``with`` block ends, also after an error."""
 
     def __init__(self, monitor: Monitor, qmp: str, ran: bool, found: Settings, wanted: Settings) -> None:
         self._monitor, self._qmp = monitor, qmp
@@ -50,7 +50,7 @@ class Hold:
     async def stop(self) -> None:
         """Stop the guest."""
         await self._note(stops=True)
-        self.stands_still(anew=True)
+        self.stands_still(again=True)
         await self._monitor.run("stop")
 
     async def migrate(self, uri: str) -> None:
@@ -75,15 +75,15 @@ class Hold:
         if (state == "paused") == self._mark.ran and state in ("paused", "running"):
             await self._note(ran=state == "running")
 
-    def stands_still(self, *, anew: bool) -> None:
+    def stands_still(self, *, again: bool) -> None:
         """Begin a time in which the guest has to stand still.
 
         Parameters
         ----------
-        anew
+        again
             Whether a time that has begun before does not matter any more.
         """
-        if anew or not self._begun:
+        if again or not self._begun:
             self._begun = True
             self._seen = len(self._monitor.events)
 
@@ -93,7 +93,7 @@ class Hold:
         Raises
         ------
         QemuError
-            Somebody else has let the guest run, so that what was saved does not fit together.
+            Somebody else has let the guest run, so that the parts of the snapshot do not fit together.
         """
         state = (await self._monitor.run("query-status"))["status"]
         resumed = any(each.name == "RESUME" for each in self._monitor.events[self._seen :])
@@ -118,6 +118,13 @@ class Hold:
             self.paused_seconds = times["RESUME"] - times["STOP"]
         await self._note(stops=False, migrates=False)
         await self.release()
+
+    def give_up(self) -> None:
+        """Leave QEMU as it is, because it will be ended."""
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
+            self._mark.over()
 
     async def release(self) -> None:
         """Let QEMU be as it was before."""

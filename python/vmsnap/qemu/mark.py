@@ -1,8 +1,8 @@
-"""The mark that a save leaves in QEMU while it works: the lock between two saves, and the record of what to undo.
+"""The mark that a save leaves in QEMU while it works: the lock between two saves, and the record of its changes.
 
 It is an object of QEMU that does nothing, ``authz-simple`` with the id ``vmsnap-save``, whose identity is JSON text.
-QEMU adds it atomically and keeps it when a connection ends, so whoever connects next can put right what a save that was
-killed has left behind: the guard process of that save (`guard`), or the next save.
+QEMU adds it atomically and keeps it when a connection ends, so the next client can undo the changes of a save that was
+killed: the guard process of that save (`guard`), or the next save.
 """
 
 import json
@@ -105,7 +105,7 @@ def _is_in(process: str, holder: Holder) -> bool:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a save changes in QEMU, as it was before."""
+    """The changes of a save in QEMU: everything as it was before."""
 
     holder: Holder
     """The process that saves."""
@@ -147,7 +147,7 @@ class Mark:
         return mark
 
     def over(self) -> None:
-        """Say that the save is over. What it has left behind may be undone from now on."""
+        """Say that the save is over. Its changes may be undone from now on."""
         _held.discard(self.id)
 
     async def is_in_use(self, monitor: Monitor) -> bool:
@@ -165,7 +165,7 @@ class Mark:
 
 
 async def recover(monitor: Monitor, only: str | None = None) -> str | None:
-    """Undo what a save has changed in QEMU, if one has been killed or has failed.
+    """Undo the changes of a save in QEMU, if one has been killed or has failed.
 
     Parameters
     ----------

@@ -17,6 +17,8 @@ _NAME = "vmsnap-state"
 _CANCEL_SECONDS = 30.0
 # QEMU needs a moment between the end of the stream and the state in which the guest can go on.
 _POLL_SECONDS = 0.001
+# QEMU reports the end of a migration by an event. Without the capability `events` this is the interval of queries.
+_EVENT_SECONDS = 0.05
 # A round of a live save takes longer.
 _ROUND_POLL_SECONDS = 0.02
 
@@ -28,7 +30,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 @dataclass
 class Rounds:
-    """The rounds of a live save. QEMU sends all memory, and then again and again what the guest has written since."""
+    """The rounds of a live save. QEMU sends all memory, and then again and again the pages that the guest has written since."""
 
     limit: int
     """The largest number of rounds. The guest is stopped for the last one at the latest."""
@@ -81,8 +83,8 @@ async def receive(
     Raises
     ------
     QemuError
-        QEMU cannot save the guest, or has ended; or the stream is not understood. No migration is in progress
-        afterwards.
+        QEMU cannot save the guest, or has ended; or the stream is not understood. The migration may still be in
+        progress, and must be cancelled.
     """
     ours, theirs = os.pipe2(os.O_CLOEXEC)
 
@@ -126,8 +128,9 @@ async def receive(
                 each.result()
         return await receiving
     except BaseException:
-        # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
-        await to_the_end(_given_up(monitor, receiving, waiting))
+        # The thread ends soon, and closes its end of the pipe. If it failed first, its error is the reason.
+        receiving.cancel()
+        await to_the_end(_ended(receiving))
         if not ended and receiving.done() and not receiving.cancelled() and (error := receiving.exception()):
             raise error from None
         raise
@@ -146,18 +149,10 @@ def _is_at_its_end(pipe: int) -> bool:
         return False
 
 
-async def _given_up(
-    monitor: Monitor, receiving: "asyncio.Future[MigrationStream]", waiting: list["asyncio.Task[None]"]
-) -> None:
-    """End a migration after an error, which is not to be hidden by another one."""
-    for each in waiting:
-        each.cancel()
-    with suppress(QemuError):
-        await cancel(monitor)
-    # If QEMU does not answer, it may never close its end of the pipe.
-    receiving.cancel()
-    await asyncio.wait([receiving], timeout=_CANCEL_SECONDS)
-    if receiving.done() and not receiving.cancelled() and receiving.exception() is None:
+async def _ended(receiving: "asyncio.Future[MigrationStream]") -> None:
+    """Wait for the end of a thread, and free the memory that it has received."""
+    await asyncio.wait([receiving])
+    if not receiving.cancelled() and receiving.exception() is None:
         receiving.result().close()
 
 
@@ -169,7 +164,7 @@ async def _completed(monitor: Monitor) -> None:
     QemuError
         The migration failed. The text contains the reason if QEMU reports one.
     """
-    await monitor.migrated()
+    await monitor.migrated(_EVENT_SECONDS)
     while (await monitor.run("query-status"))["status"] == "finish-migrate":
         await asyncio.sleep(_POLL_SECONDS)
 

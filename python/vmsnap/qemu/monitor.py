@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
 
 from vmsnap.errors import QemuError
 
@@ -38,7 +38,7 @@ class Event:
     seconds: float
     """When it happened, by the clock of QEMU's host: seconds since the epoch."""
     data: dict[str, Any]
-    """What QEMU says about it."""
+    """Its details."""
 
 
 class Monitor:
@@ -58,10 +58,19 @@ class Monitor:
         An event that happened before QEMU answered a command has been received when `run` returns that answer.
         """
         for message in self._listener.clear():
-            told: dict[str, Any] = dict(message)
-            seconds = told["timestamp"]["seconds"] + told["timestamp"]["microseconds"] / 1e6
-            self._events.append(Event(told["event"], seconds, told.get("data", {})))
+            self._keep(message)
         return self._events
+
+    def _keep(self, message: Message) -> None:
+        told: dict[str, Any] = dict(message)
+        seconds = told["timestamp"]["seconds"] + told["timestamp"]["microseconds"] / 1e6
+        self._events.append(Event(told["event"], seconds, told.get("data", {})))
+
+    async def event_comes(self, limit_seconds: float) -> None:
+        """Wait until QEMU sends an event, but not longer than a limit."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_seconds):
+                self._keep(await self._listener.get())
 
     @property
     def connection(self) -> socket.socket:
@@ -112,8 +121,13 @@ class Monitor:
         status = (await self.run("query-migrate")).get("status", "none")
         return status not in ("none", "completed", "failed", "cancelled")
 
-    async def migrated(self) -> None:
+    async def migrated(self, interval_seconds: float = _POLL_SECONDS) -> None:
         """Wait until an outgoing or incoming migration has completed.
+
+        Parameters
+        ----------
+        interval_seconds
+            The interval of queries. An event of QEMU ends it early.
 
         Raises
         ------
@@ -124,7 +138,7 @@ class Monitor:
             if found.get("status") in ("failed", "cancelled"):
                 reason = found.get("error-desc", "no reason given; see the standard error of QEMU")
                 raise QemuError(f"QEMU failed to transfer the device state: {reason}")
-            await asyncio.sleep(_POLL_SECONDS)
+            await self.event_comes(interval_seconds)
 
     async def quit(self) -> None:
         """End QEMU. Returns when QEMU has closed the connection, or does not answer in time."""

@@ -77,7 +77,11 @@ def process_of(connection: socket.socket, pid: int | None, is_qemu: Callable[["P
     inode = peer_inode(connection)
     creator = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
     if pid is not None:
-        if not (pid == creator if inode is None else _holds(pid, inode)):
+        try:
+            holds = pid == creator if inode is None else _holds(pid, inode)
+        except PermissionError as error:
+            raise _not_permitted(error) from None
+        if not holds:
             more = " (the kernel lacks the module unix_diag, which would tell more)" if inode is None else ""
             raise QemuError(
                 f"process {pid} does not have the monitor's socket open{more}: "

@@ -128,8 +128,8 @@ async def save_async(
     compress
         The compression of the guest memory: ``"lz4"``, or None.
     live
-        Whether the guest runs while its memory is saved. QEMU sends the memory in rounds: all of it, and then what the
-        guest has changed since. A guest that is paused is saved as without this option.
+        Whether the guest runs while its memory is saved. QEMU sends the memory in rounds: all of it, and then the
+        pages that the guest has changed since. A guest that is paused is saved as without this option.
     max_rounds
         The number of rounds after which a guest that changes its memory faster than it is saved is stopped. It is also
         stopped after three rounds that left as much to send as the one before.
@@ -177,7 +177,7 @@ async def save_async(
                 found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
                 writer = await snapshot.begin()
                 writer.write_fragment(MACHINE, ram.machine)
-                shown = _Shown(progress)
+                shown = _Shown(progress, receives=not files)
                 rounds = Rounds(max_rounds)
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
                     if not lively:
@@ -192,7 +192,7 @@ async def save_async(
                     stack.callback(stream.close)
                     regions, from_files = _regions(ram, stream)
                     # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not.
-                    hold.stands_still(anew=not from_files)
+                    hold.stands_still(again=not from_files)
                     if while_paused is not None:
                         await _call(while_paused)
                     memory = await _write(writer, regions, compress, shown) if from_files else None
@@ -203,6 +203,7 @@ async def save_async(
                         memory = await _write(writer, regions, compress, shown)
                     if then == "quit":
                         await snapshot.commit()
+                        hold.give_up()
                         await to_the_end(monitor.quit())
         await snapshot.commit()
     assert memory is not None
@@ -260,15 +261,15 @@ def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list
 
 
 class _Shown:
-    """The progress of both steps, receiving and writing, as that of one piece of work."""
+    """The progress of both steps, receiving and writing, as one."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress | None, receives: bool) -> None:
+        self._progress, self._receives = progress, receives
         self._received = 0
 
     def received(self, done: int, total: int) -> None:
-        """Show the progress of receiving. Nothing is received if all memory is in files."""
-        if self._progress is not None and done:
+        """Show the progress of receiving. It is not shown if the memory should be in files."""
+        if self._progress is not None and self._receives:
             self._received = total
             self._progress(min(done, total), 2 * total)
 
