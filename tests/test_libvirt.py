@@ -3,9 +3,12 @@
 import hashlib
 import os
 import random
+import re
 import shutil
 import stat
 import struct
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -255,4 +258,42 @@ def test_a_guest_of_libvirt_goes_on_after_import_and_export(
         assert libvirt.virsh("domstate", NAME) == "paused"
         libvirt.virsh("resume", NAME)
         toy.ticks(3)
+        toy.close()
+
+
+def test_the_page_on_import_says_what_works(no_identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks one by one, with a domain of the name that they use."""
+    page = (Path(__file__).resolve().parents[1] / "docs/import.md").read_text()
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    identity = vmsnap.generate_identity()
+    known = {"recipients": vmsnap.recipients_of(identity), "identities": identity}
+    with session() as libvirt, libvirt.daemon():
+        toy = Toy(libvirt.folder)
+        libvirt.start(toy, name="vm1")
+        toy.ticks(3)
+        libvirt.shim()
+        (libvirt.folder / "ssh").write_text('#!/bin/sh\nshift\nexec sh -c "$*"\n')
+        (libvirt.folder / "ssh").chmod(0o755)
+        monkeypatch.chdir(libvirt.folder)
+        monkeypatch.setenv("PATH", f"{libvirt.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+        for number, (language, block) in enumerate(blocks):
+            if language == "python":
+                shutil.rmtree("vm1")
+                exec(block, known)
+            else:
+                subprocess.run(["bash", "-ec", block], check=True, stdout=subprocess.DEVNULL)
+            if number == 0:
+                toy.ticks(3)
+                # The next block imports a file of QEMU, as this snapshot gives it.
+                vmsnap.export_file("vm1", "stream", "qemu")
+                subprocess.run(["zstd", "-q", "stream", "-o", "vm1.qemu.zst"], check=True)
+                shutil.rmtree("vm1")
+                os.unlink("vm1-again.save")
+        assert [each.name for each in sorted(libvirt.folder.glob("vm1*"))] == [
+            "vm1",
+            "vm1-again.save",
+            "vm1.qemu",
+            "vm1.qemu.zst",
+            "vm1.save",
+        ]
         toy.close()

@@ -367,7 +367,7 @@ def test_a_migration_that_somebody_cancels_is_no_snapshot(
     command = qemu_command(qmp, *toy.options, *monitors, memory="", size="2G", qemu=qemu)
     with running(command, qmp):
         toy.ticks(3)
-        with pytest.raises(vmsnap.QemuError, match="cancelled|failed to transfer"):
+        with pytest.raises(vmsnap.QemuError, match=r"cancelled|failed to transfer"):
             vmsnap.qemu.save(qmp, folder / "vm1", live=True, progress=once(lambda: ask(second, "migrate_cancel")))
         assert list(folder.iterdir()) == []
         assert is_as_before(qmp)

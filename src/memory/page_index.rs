@@ -17,7 +17,7 @@ type Slots = Box<[u32; GROUP_LENGTH]>;
 struct Group {
     /// A bit for each page that was received.
     received: u64,
-    /// 0 for a page without data. A group of zeros has none: a stream needs only nine bytes for a page of zeros.
+    /// 0 for a page without data. It is `None` in a group of zeros, for a stream needs only nine bytes for a page of zeros.
     slots: Option<Slots>,
 }
 

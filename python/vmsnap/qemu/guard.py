@@ -1,8 +1,8 @@
 """A small process that lets the guest go on if the saving process dies: by SIGKILL, a crash, or the end of its memory.
 
-It waits at the end of a pipe. Where the pipe ends before the word that all is well, it connects to QEMU and undoes
-the changes that the mark of the save lists (`mark`). It is started before the first change, and the save never waits for it: a guard that
-is still starting when the saving process dies finds the end of the pipe at once.
+It waits at the end of a pipe. If the pipe ends before the word that all is well, it connects to QEMU and undoes the
+changes that the mark of the save lists (`mark`). It is started before the first change, and the save never waits for
+it: a guard that is still starting when the saving process dies finds the end of the pipe at once.
 """
 
 import asyncio

@@ -30,7 +30,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 @dataclass
 class Rounds:
-    """The rounds of a live save. QEMU sends all memory, and then again and again the pages that the guest has written since."""
+    """The rounds of a live save. QEMU sends all memory, and then again the pages that the guest has written since."""
 
     limit: int
     """The largest number of rounds. The guest is stopped for the last one at the latest."""
