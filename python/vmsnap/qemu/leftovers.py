@@ -14,14 +14,15 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 # The time for an exit after SIGTERM: freeing the memory of a large guest takes seconds.
 _EXIT_SECONDS = 10.0
 # A process that was started at the last moment shows its command line a little later.
-_LOOK_AGAIN_SECONDS = 0.1
+_LOOK_AGAIN_SECONDS = 0.05
+_QUIET_LOOKS, _MOST_LOOKS = 2, 20
 # The standard streams have lower numbers.
 FIRST_FREE = 3
 _BATCH_BYTES = 1 << 20
@@ -159,8 +160,9 @@ def end_processes(monitor: str, processes: Sequence[int] = (), patience: float =
     """
     for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, _EXIT_SECONDS)):
         until = time.monotonic() + seconds
+        quiet = 0
         while True:
-            found = list(_with_argument(os.fsencode(monitor)))
+            found, is_certain = _with_argument(os.fsencode(monitor))
             alive = [*found, *(each for each in processes if not _has_ended(each, 0))]
             try:
                 for each in alive:
@@ -170,11 +172,12 @@ def end_processes(monitor: str, processes: Sequence[int] = (), patience: float =
             finally:
                 for each in found:
                     os.close(each)
-            if not alive:
-                return
             if not all(ended):
                 break
-            # A wrapper may have started QEMU at the last moment.
+            # A wrapper may have started QEMU at the last moment, while this looked at other processes.
+            quiet = 0 if alive else quiet + 1
+            if quiet >= (_QUIET_LOOKS if is_certain else _MOST_LOOKS):
+                return
             time.sleep(_LOOK_AGAIN_SECONDS)
 
 
@@ -184,19 +187,35 @@ def _has_ended(process: int, seconds: float) -> bool:
     return bool(exits.poll(seconds * 1000))
 
 
-def _with_argument(text: bytes) -> Iterator[int]:
-    """Open each process that has a text in its command line, as a pidfd."""
+def _with_argument(text: bytes) -> tuple[list[int], bool]:
+    """Open each process that has a text in its command line, as a pidfd.
+
+    Returns
+    -------
+    tuple of list and bool
+        The descriptors, and whether they are all: a process that starts a program has no command line for a moment.
+    """
+    found: list[int] = []
+    is_certain = True
     # /proc may belong to another PID namespace. Its numbers then stand for other processes here.
     if os.readlink("/proc/self") != str(os.getpid()):
-        return
+        return found, is_certain
     for name in os.listdir("/proc"):
         with suppress(OSError):
-            if name.isdigit() and int(name) != os.getpid() and text in _command_line(name):
+            if not name.isdigit() or int(name) == os.getpid():
+                continue
+            line = _command_line(name)
+            if not line:
+                os.readlink(f"/proc/{name}/exe")  # fails for a zombie and a thread of the kernel
+                is_certain = False
+            elif text in line:
                 process = os.pidfd_open(int(name))
                 if text in _command_line(name):
-                    yield process
+                    found.append(process)
                 else:
                     os.close(process)
+                    is_certain = False
+    return found, is_certain
 
 
 def _command_line(name: str) -> bytes:
