@@ -424,7 +424,7 @@ def test_who_may_not_look_into_qemu_is_told(folder: Path, qmp: Path) -> None:
         # The memory is shared, but this user cannot open it, so QEMU has to send it.
         folder.chmod(0o777)
         as_other += "\nassert vmsnap.open(sys.argv[2]).read_fragment('machine')['command_line'] == []"
-        done = run_python(f"import sys\n{as_other}", qmp, folder / "vm1")
+        done = run_python(f"import os, sys, vmsnap\n{as_other}", qmp, folder / "vm1")
         assert done.returncode == 0, done.stderr
         assert is_as_before(qmp)
 

@@ -89,12 +89,13 @@ def until(is_so: Callable[[], bool], told: Callable[[], object] = lambda: None) 
 
 
 @pytest.fixture
-def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The directory for the sockets that QEMU connects to."""
-    path = Path(tempfile.mkdtemp(prefix="t-"))
-    monkeypatch.setenv("TMPDIR", str(path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    return path
+    # The path is short, unlike that of pytest.
+    with tempfile.TemporaryDirectory(prefix="t-") as path:
+        monkeypatch.setenv("TMPDIR", path)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(path)
 
 
 # Wrappers ---------------------------------------------------------------------------------------------------------

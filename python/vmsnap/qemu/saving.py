@@ -199,6 +199,9 @@ async def save_async(
                     await hold.check()
                     if then != "quit":
                         await hold.go_on(hold.runs or then == "continue")
+                    if lively:
+                        # QEMU may have gone through the memory once more since the last look.
+                        rounds.go_on((await monitor.run("query-migrate")).get("ram", {}))
                     if memory is None:
                         memory = await _write(writer, regions, compress, shown)
                     if then == "quit":
