@@ -71,7 +71,7 @@ class Smp:
     """Threads of a core."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Device:
     """A device of a machine."""
 

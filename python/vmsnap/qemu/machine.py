@@ -38,7 +38,7 @@ async def describe(monitor: Monitor, ram: list[RamRange], command_line: list[str
         state="running" if status == "running" else "paused",
         cpu=await _cpu(monitor, processors, target),
         smp=await _smp(monitor, len(processors)),
-        devices=sorted([each async for each in _devices(monitor)]),
+        devices=sorted([each async for each in _devices(monitor)], key=lambda each: (each.type, each.address, each.id)),
     )
 
 

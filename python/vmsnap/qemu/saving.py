@@ -116,8 +116,8 @@ async def save_async(
     paused for some milliseconds at the end. If the save fails or is cancelled, there is no snapshot, and the guest runs
     if it ran before. A small process sees to that even if this process is killed.
 
-    A guest that was paused before is paused afterwards. It runs for a moment of about a millisecond, in which QEMU
-    takes back its disks.
+    A guest that was paused before is paused afterwards. It runs for some milliseconds at most, in which QEMU takes
+    back its disks.
 
     Parameters
     ----------
