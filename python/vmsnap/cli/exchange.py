@@ -9,7 +9,7 @@ import click
 
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.io import refuse_inside, refuse_terminal
-from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
+from vmsnap.cli.keys import OpeningKeys, WritingKeys, asked, opening_options, writing_options
 from vmsnap.cli.options import (
     archive_option,
     compress_option,
@@ -26,12 +26,6 @@ from vmsnap.cli.terminal import human_size, printable, progress_so_far
 from vmsnap.exchange import export_file, import_file
 
 _STREAM = "-"
-
-
-def _asked(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Ask for a passphrase now, before a progress bar is drawn."""
-    passphrase = arguments.get("passphrase")
-    return arguments | {"passphrase": passphrase()} if callable(passphrase) else arguments
 
 
 @click.command(
@@ -85,7 +79,7 @@ def import_command(
     if file == _STREAM:
         source = binary_input()
         refuse_terminal(source, "the file is binary, and standard input is a terminal")
-    arguments |= _asked(new_keys.arguments)
+    arguments |= asked(new_keys.arguments)
     with progress_so_far("import") as show:
         report = import_file(source, new_snapshot, **arguments, progress=show)
     memory = report.memory
@@ -179,7 +173,7 @@ def export(
             raise click.UsageError("--json prints to standard output, which is FILE already")
     else:
         refuse_inside(file, str(snapshot))
-    arguments = _asked(keys.arguments(snapshot))
+    arguments = asked(keys.arguments(snapshot))
     try:
         with progress_so_far("export") as show:
             report = export_file(

@@ -315,3 +315,9 @@ def _writing(options: dict[str, Any], prefix: str) -> WritingKeys:
 def show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
     """Print a warning as the command line prints messages, without a line of code."""
     print(f"vmsnap: {message}", file=sys.stderr)
+
+
+def asked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask for a passphrase now: in this thread, which Ctrl-C interrupts, and before a progress bar is drawn."""
+    passphrase = arguments.get("passphrase")
+    return arguments | {"passphrase": passphrase()} if callable(passphrase) else arguments

@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
-from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
+from vmsnap.cli.keys import OpeningKeys, WritingKeys, asked, opening_options, writing_options
 from vmsnap.cli.options import (
     archive_option,
     compress_option,
@@ -35,12 +35,6 @@ def _library() -> ModuleType:
             raise
         raise CommandError("vmsnap qemu needs the package qemu.qmp: pip install 'vmsnap[qemu]'") from None
     return vmsnap.qemu
-
-
-def _asked(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Ask for a passphrase now: in this thread, which Ctrl-C interrupts, and before a progress bar is drawn."""
-    passphrase = arguments.get("passphrase")
-    return arguments | {"passphrase": passphrase()} if callable(passphrase) else arguments
 
 
 @click.group()
@@ -114,7 +108,7 @@ def save(
     Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
     library = _library()
-    arguments = _asked(new_keys.arguments)
+    arguments = asked(new_keys.arguments)
     with progress_so_far("save") as show:
         report = library.save(
             qmp,
@@ -218,7 +212,7 @@ def load(
     Needs the package qemu.qmp: pip install 'vmsnap[qemu]'.
     """
     library = _library()
-    arguments = _asked(keys.arguments(snapshot))
+    arguments = asked(keys.arguments(snapshot))
     with progress_so_far("load") as show:
         report = library.load(
             snapshot,
