@@ -344,6 +344,31 @@ def test_a_qemu_that_does_not_answer_is_given_up_and_the_guard_waits_for_it(
         toy.ticks(200)
 
 
+def test_a_command_that_is_cancelled_with_its_answer_is_cancelled(qmp: Path) -> None:
+    """At every step of the event loop around its answer: a cancellation that is lost would keep a save waiting."""
+
+    async def cancelled_at(steps: int) -> bool:
+        command = asyncio.ensure_future(connection.run("query-status"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if not command.cancel():
+            return False
+        with pytest.raises(asyncio.CancelledError):
+            await command
+        return True
+
+    async def repeated() -> list[bool]:
+        nonlocal connection
+        async with monitor.connected(monitor.connection_to(qmp), "QEMU") as connection:
+            return [await cancelled_at(steps) for steps in range(400) for _ in range(3)]
+
+    connection: monitor.Monitor
+    with running(qemu_command(qmp, "-S", size="16M"), qmp):
+        found = asyncio.run(repeated())
+    # The first ones are cancelled before the answer, the last ones have it.
+    assert set(found) == {True, False}
+
+
 def test_a_signal_is_obeyed_while_qemu_does_not_answer(folder: Path, qmp: Path, toy: Toy) -> None:
     script = """
 import os, signal, sys, threading

@@ -137,7 +137,8 @@ class Hold:
 
     async def _undo(self, guard: Guard) -> None:
         try:
-            await asyncio.wait_for(recover(self._monitor, self._mark.id), _UNDO_SECONDS)
+            async with asyncio.timeout(_UNDO_SECONDS):
+                await recover(self._monitor, self._mark.id)
         except (QemuError, TimeoutError):
             # The error that led here is the one to report. If QEMU has ended, the guard finds nothing to do.
             guard.take_over()

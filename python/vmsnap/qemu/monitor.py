@@ -94,7 +94,9 @@ class Monitor:
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            return await asyncio.wait_for(self._client.execute(command, named or None), _ANSWER_SECONDS)
+            # Not wait_for, which loses a cancellation that comes at the same time as the answer.
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await self._client.execute(command, named or None)
         except TimeoutError:
             raise QemuError(
                 f"QEMU does not answer {command!r} within {_ANSWER_SECONDS:g} s: it may be stopped by a signal, or "
@@ -143,14 +145,16 @@ class Monitor:
     async def quit(self) -> None:
         """End QEMU. Returns when QEMU has closed the connection, or does not answer in time."""
         with suppress(QemuError, TimeoutError):
-            await asyncio.wait_for(self.run("quit"), _GREETING_SECONDS)
+            async with asyncio.timeout(_GREETING_SECONDS):
+                await self.run("quit")
         await _disconnect(self._client)
 
 
 async def _disconnect(client: QMPClient) -> None:
     """Close a connection. If QEMU has ended, the command that was running has raised that error."""
     with suppress(QMPError, EOFError, OSError, TimeoutError):
-        await asyncio.wait_for(client.disconnect(), _GREETING_SECONDS)
+        async with asyncio.timeout(_GREETING_SECONDS):
+            await client.disconnect()
 
 
 @asynccontextmanager
@@ -174,13 +178,10 @@ async def connected(connection: socket.socket, name: str, patience: float | None
     client = QMPClient("vmsnap", readbuflen=_ANSWER_BYTES)
     # The client would take an event that comes now, when the state of the guest changes, for the answer.
     client.negotiate = False
-
-    async def begin() -> None:
-        await client.connect(connection)
-        await client.execute("qmp_capabilities")
-
     try:
-        await asyncio.wait_for(begin(), _GREETING_SECONDS if patience is None else patience)
+        async with asyncio.timeout(_GREETING_SECONDS if patience is None else patience):
+            await client.connect(connection)
+            await client.execute("qmp_capabilities")
     except TimeoutError:
         await _disconnect(client)
         connection.close()
