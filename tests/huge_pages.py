@@ -3,11 +3,10 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from packages import CACHE
 
 SIZE = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -17,12 +16,12 @@ _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 def reserved(count: int) -> Iterator[None]:
     """Have a number of free huge pages; skips the test where there are too few. The system's number is put back.
 
-    One test at a time, because the number is that of the whole system.
+    One test at a time, of all that run on this system, because the number is that of the whole system.
     """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "hugepages.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
         try:
+            lock = stack.enter_context(open(_POOL / "nr_hugepages"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
             before = _number("nr_hugepages")
             missing = count - _free()
             if missing > 0:

@@ -167,6 +167,19 @@ def test_a_guest_goes_on_in_memory_of_another_kind(
         other.witness.goes_on()
 
 
+def test_the_witness_tells_a_disk_of_another_moment(
+    tmp_path: Path, booted: Callable[[str, str], Host], host: Callable[..., Host]
+) -> None:
+    first = booted("system", "pc")
+    other = host("other", first)
+    make_disk(tmp_path / "empty", first.image)
+    with (
+        other.loads(qemus.found("system"), first.folder / "vm", tmp_path / "empty"),
+        pytest.raises(AssertionError, match="the guest says b'bad disk: word 0 of block"),
+    ):
+        other.witness.goes_on()
+
+
 def newer_than(older: Qemu, machine_type: str) -> Qemu:
     newer = qemus.found("10.0")
     if not newer.knows(machine_type):
