@@ -216,6 +216,21 @@ def has_quit(qmp: Path) -> bool:
     return not processes_with(qmp)
 
 
+def test_a_load_that_is_interrupted_ends_qemu(saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy) -> None:
+    """Also in the moment in which the guest begins to run."""
+    ram = tmp_path / "ram"
+    command = qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")
+    load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
+    for number in range(10):
+        with ended(subprocess.Popen(load)) as process:
+            until(lambda: is_running(qmp))
+            time.sleep(random.Random(number).uniform(0, 0.1))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+        until(lambda: not processes_with(qmp) and not any(sockets.iterdir()), lambda: processes_with(qmp))
+        ram.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("wrapper", [[], SHELL], ids=["exec", "sh"])
 def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
     saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, wrapper: list[str]

@@ -1,13 +1,14 @@
 """The time in which QEMU is not as it was: its settings are changed, and the guest may stand still."""
 
 import asyncio
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 
 from vmsnap.errors import QemuError
 from vmsnap.qemu.background import in_thread, to_the_end
 from vmsnap.qemu.guard import Guard
 from vmsnap.qemu.mark import Holder, Mark, as_it_was, recover
-from vmsnap.qemu.monitor import Monitor
+from vmsnap.qemu.monitor import Event, Monitor
 from vmsnap.qemu.settings import Settings
 
 # The limit for undoing everything. If QEMU does not answer in time, that is left to the guard.
@@ -49,9 +50,14 @@ class Hold:
 
     async def stop(self) -> None:
         """Stop the guest."""
-        await self._note(stops=True)
+        if not self._mark.stops:
+            await self._note(stops=True)
         self.stands_still(again=True)
         await self._monitor.run("stop")
+
+    async def resume(self) -> None:
+        """Let the guest run while QEMU migrates it, after `stop`."""
+        await self._monitor.run("cont")
 
     async def migrate(self, uri: str) -> None:
         """Let QEMU begin to migrate. At the end QEMU stops the guest if it runs.
@@ -113,9 +119,8 @@ class Hold:
         else:
             await as_it_was(self._monitor, ran=False)
         self.paused_seconds = perf_counter() - self._stopped
-        times = {each.name: each.seconds for each in self._monitor.events}
-        if runs and 0 < times.get("STOP", 0) <= times.get("RESUME", 0):
-            self.paused_seconds = times["RESUME"] - times["STOP"]
+        if runs and (pauses := list(_pauses(self._monitor.events))):
+            self.paused_seconds = sum(pauses)
         await self._note(stops=False, migrates=False)
         await self.release()
 
@@ -146,3 +151,14 @@ class Hold:
             guard.dismiss()
         finally:
             self._mark.over()
+
+
+def _pauses(events: Iterable[Event]) -> Iterator[float]:
+    """Yield how long the guest stood still each time, in seconds."""
+    stopped = None
+    for each in events:
+        if each.name == "STOP":
+            stopped = each.seconds
+        elif each.name == "RESUME" and stopped is not None:
+            yield max(0.0, each.seconds - stopped)
+            stopped = None

@@ -1,6 +1,7 @@
 """`save`: storing a running QEMU guest in a snapshot."""
 
 import asyncio
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.migration import MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
+from vmsnap.qemu.emulated import DOWNTIME_MILLISECONDS, is_emulated, receive_emulated
 from vmsnap.qemu.hold import Hold
 from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.mark import recover
@@ -173,22 +175,28 @@ async def save_async(
                 ram = await survey(monitor, stack, pid)
                 lively = live and ran
                 files = not lively and _in_files(ram.blocks)
-                parameters = {"downtime-limit": _DOWNTIME_MILLISECONDS} if lively else {}
+                emulated = lively and await is_emulated(monitor)
+                downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
+                parameters = {"downtime-limit": downtime} if lively else {}
                 found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
                 writer = await snapshot.begin()
                 writer.write_fragment(MACHINE, ram.machine)
                 shown = _Shown(progress, receives=not files)
+                names = [each.name for each in ram.blocks if each.migrated]
+
+                def call(pipe: int, show: Progress) -> MigrationStream:
+                    return writer.receive_migration(pipe, names, progress=show)
+
                 rounds = Rounds(max_rounds)
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
-                    if not lively:
+                    if emulated:
+                        stream, rounds = await receive_emulated(monitor, hold, call, shown.received, max_rounds)
+                    elif lively:
+                        watch = functools.partial(keep_to, rounds, monitor, hold.notice, hold.stop)
+                        stream = await receive(monitor, call, hold.migrate, shown.received, watch)
+                    else:
                         await hold.stop()
-                    stream = await receive(
-                        monitor,
-                        lambda pipe, show: writer.receive_migration(pipe, _names(ram), progress=show),
-                        hold.migrate,
-                        shown.received,
-                        (lambda: keep_to(rounds, monitor, hold.notice, hold.stop)) if lively else None,
-                    )
+                        stream = await receive(monitor, call, hold.migrate, shown.received)
                     stack.callback(stream.close)
                     regions, from_files = _regions(ram, stream)
                     # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not.
@@ -232,11 +240,6 @@ def _in_files(blocks: list[Block]) -> bool:
     """
     shared = [each for each in blocks if each.shared]
     return bool(shared) and all(each.file is not None for each in shared)
-
-
-def _names(ram: Ram) -> list[str]:
-    """Return the names of the blocks of guest memory in the stream."""
-    return [each.name for each in ram.blocks if each.migrated]
 
 
 def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list[GuestRegion]]:

@@ -265,7 +265,12 @@ class StartedQemu:
     async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._runs:
             self._leftovers.close()
-            await in_thread(self._release)
+            try:
+                await in_thread(self._release)
+            except asyncio.CancelledError:
+                # The caller does not get the process.
+                await in_thread(lambda: end(self.process, self.monitor_path))
+                raise
             return
         await in_thread(self._undo)
         if self._stderr is not None:

@@ -1,0 +1,121 @@
+"""The live save of a guest that QEMU emulates (TCG), so without KVM.
+
+QEMU learns which pages the guest has written by reading and clearing a bitmap. With KVM that is atomic. An emulated
+processor marks a page just before it writes to it, so a write at that moment is lost: the page counts as sent, and the
+stream has its old content. (QEMU's own tests of migration say so: "TCG is touchy due to race conditions on dirty
+bits".) So vmsnap lets the guest stand still whenever QEMU reads the bitmap, which is at the end of each round.
+"""
+
+import asyncio
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from vmsnap.errors import QemuError
+from vmsnap.memory import Progress
+from vmsnap.migration import MigrationStream
+from vmsnap.qemu.hold import Hold
+from vmsnap.qemu.migration import Rounds, receive
+from vmsnap.qemu.monitor import Monitor
+
+# QEMU reads the bitmap when it expects to send the rest in this time, so when less than a MiB or two is left.
+DOWNTIME_MILLISECONDS = 1
+
+# The guest is stopped when the rest of a round would take so long, at the speed since the last look, or when so little
+# of it is left. Pages of zeros take a tenth of the time, so the speed changes suddenly. If the guest was stopped too
+# late, the next try takes the next numbers. With the last ones it stands still all the time.
+_MARGINS = ((0.03, 16 << 20), (0.2, 256 << 20), (0.0, 1 << 60))
+
+_POLL_SECONDS = 0.001
+
+
+class _TooLateError(QemuError):
+    """QEMU has read the bitmap while the guest ran. What it sends cannot be trusted."""
+
+
+class _EmulatedRounds:
+    """The rounds of a live save, between which the guest stands still."""
+
+    def __init__(self, rounds: Rounds, monitor: Monitor, hold: Hold, margin: tuple[float, int]) -> None:
+        self._rounds, self._monitor, self._hold = rounds, monitor, hold
+        self._margin_seconds, self._margin_bytes = margin
+        self._last = (0.0, 0)
+        self._read = 0
+        self._runs = False
+
+    async def migrate(self, uri: str) -> None:
+        """Let QEMU begin to migrate, while the guest stands still. `watch` resumes it."""
+        await self._hold.stop()
+        await self._hold.migrate(uri)
+
+    async def watch(self) -> None:
+        """Stop the guest before the end of each round, and let it run again if another one is worth while.
+
+        Raises
+        ------
+        _TooLateError
+            The guest was stopped too late.
+        """
+        while (memory := await self._memory()) is not None:
+            read, left = memory.get("dirty-sync-count", 0), memory.get("remaining", 0)
+            if self._runs:
+                self._check(read)
+                if self._ends_soon(left):
+                    await self._hold.stop()
+                    self._runs = False
+                    self._check((await self._memory() or {}).get("dirty-sync-count", self._read))
+                else:
+                    await self._hold.notice()
+            elif read > self._read:
+                self._read = read
+                if self._rounds.go_on(memory) and left > self._margin_bytes:
+                    await self._hold.resume()
+                    self._runs = True
+                    self._last = (perf_counter(), left)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _ends_soon(self, left: int) -> bool:
+        (before, more), now = self._last, perf_counter()
+        self._last = (now, left)
+        rate = (more - left) / max(now - before, 1e-9)
+        return left <= max(self._margin_bytes, rate * self._margin_seconds)
+
+    async def _memory(self) -> dict[str, Any] | None:
+        """Return the statistics of the memory, or None if the migration has ended."""
+        found = await self._monitor.run("query-migrate")
+        return found.get("ram", {}) if found.get("status") in ("setup", "active") else None
+
+    def _check(self, read: int) -> None:
+        """Check that QEMU has not read the bitmap since the guest was resumed."""
+        if read != self._read:
+            raise _TooLateError("QEMU sent memory that the guest has written meanwhile: save the guest again")
+
+
+async def receive_emulated(
+    monitor: Monitor,
+    hold: Hold,
+    call: Callable[[int, Progress], MigrationStream],
+    progress: Progress | None,
+    max_rounds: int,
+) -> tuple[MigrationStream, Rounds]:
+    """Let QEMU migrate an emulated guest that runs, with the parameters of `receive`.
+
+    Returns
+    -------
+    tuple of MigrationStream and Rounds
+        The stream, and the rounds in which it came.
+    """
+    for margin in _MARGINS:
+        rounds = Rounds(max_rounds)
+        emulated = _EmulatedRounds(rounds, monitor, hold, margin)
+        try:
+            return await receive(monitor, call, emulated.migrate, progress, emulated.watch), rounds
+        except _TooLateError:
+            # QEMU may have completed the migration, and takes its disks back only so.
+            await hold.resume()
+    raise AssertionError("with the last margin, the guest stands still all the time")
+
+
+async def is_emulated(monitor: Monitor) -> bool:
+    """Return whether QEMU emulates the processors of the guest."""
+    return not (await monitor.run("query-kvm"))["enabled"]
