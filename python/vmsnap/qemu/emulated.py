@@ -8,6 +8,7 @@ bits".) So vmsnap lets the guest stand still whenever QEMU reads the bitmap, whi
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +16,7 @@ from vmsnap.errors import QemuError
 from vmsnap.memory import Progress
 from vmsnap.migration import MigrationStream
 from vmsnap.qemu.hold import Hold
-from vmsnap.qemu.migration import Rounds, receive
+from vmsnap.qemu.migration import Rounds, Work, receive
 from vmsnap.qemu.monitor import Monitor
 
 # QEMU reads the bitmap when it expects to send the rest in this time, so when less than a MiB or two is left.
@@ -27,6 +28,8 @@ DOWNTIME_MILLISECONDS = 1
 _MARGINS = ((0.03, 16 << 20), (0.2, 256 << 20), (0.0, 1 << 60))
 
 _POLL_SECONDS = 0.001
+
+_TOO_LATE = "QEMU sent memory that the guest has written meanwhile: save the guest again"
 
 
 class _TooLateError(QemuError):
@@ -62,8 +65,8 @@ class _EmulatedRounds:
                 self._check(read)
                 if self._ends_soon(left):
                     await self._hold.stop()
+                    self._check((await self._memory() or {}).get("dirty-sync-count"))
                     self._runs = False
-                    self._check((await self._memory() or {}).get("dirty-sync-count", self._read))
                 else:
                     await self._hold.notice()
             elif read > self._read:
@@ -73,6 +76,12 @@ class _EmulatedRounds:
                     self._runs = True
                     self._last = (perf_counter(), left)
             await asyncio.sleep(_POLL_SECONDS)
+        self.check_stopped()
+
+    def check_stopped(self) -> None:
+        """Check that the guest was stopped in time."""
+        if self._runs:
+            raise _TooLateError(_TOO_LATE)
 
     def _ends_soon(self, left: int) -> bool:
         (before, more), now = self._last, perf_counter()
@@ -85,10 +94,10 @@ class _EmulatedRounds:
         found = await self._monitor.run("query-migrate")
         return found.get("ram", {}) if found.get("status") in ("setup", "active") else None
 
-    def _check(self, read: int) -> None:
+    def _check(self, read: int | None) -> None:
         """Check that QEMU has not read the bitmap since the guest was resumed."""
         if read != self._read:
-            raise _TooLateError("QEMU sent memory that the guest has written meanwhile: save the guest again")
+            raise _TooLateError(_TOO_LATE)
 
 
 async def receive_emulated(
@@ -97,8 +106,11 @@ async def receive_emulated(
     call: Callable[[int, Progress], MigrationStream],
     progress: Progress | None,
     max_rounds: int,
+    begin: Work,
 ) -> tuple[MigrationStream, Rounds]:
     """Let QEMU migrate an emulated guest that runs, with the parameters of `receive`.
+
+    Before another try, `begin` makes a new snapshot for `call`.
 
     Returns
     -------
@@ -109,10 +121,15 @@ async def receive_emulated(
         rounds = Rounds(max_rounds)
         emulated = _EmulatedRounds(rounds, monitor, hold, margin)
         try:
-            return await receive(monitor, call, emulated.migrate, progress, emulated.watch), rounds
+            with ExitStack() as stack:
+                stream = stack.enter_context(await receive(monitor, call, emulated.migrate, progress, emulated.watch))
+                emulated.check_stopped()
+                stack.pop_all()
+                return stream, rounds
         except _TooLateError:
             # QEMU may have completed the migration, and takes its disks back only so.
             await hold.resume()
+            await begin()
     raise AssertionError("with the last margin, the guest stands still all the time")
 
 

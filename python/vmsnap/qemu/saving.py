@@ -179,18 +179,21 @@ async def save_async(
                 downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
                 parameters = {"downtime-limit": downtime} if lively else {}
                 found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
-                writer = await snapshot.begin()
-                writer.write_fragment(MACHINE, ram.machine)
+                writer = await _begun(snapshot, ram)
                 shown = _Shown(progress, receives=not files)
                 names = [each.name for each in ram.blocks if each.migrated]
 
                 def call(pipe: int, show: Progress) -> MigrationStream:
                     return writer.receive_migration(pipe, names, progress=show)
 
+                async def begin() -> None:
+                    nonlocal writer
+                    writer = await _begun(snapshot, ram)
+
                 rounds = Rounds(max_rounds)
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
                     if emulated:
-                        stream, rounds = await receive_emulated(monitor, hold, call, shown.received, max_rounds)
+                        stream, rounds = await receive_emulated(monitor, hold, call, shown.received, max_rounds, begin)
                     elif lively:
                         watch = functools.partial(keep_to, rounds, monitor, hold.notice, hold.stop)
                         stream = await receive(monitor, call, hold.migrate, shown.received, watch)
@@ -231,6 +234,13 @@ async def save_async(
         seal_digest=snapshot.seal_digest,
         interrupted=interrupted,
     )
+
+
+async def _begun(snapshot: "_Snapshot", ram: Ram) -> SnapshotWriter:
+    """Begin the snapshot, or begin it anew, with the description of the machine."""
+    writer = await snapshot.begin()
+    writer.write_fragment(MACHINE, ram.machine)
+    return writer
 
 
 def _in_files(blocks: list[Block]) -> bool:
@@ -310,9 +320,11 @@ class _Snapshot:
         self.identifier = self.seal_digest = b""
 
     async def begin(self) -> SnapshotWriter:
-        """Create it."""
+        """Create it. If it was created before, it is created anew."""
 
         def create_staged() -> None:
+            if self._staged is not None:
+                self._staged.discard()
             self._staged = self._make()
 
         await in_thread(create_staged)
