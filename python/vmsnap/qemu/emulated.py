@@ -16,7 +16,7 @@ from vmsnap.errors import QemuError
 from vmsnap.memory import Progress
 from vmsnap.migration import MigrationStream
 from vmsnap.qemu.hold import Hold
-from vmsnap.qemu.migration import Rounds, Work, receive
+from vmsnap.qemu.migration import Rounds, Work, receive, settled
 from vmsnap.qemu.monitor import Monitor
 
 # QEMU reads the bitmap when it expects to send the rest in this time, so when less than a MiB or two is left.
@@ -127,6 +127,7 @@ async def receive_emulated(
                 stack.pop_all()
                 return stream, rounds
         except _TooLateError:
+            await settled(monitor)
             # QEMU may have completed the migration, and takes its disks back only so.
             await hold.resume()
             await begin()

@@ -169,6 +169,22 @@ async def _completed(monitor: Monitor) -> None:
         await asyncio.sleep(_POLL_SECONDS)
 
 
+async def settled(monitor: Monitor) -> None:
+    """Wait until QEMU has ended a migration in every respect, so that it accepts another one.
+
+    Raises
+    ------
+    QemuError
+        It does not, or has ended.
+    """
+    try:
+        async with asyncio.timeout(_CANCEL_SECONDS):
+            while await monitor.migrates() or (await monitor.run("query-status"))["status"] == "finish-migrate":
+                await asyncio.sleep(_POLL_SECONDS)
+    except TimeoutError:
+        raise QemuError(f"QEMU does not end its migration within {_CANCEL_SECONDS:g} s") from None
+
+
 async def keep_to(rounds: Rounds, monitor: Monitor, notice: Work, stop: Work) -> None:
     """Watch a live migration, and stop the guest if it writes faster than its memory is saved.
 
