@@ -33,7 +33,7 @@ _TOO_LATE = "QEMU sent memory that the guest has written meanwhile: save the gue
 
 
 class _TooLateError(QemuError):
-    """QEMU has read the bitmap while the guest ran. What it sends cannot be trusted."""
+    """QEMU has read the bitmap while the guest ran. Its stream cannot be trusted."""
 
 
 class _EmulatedRounds:

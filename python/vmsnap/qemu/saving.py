@@ -237,7 +237,7 @@ async def save_async(
 
 
 async def _begun(snapshot: "_Snapshot", ram: Ram) -> SnapshotWriter:
-    """Begin the snapshot, or begin it anew, with the description of the machine."""
+    """Begin the snapshot, or begin it again, with the description of the machine."""
     writer = await snapshot.begin()
     writer.write_fragment(MACHINE, ram.machine)
     return writer
@@ -320,7 +320,7 @@ class _Snapshot:
         self.identifier = self.seal_digest = b""
 
     async def begin(self) -> SnapshotWriter:
-        """Create it. If it was created before, it is created anew."""
+        """Create it. If it was created before, it is created again."""
 
         def create_staged() -> None:
             if self._staged is not None:
