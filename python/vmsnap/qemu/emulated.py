@@ -77,8 +77,8 @@ class _EmulatedRounds:
                 else:
                     await self._hold.notice()
             elif read > self._read:
-                first, self._read = self._read == 0, read
-                if self._rounds.go_on(memory) and first and left > self._margin_bytes:
+                self._read = read
+                if self._rounds.go_on(memory) and read == 1 and left > self._margin_bytes:
                     await self._hold.resume()
                     self._runs = True
                     self._last = (perf_counter(), left)
