@@ -184,6 +184,19 @@ def test_a_command_that_does_not_reach_the_socket_is_told_what_to_do(
     assert list(sockets.iterdir()) == []
 
 
+def test_a_load_without_proc_tells_its_own_error_and_ends_qemu(saved: Path, sockets: Path, qmp: Path, toy: Toy) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    command = qemu_command(qmp, *silent(toy), "-device", "e1000", size="64M")
+    load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc; exec "$@"', "sh", *load]
+    done = subprocess.run(hidden, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "devices that the saved guest did not have: " in done.stderr
+    assert processes_with(qmp) == []
+    assert list(sockets.iterdir()) == []
+
+
 def test_the_socket_has_a_short_path_in_a_private_directory(
     saved: Path, sockets: Path, qmp: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,10 +197,12 @@ def _with_argument(text: bytes) -> tuple[list[int], bool]:
     """
     found: list[int] = []
     is_certain = True
-    # /proc may belong to another PID namespace. Its numbers then stand for other processes here.
-    if os.readlink("/proc/self") != str(os.getpid()):
-        return found, is_certain
-    for name in os.listdir("/proc"):
+    try:
+        # /proc may belong to another PID namespace. Its numbers then stand for other processes here.
+        names = os.listdir("/proc") if os.readlink("/proc/self") == str(os.getpid()) else []
+    except OSError:
+        names = []  # there is no /proc
+    for name in names:
         with suppress(OSError):
             if not name.isdigit() or int(name) == os.getpid():
                 continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, StateError
 
 from vmsnap.errors import QemuError
 
@@ -106,6 +106,8 @@ class Monitor:
             raise QemuError(f"QEMU refused {command!r}: {refusal}") from None
         except ExecInterruptedError:
             raise QemuError(f"QEMU ended or closed the connection during {command!r}") from None
+        except StateError:
+            raise QemuError(f"QEMU ended or closed the connection before {command!r}") from None
         except QMPError as error:
             raise QemuError(f"cannot send {command!r} to QEMU: {error}") from None
 
