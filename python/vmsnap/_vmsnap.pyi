@@ -29,6 +29,7 @@ __all__ = [
     "check_serialized",
     "clean",
     "copy_buffer",
+    "created_at",
     "generate_identity",
     "generate_key",
     "identity_file",
