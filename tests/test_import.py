@@ -444,6 +444,18 @@ def test_an_export_that_cannot_be_leaves_nothing(folder: Path, tmp_path: Path, f
     assert "is in the snapshot" in line
 
 
+@row("export-lacks-memory")
+def test_an_export_that_would_lack_memory_leaves_nothing(folder: Path, tmp_path: Path, file: Path) -> None:
+    vmsnap.import_file(file, tmp_path / "vm")
+    known = vmsnap.open(tmp_path / "vm").read_fragment("machine")
+    more = known["ram"][0] | {"backend": "nv", "guest_base": GIB}
+    with vmsnap.create(tmp_path / "changed") as writer:
+        writer.write_fragment("machine", known | {"ram": [*known["ram"], more]})
+        write(writer, "device_state", content(tmp_path / "vm", "device_state"))
+    with refused("export-lacks-memory", "its device state lacks the guest memory 'nv'", folder):
+        vmsnap.export_file(tmp_path / "changed", folder / "new", "qemu")
+
+
 def test_an_export_to_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, file: Path) -> None:
     vmsnap.import_file(file, tmp_path / "vm")
     script = """

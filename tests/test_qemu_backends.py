@@ -15,7 +15,7 @@ from commands import run
 from guest import PATIENCE, ask, ended, qemu_command, running
 from qemus import Qemu
 from refusals import refused, row
-from support import MIB
+from support import MIB, write
 from toy_guest import Toy
 
 SIZE = 64 * MIB
@@ -229,18 +229,21 @@ def test_the_progress_ends_at_the_size_of_memory(folder: Path, qmp: Path, qemu: 
     toy.close()
 
 
-def test_a_snapshot_of_the_first_version_loads_into_every_backend(folder: Path, qmp: Path, qemu: Qemu) -> None:
-    """Its description of the machine says neither the state nor the processor."""
-    toy, location = saved_by(qemu, folder, qmp)
-    source = Source(toy)
+def of_the_first_version(location: Path, copy: Path) -> None:
+    """Copy a snapshot, with a description as vmsnap 0.1 wrote it: without the state and the processor."""
     known = vmsnap.open(location).read_fragment("machine")
     first = {name: known[name] for name in ("qemu_version", "target", "machine_type", "command_line", "format")}
     ram = [{name: each[name] for name in ("backend", "guest_base", "offset", "size")} for each in known["ram"]]
-    with vmsnap.create(folder / "vm2") as writer:
+    with vmsnap.create(copy) as writer:
         for fragment in ("device_state", "mem", "mem_metadata"):
-            with writer.raw_fragment(fragment) as copy:
-                copy.write((location / fragment).read_bytes())
+            write(writer, fragment, (location / fragment).read_bytes())
         writer.write_fragment("machine", first | {"ram": ram, "version": 1})
+
+
+def test_a_snapshot_of_the_first_version_loads_into_every_backend(folder: Path, qmp: Path, qemu: Qemu) -> None:
+    toy, location = saved_by(qemu, folder, qmp)
+    source = Source(toy)
+    of_the_first_version(location, folder / "vm2")
     for backend in ("memfd", "private-file", "plain"):
         with ended(
             vmsnap.qemu.load(folder / "vm2", command_for(qmp, toy, backend, qemu, folder / "ram")).process
@@ -249,6 +252,23 @@ def test_a_snapshot_of_the_first_version_loads_into_every_backend(folder: Path, 
         process.wait()
         source.ends()
     toy.close()
+
+
+def test_a_snapshot_of_the_first_version_is_exported(folder: Path, qmp: Path, qemu: Qemu) -> None:
+    """It has the id of the backend. In old machine types the stream has the path."""
+    ram = folder.parent / "ram"
+    memory = f"memory-backend-file,id=mem,size=16M,share=on,mem-path={ram},x-use-canonical-path-for-ramblock-id=on"
+    with running(qemu_command(qmp, "-S", memory=memory, size="16M", qemu=qemu), qmp):
+        ask(qmp, "query-status")  # it answers when it has its memory
+        with ram.open("r+b") as file:
+            file.seek(8 * MIB)
+            file.write(b"found again")
+        report = vmsnap.qemu.save(qmp, folder / "vm1")
+    assert [each.stream_name for each in report.machine.ram] == ["/objects/mem"]
+    of_the_first_version(folder / "vm1", folder / "vm2")
+    vmsnap.export_file(folder / "vm2", folder / "exported", "qemu")
+    vmsnap.import_file(folder / "exported", folder / "again")
+    assert vmsnap.open(folder / "again").memory().read(8 * MIB, 11) == b"found again"
 
 
 def test_memory_that_the_first_version_left_in_the_stream_is_not_sent_twice(folder: Path, qmp: Path) -> None:

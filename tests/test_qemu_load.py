@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,17 @@ SIZE = 64 * MIB
 
 # A shell that waits for QEMU, instead of becoming QEMU.
 SHELL = ["sh", "-c", '"$@"; exit $?', "sh"]
+
+# A load that is killed while it fills the memory.
+DYING = """
+import os, signal, sys
+import vmsnap.qemu
+
+def die(done, total):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+vmsnap.qemu.load(sys.argv[1], sys.argv[2:], ignore_differences=True, progress=die)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -284,20 +296,11 @@ def test_a_file_that_was_there_is_empty_after_a_load_was_killed(
     saved: Path, tmp_path: Path, qmp: Path, toy: Toy
 ) -> None:
     ram = tmp_path / "ram"
-    script = """
-import os, signal, sys
-import vmsnap.qemu
-
-def die(done, total):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-vmsnap.qemu.load(sys.argv[1], sys.argv[2:], progress=die)
-"""
     command = qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")
     for size in (0, SIZE):
         ram.touch()
         os.truncate(ram, size)
-        done = run_python(script, saved, *command)
+        done = run_python(DYING, saved, *command)
         assert done.returncode == -signal.SIGKILL
         until(lambda: not processes_with(qmp) and ram.stat().st_blocks == 0)
     # The next load does not find anything of it.
@@ -384,6 +387,48 @@ def test_a_refused_load_leaves_the_memory_file_as_it_was(
     # The corrected command.
     ram.rmdir()
     vmsnap.qemu.load(saved, qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")).end()
+
+
+def in_script(folder: Path, memory: str, size: str) -> list[str]:
+    """Return a command that does not tell the path of the memory: a script."""
+    script = folder / "start.sh"
+    command = shlex.join(qemu_command(folder / "qmp", memory=memory, size=size))
+    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    script.chmod(0o755)
+    return [str(script)]
+
+
+@row("qemu-other-machine", "qemu-ends")
+def test_a_refused_load_removes_a_memory_file_that_the_command_does_not_name(
+    saved: Path, folder: Path, tmp_path: Path, qmp: Path
+) -> None:
+    ram, config = tmp_path / "ram", tmp_path / "config"
+    backend = {"qom-type": "memory-backend-file", "size": "32M", "share": "on", "mem-path": ram}
+    config.write_text("\n".join(['[object "mem"]', *(f'{name} = "{value}"' for name, value in backend.items()), ""]))
+    configured = qemu_command(qmp, memory="", size="32M", machine="pc,memory-backend=mem")
+    short = qemu_command(qmp, "-mem-path", ram, memory="", size="32M")
+    for command in (short, in_script(tmp_path, in_file(ram, "32M"), "32M"), [*configured, "-readconfig", str(config)]):
+        with refused("qemu-other-machine", "the memory of the saved guest", folder):
+            vmsnap.qemu.load(saved, command)
+        assert not ram.exists()
+    # QEMU does not live long enough to be asked.
+    with refused("qemu-ends", "virtio-nothing", folder):
+        vmsnap.qemu.load(saved, [*short, "-device", "virtio-nothing"])
+    assert not ram.exists()
+    # A file that was there stays.
+    for content in (b"", bytes(32 * MIB)):
+        ram.write_bytes(content)
+        with refused("qemu-other-machine", "the memory of the saved guest", folder):
+            vmsnap.qemu.load(saved, in_script(tmp_path, in_file(ram, "32M"), "32M"))
+        assert ram.stat().st_size == 32 * MIB
+
+
+def test_a_load_that_is_killed_removes_a_memory_file_that_the_command_does_not_name(
+    saved: Path, tmp_path: Path, qmp: Path
+) -> None:
+    done = run_python(DYING, saved, *in_script(tmp_path, in_file(tmp_path / "ram"), "64M"))
+    assert done.returncode == -signal.SIGKILL
+    until(lambda: not processes_with(qmp) and not (tmp_path / "ram").exists())
 
 
 def test_preallocated_memory_stays_allocated(saved: Path, small_disk: Path, qmp: Path, toy: Toy) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,14 @@ class RamRange:
     def stream_name(self) -> str:
         """The name of the backend in QEMU's migration stream."""
         return self.block or self.backend
+
+
+def listed_name(stream_name: str, listed: Collection[str]) -> str | None:
+    """Return the name under which a device state lists a block of memory, or None if it does not list the block.
+
+    A description by vmsnap 0.1 has only the id of the backend. The name is its path in old machine types of QEMU.
+    """
+    return next((each for each in (stream_name, f"/objects/{stream_name}") if each in listed), None)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "check_serialized",
     "clean",
     "copy_buffer",
+    "created_at",
     "generate_identity",
     "generate_key",
     "identity_file",
@@ -175,6 +176,9 @@ class GuestMemory:
 
 def copy_buffer(buffer: ReadableBuffer) -> bytes:
     """Return the bytes of a contiguous buffer. Raise `OSError` if a page of it cannot be read."""
+
+def created_at(path: str | Path) -> int | None:
+    """Return the time when a file was created, in nanoseconds since 1970, or None if it is not recorded."""
 
 def generate_key() -> bytes:
     """Return 32 random bytes from the operating system: a key that a snapshot can be written with."""

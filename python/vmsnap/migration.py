@@ -21,7 +21,11 @@ class RamBlock:
     size_bytes: int
     """Its size in bytes."""
     records: int
-    """The number of page records in the stream; 0 if QEMU left the block out, because it is in a shared file."""
+    """The number of page records in the stream.
+
+    With 0, QEMU left the block out, because it is in a shared file; or the guest uses nothing of it, as of a virtio-mem
+    device with nothing plugged in.
+    """
     taken: bool
     """Whether it is guest memory, whose pages were taken out of the stream."""
 
@@ -90,7 +94,8 @@ class MigrationStream:
         Raises
         ------
         InvalidArgumentError
-            There is no such block, its pages were not taken, QEMU left them out, or the block is too short.
+            There is no such block, its pages were not taken, QEMU may have left all of them out for
+            ``x-ignore-shared``, or the block is too short.
         StateError
             The stream is closed.
         """

@@ -36,6 +36,9 @@ mod transfer;
 mod writer;
 
 use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::UNIX_EPOCH;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -72,7 +75,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]
-    use super::{aead_provider, are_crowded, check_serialized, copy_buffer, generate_key};
+    use super::{aead_provider, are_crowded, check_serialized, copy_buffer, created_at, generate_key};
 
     use pyo3::prelude::*;
 
@@ -89,6 +92,13 @@ mod _vmsnap {
 #[pyfunction]
 fn copy_buffer<'py>(py: Python<'py>, buffer: &Bound<'_, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
     buffer::Readable::get(buffer)?.copy(py)
+}
+
+/// Returns the time when a file was created, in nanoseconds since 1970. `None` if its file system does not record it.
+#[pyfunction]
+fn created_at(py: Python<'_>, path: PathBuf) -> Option<u64> {
+    let created = py.detach(|| fs::metadata(path).and_then(|found| found.created()).ok())?;
+    u64::try_from(created.duration_since(UNIX_EPOCH).ok()?.as_nanos()).ok()
 }
 
 /// Returns the cargo features of this build.

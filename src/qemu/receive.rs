@@ -27,7 +27,8 @@ pub struct RamBlock {
     pub name: String,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// The number of page records in the stream; 0 if QEMU left the block out, because it is in a shared file.
+    /// The number of page records in the stream. With 0, QEMU left the block out, because it is in a shared file; or
+    /// the guest uses nothing of it, as of a virtio-mem device with nothing plugged in.
     pub records: u64,
     /// Whether it is guest memory, whose pages were taken out of the stream.
     pub taken: bool,
@@ -92,14 +93,15 @@ impl MigrationStream {
     /// # Errors
     ///
     /// [`Error::is_invalid_argument`] if there is no such block, its pages were not taken, or it does not have the
-    /// bytes; also if QEMU left the block out, because then its memory is in a file.
+    /// bytes; also if the stream does not contain pages of it and `x-ignore-shared` was on, because then its memory may
+    /// be in a file.
     pub fn memory(&self, block: &str, offset: u64, size: u64) -> Result<impl GuestMemorySource + use<>> {
         let wrong = |text| Error::invalid_argument(format!("the RAM block {} {text}", shown(block)));
         let number = self.blocks.iter().position(|listed| listed.name == block);
         let number = number.ok_or_else(|| wrong("is not in the migration stream".to_owned()))?;
         let listed = &self.blocks[number];
         let area = self.areas[number].ok_or_else(|| wrong("was not taken out of the migration stream".to_owned()))?;
-        if listed.records == 0 {
+        if listed.records == 0 && self.ignores_shared {
             return Err(wrong("is listed in the migration stream, but QEMU left its pages out".to_owned()));
         }
         match offset.checked_add(size) {

@@ -295,6 +295,26 @@ fn memory_that_was_not_taken_is_not_given() {
 }
 
 #[test]
+fn a_block_without_pages_is_zero_if_shared_memory_was_not_left_out() {
+    let stream = Stream::begun(&[("pc.ram", 1 << 12), ("vmem", 3 << 12)])
+        .end_section()
+        .part()
+        .page("pc.ram", 0, 1)
+        .end_section()
+        .end()
+        .end_section()
+        .devices()
+        .described();
+    let folder = tempfile::tempdir().unwrap();
+    let staged = SnapshotOptions::new().create(folder.path().join("vm")).unwrap();
+    let received = staged.writer().receive_migration(&mut &stream.0[..], None, "device_state").unwrap();
+    assert_eq!(received.blocks()[1].records, 0);
+    let region = GuestRegion::new(1 << 32, received.memory("vmem", 0, 3 << 12).unwrap());
+    let report = staged.writer().write_memory(&[region], &MemoryOptions::new()).unwrap();
+    assert_eq!((report.logical_bytes, report.data_bytes), (3 << 12, 0));
+}
+
+#[test]
 fn blocks_that_do_not_fit_are_refused_before_anything_is_sent() {
     let (_folder, _, reader) = received(&SnapshotOptions::new(), &mut &live().0[..], None).unwrap();
     let ram = || SentBlock::new("pc.ram");

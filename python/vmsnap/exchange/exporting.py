@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from vmsnap._machine import Machine
+from vmsnap._machine import Machine, listed_name
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.exchange.domain import Domain
 from vmsnap.exchange.importing import DEVICE_STATE, LIBVIRT_COOKIE, LIBVIRT_XML, MACHINE
@@ -79,7 +79,8 @@ def export_file(
     Raises
     ------
     QemuError
-        The snapshot does not contain a QEMU guest, or lacks the XML of the domain. Nothing was written.
+        The snapshot does not contain a QEMU guest, its device state lacks a block of the guest memory, or the XML of
+        the domain is missing. Nothing was written.
     FileExistsError
         Something exists at the path.
     InvalidArgumentError
@@ -132,13 +133,25 @@ def _machine_of(reader: SnapshotReader) -> Machine:
 
 
 def _sent(reader: SnapshotReader, machine: Machine) -> list[SentBlock]:
-    """Return the blocks of guest memory, with the places of their pages in the snapshot."""
-    front = reader.migration_front(DEVICE_STATE)
+    """Return the blocks of guest memory, with the places of their pages in the snapshot.
+
+    Raises
+    ------
+    QemuError
+        The device state lacks a block.
+    """
+    listed = {name for name, _ in reader.migration_front(DEVICE_STATE).blocks}
     ranges = dict[str, list[tuple[int, int, int]]]()
     for each in machine.ram:
-        ranges.setdefault(each.stream_name, []).append((each.offset, each.guest_base, each.size))
-    # Pages of zeros too: the memory that the file is loaded into may contain other bytes.
-    return [SentBlock(name, name, ranges[name], zeros=True) for name, _ in front.blocks if name in ranges]
+        if (name := listed_name(each.stream_name, listed)) is None:
+            raise QemuError(
+                f"{reader.location} cannot be exported: its device state lacks the guest memory {each.stream_name!r}; "
+                "load it with vmsnap qemu load"
+            )
+        ranges.setdefault(name, []).append((each.offset, each.guest_base, each.size))
+    # Pages of zeros too: the memory that the file is loaded into may contain other bytes. vmsnap 0.1 left all memory in
+    # the stream of QEMU 8.1 and newer, beside `mem`.
+    return [SentBlock(name, name, parts, zeros=True, replaced=True) for name, parts in ranges.items()]
 
 
 def _header(reader: SnapshotReader, machine: Machine, xml: "StrPath | None") -> bytes:

@@ -8,7 +8,7 @@ from vmsnap.errors import QemuError
 from vmsnap.memory import GuestRegion
 from vmsnap.migration import MigrationFront, SentBlock
 from vmsnap.qemu.leftovers import holds_something
-from vmsnap.qemu.machine import Machine, RamRange
+from vmsnap.qemu.machine import Machine, RamRange, listed_name
 from vmsnap.qemu.process import MappedFile
 from vmsnap.qemu.survey import Block, Ram
 
@@ -104,7 +104,7 @@ def plan(
         # vmsnap 0.1 left all memory in the stream of QEMU 8.1 and newer, beside `mem`.
         SentBlock(name, there, ranges.get(there, []), zeros=zeros.get(there, False), replaced=True)
         for here, there in names.items()
-        if (name := next((each for each in (here, f"/objects/{here}") if each in known), None))
+        if (name := listed_name(here, known))
     ]
     filling = Filling(destinations, sent, files, any(each.preallocated for each in ram.blocks))
     if filling.file_bytes + filling.stream_bytes != sum(each.size for each in saved.ram):

@@ -42,6 +42,10 @@ class Leftovers:
         """Add a process (a pidfd), or a file that is being filled (a locked descriptor), and own the descriptor."""
         (self._processes if kind == "process" else self._filled).append(descriptor)
 
+    def add_new(self, path: str) -> None:
+        """Add a file that did not exist before."""
+        self._sizes[path] = None
+
     def kill(self) -> None:
         """Kill the processes that were added, without waiting."""
         for process in self._processes:
@@ -110,6 +114,10 @@ class Guard:
     def add(self, kind: str, descriptor: int) -> None:
         """Share a leftover with the guard, with the parameters of `Leftovers.add`."""
         self._send({"kind": kind}, [descriptor])
+
+    def add_new(self, path: str) -> None:
+        """Share a file that did not exist before."""
+        self._send({"kind": "new", "path": path})
 
     def release(self) -> None:
         """End the guard. It removes nothing."""
@@ -295,6 +303,8 @@ def _guard() -> None:
                 return
             elif message["kind"] == "starter":
                 events.register(descriptors[0], select.POLLIN)
+            elif message["kind"] == "new":
+                leftovers.add_new(message["path"])
             else:
                 leftovers.add(message["kind"], descriptors[0])
     if leftovers is not None:

@@ -154,6 +154,7 @@ async def load_async(
                     ram = await survey(monitor, stack, pid, to_fill=True)
                     if ram.pid is not None:
                         qemu.owns(ram.pid)
+                    qemu.has(each.file for each in ram.blocks if each.file)
                     names = machine.check_against(ram.machine, ignore_differences=ignore_differences)
                     filling = await in_thread(
                         lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)

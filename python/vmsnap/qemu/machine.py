@@ -4,11 +4,11 @@ import re
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
-from vmsnap._machine import Cpu, Device, Machine, RamRange, Smp
+from vmsnap._machine import Cpu, Device, Machine, RamRange, Smp, listed_name
 from vmsnap.errors import QemuError
 from vmsnap.qemu.monitor import Monitor
 
-__all__ = ["Cpu", "Device", "Machine", "RamRange", "Smp", "describe"]
+__all__ = ["Cpu", "Device", "Machine", "RamRange", "Smp", "describe", "listed_name"]
 
 # The levels of the arrangement of processors.
 _LEVELS = ("socket", "die", "core", "thread")

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import mmap
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -260,15 +261,18 @@ def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list
     QemuError, PermissionError
         A block is neither in the stream nor in a file.
     """
-    sent = {each.name for each in stream.blocks if each.taken and each.records}
+    taken = {each.name: each.records for each in stream.blocks if each.taken}
     regions, from_files = [], []
     for each, block in ram.places():
-        if block.name in sent:
+        if taken.get(block.name) or (block.name in taken and not stream.ignores_shared):
             regions.append(GuestRegion(each.guest_base, stream.memory(block.name, each.offset, each.size)))
         elif block.file is not None:
             offset = block.file.offset + each.offset
             from_files.append(GuestRegion(each.guest_base, block.file.descriptor, offset=offset, size=each.size))
             regions.append(from_files[-1])
+        elif block.name in taken and not block.shared:
+            # The guest uses nothing of it: a virtio-mem device with nothing plugged in.
+            regions.append(GuestRegion(each.guest_base, mmap.mmap(-1, each.size, mmap.MAP_PRIVATE, mmap.PROT_READ)))
         else:
             raise block.why_no_file or QemuError(
                 f"QEMU did not send the memory block {block.name!r}, and it is not in a file that vmsnap can open"

@@ -11,10 +11,12 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from time import monotonic
+from itertools import pairwise
+from time import monotonic, time_ns
 
+from vmsnap import _vmsnap
 from vmsnap.errors import QemuError
 from vmsnap.qemu.background import in_thread, no_thread, to_the_end
 from vmsnap.qemu.leftovers import (
@@ -56,8 +58,11 @@ class StartedQemu:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._name = command[0]
+        # The clock of file systems is some milliseconds behind. QEMU takes longer until it creates a file.
+        self._started_at = time_ns()
         sizes = sizes_of(_memory_paths(command))
-        self._new = [path for path, size in sizes.items() if size is None]
+        self._known = set(sizes)
+        self._new = {path for path, size in sizes.items() if size is None}
         self._said: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._lock = threading.Lock()
         self._runs = self._ended = self._answered = False
@@ -221,6 +226,27 @@ class StartedQemu:
         with suppress(OSError):
             self._share("process", os.pidfd_open(pid))
 
+    def has(self, files: Iterable[MappedFile]) -> None:
+        """Record the files of its memory, so that those that QEMU created are removed if the block fails.
+
+        The command names only some of them: a script or a configuration file may name others.
+        """
+        for file in files:
+            if file.path and file.path not in self._known and self._is_new(file):
+                self._known.add(file.path)
+                self._new.add(file.path)
+                self._leftovers.add_new(file.path)
+                self._guard.add_new(file.path)
+
+    def _is_new(self, file: MappedFile) -> bool:
+        """Return whether a file was created after QEMU was started. Its path must lead to it here, too."""
+        created_at = _vmsnap.created_at(f"/proc/self/fd/{file.descriptor}")
+        with suppress(OSError):
+            here = os.stat(file.path, follow_symlinks=False)
+            is_it = (here.st_dev, here.st_ino) == _identity(file.descriptor)
+            return is_it and created_at is not None and created_at > self._started_at
+        return False
+
     def lock(self, file: MappedFile) -> None:
         """Lock a file for guest memory until the block ends, so that no other load fills it.
 
@@ -309,6 +335,7 @@ def _identity(file: int) -> tuple[int, int]:
 def _memory_paths(command: Sequence[str]) -> list[str]:
     """Return the paths that a command line names for guest memory, in the syntax of QEMU's options or in JSON."""
     options = [path.replace(",,", ",") for each in command for path in re.findall(r"mem-path=((?:[^,]|,,)+)", each)]
+    options += [path for each, path in pairwise(command) if each in ("-mem-path", "--mem-path")]
     in_json = [path for each in command for path in re.findall(r'"mem-path"\s*:\s*"([^"\\]+)"', each)]
     return options + in_json
 
