@@ -324,6 +324,31 @@ def test_a_guest_that_somebody_migrates_elsewhere_goes_on(
         assert is_as_before(qmp)
 
 
+def test_a_guest_goes_on_although_qemu_is_about_to_finish(
+    folder: Path, qmp: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration has ended a moment before QEMU says so of the guest."""
+    run = monitor.Monitor.run
+    late = []
+
+    async def finishing(self: monitor.Monitor, command: str, **arguments: object) -> Any:
+        if command == "query-status" and late:
+            return {"status": late.pop()}
+        return await run(self, command, **arguments)
+
+    def broken() -> None:
+        late.extend(["finish-migrate"] * 2)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(monitor.Monitor, "run", finishing)
+    with running(qemu_command(qmp, *toy.options, memory=""), qmp):
+        with pytest.raises(ZeroDivisionError):
+            vmsnap.qemu.save(qmp, folder / "vm1", while_paused=broken)
+        assert late == []
+        assert is_as_before(qmp)
+        toy.ticks(3)
+
+
 # A QEMU that does not answer ------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vmsnap.errors import QemuError
-from vmsnap.qemu.migration import cancel
+from vmsnap.qemu.migration import cancel, finished
 from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.settings import Settings
 
@@ -209,7 +209,7 @@ async def as_it_was(monitor: Monitor, ran: bool) -> None:
     QEMU gives its disks away when it migrates, and takes them back when the guest runs. So a guest that was paused runs
     for the moment between two commands.
     """
-    state = (await monitor.run("query-status"))["status"]
+    state = await finished(monitor)
     if ran and state in ("paused", "postmigrate", "prelaunch"):
         await monitor.run("cont")
     elif state == "postmigrate":
