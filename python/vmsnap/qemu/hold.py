@@ -22,6 +22,7 @@ class Hold:
         self._monitor, self._qmp = monitor, qmp
         self._mark = Mark(Holder.here(), ran, found)
         self._wanted = wanted
+        self._placed = False
         self._guard: Guard | None = None
         self._stopped = perf_counter()
         self._seen, self._begun = 0, False
@@ -39,6 +40,7 @@ class Hold:
         try:
             await in_thread(start_guard)
             await self._mark.place(self._monitor)
+            self._placed = True
             await self._wanted.put(self._monitor)
         except BaseException:
             await self.release()
@@ -143,7 +145,8 @@ class Hold:
     async def _undo(self, guard: Guard) -> None:
         try:
             async with asyncio.timeout(_UNDO_SECONDS):
-                await recover(self._monitor, self._mark.id)
+                # Without a mark in QEMU, nothing of this save is to be undone, or another client has removed it.
+                await recover(self._monitor, self._mark if self._placed else self._mark.id)
         except (QemuError, TimeoutError):
             # The error that led here is the one to report. If QEMU has ended, the guard finds nothing to do.
             guard.take_over()

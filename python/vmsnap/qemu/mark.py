@@ -146,6 +146,16 @@ class Mark:
         await monitor.run("qom-set", path=_PATH, property="identity", value=json.dumps(asdict(mark)))
         return mark
 
+    async def _remove(self, monitor: Monitor) -> None:
+        """Remove the mark from QEMU, unless another client has done that, and perhaps placed the mark of its save."""
+        if (found := await _find(monitor)) is None or found.id != self.id:
+            return
+        try:
+            await monitor.run("object-del", id=_ID)
+        except QemuError:
+            if await _find(monitor) is not None:
+                raise
+
     def over(self) -> None:
         """Say that the save is over. Its changes may be undone from now on."""
         _held.discard(self.id)
@@ -164,7 +174,7 @@ class Mark:
         )
 
 
-async def recover(monitor: Monitor, only: str | None = None) -> str | None:
+async def recover(monitor: Monitor, only: Mark | str | None = None) -> str | None:
     """Undo the changes of a save in QEMU, if one has been killed or has failed.
 
     Parameters
@@ -172,7 +182,8 @@ async def recover(monitor: Monitor, only: str | None = None) -> str | None:
     monitor
         The connection to QEMU.
     only
-        The identifier of the save. The default is any save whose process has ended.
+        The save, by its identifier, or by its mark, which counts if there is none in QEMU: another client has removed
+        it. The default is any save whose process has ended.
 
     Returns
     -------
@@ -185,18 +196,20 @@ async def recover(monitor: Monitor, only: str | None = None) -> str | None:
         Another save is in progress; or QEMU ended or does not answer.
     """
     mark = await _find(monitor)
+    if mark is None and isinstance(only, Mark):
+        mark = only
     if mark is None:
         return None if only else await _recover_old(monitor)
     if only is None and await mark.is_in_use(monitor):
         raise mark._in_use()
-    if only not in (None, mark.id):
+    if only is not None and mark.id != (only.id if isinstance(only, Mark) else only):
         return None
     if mark.migrates:
         await cancel(monitor)
     if mark.stops:
         await as_it_was(monitor, mark.ran)
     await mark.found.put(monitor)
-    await monitor.run("object-del", id=_ID)
+    await mark._remove(monitor)
     goes_on = "; the guest, which it had stopped, was resumed" if mark.stops and mark.ran else ""
     return (
         f"an earlier save, by process {mark.holder.pid}, was interrupted: the settings of QEMU were restored{goes_on}"
