@@ -182,8 +182,8 @@ async def recover(monitor: Monitor, only: Mark | str | None = None) -> str | Non
     monitor
         The connection to QEMU.
     only
-        The save, by its identifier, or by its mark, which counts if there is none in QEMU: another client has removed
-        it. The default is any save whose process has ended.
+        The save: its identifier or its mark. The mark counts if another client has removed it from QEMU. The default
+        is any save whose process has ended.
 
     Returns
     -------
