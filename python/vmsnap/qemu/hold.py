@@ -161,7 +161,7 @@ class Hold:
     async def _undo(self, guard: Guard) -> None:
         try:
             async with asyncio.timeout(_UNDO_SECONDS):
-                # If the mark was placed, and QEMU has none now, another client has removed it.
+                # If the mark was placed, and is not in QEMU now, another client has removed it.
                 await recover(self._monitor, self._mark if self._placed else self._mark.id)
         except (QemuError, TimeoutError):
             # The error that led here is the one to report. If QEMU has ended, the guard finds nothing to do.
