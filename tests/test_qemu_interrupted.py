@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from support import MIB
 from toy_guest import Toy
 from vmsnap.errors import QemuError
 from vmsnap.qemu import mark, monitor
+from vmsnap.qemu.settings import Settings
 
 # Saves in a process of its own, and says on standard output when the guest memory is being read; then it waits.
 _SAVING = """
@@ -322,6 +324,80 @@ def test_a_guest_that_somebody_migrates_elsewhere_goes_on(
         # QEMU did not let its settings be restored meanwhile.
         vmsnap.qemu.save(qmp, folder / "vm1")
         assert is_as_before(qmp)
+
+
+def test_a_save_without_its_mark_undoes_its_changes(folder: Path, qmp: Path, second: Path, toy: Toy) -> None:
+    """Another client has removed the mark, for example a recovery that found an older one."""
+
+    def broken() -> None:
+        ask(second, "object-del", id="vmsnap-save")
+        raise ZeroDivisionError
+
+    with running(qemu_command(qmp, *toy.options, *two_monitors(second)), qmp):
+        before = settings(qmp)
+        with pytest.raises(ZeroDivisionError):
+            vmsnap.qemu.save(qmp, folder / "vm1", while_paused=broken)
+        assert settings(qmp) == before
+        assert is_as_before(qmp)
+        toy.ticks(3)
+
+
+@pytest.mark.parametrize("at", ["migrate-set-capabilities", "object-del"])
+def test_of_two_recoveries_none_removes_the_mark_of_a_new_save(
+    qmp: Path, second: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The other recovery ends first, before the last look at the mark or after it; then a save begins."""
+    run = monitor.Monitor.run
+    found = Settings({"events": False})
+    left = mark.Mark(holder(start=1), True, found)
+    new = json.dumps(asdict(mark.Mark(holder(), True, found)))
+
+    async def late(self: monitor.Monitor, command: str, **arguments: object) -> Any:
+        if command == at:
+            await asyncio.to_thread(ask, second, "object-del", id="vmsnap-save")
+            if at != "object-del":
+                added = {"qom_type": "authz-simple", "id": "vmsnap-save", "identity": new}
+                await asyncio.to_thread(ask, second, "object-add", **added)
+        return await run(self, command, **arguments)
+
+    async def recovered() -> str | None:
+        async with monitor.connected(monitor.connection_to(qmp), "QEMU") as connection:
+            await left.place(connection)
+            left.over()
+            monkeypatch.setattr(monitor.Monitor, "run", late)
+            return await mark.recover(connection)
+
+    with running(qemu_command(qmp, *two_monitors(second)), qmp):
+        assert "was interrupted" in (asyncio.run(recovered()) or "")
+        if at == "object-del":
+            assert is_as_before(qmp)
+        else:
+            assert ask(qmp, "qom-get", path="/objects/vmsnap-save", property="identity") == new
+
+
+def test_a_guest_goes_on_although_qemu_is_about_to_finish(
+    folder: Path, qmp: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration has ended a moment before QEMU says so of the guest."""
+    run = monitor.Monitor.run
+    late = []
+
+    async def finishing(self: monitor.Monitor, command: str, **arguments: object) -> Any:
+        if command == "query-status" and late:
+            return {"status": late.pop()}
+        return await run(self, command, **arguments)
+
+    def broken() -> None:
+        late.extend(["finish-migrate"] * 2)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(monitor.Monitor, "run", finishing)
+    with running(qemu_command(qmp, *toy.options, memory=""), qmp):
+        with pytest.raises(ZeroDivisionError):
+            vmsnap.qemu.save(qmp, folder / "vm1", while_paused=broken)
+        assert late == []
+        assert is_as_before(qmp)
+        toy.ticks(3)
 
 
 # A QEMU that does not answer ------------------------------------------------------------------------------------------

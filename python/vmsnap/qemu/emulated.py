@@ -36,6 +36,8 @@ _MARGINS = ((0.03, 16 << 20), (0.2, 256 << 20), (0.0, 1 << 60))
 
 _POLL_SECONDS = 0.001
 
+_FAILED = ("cancelling", "cancelled", "failing", "failed")
+
 _TOO_LATE = "QEMU sent memory that the guest has written meanwhile: save the guest again"
 
 
@@ -65,6 +67,8 @@ class _EmulatedRounds:
         ------
         _TooLateError
             The guest was stopped too late.
+        QemuError
+            The migration failed, or somebody has cancelled it.
         """
         while (memory := await self._memory()) is not None:
             read, left = memory.get("dirty-sync-count", 0), memory.get("remaining", 0)
@@ -78,7 +82,8 @@ class _EmulatedRounds:
                     await self._hold.notice()
             elif read > self._read:
                 self._read = read
-                if self._rounds.go_on(memory) and read == 1 and left > self._margin_bytes:
+                # If somebody else had stopped the guest before, it stands still all the time.
+                if self._rounds.go_on(memory) and self._hold.runs and read == 1 and left > self._margin_bytes:
                     await self._hold.resume()
                     self._runs = True
                     self._last = (perf_counter(), left)
@@ -97,8 +102,16 @@ class _EmulatedRounds:
         return left <= max(self._margin_bytes, rate * self._margin_seconds)
 
     async def _memory(self) -> dict[str, Any] | None:
-        """Return the statistics of the memory, or None if the migration has ended."""
+        """Return the statistics of the memory, or None if the migration has ended.
+
+        Raises
+        ------
+        QemuError
+            The migration failed, or somebody has cancelled it. It must not be repeated.
+        """
         found = await self._monitor.run("query-migrate")
+        if found.get("status") in _FAILED:
+            await self._monitor.migrated()
         return found.get("ram", {}) if found.get("status") in ("setup", "active") else None
 
     def _check(self, read: int | None) -> None:

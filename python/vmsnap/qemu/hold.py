@@ -22,9 +22,11 @@ class Hold:
         self._monitor, self._qmp = monitor, qmp
         self._mark = Mark(Holder.here(), ran, found)
         self._wanted = wanted
+        self._placed = False
         self._guard: Guard | None = None
         self._stopped = perf_counter()
         self._seen, self._begun = 0, False
+        self._noticed = 0
         self.paused_seconds = 0.0
 
     @property
@@ -39,6 +41,7 @@ class Hold:
         try:
             await in_thread(start_guard)
             await self._mark.place(self._monitor)
+            self._placed = True
             await self._wanted.put(self._monitor)
         except BaseException:
             await self.release()
@@ -49,15 +52,19 @@ class Hold:
         await self.release()
 
     async def stop(self) -> None:
-        """Stop the guest."""
+        """Stop the guest, which runs unless somebody else has stopped it."""
+        await self.notice()
         if not self._mark.stops:
             await self._note(stops=True)
         self.stands_still(again=True)
         await self._monitor.run("stop")
 
     async def resume(self) -> None:
-        """Let the guest run while QEMU migrates it, after `stop`."""
-        await self._monitor.run("cont")
+        """Let the guest be as it was before `stop`, while QEMU migrates it or when that has ended."""
+        if self._mark.ran:
+            await self._monitor.run("cont")
+        else:
+            await as_it_was(self._monitor, ran=False)
 
     async def migrate(self, uri: str) -> None:
         """Let QEMU begin to migrate. At the end QEMU stops the guest if it runs.
@@ -67,6 +74,8 @@ class Hold:
         QemuError
             QEMU refuses, for example because somebody else has begun another migration, which goes on.
         """
+        if not self._mark.stops:
+            await self.notice()
         before = self._mark
         await self._note(stops=True, migrates=True)
         try:
@@ -76,10 +85,19 @@ class Hold:
             raise
 
     async def notice(self) -> None:
-        """Notice whether somebody else has stopped or resumed the guest, while QEMU migrates it and it runs."""
+        """Notice whether somebody else has stopped or resumed the guest, which this save has not stopped.
+
+        When QEMU has stopped it at the end of a migration, only the events tell that somebody has resumed it before.
+        """
         state = (await self._monitor.run("query-status"))["status"]
-        if (state == "paused") == self._mark.ran and state in ("paused", "running"):
-            await self._note(ran=state == "running")
+        events = self._monitor.events
+        if state in ("running", "paused", "prelaunch"):
+            ran = state == "running"
+        else:
+            ran = self._mark.ran or any(each.name == "RESUME" for each in events[self._noticed :])
+        self._noticed = len(events)
+        if ran != self._mark.ran:
+            await self._note(ran=ran)
 
     def stands_still(self, *, again: bool) -> None:
         """Begin a time in which the guest has to stand still.
@@ -143,7 +161,8 @@ class Hold:
     async def _undo(self, guard: Guard) -> None:
         try:
             async with asyncio.timeout(_UNDO_SECONDS):
-                await recover(self._monitor, self._mark.id)
+                # If the mark was placed, and is not in QEMU now, another client has removed it.
+                await recover(self._monitor, self._mark if self._placed else self._mark.id)
         except (QemuError, TimeoutError):
             # The error that led here is the one to report. If QEMU has ended, the guard finds nothing to do.
             guard.take_over()

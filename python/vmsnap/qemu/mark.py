@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vmsnap.errors import QemuError
-from vmsnap.qemu.migration import cancel
+from vmsnap.qemu.migration import cancel, finished
 from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.settings import Settings
 
@@ -146,6 +146,16 @@ class Mark:
         await monitor.run("qom-set", path=_PATH, property="identity", value=json.dumps(asdict(mark)))
         return mark
 
+    async def _remove(self, monitor: Monitor) -> None:
+        """Remove the mark from QEMU, unless another client has done that, and perhaps placed the mark of its save."""
+        if (found := await _find(monitor)) is None or found.id != self.id:
+            return
+        try:
+            await monitor.run("object-del", id=_ID)
+        except QemuError:
+            if await _find(monitor) is not None:
+                raise
+
     def over(self) -> None:
         """Say that the save is over. Its changes may be undone from now on."""
         _held.discard(self.id)
@@ -164,7 +174,7 @@ class Mark:
         )
 
 
-async def recover(monitor: Monitor, only: str | None = None) -> str | None:
+async def recover(monitor: Monitor, only: Mark | str | None = None) -> str | None:
     """Undo the changes of a save in QEMU, if one has been killed or has failed.
 
     Parameters
@@ -172,7 +182,8 @@ async def recover(monitor: Monitor, only: str | None = None) -> str | None:
     monitor
         The connection to QEMU.
     only
-        The identifier of the save. The default is any save whose process has ended.
+        The save: its identifier or its mark. The mark counts if another client has removed it from QEMU. The default
+        is any save whose process has ended.
 
     Returns
     -------
@@ -185,18 +196,20 @@ async def recover(monitor: Monitor, only: str | None = None) -> str | None:
         Another save is in progress; or QEMU ended or does not answer.
     """
     mark = await _find(monitor)
+    if mark is None and isinstance(only, Mark):
+        mark = only
     if mark is None:
         return None if only else await _recover_old(monitor)
     if only is None and await mark.is_in_use(monitor):
         raise mark._in_use()
-    if only not in (None, mark.id):
+    if only is not None and mark.id != (only.id if isinstance(only, Mark) else only):
         return None
     if mark.migrates:
         await cancel(monitor)
     if mark.stops:
         await as_it_was(monitor, mark.ran)
     await mark.found.put(monitor)
-    await monitor.run("object-del", id=_ID)
+    await mark._remove(monitor)
     goes_on = "; the guest, which it had stopped, was resumed" if mark.stops and mark.ran else ""
     return (
         f"an earlier save, by process {mark.holder.pid}, was interrupted: the settings of QEMU were restored{goes_on}"
@@ -209,7 +222,7 @@ async def as_it_was(monitor: Monitor, ran: bool) -> None:
     QEMU gives its disks away when it migrates, and takes them back when the guest runs. So a guest that was paused runs
     for the moment between two commands.
     """
-    state = (await monitor.run("query-status"))["status"]
+    state = await finished(monitor)
     if ran and state in ("paused", "postmigrate", "prelaunch"):
         await monitor.run("cont")
     elif state == "postmigrate":

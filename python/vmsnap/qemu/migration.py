@@ -165,8 +165,24 @@ async def _completed(monitor: Monitor) -> None:
         The migration failed. The text contains the reason if QEMU reports one.
     """
     await monitor.migrated(_EVENT_SECONDS)
-    while (await monitor.run("query-status"))["status"] == "finish-migrate":
-        await asyncio.sleep(_POLL_SECONDS)
+    await finished(monitor)
+
+
+async def finished(monitor: Monitor) -> str:
+    """Wait until the guest can be told to go on after a migration that has ended, and return the state of the guest.
+
+    Raises
+    ------
+    QemuError
+        QEMU does not leave the state ``finish-migrate`` in time, or has ended.
+    """
+    try:
+        async with asyncio.timeout(_CANCEL_SECONDS):
+            while (state := str((await monitor.run("query-status"))["status"])) == "finish-migrate":
+                await asyncio.sleep(_POLL_SECONDS)
+            return state
+    except TimeoutError:
+        raise QemuError(f"QEMU does not finish its migration within {_CANCEL_SECONDS:g} s") from None
 
 
 async def settled(monitor: Monitor) -> None:
@@ -179,8 +195,9 @@ async def settled(monitor: Monitor) -> None:
     """
     try:
         async with asyncio.timeout(_CANCEL_SECONDS):
-            while await monitor.migrates() or (await monitor.run("query-status"))["status"] == "finish-migrate":
+            while await monitor.migrates():
                 await asyncio.sleep(_POLL_SECONDS)
+            await finished(monitor)
     except TimeoutError:
         raise QemuError(f"QEMU does not end its migration within {_CANCEL_SECONDS:g} s") from None
 

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,7 @@ from vmsnap.qemu.mark import recover
 from vmsnap.qemu.migration import Rounds, keep_to, receive
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
 from vmsnap.qemu.settings import differing
-from vmsnap.qemu.survey import Block, Ram, survey
+from vmsnap.qemu.survey import Block, Ram, layout, survey
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
 
@@ -172,7 +172,11 @@ async def save_async(
             stack.callback(connection.close)
             async with connected(connection, os.fspath(qmp)) as monitor:
                 interrupted = await recover(monitor)
+                await _check_state(monitor)
+                writer = await snapshot.begin()
+                # Deriving a key takes time, in which other clients may change everything.
                 ran = await _check_state(monitor)
+                before = await layout(monitor)
                 ram = await survey(monitor, stack, pid)
                 lively = live and ran
                 files = not lively and _in_files(ram.blocks)
@@ -180,7 +184,6 @@ async def save_async(
                 downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
                 parameters = {"downtime-limit": downtime} if lively else {}
                 found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
-                writer = await _begun(snapshot, ram)
                 shown = _Shown(progress, receives=not files)
                 names = [each.name for each in ram.blocks if each.migrated]
 
@@ -189,7 +192,7 @@ async def save_async(
 
                 async def begin() -> None:
                     nonlocal writer
-                    writer = await _begun(snapshot, ram)
+                    writer = await snapshot.begin()
 
                 rounds = Rounds(max_rounds)
                 async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
@@ -198,13 +201,20 @@ async def save_async(
                     elif lively:
                         watch = functools.partial(keep_to, rounds, monitor, hold.notice, hold.stop)
                         stream = await receive(monitor, call, hold.migrate, shown.received, watch)
+                        await hold.notice()
                     else:
                         await hold.stop()
                         stream = await receive(monitor, call, hold.migrate, shown.received)
                     stack.callback(stream.close)
+                    if await layout(monitor) != before:
+                        raise QemuError(
+                            "the machine was changed while it was saved: another client of QEMU has added or removed "
+                            "memory or a device; save it again"
+                        )
                     regions, from_files = _regions(ram, stream)
-                    # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not.
-                    hold.stands_still(again=not from_files)
+                    # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not. Of an emulated
+                    # guest that runs, QEMU may send stale pages.
+                    hold.stands_still(again=lively and not emulated and not from_files)
                     if while_paused is not None:
                         await _call(while_paused)
                     memory = await _write(writer, regions, compress, shown) if from_files else None
@@ -214,6 +224,8 @@ async def save_async(
                     if lively:
                         # QEMU may have gone through the memory once more since the last look.
                         rounds.go_on((await monitor.run("query-migrate")).get("ram", {}))
+                    machine = replace(ram.machine, state="running" if hold.runs else "paused")
+                    writer.write_fragment(MACHINE, machine)
                     if memory is None:
                         memory = await _write(writer, regions, compress, shown)
                     if then == "quit":
@@ -230,18 +242,11 @@ async def save_async(
         repeated_bytes=stream.repeated_bytes,
         device_state_bytes=stream.device_state_bytes,
         memory=memory,
-        machine=ram.machine,
+        machine=machine,
         snapshot_id=snapshot.identifier,
         seal_digest=snapshot.seal_digest,
         interrupted=interrupted,
     )
-
-
-async def _begun(snapshot: "_Snapshot", ram: Ram) -> SnapshotWriter:
-    """Begin the snapshot, or begin it again, with the description of the machine."""
-    writer = await snapshot.begin()
-    writer.write_fragment(MACHINE, ram.machine)
-    return writer
 
 
 def _in_files(blocks: list[Block]) -> bool:

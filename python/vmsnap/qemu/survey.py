@@ -105,6 +105,19 @@ async def survey(monitor: Monitor, stack: ExitStack, pid: int | None = None, *, 
     return Ram(machine, blocks, process.pid if process else None)
 
 
+async def layout(monitor: Monitor) -> object:
+    """Return the memory blocks and the plugged devices: equal as long as nothing is plugged in or out."""
+    # The size of a virtio-mem device changes while the guest runs.
+    memory = [
+        {name: each["data"][name] for name in each["data"].keys() & {"id", "memdev", "addr", "memaddr"}}
+        for each in await monitor.run("query-memory-devices")
+    ]
+    backends = await monitor.run("query-memdev")
+    blocks = _listed(await _ask(monitor, "info ramblock"))
+    plugged = [await monitor.run("qom-list", path=f"/machine/peripheral{each}") for each in ("", "-anon")]
+    return memory, backends, blocks, plugged
+
+
 @dataclass(frozen=True)
 class _Found:
     """A block of guest memory, without its file."""
