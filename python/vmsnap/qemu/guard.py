@@ -11,14 +11,19 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
+from vmsnap.errors import QemuError
 from vmsnap.qemu.mark import recover
 from vmsnap.qemu.monitor import connected, connection_to
 
 # QEMU serves one client at a time, and a stopped QEMU answers when it continues.
 _TURN_SECONDS = 600.0
+
+# The interval of tries while QEMU refuses.
+_AGAIN_SECONDS = 0.2
 
 # The standard streams have lower numbers.
 _FIRST_FREE = 3
@@ -127,6 +132,13 @@ def rescue(qmp: str, save: str) -> None:
     async def rescuing() -> None:
         connection = connection_to(Path(qmp))
         async with connected(connection, qmp, _TURN_SECONDS) as monitor:
-            await recover(monitor, save)
+            until = time.monotonic() + _TURN_SECONDS
+            while time.monotonic() < until:
+                try:
+                    await recover(monitor, save)
+                    return
+                except QemuError:
+                    # QEMU refuses other settings while it migrates, for example for another client.
+                    await asyncio.sleep(_AGAIN_SECONDS)
 
     asyncio.run(rescuing())

@@ -1,15 +1,16 @@
 """The time in which QEMU is not as it was: its settings are changed, and the guest may stand still."""
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from time import perf_counter
+from typing import Any
 
 from vmsnap.errors import QemuError
 from vmsnap.qemu.background import in_thread, to_the_end
 from vmsnap.qemu.guard import Guard
 from vmsnap.qemu.mark import Holder, Mark, as_it_was, recover
 from vmsnap.qemu.monitor import Event, Monitor
-from vmsnap.qemu.settings import Settings
+from vmsnap.qemu.settings import Settings, differing
 
 # The limit for undoing everything. If QEMU does not answer in time, that is left to the guard.
 _UNDO_SECONDS = 30.0
@@ -18,10 +19,12 @@ _UNDO_SECONDS = 30.0
 class Hold:
     """Changed settings of QEMU. QEMU is as it was before when the ``with`` block ends, also after an error."""
 
-    def __init__(self, monitor: Monitor, qmp: str, ran: bool, found: Settings, wanted: Settings) -> None:
+    def __init__(
+        self, monitor: Monitor, qmp: str, ran: bool, capabilities: Set[str], parameters: dict[str, Any]
+    ) -> None:
         self._monitor, self._qmp = monitor, qmp
-        self._mark = Mark(Holder.here(), ran, found)
-        self._wanted = wanted
+        self._mark = Mark(Holder.here(), ran, Settings())
+        self._capabilities, self._parameters = capabilities, parameters
         self._placed = False
         self._guard: Guard | None = None
         self._stopped = perf_counter()
@@ -42,7 +45,10 @@ class Hold:
             await in_thread(start_guard)
             await self._mark.place(self._monitor)
             self._placed = True
-            await self._wanted.put(self._monitor)
+            # Not before: another save may hold QEMU until now, and its settings are not those of the user.
+            found, wanted = await differing(self._monitor, self._capabilities, self._parameters)
+            await self._note(found=found)
+            await wanted.put(self._monitor)
         except BaseException:
             await self.release()
             raise
@@ -155,7 +161,7 @@ class Hold:
             guard, self._guard = self._guard, None
             await to_the_end(self._undo(guard))
 
-    async def _note(self, **changed: bool) -> None:
+    async def _note(self, **changed: Any) -> None:
         self._mark = await self._mark.put(self._monitor, **changed)
 
     async def _undo(self, guard: Guard) -> None:

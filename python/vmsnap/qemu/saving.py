@@ -24,7 +24,6 @@ from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.mark import recover
 from vmsnap.qemu.migration import Rounds, keep_to, receive
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
-from vmsnap.qemu.settings import differing
 from vmsnap.qemu.survey import Block, Ram, layout, survey
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
@@ -178,14 +177,16 @@ async def save_async(
                 ran = await _check_state(monitor)
                 before = await layout(monitor)
                 ram = await survey(monitor, stack, pid)
-                lively = live and ran
-                files = not lively and _in_files(ram.blocks)
-                emulated = lively and await is_emulated(monitor)
-                downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
-                parameters = {"downtime-limit": downtime} if lively else {}
-                found, wanted = await differing(monitor, {"x-ignore-shared"} if files else set(), parameters)
-                shown = _Shown(progress, receives=not files)
                 names = [each.name for each in ram.blocks if each.migrated]
+                emulated = live and ran and await is_emulated(monitor)
+                # QEMU 10 aborts in a live migration of an emulated guest with several blocks of memory: it confuses
+                # their addresses (tlb_reset_dirty_range_all).
+                lively = live and ran and not (emulated and len(names) > 1)
+                files = not lively and _in_files(ram.blocks)
+                downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
+                capabilities = {"x-ignore-shared"} if files else set[str]()
+                parameters = {"downtime-limit": downtime} if lively else {}
+                shown = _Shown(progress, receives=not files)
 
                 def call(pipe: int, show: Progress) -> MigrationStream:
                     return writer.receive_migration(pipe, names, progress=show)
@@ -195,8 +196,8 @@ async def save_async(
                     writer = await snapshot.begin()
 
                 rounds = Rounds(max_rounds)
-                async with Hold(monitor, os.fspath(qmp), ran, found, wanted) as hold:
-                    if emulated:
+                async with Hold(monitor, os.fspath(qmp), ran, capabilities, parameters) as hold:
+                    if lively and emulated:
                         stream, rounds = await receive_emulated(monitor, hold, call, shown.received, max_rounds, begin)
                     elif lively:
                         watch = functools.partial(keep_to, rounds, monitor, hold.notice, hold.stop)
