@@ -172,8 +172,10 @@ async def save_async(
             async with connected(connection, os.fspath(qmp)) as monitor:
                 interrupted = await recover(monitor)
                 await _check_state(monitor)
+                with ExitStack() as first:
+                    await survey(monitor, first, pid)
                 writer = await snapshot.begin()
-                # Deriving a key takes time, in which other clients may change everything.
+                # Deriving a key takes time, in which other clients may change everything. So all is looked at again.
                 ran = await _check_state(monitor)
                 before = await layout(monitor)
                 ram = await survey(monitor, stack, pid)
