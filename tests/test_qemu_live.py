@@ -121,7 +121,7 @@ def test_a_guest_on_huge_pages_is_saved(
 def test_of_two_numa_nodes_one_may_be_in_a_file(
     tmp_path: Path, folder: Path, qmp: Path, toy: Toy, qemu: Qemu, live: bool
 ) -> None:
-    """One is read from its file, and the other is taken out of the stream."""
+    """One is read from its file, and the other is taken out of the stream. QEMU may abort if it is emulated and live."""
     numa = [
         *("-object", f"memory-backend-file,id=m0,size=128M,share=on,mem-path={tmp_path}/ram"),
         *("-object", "memory-backend-ram,id=m1,size=128M"),
@@ -131,7 +131,7 @@ def test_of_two_numa_nodes_one_may_be_in_a_file(
     with running(command, qmp):
         toy.ticks(3)
         report = vmsnap.qemu.save(qmp, folder / "vm1", live=live)
-        assert report.way == ("live" if live else "stream")
+        assert report.way == "stream"
         assert [each.backend for each in report.machine.ram] == ["m0", "m1"]
         goes_on_and_loads(command, toy, folder / "vm1", tmp_path)
 
