@@ -302,14 +302,17 @@ def test_memory_that_the_first_version_left_in_the_stream_is_not_sent_twice(fold
 
 
 def test_shared_memory_without_a_file_comes_through_the_stream(folder: Path, qmp: Path, qemu: Qemu) -> None:
-    """Also if the snapshot is one whose memory was read from a file, with x-ignore-shared."""
+    """Also if the snapshot is one whose memory was read from a file, with x-ignore-shared.
+
+    QEMU 10 has a memfd for such memory, which is filled.
+    """
     toy, location = saved_by(qemu, folder, qmp)
     memory = "memory-backend-ram,id=mem,size=64M,share=on"
     command = qemu_command(qmp, *toy.options, machine=MACHINE, memory=memory, size="64M", qemu=qemu)
+    source = Source(toy)
     report = vmsnap.qemu.load(location, command)
-    assert report.streamed_bytes > 4 * MIB
-    toy.number = None
-    toy.ticks(3)
+    assert (report.streamed_bytes > 4 * MIB) == (qemu.number < (10, 0))
+    source.goes_on()
     report.end()
     toy.close()
 

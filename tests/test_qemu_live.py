@@ -121,7 +121,7 @@ def test_a_guest_on_huge_pages_is_saved(
 def test_of_two_numa_nodes_one_may_be_in_a_file(
     tmp_path: Path, folder: Path, qmp: Path, toy: Toy, qemu: Qemu, live: bool
 ) -> None:
-    """One is read from its file, and the other is taken out of the stream. QEMU may abort if it is emulated and live."""
+    """One is read from its file, the other is taken out of the stream. An emulated guest stands still meanwhile."""
     numa = [
         *("-object", f"memory-backend-file,id=m0,size=128M,share=on,mem-path={tmp_path}/ram"),
         *("-object", "memory-backend-ram,id=m1,size=128M"),
