@@ -1,6 +1,8 @@
 //! Streams made by a builder, whole and damaged. QEMU's own are in `tests/test_migration_stream.py`.
 
 mod builder;
+mod early;
+mod sent;
 
 use std::io::{self, Read};
 
@@ -423,4 +425,5 @@ fn seeds_of_migration() {
         .bytes(&[0]);
     std::fs::write(format!("{folder}/zeros"), zeros.0).unwrap();
     std::fs::write(format!("{folder}/thinned"), thinned().0).unwrap();
+    std::fs::write(format!("{folder}/early"), early::thinned().0).unwrap();
 }
