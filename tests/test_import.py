@@ -8,13 +8,14 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
-from guest import ask, ended, need_qemu, qemu_command, running
+from guest import PATIENCE, ask, ended, need_qemu, qemu_command, running
 from migration_files import migrate
 from qemus import Qemu, found
 from refusals import refused, row
@@ -22,6 +23,7 @@ from support import MIB, run_python, write
 from toy_guest import Toy
 from vmsnap.exchange.domain import Domain
 from vmsnap.exchange.layout import UNKNOWN_BASE, place
+from vmsnap.migration import SentBlock
 
 GIB = 1 << 30
 KEY = bytes(range(32))
@@ -395,6 +397,25 @@ def test_a_file_without_memory_is_refused(folder: Path, tmp_path: Path, qmp: Pat
         migrate(qmp, tmp_path / "file", x_ignore_shared=True)
     with refused("import-without-memory", "does not contain the memory 'mem'.*vmsnap qemu save", folder):
         vmsnap.import_file(tmp_path / "file", folder / "vm")
+
+
+def test_memory_of_which_a_file_has_no_page_is_zero(folder: Path, tmp_path: Path, file: Path) -> None:
+    """If nothing was left out with x-ignore-shared. QEMU loads the file that is exported."""
+    vmsnap.import_file(file, folder / "vm")
+    without = [SentBlock("pc.ram", "pc.ram", replaced=True)]
+    with (tmp_path / "empty").open("wb") as output:
+        vmsnap.open(folder / "vm").send_migration(output.fileno(), without)
+    report = vmsnap.import_file(tmp_path / "empty", folder / "empty")
+    assert (report.memory.logical_bytes, report.memory.data_bytes) == (16 * MIB, 0)
+    vmsnap.export_file(folder / "empty", tmp_path / "back", "qemu")
+    assert vmsnap.import_file(tmp_path / "back", folder / "again").memory.data_bytes == 0
+    qmp = tmp_path / "qmp"
+    incoming = ["-incoming", f"exec:cat {tmp_path / 'back'}"]
+    with running(qemu_command(qmp, "-S", *incoming, memory="", size="16M"), qmp):
+        until = time.monotonic() + PATIENCE
+        while ask(qmp, "query-status")["status"] == "inmigrate":
+            assert time.monotonic() < until
+        assert ask(qmp, "query-migrate")["status"] == "completed"
 
 
 def test_an_import_from_a_silent_pipe_is_interrupted(folder: Path, file: Path) -> None:

@@ -305,8 +305,11 @@ pub(super) fn read_command(offset: u64, input: &mut Input<'_>, interrupt: &mut I
     Ok([a, b, c, d])
 }
 
-/// The error for a section that is migrated in rounds, like `ram`.
+/// The error for a section that is migrated in rounds, as `ram` is, or for a second section `ram`.
 pub(super) fn iterative(offset: u64, name: &str) -> Error {
+    if name == RAM {
+        return malformed(offset, "section \"ram\" begins twice");
+    }
     refused(offset, format_args!("the section {} is migrated in rounds, which vmsnap does not read", shown(name)))
 }
 

@@ -30,8 +30,13 @@ fn whole() -> Stream {
 }
 
 /// The fragment with the rest of it.
-pub(super) fn thinned() -> Stream {
+fn thinned() -> Stream {
     with_state().part().page("pc.bios", 0, 0xb0).end_section().end().end_section().devices().described()
+}
+
+/// A short stream, for a fuzzer.
+pub(super) fn seed() -> Stream {
+    with_state().part().zero("/objects/hot", 2).end_section().end().end_section().devices().bytes(&[0])
 }
 
 #[test]
