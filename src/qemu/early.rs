@@ -1,7 +1,7 @@
 //! [`pass_early`]: the state of a device that QEMU sends before the pages of guest memory.
 //!
-//! A section has no length, so vmsnap passes only a section whose fields it knows. The only one up to QEMU 10.0 is that
-//! of virtio-mem (hw/virtio/virtio-mem.c), in machine types from 8.0 on. It tells which memory is plugged in:
+//! A section has no length, so vmsnap passes only a section whose fields it knows. Up to QEMU 10.0, only virtio-mem has
+//! such a section (hw/virtio/virtio-mem.c), in machine types from 8.0 on. It tells which memory is plugged in:
 //!
 //! ```text
 //! 4 | u32 id | "PATH/virtio-mem-device-early" | u32 instance | u32 version
