@@ -5,7 +5,6 @@ send the memory of a virtio-pmem device.
 """
 
 import functools
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 import vmsnap
 import vmsnap.qemu
-from guest import PATIENCE, Console, Count, ask, ended, kernel_files, qemu_command, running, write_initramfs
+from guest import Console, Count, ask, ended, kernel_files, qemu_command, running, write_initramfs
+from migration_files import resume
 from packages import CACHE
 from qemus import Qemu
 from refusals import refused, row
@@ -173,11 +173,7 @@ def test_a_guest_of_the_newest_machine_type_is_exported_and_imported(
         vmsnap.qemu.load(folder / "imported", command)
     vmsnap.export_file(folder / "imported", tmp_path / "again", "qemu")
     with running([*command, "-incoming", f"exec:cat '{tmp_path / 'again'}'"], qmp):
-        until = time.monotonic() + PATIENCE
-        # It is in the file as it was saved, so it stands still.
-        while ask(qmp, "query-status")["status"] != "paused":
-            assert time.monotonic() < until
-        ask(qmp, "cont")
+        resume(qmp)
         toy.ticks(100)
 
 
