@@ -208,7 +208,7 @@ mod tests {
             let _ = key::wrapping(&read(&format!("enc_metadata/{wrapped}"))).unwrap();
         }
         decrypt_message(&SecretKey::from([7; 32]), b"fuzz", 64, &read("floe/message")).unwrap();
-        for seed in ["thinned", "zeros"] {
+        for seed in ["early", "thinned", "zeros"] {
             qemu::pass_all(&read(&format!("migration/{seed}"))).unwrap();
         }
         for (seed, path) in [("key_metadata", "enc_metadata"), ("namespace", "disks/é"), ("large", "mem_data")] {

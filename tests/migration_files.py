@@ -5,6 +5,7 @@ import gzip
 import lzma
 import struct
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def migrate(qmp: Path, path: Path, **capabilities: bool) -> Path:
         status = ask(qmp, "query-migrate").get("status")
     assert status == "completed"
     return path
+
+
+def resume(qmp: Path) -> None:
+    """Resume a guest that QEMU loads with -incoming. It is in its file as it was saved, so it may be paused."""
+    until = time.monotonic() + PATIENCE
+    while ask(qmp, "query-status")["status"] == "inmigrate":
+        assert time.monotonic() < until, "QEMU does not load the guest"
+    ask(qmp, "cont")
 
 
 def compressed(program: str, content: bytes) -> bytes:

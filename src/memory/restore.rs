@@ -219,3 +219,100 @@ fn batches_with_data(region: &Region) -> impl Iterator<Item = u64> + '_ {
         (first..next).step_by(RESTORE_BATCH_BYTES)
     })
 }
+
+#[cfg(test)]
+mod keep_allocated {
+    use std::fs::{File, OpenOptions};
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
+
+    use super::*;
+    use crate::{GuestRegion, MemoryOptions, SnapshotOptions};
+
+    const MIB: usize = 1 << 20;
+    /// More than one batch of a restore, and not a multiple of one.
+    const SIZE: usize = 9 * MIB;
+    /// Bytes of the file before and after the region.
+    const AROUND: usize = MIB;
+    const OFFSET: Option<u64> = Some(AROUND as u64);
+
+    /// Guest memory with a hole at both ends, and one that begins and ends within a page.
+    fn ram() -> Vec<u8> {
+        let mut ram = vec![0; SIZE];
+        ram[2 * MIB..5 * MIB].fill(5);
+        ram[3 * MIB + 100..4 * MIB - 100].fill(0);
+        ram
+    }
+
+    fn memory(folder: &tempfile::TempDir) -> GuestMemory {
+        let path = folder.path().join("vm");
+        let writer = SnapshotOptions::new().create_in_place(&path).unwrap();
+        writer.write_memory(&[GuestRegion::new(0, ram())], &MemoryOptions::new()).unwrap();
+        SnapshotOptions::new().open(path).unwrap().memory().unwrap()
+    }
+
+    /// A file whose bytes are all `fill`, or which is one hole.
+    fn file(fill: Option<u8>) -> File {
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len((SIZE + 2 * AROUND) as u64).unwrap();
+        if let Some(fill) = fill {
+            file.write_all_at(&vec![fill; SIZE + 2 * AROUND], 0).unwrap();
+        }
+        file
+    }
+
+    /// Restores to the region of a file, whose other bytes must stay, and returns how many bytes are allocated.
+    fn restored(to: &File, file: &File, keep_allocated: bool) -> usize {
+        let around = |file: &File| {
+            let mut bytes = vec![0; 2 * AROUND];
+            let (before, after) = bytes.split_at_mut(AROUND);
+            file.read_exact_at(before, 0).unwrap();
+            file.read_exact_at(after, (AROUND + SIZE) as u64).unwrap();
+            bytes
+        };
+        let (folder, before) = (tempfile::tempdir().unwrap(), around(file));
+        let destination = GuestDestination::file(to, OFFSET).keep_allocated(keep_allocated);
+        memory(&folder).restore(&mut [destination]).unwrap();
+        let mut found = vec![0; SIZE];
+        file.read_exact_at(&mut found, AROUND as u64).unwrap();
+        assert!(found == ram() && around(file) == before);
+        usize::try_from(file.metadata().unwrap().blocks() * 512).unwrap()
+    }
+
+    #[test]
+    fn a_file_that_is_allocated_completely_stays_so() {
+        for fill in [0xee, 0] {
+            let file = file(Some(fill));
+            assert_eq!(restored(&file, &file, true), SIZE + 2 * AROUND);
+        }
+        let file = file(None);
+        fallocate(&file, FallocateFlags::empty(), 0, (SIZE + 2 * AROUND) as u64).unwrap();
+        assert_eq!(restored(&file, &file, true), SIZE + 2 * AROUND);
+    }
+
+    #[test]
+    fn without_it_zeros_become_holes() {
+        let file = file(Some(0xee));
+        // The hole within the data begins and ends within a page.
+        let holes = 6 * MIB + MIB - 2 * 4096;
+        assert_eq!(restored(&file, &file, false), SIZE + 2 * AROUND - holes);
+    }
+
+    #[test]
+    fn a_file_with_a_hole_is_not_allocated() {
+        let file = file(Some(0xee));
+        let end = SIZE + 2 * AROUND - 4096;
+        fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, end as u64, 4096).unwrap();
+        assert!(restored(&file, &file, true) < SIZE);
+        assert!(restored(&file, &file, true) < SIZE);
+    }
+
+    #[test]
+    fn it_has_no_effect_on_a_file_that_cannot_be_read() {
+        let file = file(Some(0xee));
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        let write_only = OpenOptions::new().write(true).open(path).unwrap();
+        assert!(restored(&write_only, &file, true) < SIZE);
+    }
+}

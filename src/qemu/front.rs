@@ -305,9 +305,18 @@ pub(super) fn read_command(offset: u64, input: &mut Input<'_>, interrupt: &mut I
     Ok([a, b, c, d])
 }
 
-/// The error for a section that is migrated in rounds, like `ram`.
+/// The error for a section that is migrated in rounds, as `ram` is, or for a second section `ram`.
 pub(super) fn iterative(offset: u64, name: &str) -> Error {
+    if name == RAM {
+        return malformed(offset, "section \"ram\" begins twice");
+    }
     refused(offset, format_args!("the section {} is migrated in rounds, which vmsnap does not read", shown(name)))
+}
+
+/// The error for the state of a device before the end of section `ram`.
+pub(super) fn early(offset: u64, name: &str) -> Error {
+    let text = "comes before the end of section \"ram\", which vmsnap does not read";
+    refused(offset, format_args!("the section {} {text}", shown(name)))
 }
 
 /// The error for a section whose kind does not fit its place; the byte of its kind was taken.
@@ -317,10 +326,7 @@ pub(super) fn unexpected(offset: u64, kind: u8, input: &mut Input<'_>, interrupt
             let name = input.u32("a section", interrupt).and_then(|_| input.name("the name of a section", interrupt));
             match name {
                 Ok(name) if kind == section::START => iterative(offset, name),
-                Ok(name) => {
-                    let text = "comes before the end of section \"ram\", which vmsnap does not read";
-                    refused(offset, format_args!("the section {} {text}", shown(name)))
-                }
+                Ok(name) => early(offset, name),
                 Err(error) => error,
             }
         }

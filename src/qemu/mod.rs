@@ -7,6 +7,7 @@
 //! output.rs    Output: the bytes that pass
 //! front.rs     Front: header, configuration and list of RAM blocks; SnapshotReader::migration_front
 //! passage.rs   Passage: a stream that passes, with every page shown on its way
+//! early.rs     the state of virtio-mem devices, which precedes the pages
 //! kept.rs      Kept: the stream that is left
 //! ending.rs    Ending: whether a stream was truncated
 //! receive.rs   SnapshotWriter::receive_migration, MigrationStream
@@ -21,8 +22,10 @@
 //! └────────────────────── front ────────────────────┘                                     └───────── rest ─────────┘
 //! ```
 //!
+//! QEMU sends the state of a virtio-mem device between START and the first PART, because it tells which pages exist.
 //! Nothing after the last part of `ram` is interpreted.
 
+mod early;
 mod ending;
 mod format;
 mod front;

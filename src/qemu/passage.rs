@@ -1,5 +1,6 @@
 //! [`Passage`]: a stream that passes. Every page is shown on its way and may be taken out; the rest is a valid stream.
 
+use super::early::pass_early;
 use super::ending::Ending;
 use super::format::{flag, malformed, refused, section};
 use super::front::{Front, read_command, unexpected};
@@ -37,11 +38,15 @@ impl<'a> Passage<'a> {
         Self { input, kept, front, current: None, flushes_multifd: false, has_pages: false }
     }
 
-    /// Passes the rest of the section that the front is in.
+    /// Passes the rest of the section that the front is in, and the state of devices that precedes all pages.
     pub(super) fn first_section(&mut self, take: &mut Take<'_>, interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.records(take, interrupt)?;
         self.kept.has_footers = self.input.peek(interrupt)? == Some(section::FOOTER);
-        self.end_section(interrupt)
+        self.end_section(interrupt)?;
+        while self.input.peek(interrupt)? == Some(section::FULL) {
+            pass_early(&mut self.input, &mut self.kept, self.front, interrupt)?;
+        }
+        Ok(())
     }
 
     /// Passes all other sections of `ram`.

@@ -142,7 +142,7 @@ impl SnapshotReader {
         passage.first_section(take, interrupt).map_err(in_fragment)?;
         let mut sent = 0;
         if let Some(memory) = memory.filter(|_| !parts.is_empty()) {
-            // A section of its own: no other one has to be changed.
+            // A section of its own: no other one has to be changed. It follows the state that QEMU loads before pages.
             passage.kept.begin_section(section::PART, interrupt)?;
             passage.kept.flush(interrupt)?;
             sent = write_records(&memory, &parts, &stream, threads, &done, interrupt)?;

@@ -1,6 +1,8 @@
 //! Streams made by a builder, whole and damaged. QEMU's own are in `tests/test_migration_stream.py`.
 
 mod builder;
+mod early;
+mod sent;
 
 use std::io::{self, Read};
 
@@ -200,7 +202,9 @@ fn what_is_not_understood_is_refused_by_name() {
     let config = |name: &str| Stream::new().configured().subsection(name);
     let cases = [
         (Stream(b"LibvirtQemudSave".to_vec()), "it begins with \"Libv\", not \"QEVM\", at byte 0"),
+        (Stream(b"QFI\xfb\0\0\0\x03".to_vec()), "it begins with \"QFI\\xfb\", not \"QEVM\", at byte 0"),
         (Stream(b"QEVM\0\0\0\x02".to_vec()), "the stream has version 2, and vmsnap reads version 3"),
+        (Stream(b"QEVM\x03\0\0\0".to_vec()), "the stream has version 50331648"),
         (Stream::new().bytes(&[7]).u32(0), "the machine type cannot have 0 bytes"),
         (Stream::new().bytes(&[7]).u32(1 << 20), "the machine type cannot have 1048576 bytes"),
         (Stream::new().bytes(&[7]).u32(1).bytes(&[0xff]), "the machine type is not UTF-8"),
@@ -215,6 +219,14 @@ fn what_is_not_understood_is_refused_by_name() {
         (begun().bytes(&[8, 0, 99, 0, 0]), "the command 99,"),
         (Stream::new().start("vfio"), "the section \"vfio\" is migrated in rounds"),
         (begun().start("dirty-bitmap"), "the section \"dirty-bitmap\" is migrated in rounds"),
+        (Stream::new().part(), "there is no section of kind 0x2 here"),
+        (Stream::new().end(), "there is no section of kind 0x3 here"),
+        (Stream::new().bytes(&[0]), "the stream ends before the end of section \"ram\""),
+        (Stream::new().configured().configured(), "there is no section of kind 0x7 here"),
+        (begun().configured(), "there is no section of kind 0x7 here"),
+        (begun().start("ram"), "section \"ram\" begins twice"),
+        (begun().end().end_section().start("ram"), "section \"ram\" begins twice"),
+        (Stream::new().start("ram").page("pc.ram", 0, 1), "does not begin with a list of its blocks"),
         (Stream::new().devices(), "the section \"timer\" comes before the end of section \"ram\""),
         (begun().devices(), "the section \"timer\" comes before the end of section \"ram\""),
         (begun().bytes(&[0]), "the stream ends before the end of section \"ram\""),
@@ -251,6 +263,21 @@ fn what_is_not_understood_is_refused_by_name() {
     let names: Vec<_> = (0..1025).map(|number| number.to_string()).collect();
     let many: Vec<_> = names.iter().map(|name| (&**name, 4096)).collect();
     refused(&Stream::begun(&many), "more than 1024 RAM blocks");
+}
+
+#[test]
+fn more_guest_memory_than_any_guest_has_is_refused() {
+    let most = 16 << 40;
+    for (blocks, bytes) in [
+        (vec![("pc.ram", most + 4096)], "17592186048512"),
+        (vec![("pc.ram", most), ("mem", 4096)], "17592186048512"),
+        (vec![("pc.ram", u64::MAX - 4095)], "18446744073709547520"),
+    ] {
+        let stream = Stream::begun(&blocks);
+        let error = received(&SnapshotOptions::new(), &mut &stream.0[..], None).map(drop).unwrap_err();
+        let text = format!("the guest has {bytes} bytes of memory, and vmsnap reads at most 16 TiB from a stream");
+        assert!(error.is_unsupported_format() && error.to_string().contains(&text), "{error}");
+    }
 }
 
 #[test]
@@ -423,4 +450,5 @@ fn seeds_of_migration() {
         .bytes(&[0]);
     std::fs::write(format!("{folder}/zeros"), zeros.0).unwrap();
     std::fs::write(format!("{folder}/thinned"), thinned().0).unwrap();
+    std::fs::write(format!("{folder}/early"), early::seed().0).unwrap();
 }

@@ -145,13 +145,20 @@ def _sent(reader: SnapshotReader, machine: Machine) -> list[SentBlock]:
     for each in machine.ram:
         if (name := listed_name(each.stream_name, listed)) is None:
             raise QemuError(
-                f"{reader.location} cannot be exported: its device state lacks the guest memory {each.stream_name!r}; "
-                "load it with vmsnap qemu load"
+                f"{reader.location} cannot be exported: its device state lacks the guest memory {each.stream_name!r}"
+                f"{_why_lacking(machine)}; load the snapshot with vmsnap qemu load"
             )
         ranges.setdefault(name, []).append((each.offset, each.guest_base, each.size))
     # Pages of zeros too: the memory that the file is loaded into may contain other bytes. vmsnap 0.1 left all memory in
     # the stream of QEMU 8.1 and newer, beside `mem`.
     return [SentBlock(name, name, parts, zeros=True, replaced=True) for name, parts in ranges.items()]
+
+
+def _why_lacking(machine: Machine) -> str:
+    """Return why a device state may lack guest memory: QEMU marks the memory of virtio-pmem as not migratable."""
+    if any(each.type.startswith("virtio-pmem") for each in machine.devices or []):
+        return ", because QEMU never migrates the memory of a virtio-pmem device"
+    return ""
 
 
 def _header(reader: SnapshotReader, machine: Machine, xml: "StrPath | None") -> bytes:

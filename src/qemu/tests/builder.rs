@@ -79,6 +79,14 @@ impl Stream {
         self.u64(page << 12 | 0x22).bytes(&[0])
     }
 
+    /// The early state of a virtio-mem device, without its footer.
+    pub(super) fn early(self, path: &str, size: u64, unit: u64) -> Self {
+        let words = (size / unit.max(1)).div_ceil(64).min(8);
+        let head = self.bytes(&[4]).u32(9).name(&format!("{path}virtio-mem-device-early")).u32(0).u32(1);
+        let fields = head.u64(1 << 32).u64(size).u64(unit).u32(0).u64(unit);
+        (0..words).fold(fields, |stream, word| stream.u64(u64::from(word == 0) << 56))
+    }
+
     pub(super) fn devices(self) -> Self {
         self.bytes(&[4]).u32(3).name("timer").u32(0).u32(2).u64(0x0600).footer(3)
     }
