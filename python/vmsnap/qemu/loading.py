@@ -147,34 +147,40 @@ async def load_async(
         return reader, machine, reader.memory(), reader.migration_front(DEVICE_STATE)
 
     reader, machine, memory, front = await in_thread(open_snapshot)
-    async with StartedQemu(command) as qemu:
-        with ExitStack() as stack:
-            async with qemu.monitor() as monitor:
-                try:
-                    ram = await survey(monitor, stack, pid, to_fill=True)
-                    if ram.pid is not None:
-                        qemu.owns(ram.pid)
-                    qemu.has(each.file for each in ram.blocks if each.file)
-                    names = machine.check_against(ram.machine, ignore_differences=ignore_differences)
-                    filling = await in_thread(
-                        lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)
-                    )
-                    for file in filling.files:
-                        qemu.fills(file)
-                    streamed_bytes = await _fill(monitor, reader, memory, filling, qemu, progress)
-                    goes_on = not paused and machine.state != "paused"
-                    if goes_on:
-                        await monitor.run("cont")
-                except BaseException:
-                    # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
-                    await to_the_end(monitor.quit())
-                    raise
-        qemu.runs()
+    goes_on = not paused and machine.state != "paused"
+    try:
+        async with StartedQemu(command) as qemu:
+            with ExitStack() as stack:
+                async with qemu.monitor() as monitor:
+                    try:
+                        ram = await survey(monitor, stack, pid, to_fill=True)
+                        if ram.pid is not None:
+                            qemu.owns(ram.pid)
+                        qemu.has(each.file for each in ram.blocks if each.file)
+                        names = machine.check_against(ram.machine, ignore_differences=ignore_differences)
+                        filling = await in_thread(
+                            lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)
+                        )
+                        for file in filling.files:
+                            qemu.fills(file)
+                        streamed_bytes = await _fill(monitor, reader, memory, filling, qemu, progress)
+                        if goes_on:
+                            await monitor.run("cont")
+                    except BaseException:
+                        # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
+                        await to_the_end(monitor.quit())
+                        raise
+            qemu.runs()
+        restored_bytes = memory.data_bytes
+    finally:
+        # Whoever keeps the error keeps this function's variables, and asyncio.run keeps it for a while: see
+        # `background`. The snapshot and its key are closed nevertheless.
+        del reader, memory
     return LoadReport(
         process=qemu.process,
         pid=qemu.process.pid if ram.pid is None else ram.pid,
         seconds=perf_counter() - started,
-        restored_bytes=memory.data_bytes,
+        restored_bytes=restored_bytes,
         streamed_bytes=streamed_bytes,
         paused=not goes_on,
         machine=machine,
