@@ -22,7 +22,7 @@ from qemus import Qemu
 from refusals import refused, row
 from support import MIB
 from toy_guest import Toy
-from vmsnap.qemu import hold, monitor, saving
+from vmsnap.qemu import hold, monitor, plan, saving
 
 _HUGE = "memory-backend-memfd,id=mem,size=64M,share=on,hugetlb=on,hugetlbsize=2M"
 
@@ -470,7 +470,7 @@ def test_a_guest_that_somebody_stops_and_resumes_runs_although_qemu_stops_it(
 
     monkeypatch.setattr(hold.Hold, "notice", look)
     # The way of a guest with KVM. Nothing loads this snapshot.
-    monkeypatch.setattr(saving, "is_emulated", is_not_emulated)
+    monkeypatch.setattr(plan, "is_emulated", is_not_emulated)
     monitors = ["-qmp", f"unix:{second},server=on,wait=off"]
     with running(qemu_command(qmp, *toy.options, *monitors, memory="", size="2G"), qmp):
         toy.ticks(3)

@@ -173,8 +173,8 @@ async def load_async(
             qemu.runs()
         restored_bytes = memory.data_bytes
     finally:
-        # Whoever keeps the error keeps this function's variables, and asyncio.run keeps it for a while: see
-        # `background`. The snapshot and its key are closed nevertheless.
+        # An error that the caller keeps, or asyncio.run, keeps the variables of this function: see `background`. It
+        # must not keep the snapshot open, or its key.
         del reader, memory
     return LoadReport(
         process=qemu.process,
