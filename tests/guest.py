@@ -120,6 +120,11 @@ def shared_memory(size: str = "256M") -> str:
     return f"memory-backend-memfd,id=mem,size={size},share=on"
 
 
+def file_memory(path: str | Path, size: str = "256M") -> str:
+    """Memory in a file, which newer versions of QEMU leave out of their stream too."""
+    return f"memory-backend-file,id=mem,size={size},share=on,mem-path={path}"
+
+
 def qemu_command(
     qmp: Path,
     *more: str | Path,

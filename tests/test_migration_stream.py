@@ -23,13 +23,6 @@ KEY = bytes(range(32))
 SIZE = 64 * MIB
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[Toy]:
-    made = Toy(tmp_path)
-    yield made
-    made.close()
-
-
 def wait_for(qmp: Path, command: str, wanted: set[str]) -> str:
     """Ask until a status is one of those that are wanted."""
     until, status = time.monotonic() + PATIENCE, None

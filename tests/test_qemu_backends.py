@@ -112,19 +112,6 @@ def test_a_guest_of_a_newer_qemu_is_refused_by_an_older_one(tmp_path: Path, fold
     toy.close()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where snapshots go; QEMU's own files are beside it."""
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
 def saved_by(qemu: Qemu, folder: Path, qmp: Path, **options: Any) -> tuple[Toy, Path]:
     toy = Toy(folder.parent)
     with running(command_for(qmp, toy, "memfd", qemu, folder), qmp) as process:

@@ -48,26 +48,6 @@ def _qemu() -> None:
 
 
 @pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[Toy]:
-    made = Toy(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where snapshots go; QEMU's own files are beside it."""
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def saved(folder: Path, qmp: Path, toy: Toy) -> Path:
     """A snapshot of a guest that checks its memory."""
     with running(qemu_command(qmp, *toy.options, size="64M"), qmp) as process:
