@@ -47,14 +47,25 @@ def _qemu() -> None:
     need_qemu()
 
 
-@pytest.fixture
-def saved(folder: Path, qmp: Path, toy: Toy) -> Path:
-    """A snapshot of a guest that checks its memory."""
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Toy, Path]]:
+    """A guest that checks its memory, which was saved and has ended, and its snapshot."""
+    need_qemu()
+    folder = tmp_path_factory.mktemp("guest")
+    toy, qmp = Toy(folder), folder / "qmp"
     with running(qemu_command(qmp, *toy.options, size="64M"), qmp) as process:
         toy.ticks(3)
         vmsnap.qemu.save(qmp, folder / "vm1", then="quit")
         process.wait(PATIENCE)
-    return folder / "vm1"
+    yield toy, folder / "vm1"
+    toy.close()
+
+
+@pytest.fixture
+def saved(guest: tuple[Toy, Path], folder: Path, toy: Toy) -> Path:
+    """A copy of the snapshot of that guest, which goes on at the console `toy`."""
+    toy.follow(guest[0])
+    return Path(shutil.copytree(guest[1], folder / "vm1"))
 
 
 def silent(toy: Toy) -> list[str]:

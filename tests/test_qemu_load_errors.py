@@ -10,7 +10,7 @@ import pytest
 import vmsnap
 import vmsnap.qemu
 from commands import error_of, run
-from guest import PATIENCE, ended, file_memory, qemu_command, running
+from guest import PATIENCE, ended, file_memory, need_qemu, qemu_command, running
 from qemu_states import state
 from refusals import refused, row
 from support import MIB
@@ -18,13 +18,20 @@ from support import MIB
 SIZE = 256 * MIB
 
 
-@pytest.fixture
-def saved(folder: Path, qmp: Path) -> Path:
+@pytest.fixture(scope="module")
+def firmware(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A snapshot of a guest that is a firmware."""
-    with running(qemu_command(qmp), qmp) as process:
-        vmsnap.qemu.save(qmp, folder / "vm1", then="quit")
-        process.wait(PATIENCE)
+    need_qemu()
+    folder = tmp_path_factory.mktemp("guest")
+    with running(qemu_command(folder / "qmp"), folder / "qmp"):
+        vmsnap.qemu.save(folder / "qmp", folder / "vm1")
     return folder / "vm1"
+
+
+@pytest.fixture
+def saved(firmware: Path, folder: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(firmware, folder / "vm1"))
 
 
 def no_process_with(text: Path) -> bool:

@@ -93,6 +93,11 @@ class Toy(Console):
         """Wait for some numbers."""
         return [self.tick() for _ in range(count)]
 
+    def follow(self, other: "Toy") -> None:
+        """Expect the number after the last one that a QEMU that has ended printed to another console."""
+        other.catch_up()
+        self.number, self._rest = other.number, other._rest
+
     def catch_up(self) -> None:
         """Read all numbers that the guest has printed, without waiting for one."""
         while self.has_line():
