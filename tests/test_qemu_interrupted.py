@@ -63,7 +63,7 @@ def test_a_killed_save_leaves_the_guest_running_without_another_save(
         eventually(lambda: not guards(qmp), "ended its guard")
         assert state(qmp) == "running"
         assert settings(qmp) == before
-        toy.ticks(200)
+        toy.goes_on()
         assert not (folder / "vm1").exists()
         vmsnap.qemu.save(qmp, folder / "vm1")
         eventually(lambda: not guards(qmp), "ended its guard")
@@ -86,7 +86,7 @@ def test_the_next_save_puts_right_what_a_save_without_a_guard_left(
         assert "resumed" in report.interrupted
         assert settings(qmp) == before
         assert state(qmp) == "running"
-        toy.ticks(200)
+        toy.goes_on()
         assert vmsnap.qemu.save(qmp, folder / "vm3").interrupted is None
 
 
@@ -198,7 +198,7 @@ def test_a_qemu_that_does_not_answer_is_given_up_and_the_guard_waits_for_it(
         process.send_signal(signal.SIGCONT)
         eventually(lambda: not guards(qmp), "ended its guard")
         assert is_as_before(qmp)
-        toy.ticks(200)
+        toy.goes_on()
 
 
 def test_a_command_that_is_cancelled_with_its_answer_is_cancelled(qmp: Path) -> None:

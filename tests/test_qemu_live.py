@@ -34,10 +34,10 @@ def copied(command: list[str], toy: Toy, other: Toy) -> list[str]:
 
 def goes_on_and_loads(command: list[str], toy: Toy, snapshot: Path, tmp_path: Path, key: bytes | None = None) -> None:
     """Check the guest that was saved, and a copy of it beside it: each checks its own memory."""
-    toy.ticks(100)
+    toy.goes_on()
     other = Toy(tmp_path, "copy")
     with ended(vmsnap.qemu.load(snapshot, copied(command, toy, other), key=key).process):
-        other.ticks(100)
+        other.goes_on()
     other.close()
     assert other.number is not None
     assert toy.number is not None
@@ -151,7 +151,7 @@ def test_a_paused_guest_is_saved_as_it_stands(folder: Path, qmp: Path, toy: Toy,
         vmsnap.qemu.save(qmp, folder / "vm2")
         assert state(qmp) == "paused"
         ask(qmp, "cont")
-        toy.ticks(100)
+        toy.goes_on()
 
 
 def test_a_guest_that_was_saved_live_ends_where_it_should(folder: Path, qmp: Path, toy: Toy) -> None:
@@ -162,7 +162,7 @@ def test_a_guest_that_was_saved_live_ends_where_it_should(folder: Path, qmp: Pat
         assert process.wait(PATIENCE) == 0
     with ended(vmsnap.qemu.load(folder / "vm1", command).process):
         # Not a number is missing, and none comes twice.
-        toy.ticks(100)
+        toy.goes_on()
 
 
 # Rounds ---------------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_disk_is_copied_at_the_same_instant(
         vmsnap.qemu.save(qmp, folder / "vm2", live=live, while_paused=lambda: states.append("paused"))
         assert states == ["paused"]
         assert is_as_before(qmp)
-        toy.ticks(100)
+        toy.goes_on()
 
 
 @row("qemu-while-paused")
@@ -276,7 +276,7 @@ def test_a_command_that_fails_ends_the_save(folder: Path, qmp: Path, toy: Toy, l
             vmsnap.qemu.save(qmp, folder / "vm1", live=live, while_paused=lambda: 1 / 0)
         assert list(folder.iterdir()) == []
         assert is_as_before(qmp)
-        toy.ticks(100)
+        toy.goes_on()
 
 
 def test_a_signal_ends_the_command_too(folder: Path, qmp: Path, toy: Toy, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_signal_ends_the_command_too(folder: Path, qmp: Path, toy: Toy, tmp_pa
         eventually(lambda: not sleeping.exists() or b") Z " in sleeping.read_bytes(), "ended the command")
         assert list(folder.iterdir()) == []
         assert is_as_before(qmp)
-        toy.ticks(100)
+        toy.goes_on()
 
 
 # Interrupted ----------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_guest_running(
             vmsnap.qemu.save(qmp, small_disk / "vm1", live=live)
         assert settings(qmp) == before
         assert state(qmp) == "running"
-        toy.ticks(100)
+        toy.goes_on()
     toy.close()
 
 
@@ -344,7 +344,7 @@ def test_a_save_that_is_cancelled_leaves_the_guest_running(folder: Path, qmp: Pa
         asyncio.run(cancelled())
         assert list(folder.iterdir()) == []
         assert is_as_before(qmp)
-        toy.ticks(100)
+        toy.goes_on()
 
 
 def test_the_command_line_tells_of_rounds(folder: Path, qmp: Path, toy: Toy) -> None:

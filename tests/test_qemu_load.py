@@ -232,12 +232,15 @@ def has_quit(qmp: Path) -> bool:
     return not processes_with(qmp)
 
 
-def test_a_load_that_is_interrupted_ends_qemu(saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy) -> None:
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.torture)])
+def test_a_load_that_is_interrupted_ends_qemu(
+    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, times: int
+) -> None:
     """Also in the moment in which the guest begins to run."""
     ram = tmp_path / "ram"
     command = qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
-    for number in range(10):
+    for number in range(times):
         with ended(subprocess.Popen(load)) as process:
             until(lambda: is_running(qmp))
             time.sleep(random.Random(number).uniform(0, 0.1))
@@ -247,11 +250,12 @@ def test_a_load_that_is_interrupted_ends_qemu(saved: Path, tmp_path: Path, socke
         ram.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.torture)])
 @pytest.mark.parametrize("wrapper", [[], SHELL], ids=["exec", "sh"])
 def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
-    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, wrapper: list[str]
+    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, wrapper: list[str], times: int
 ) -> None:
-    """At twenty random times. If the guest ran already, it goes on."""
+    """At random times. If the guest ran already, it goes on."""
     ram = tmp_path / "ram"
     command = [*wrapper, *qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")]
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
@@ -267,7 +271,7 @@ def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
     def nothing_is_left() -> bool:
         return not processes_with(qmp) and not any(sockets.iterdir()) and not ram.exists()
 
-    for number in range(20):
+    for number in range(times):
         with subprocess.Popen(load) as process:
             time.sleep(random.Random(number).uniform(0, whole * 1.2))
             process.kill()

@@ -69,14 +69,14 @@ def test_a_second_save_at_once_is_refused_and_disturbs_nothing(
         toy.ticks(3)
         vmsnap.qemu.save(qmp, folder / "vm1", progress=once(save_too))
         assert is_as_before(qmp)
-        toy.ticks(200)
+        toy.goes_on()
     assert not (folder.parent / "other").exists()
     # In another file, because this one holds the guest that went on.
     command = qemu_command(qmp, *toy.options, memory=file_memory(f"{second}.ram"), qemu=qemu)
     toy.number = None
     process = vmsnap.qemu.load(folder / "vm1", command).process
     try:
-        toy.ticks(200)
+        toy.goes_on()
     finally:
         process.kill()
         process.wait()
@@ -111,7 +111,7 @@ def test_of_two_saves_at_once_none_is_torn(folder: Path, qmp: Path, second: Path
     with running(qemu_command(qmp, *toy.options, *two_monitors(second)), qmp):
         race(folder, qmp, second, 3)
         race(folder / "live", qmp, second, 3, live=True)
-        toy.ticks(500)
+        toy.goes_on()
 
 
 @pytest.mark.torture
@@ -119,7 +119,7 @@ def test_of_two_saves_at_once_none_is_torn_often(folder: Path, qmp: Path, second
     with running(qemu_command(qmp, *toy.options, *two_monitors(second)), qmp):
         race(folder, qmp, second, 25)
         race(folder / "live", qmp, second, 25, live=True)
-        toy.ticks(500)
+        toy.goes_on()
 
 
 def test_a_guest_that_somebody_migrates_elsewhere_goes_on(
@@ -228,7 +228,7 @@ def test_what_somebody_else_does_meanwhile_counts(
         assert settings(qmp) == before
         if state(qmp) == "paused":
             ask(qmp, "cont")
-        toy.ticks(100)
+        toy.goes_on()
 
 
 @pytest.mark.parametrize("runs", [False, True])
@@ -249,7 +249,7 @@ def test_a_migration_that_somebody_cancels_is_no_snapshot(
             vmsnap.qemu.save(qmp, folder / "vm1", live=True, progress=once(cancel))
         assert list(folder.iterdir()) == []
         assert is_as_before(qmp)
-        toy.ticks(100)
+        toy.goes_on()
 
 
 def acting_before(monkeypatch: pytest.MonkeyPatch, command: str, act: Callable[[], object]) -> None:

@@ -98,6 +98,11 @@ class Toy(Console):
         other.catch_up()
         self.number, self._rest = other.number, other._rest
 
+    def goes_on(self) -> None:
+        """Wait for numbers that the guest has not printed yet: it runs, and finds its memory as it left it."""
+        self.catch_up()
+        self.ticks(10)
+
     def catch_up(self) -> None:
         """Read all numbers that the guest has printed, without waiting for one."""
         while self.has_line():
