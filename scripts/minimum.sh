@@ -42,4 +42,5 @@ CARGO_PROFILE_RELEASE_LTO=off "$venv/maturin" build --release --locked --interpr
 "$venv/uv" pip install --python "$venv/python" --no-deps --reinstall-package vmsnap target/dist/*.whl
 # Only the tests that use these packages: writing and reading fragments does not need them.
 "$venv/python" -m pytest -q tests/test_values_*.py tests/test_hostile_values.py tests/test_cli*.py tests/test_qemu.py \
-    tests/test_memory.py tests/test_snapshot.py tests/test_golden.py tests/test_staging.py
+    tests/test_qemu_save_errors.py tests/test_qemu_load_errors.py tests/test_memory.py tests/test_snapshot.py \
+    tests/test_golden.py tests/test_staging.py

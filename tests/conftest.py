@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import hypothesis
 import pytest
@@ -22,6 +22,9 @@ import vmsnap
 from commands import write_private
 from huge_pages import reserved
 from support import Place
+
+if TYPE_CHECKING:
+    from toy_guest import Toy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -84,6 +87,33 @@ def guest_ram() -> Path:
     from guest_ram import made
 
     return made()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory for snapshots. The other files of a test are beside it."""
+    path = tmp_path / "snapshots"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def qmp(tmp_path: Path) -> Path:
+    """The path for the socket of a QEMU."""
+    from guest import need_qemu
+
+    need_qemu()
+    return tmp_path / "qmp"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Generator["Toy", None, None]:
+    """A guest that boots in well under a second, and checks its memory."""
+    from toy_guest import Toy
+
+    made = Toy(tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=qemus.NAMES)

@@ -57,3 +57,14 @@ def guards(qmp: Path) -> list[int]:
         if b"vmsnap-guard" in words and str(qmp).encode() in words:
             found.append(int(each.name))
     return found
+
+
+def once(call: Callable[[], object]) -> Callable[[int, int], None]:
+    """Return a function for `progress=` that calls another one the first time."""
+    calls = []
+
+    def progress(_done: int, _total: int) -> None:
+        if not calls:
+            calls.append(call())
+
+    return progress

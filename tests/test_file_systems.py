@@ -70,13 +70,6 @@ class Inject:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def ram(tmp_path: Path) -> Path:
     path = tmp_path / "ram.img"
     path.write_bytes(pattern(1 << 16))

@@ -33,19 +33,6 @@ NODES = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where snapshots go; the files that are imported are beside it."""
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a guest whose firmware has not begun."""

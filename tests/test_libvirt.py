@@ -38,14 +38,6 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         return migrate(folder / "qmp", folder / "stream").read_bytes()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where snapshots go; the files that are imported are beside it."""
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
 def memory_of(location: Path, key: bytes | None = None) -> str:
     memory = vmsnap.open(location, key=key).memory()
     digest = hashlib.sha256()

@@ -4,28 +4,22 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import vmsnap
 import vmsnap.qemu
-from guest import PATIENCE, ask, qemu_command, running
-from qemu_states import eventually, guards, is_as_before, settings, state
+from guest import PATIENCE, ask, file_memory, qemu_command, running
+from qemu_states import eventually, guards, is_as_before, once, settings, state
 from qemus import Qemu
 from refusals import refused, row
 from support import MIB
 from toy_guest import Toy
-from vmsnap.errors import QemuError
 from vmsnap.qemu import mark, monitor
-from vmsnap.qemu.settings import Settings
 
 # Saves in a process of its own, and says on standard output when the guest memory is being read; then it waits.
 _SAVING = """
@@ -38,30 +32,6 @@ def begun(done, total):
 
 vmsnap.qemu.save(sys.argv[1], sys.argv[2], progress=begun)
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[Toy]:
-    made = Toy(tmp_path)
-    yield made
-    made.close()
-
-
-def in_file(qmp: Path) -> str:
-    """Memory that is not in the stream, also of newer versions of QEMU."""
-    return f"memory-backend-file,id=mem,size=256M,share=on,mem-path={qmp}.ram"
 
 
 def saving(qmp: Path, target: Path) -> "subprocess.Popen[bytes]":
@@ -83,7 +53,7 @@ def killed(process: "subprocess.Popen[bytes]") -> None:
 def test_a_killed_save_leaves_the_guest_running_without_another_save(
     folder: Path, qmp: Path, toy: Toy, qemu: Qemu
 ) -> None:
-    with running(qemu_command(qmp, *toy.options, memory=in_file(qmp), qemu=qemu), qmp):
+    with running(qemu_command(qmp, *toy.options, memory=file_memory(f"{qmp}.ram"), qemu=qemu), qmp):
         toy.ticks(3)
         before = settings(qmp)
         process = saving(qmp, folder / "vm1")
@@ -93,7 +63,7 @@ def test_a_killed_save_leaves_the_guest_running_without_another_save(
         eventually(lambda: not guards(qmp), "ended its guard")
         assert state(qmp) == "running"
         assert settings(qmp) == before
-        toy.ticks(200)
+        toy.goes_on()
         assert not (folder / "vm1").exists()
         vmsnap.qemu.save(qmp, folder / "vm1")
         eventually(lambda: not guards(qmp), "ended its guard")
@@ -102,7 +72,7 @@ def test_a_killed_save_leaves_the_guest_running_without_another_save(
 def test_the_next_save_puts_right_what_a_save_without_a_guard_left(
     folder: Path, qmp: Path, toy: Toy, qemu: Qemu
 ) -> None:
-    with running(qemu_command(qmp, *toy.options, memory=in_file(qmp), qemu=qemu), qmp):
+    with running(qemu_command(qmp, *toy.options, memory=file_memory(f"{qmp}.ram"), qemu=qemu), qmp):
         toy.ticks(3)
         before = settings(qmp)
         process = saving(qmp, folder / "vm1")
@@ -116,7 +86,7 @@ def test_the_next_save_puts_right_what_a_save_without_a_guard_left(
         assert "resumed" in report.interrupted
         assert settings(qmp) == before
         assert state(qmp) == "running"
-        toy.ticks(200)
+        toy.goes_on()
         assert vmsnap.qemu.save(qmp, folder / "vm3").interrupted is None
 
 
@@ -186,195 +156,6 @@ def test_a_process_is_known_from_another_with_its_number() -> None:
     assert inside is (False if os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC and os.geteuid() == 0 else None)
 
 
-# Two monitors ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def second(tmp_path: Path) -> Path:
-    """The socket of a second monitor."""
-    return tmp_path / "second"
-
-
-def two_monitors(second: Path) -> list[str]:
-    return ["-qmp", f"unix:{second},server=on,wait=off"]
-
-
-def once(call: Any) -> Any:
-    """Return a function for `progress=` that calls another one the first time."""
-    calls = []
-
-    def progress(_done: int, _total: int) -> None:
-        if not calls:
-            calls.append(call())
-
-    return progress
-
-
-@row("qemu-torn")
-@pytest.mark.parametrize("commands", [["cont"], ["cont", "stop"], ["system_reset"]])
-def test_a_guest_that_somebody_resumes_is_not_sealed(
-    folder: Path, qmp: Path, second: Path, toy: Toy, commands: list[str], qemu: Qemu
-) -> None:
-    def resume() -> None:
-        for command in commands:
-            ask(second, command)
-
-    with running(qemu_command(qmp, *toy.options, *two_monitors(second), memory=in_file(qmp), qemu=qemu), qmp):
-        toy.ticks(3)
-        with refused("qemu-torn", "did not stand still .*save it again", folder):
-            vmsnap.qemu.save(qmp, folder / "vm1", progress=once(resume))
-        # Who stopped it after the save did wants it to be stopped.
-        assert state(qmp) == ("paused" if "stop" in commands else "running")
-        assert settings(qmp)["on"] == []
-
-
-@row("qemu-in-use")
-def test_a_second_save_at_once_is_refused_and_disturbs_nothing(
-    folder: Path, qmp: Path, second: Path, toy: Toy, qemu: Qemu
-) -> None:
-    def save_too() -> None:
-        with refused("qemu-in-use", f"another vmsnap, process {os.getpid()}, saves this guest", folder):
-            vmsnap.qemu.save(second, folder.parent / "other")
-
-    with running(qemu_command(qmp, *toy.options, *two_monitors(second), memory=in_file(qmp), qemu=qemu), qmp):
-        toy.ticks(3)
-        vmsnap.qemu.save(qmp, folder / "vm1", progress=once(save_too))
-        assert is_as_before(qmp)
-        toy.ticks(200)
-    assert not (folder.parent / "other").exists()
-    # In another file, because this one holds the guest that went on.
-    command = qemu_command(qmp, *toy.options, memory=in_file(second), qemu=qemu)
-    toy.number = None
-    process = vmsnap.qemu.load(folder / "vm1", command).process
-    try:
-        toy.ticks(200)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def race(folder: Path, qmp: Path, second: Path, rounds: int, **options: Any) -> None:
-    """Save over both monitors at once: one of the saves, or both after each other, give a snapshot."""
-    folder.mkdir(exist_ok=True)
-    for number in range(rounds):
-        together = threading.Barrier(2)
-        done: list[Path] = []
-
-        def one(monitor: Path, target: Path, together: threading.Barrier, done: list[Path]) -> None:
-            together.wait()
-            with suppress(QemuError):
-                vmsnap.qemu.save(monitor, target, **options)
-                done.append(target)
-
-        targets = [(qmp, folder / f"a{number}"), (second, folder / f"b{number}")]
-        threads = [threading.Thread(target=one, args=(*each, together, done)) for each in targets]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert done
-        assert is_as_before(qmp)
-        assert [each for _, each in targets if each.exists()] == sorted(done)
-        assert all(vmsnap.verify(each).ok for each in done)
-
-
-def test_of_two_saves_at_once_none_is_torn(folder: Path, qmp: Path, second: Path, toy: Toy) -> None:
-    with running(qemu_command(qmp, *toy.options, *two_monitors(second)), qmp):
-        race(folder, qmp, second, 3)
-        race(folder / "live", qmp, second, 3, live=True)
-        toy.ticks(500)
-
-
-@pytest.mark.torture
-def test_of_two_saves_at_once_none_is_torn_often(folder: Path, qmp: Path, second: Path, toy: Toy) -> None:
-    with running(qemu_command(qmp, *toy.options, *two_monitors(second)), qmp):
-        race(folder, qmp, second, 25)
-        race(folder / "live", qmp, second, 25, live=True)
-        toy.ticks(500)
-
-
-def test_a_guest_that_somebody_migrates_elsewhere_goes_on(
-    folder: Path, qmp: Path, second: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other migration comes first, and is not cancelled."""
-    run = monitor.Monitor.run
-    elsewhere = f"{second}.elsewhere"
-
-    async def late(self: monitor.Monitor, command: str, **arguments: object) -> Any:
-        if command == "migrate":
-            await asyncio.to_thread(ask, second, "migrate", uri=f"unix:{elsewhere}")
-        return await run(self, command, **arguments)
-
-    with (
-        socket.socket(socket.AF_UNIX) as server,
-        running(qemu_command(qmp, *toy.options, *two_monitors(second), memory=""), qmp),
-        monkeypatch.context() as patched,
-    ):
-        server.bind(elsewhere)
-        server.listen()
-        patched.setattr(monitor.Monitor, "run", late)
-        with pytest.raises(QemuError, match="migrat"):
-            vmsnap.qemu.save(qmp, folder / "vm1")
-        patched.undo()
-        assert list(folder.iterdir()) == []
-        assert state(qmp) == "running"
-        assert ask(second, "query-migrate")["status"] in ("setup", "active")
-        ask(second, "migrate_cancel")
-        eventually(lambda: ask(second, "query-migrate")["status"] == "cancelled", "cancelled")
-        # QEMU did not let its settings be restored meanwhile.
-        vmsnap.qemu.save(qmp, folder / "vm1")
-        assert is_as_before(qmp)
-
-
-def test_a_save_without_its_mark_undoes_its_changes(folder: Path, qmp: Path, second: Path, toy: Toy) -> None:
-    """Another client has removed the mark, for example a recovery that found an older one."""
-
-    def broken() -> None:
-        ask(second, "object-del", id="vmsnap-save")
-        raise ZeroDivisionError
-
-    with running(qemu_command(qmp, *toy.options, *two_monitors(second)), qmp):
-        before = settings(qmp)
-        with pytest.raises(ZeroDivisionError):
-            vmsnap.qemu.save(qmp, folder / "vm1", while_paused=broken)
-        assert settings(qmp) == before
-        assert is_as_before(qmp)
-        toy.ticks(3)
-
-
-@pytest.mark.parametrize("at", ["migrate-set-capabilities", "object-del"])
-def test_of_two_recoveries_none_removes_the_mark_of_a_new_save(
-    qmp: Path, second: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
-    """The other recovery ends first, before the last look at the mark or after it; then a save begins."""
-    run = monitor.Monitor.run
-    found = Settings({"events": False})
-    left = mark.Mark(holder(start=1), True, found)
-    new = json.dumps(asdict(mark.Mark(holder(), True, found)))
-
-    async def late(self: monitor.Monitor, command: str, **arguments: object) -> Any:
-        if command == at:
-            await asyncio.to_thread(ask, second, "object-del", id="vmsnap-save")
-            if at != "object-del":
-                added = {"qom_type": "authz-simple", "id": "vmsnap-save", "identity": new}
-                await asyncio.to_thread(ask, second, "object-add", **added)
-        return await run(self, command, **arguments)
-
-    async def recovered() -> str | None:
-        async with monitor.connected(monitor.connection_to(qmp), "QEMU") as connection:
-            await left.place(connection)
-            left.over()
-            monkeypatch.setattr(monitor.Monitor, "run", late)
-            return await mark.recover(connection)
-
-    with running(qemu_command(qmp, *two_monitors(second)), qmp):
-        assert "was interrupted" in (asyncio.run(recovered()) or "")
-        if at == "object-del":
-            assert is_as_before(qmp)
-        else:
-            assert ask(qmp, "qom-get", path="/objects/vmsnap-save", property="identity") == new
-
-
 def test_a_guest_goes_on_although_qemu_is_about_to_finish(
     folder: Path, qmp: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +198,7 @@ def test_a_qemu_that_does_not_answer_is_given_up_and_the_guard_waits_for_it(
         process.send_signal(signal.SIGCONT)
         eventually(lambda: not guards(qmp), "ended its guard")
         assert is_as_before(qmp)
-        toy.ticks(200)
+        toy.goes_on()
 
 
 def test_a_command_that_is_cancelled_with_its_answer_is_cancelled(qmp: Path) -> None:

@@ -47,34 +47,25 @@ def _qemu() -> None:
     need_qemu()
 
 
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[Toy]:
-    made = Toy(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where snapshots go; QEMU's own files are beside it."""
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def saved(folder: Path, qmp: Path, toy: Toy) -> Path:
-    """A snapshot of a guest that checks its memory."""
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Toy, Path]]:
+    """A guest that checks its memory, which was saved and has ended, and its snapshot."""
+    need_qemu()
+    folder = tmp_path_factory.mktemp("guest")
+    toy, qmp = Toy(folder), folder / "qmp"
     with running(qemu_command(qmp, *toy.options, size="64M"), qmp) as process:
         toy.ticks(3)
         vmsnap.qemu.save(qmp, folder / "vm1", then="quit")
         process.wait(PATIENCE)
-    return folder / "vm1"
+    yield toy, folder / "vm1"
+    toy.close()
+
+
+@pytest.fixture
+def saved(guest: tuple[Toy, Path], folder: Path, toy: Toy) -> Path:
+    """A copy of the snapshot of that guest, which goes on at the console `toy`."""
+    toy.follow(guest[0])
+    return Path(shutil.copytree(guest[1], folder / "vm1"))
 
 
 def silent(toy: Toy) -> list[str]:
@@ -241,12 +232,15 @@ def has_quit(qmp: Path) -> bool:
     return not processes_with(qmp)
 
 
-def test_a_load_that_is_interrupted_ends_qemu(saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy) -> None:
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.torture)])
+def test_a_load_that_is_interrupted_ends_qemu(
+    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, times: int
+) -> None:
     """Also in the moment in which the guest begins to run."""
     ram = tmp_path / "ram"
     command = qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
-    for number in range(10):
+    for number in range(times):
         with ended(subprocess.Popen(load)) as process:
             until(lambda: is_running(qmp))
             time.sleep(random.Random(number).uniform(0, 0.1))
@@ -256,11 +250,12 @@ def test_a_load_that_is_interrupted_ends_qemu(saved: Path, tmp_path: Path, socke
         ram.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.torture)])
 @pytest.mark.parametrize("wrapper", [[], SHELL], ids=["exec", "sh"])
 def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
-    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, wrapper: list[str]
+    saved: Path, tmp_path: Path, sockets: Path, qmp: Path, toy: Toy, wrapper: list[str], times: int
 ) -> None:
-    """At twenty random times. If the guest ran already, it goes on."""
+    """At random times. If the guest ran already, it goes on."""
     ram = tmp_path / "ram"
     command = [*wrapper, *qemu_command(qmp, *silent(toy), memory=in_file(ram), size="64M")]
     load = [sys.executable, "-m", "vmsnap", "qemu", "load", str(saved), "--", *command]
@@ -276,7 +271,7 @@ def test_a_load_that_is_killed_leaves_neither_qemu_nor_memory(
     def nothing_is_left() -> bool:
         return not processes_with(qmp) and not any(sockets.iterdir()) and not ram.exists()
 
-    for number in range(20):
+    for number in range(times):
         with subprocess.Popen(load) as process:
             time.sleep(random.Random(number).uniform(0, whole * 1.2))
             process.kill()

@@ -31,11 +31,6 @@ DEVICES = [
 ]
 
 
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
 def machine_of(qmp: Path, *command: str) -> Machine:
     """Return the description of the machine that a command starts."""
     with running([*command, "-S", "-qmp", f"unix:{qmp},server=on,wait=off"], qmp), surveyed(qmp) as ram:

@@ -42,11 +42,6 @@ def _qemu() -> None:
     need_qemu()
 
 
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
 @contextmanager
 def within(wrapper: list[str], command: list[str], qmp: Path) -> Iterator[None]:
     """Run a QEMU in another program, and end QEMU before that."""

@@ -22,11 +22,6 @@ MARK = b"here is the guest"
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the machine types are those of x86")
 
 
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
 def guest_sees(qmp: Path, folder: Path, address: int) -> bool:
     """Whether the guest has the mark at an address."""
     copy = folder / "copy"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import vmsnap
 from commands import error_of, run, write_private
-from guest import PATIENCE, ask, ended, listens, need_qemu, qemu_command, running
+from guest import PATIENCE, ask, ended, listens, qemu_command, running
 from support import MIB, pattern
 from vmsnap.cli.files import NamedFile
 
@@ -235,12 +235,6 @@ def test_a_slow_reader_that_set_the_pipe_so_gets_everything(made: Made) -> None:
 
 
 # QEMU ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    need_qemu()
-    return tmp_path / "qmp"
 
 
 @pytest.fixture

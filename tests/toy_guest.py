@@ -93,6 +93,16 @@ class Toy(Console):
         """Wait for some numbers."""
         return [self.tick() for _ in range(count)]
 
+    def follow(self, other: "Toy") -> None:
+        """Expect the number after the last one that a QEMU that has ended printed to another console."""
+        other.catch_up()
+        self.number, self._rest = other.number, other._rest
+
+    def goes_on(self) -> None:
+        """Wait for numbers that the guest has not printed yet: it runs, and finds its memory as it left it."""
+        self.catch_up()
+        self.ticks(10)
+
     def catch_up(self) -> None:
         """Read all numbers that the guest has printed, without waiting for one."""
         while self.has_line():

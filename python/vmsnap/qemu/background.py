@@ -1,4 +1,9 @@
-"""Blocking calls in threads, work that cancellation does not interrupt, and an event loop for synchronous callers."""
+"""Blocking calls in threads, work that cancellation does not interrupt, and an event loop for synchronous callers.
+
+An error refers to its traceback, and so to the variables of all functions that it has passed. If the task or future
+that failed is in one of these variables, the error refers to itself, and only a garbage collection frees it, with all
+that these functions have open. So a function that an error of a task may pass deletes its variables for both.
+"""
 
 import asyncio
 import threading
@@ -6,7 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from vmsnap.errors import QemuError
 from vmsnap.memory import Progress
@@ -31,13 +37,18 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
     begun = threading.Event()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
-    async def main() -> Result:
+    async def main() -> _Outcome[Result]:
         task = asyncio.current_task()
         assert task is not None
         _worker.set(worker)
         running.append((asyncio.get_running_loop(), task))
         begun.set()
-        return await work
+        return await _outcome_of(work)
+
+    def cancel() -> None:
+        for loop, task in running:
+            with suppress(RuntimeError):  # the loop has ended, and this error is the result of the coroutine
+                loop.call_soon_threadsafe(task.cancel)
 
     with (
         ThreadPoolExecutor(1, thread_name_prefix="vmsnap-qemu") as thread,
@@ -56,16 +67,42 @@ def run(work: Coroutine[Any, Any, Result], undo: Callable[[Result], object] = la
             # lock. So this wakes up regularly, and Python checks for signals then.
             while not future.done():
                 wait([future], timeout=_SIGNAL_INTERVAL_SECONDS)
-            return future.result()
+            return future.result().take()
         except BaseException:
             begun.wait()
-            for loop, task in running:
-                with suppress(RuntimeError):  # the loop has ended, and this error is the result of the coroutine
-                    loop.call_soon_threadsafe(task.cancel)
+            cancel()
             with suppress(Exception, asyncio.CancelledError):
-                if undo(result := future.result()) is True:
+                if undo(result := future.result().take()) is True:
                     return result
             raise
+        finally:
+            running.clear()
+            del future
+
+
+@dataclass
+class _Outcome(Generic[Result]):
+    """The result of a coroutine, or its error. An error that is raised instead would be kept by `asyncio.run`."""
+
+    results: list[Result]
+    error: BaseException | None = None
+
+    def take(self) -> Result:
+        """Return the result; or raise the error, and IndexError if that was raised before."""
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+            return self.results[0]
+        finally:
+            del error
+
+
+async def _outcome_of(work: Awaitable[Result]) -> _Outcome[Result]:
+    try:
+        return _Outcome([await work])
+    except BaseException as error:
+        return _Outcome([], error)
 
 
 def no_thread(error: RuntimeError) -> QemuError:
@@ -91,12 +128,15 @@ async def to_the_end(work: Awaitable[Result], cancel: Callable[[], object] = lam
         except asyncio.CancelledError as error:
             cancelled = error
             cancel()
-    if cancelled is None:
-        return task.result()
-    # The exception is retrieved only because asyncio would report it as never retrieved.
-    if not task.cancelled():
-        task.exception()
-    raise cancelled
+    try:
+        if cancelled is None:
+            return task.result()
+        # The exception is retrieved only because asyncio would report it as never retrieved.
+        if not task.cancelled():
+            task.exception()
+        raise cancelled
+    finally:
+        del work, task, cancelled
 
 
 async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = lambda: None) -> Result:
@@ -105,7 +145,10 @@ async def in_thread(call: Callable[[], Result], cancel: Callable[[], object] = l
         future = asyncio.get_running_loop().run_in_executor(_worker.get(), copy_context().run, call)
     except RuntimeError as error:
         raise no_thread(error) from None
-    return await to_the_end(future, cancel)
+    try:
+        return await to_the_end(future, cancel)
+    finally:
+        del future
 
 
 async def with_progress(call: Callable[[Progress], Result], progress: Progress | None) -> Result:

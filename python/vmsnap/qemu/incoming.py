@@ -53,12 +53,14 @@ async def load_stream(monitor: Monitor, send: Callable[[int], int], end_qemu: Ca
         raise
     sending = asyncio.ensure_future(asyncio.to_thread(send_and_close))
     waiting = asyncio.ensure_future(monitor.migrated())
+    error = None
     try:
         # If the thread fails, QEMU is not waited for: 7.2 does not notice a pipe that ends immediately.
         await asyncio.wait([sending, waiting], return_when=asyncio.FIRST_EXCEPTION)
         if sending.done():
             sending.result()
         await waiting
+        return sending.result()
     except BaseException:
         waiting.cancel()
         # QEMU closes its end, so the thread ends too. If the thread failed first, its error is the reason.
@@ -67,4 +69,6 @@ async def load_stream(monitor: Monitor, send: Callable[[int], int], end_qemu: Ca
         if error := sending.exception():
             raise error from None
         raise
-    return sending.result()
+    finally:
+        # See `background`.
+        del sending, waiting, error

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
-from vmsnap.memory import GuestMemory, Progress
-from vmsnap.migration import MigrationFront
+from vmsnap.memory import Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.filling import Filling, plan
 from vmsnap.qemu.incoming import load_stream
@@ -19,7 +18,7 @@ from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.monitor import Monitor
 from vmsnap.qemu.saving import DEVICE_STATE, MACHINE
 from vmsnap.qemu.started import StartedQemu, end
-from vmsnap.qemu.survey import survey
+from vmsnap.qemu.survey import Ram, survey
 from vmsnap.reader import SnapshotReader
 from vmsnap.verification import Verification
 from vmsnap.verification import verify as verify_snapshot
@@ -138,43 +137,28 @@ async def load_async(
     keys = one_of(keys, given)
     keys = keys if keys.given else None
     pinned: dict[str, Any] = {"threads": threads, "expect_seal_digest": expect_seal_digest}
-
-    def open_snapshot() -> tuple[SnapshotReader, Machine, GuestMemory, MigrationFront]:
-        reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
-        machine = _machine_of(reader)
-        if verify and not reader.encrypted:
-            _check(verify_snapshot(location, keys=keys, **pinned), location)
-        return reader, machine, reader.memory(), reader.migration_front(DEVICE_STATE)
-
-    reader, machine, memory, front = await in_thread(open_snapshot)
-    async with StartedQemu(command) as qemu:
-        with ExitStack() as stack:
-            async with qemu.monitor() as monitor:
-                try:
-                    ram = await survey(monitor, stack, pid, to_fill=True)
-                    if ram.pid is not None:
-                        qemu.owns(ram.pid)
-                    qemu.has(each.file for each in ram.blocks if each.file)
-                    names = machine.check_against(ram.machine, ignore_differences=ignore_differences)
-                    filling = await in_thread(
-                        lambda: plan(machine, ram, names, front, overwrite=overwrite, lock=qemu.lock)
-                    )
-                    for file in filling.files:
-                        qemu.fills(file)
-                    streamed_bytes = await _fill(monitor, reader, memory, filling, qemu, progress)
-                    goes_on = not paused and machine.state != "paused"
-                    if goes_on:
-                        await monitor.run("cont")
-                except BaseException:
-                    # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
-                    await to_the_end(monitor.quit())
-                    raise
-        qemu.runs()
+    with await in_thread(lambda: _Saved(location, verify, keys, pinned)) as saved:
+        machine, restored_bytes = saved.machine, saved.memory.data_bytes
+        goes_on = not paused and machine.state != "paused"
+        async with StartedQemu(command) as qemu:
+            with ExitStack() as stack:
+                async with qemu.monitor() as monitor:
+                    try:
+                        ram = await survey(monitor, stack, pid, to_fill=True)
+                        filling = await _plan(ram, saved, qemu, overwrite, ignore_differences)
+                        streamed_bytes = await _fill(monitor, saved, filling, qemu, progress)
+                        if goes_on:
+                            await monitor.run("cont")
+                    except BaseException:
+                        # QEMU is asked to quit first, because the process may be a shell that runs QEMU.
+                        await to_the_end(monitor.quit())
+                        raise
+            qemu.runs()
     return LoadReport(
         process=qemu.process,
         pid=qemu.process.pid if ram.pid is None else ram.pid,
         seconds=perf_counter() - started,
-        restored_bytes=memory.data_bytes,
+        restored_bytes=restored_bytes,
         streamed_bytes=streamed_bytes,
         paused=not goes_on,
         machine=machine,
@@ -191,6 +175,28 @@ def _check_command(command: Sequence[str]) -> None:
             raise InvalidArgumentError("the command must not contain -incoming: vmsnap adds it")
         if option == "-daemonize":
             raise InvalidArgumentError("the command must not contain -daemonize: vmsnap has to watch the process")
+
+
+class _Saved:
+    """The snapshot, open until the ``with`` block ends.
+
+    An error that the caller keeps, or `asyncio.run`, keeps the variables of all functions that it has passed: see
+    `background`. So these functions have this object, and not the reader, which has the key.
+    """
+
+    def __init__(self, location: "StrPath", verify: bool, keys: Keys | None, pinned: dict[str, Any]) -> None:
+        self.reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
+        self.machine = _machine_of(self.reader)
+        if verify and not self.reader.encrypted:
+            _check(verify_snapshot(location, keys=keys, **pinned), location)
+        self.memory = self.reader.memory()
+        self.front = self.reader.migration_front(DEVICE_STATE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        del self.reader, self.memory
 
 
 def _machine_of(reader: SnapshotReader) -> Machine:
@@ -212,19 +218,24 @@ def _check(report: Verification, location: "StrPath") -> None:
         )
 
 
-async def _fill(
-    monitor: Monitor,
-    reader: SnapshotReader,
-    memory: GuestMemory,
-    filling: Filling,
-    qemu: StartedQemu,
-    progress: Progress | None,
-) -> int:
+async def _plan(ram: Ram, saved: _Saved, qemu: StartedQemu, overwrite: bool, ignore_differences: bool) -> Filling:
+    """Check that QEMU has the saved machine, and find out how its memory is filled. Its files are locked then."""
+    if ram.pid is not None:
+        qemu.owns(ram.pid)
+    qemu.has(each.file for each in ram.blocks if each.file)
+    names = saved.machine.check_against(ram.machine, ignore_differences=ignore_differences)
+    filling = await in_thread(lambda: plan(saved.machine, ram, names, saved.front, overwrite=overwrite, lock=qemu.lock))
+    for file in filling.files:
+        qemu.fills(file)
+    return filling
+
+
+async def _fill(monitor: Monitor, saved: _Saved, filling: Filling, qemu: StartedQemu, progress: Progress | None) -> int:
     """Write the memory into the files, let QEMU load everything else, and return the size of the stream."""
     total_bytes = filling.file_bytes + filling.stream_bytes
 
     def fill(show: Progress) -> None:
-        memory.restore(
+        saved.memory.restore(
             filling.destinations,
             keep_allocated=filling.keep_allocated,
             progress=lambda done, _: show(done, total_bytes),
@@ -237,11 +248,14 @@ async def _fill(
         if progress is not None and filling.stream_bytes:
             progress(filling.file_bytes + filling.stream_bytes * done // max(of, 1), total_bytes)
 
+    def send(pipe: int) -> int:
+        return saved.reader.send_migration(pipe, filling.sent, progress=shown)
+
     found = await monitor.run("query-migrate-capabilities")
     # They are for a network, or change the format.
     wanted = [{**each, "state": False} for each in found]
     await monitor.run("migrate-set-capabilities", capabilities=wanted)
-    size = await load_stream(monitor, lambda pipe: reader.send_migration(pipe, filling.sent, progress=shown), qemu.kill)
+    size = await load_stream(monitor, send, qemu.kill)
     # A capability that stays on would change how QEMU migrates the guest later.
     await monitor.run("migrate-set-capabilities", capabilities=found)
     return size

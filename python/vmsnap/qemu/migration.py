@@ -116,16 +116,17 @@ async def receive(
     waiting = [asyncio.ensure_future(_completed(monitor))]
     if watch is not None:
         waiting.append(asyncio.ensure_future(watch()))
+    done, pending = set[asyncio.Future[Any]](), set[asyncio.Future[Any]]([receiving, *waiting])
+    error = None
     try:
         # If the thread fails, QEMU is not waited for: 7.2 does not notice a pipe that ends immediately.
-        pending = {receiving, *waiting}
         while not waiting[0].done():
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             if ended:
                 # QEMU has closed the pipe too early, and tells why.
                 await waiting[0]
-            for each in done:
-                each.result()
+            while done:
+                done.pop().result()
         return await receiving
     except BaseException:
         # The thread ends soon, and closes its end of the pipe. If it failed first, its error is the reason.
@@ -135,9 +136,16 @@ async def receive(
             raise error from None
         raise
     finally:
-        for each in waiting:
-            each.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await _cancel(waiting)
+        # See `background`.
+        del receiving, waiting, done, pending, error
+
+
+async def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
+    """Cancel tasks, and wait for their end. Their errors do not matter any more."""
+    for each in tasks:
+        each.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _is_at_its_end(pipe: int) -> bool:

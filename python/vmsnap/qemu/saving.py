@@ -1,6 +1,5 @@
 """`save`: storing a running QEMU guest in a snapshot."""
 
-import asyncio
 import functools
 import inspect
 import mmap
@@ -18,15 +17,16 @@ from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.migration import MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
-from vmsnap.qemu.emulated import DOWNTIME_MILLISECONDS, is_emulated, receive_emulated
+from vmsnap.qemu.emulated import receive_emulated
 from vmsnap.qemu.hold import Hold
 from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.mark import recover
 from vmsnap.qemu.migration import Rounds, keep_to, receive
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
-from vmsnap.qemu.survey import Block, Ram, layout, survey
-from vmsnap.staging import StagedSnapshot, create
-from vmsnap.writer import SnapshotWriter
+from vmsnap.qemu.plan import Plan, check
+from vmsnap.qemu.snapshot import NewSnapshot
+from vmsnap.qemu.survey import Ram, layout
+from vmsnap.staging import create
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath
@@ -34,15 +34,6 @@ if TYPE_CHECKING:
     from vmsnap.keys import KeyProvider, Passphrase
 
 MACHINE, DEVICE_STATE = "machine", "device_state"
-
-# QEMU stops the guest when it expects to send the rest in this time. Its default is 300.
-_DOWNTIME_MILLISECONDS = 20
-
-_NOT_NOW = {
-    "postmigrate": "it was saved or migrated before and has not run since; resume it with 'cont' first",
-    "finish-migrate": "it is being migrated",
-    "inmigrate": "it waits for an incoming migration",
-}
 
 
 @dataclass(frozen=True)
@@ -163,7 +154,7 @@ async def save_async(
     keys = one_of(keys, given)
     keys = keys if keys.given else None
     started = perf_counter()
-    async with _Snapshot(
+    async with NewSnapshot(
         lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
     ) as snapshot:
         with ExitStack() as stack:
@@ -171,94 +162,135 @@ async def save_async(
             stack.callback(connection.close)
             async with connected(connection, os.fspath(qmp)) as monitor:
                 interrupted = await recover(monitor)
-                await _check_state(monitor)
-                with ExitStack() as first:
-                    await survey(monitor, first, pid)
-                writer = await snapshot.begin()
+                await check(monitor, pid)
+                await snapshot.begin()
                 # Deriving a key takes time, in which other clients may change everything. So all is looked at again.
-                ran = await _check_state(monitor)
-                before = await layout(monitor)
-                ram = await survey(monitor, stack, pid)
-                names = [each.name for each in ram.blocks if each.migrated]
-                emulated = live and ran and await is_emulated(monitor)
-                # QEMU 10 aborts in a live migration of an emulated guest with several blocks of memory: it confuses
-                # their addresses (tlb_reset_dirty_range_all).
-                lively = live and ran and not (emulated and len(names) > 1)
-                files = not lively and _in_files(ram.blocks)
-                downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
-                capabilities = {"x-ignore-shared"} if files else set[str]()
-                parameters = {"downtime-limit": downtime} if lively else {}
-                shown = _Shown(progress, receives=not files)
-
-                def call(pipe: int, show: Progress) -> MigrationStream:
-                    return writer.receive_migration(pipe, names, progress=show)
-
-                async def begin() -> None:
-                    nonlocal writer
-                    writer = await snapshot.begin()
-
-                rounds = Rounds(max_rounds)
-                async with Hold(monitor, os.fspath(qmp), ran, capabilities, parameters) as hold:
-                    if lively and emulated:
-                        stream, rounds = await receive_emulated(monitor, hold, call, shown.received, max_rounds, begin)
-                    elif lively:
-                        watch = functools.partial(keep_to, rounds, monitor, hold.notice, hold.stop)
-                        stream = await receive(monitor, call, hold.migrate, shown.received, watch)
-                        await hold.notice()
-                    else:
-                        await hold.stop()
-                        stream = await receive(monitor, call, hold.migrate, shown.received)
-                    stack.callback(stream.close)
-                    if await layout(monitor) != before:
-                        raise QemuError(
-                            "the machine was changed while it was saved: another client of QEMU has added or removed "
-                            "memory or a device; save it again"
-                        )
-                    regions, from_files = _regions(ram, stream)
-                    # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not. Of an emulated
-                    # guest that runs, QEMU may send stale pages.
-                    hold.stands_still(again=lively and not emulated and not from_files)
-                    if while_paused is not None:
-                        await _call(while_paused)
-                    memory = await _write(writer, regions, compress, shown) if from_files else None
-                    await hold.check()
-                    if then != "quit":
-                        await hold.go_on(hold.runs or then == "continue")
-                    if lively:
-                        # QEMU may have gone through the memory once more since the last look.
-                        rounds.go_on((await monitor.run("query-migrate")).get("ram", {}))
-                    machine = replace(ram.machine, state="running" if hold.runs else "paused")
-                    writer.write_fragment(MACHINE, machine)
-                    if memory is None:
-                        memory = await _write(writer, regions, compress, shown)
+                plan = await Plan.of(monitor, stack, pid, live)
+                async with Hold(monitor, os.fspath(qmp), plan.ran, plan.capabilities, plan.parameters) as hold:
+                    shown = _Shown(progress, receives=not plan.files)
+                    steps = _Steps(monitor, hold, snapshot, plan, compress, shown)
+                    await steps.receive(stack, max_rounds)
+                    await steps.while_it_stands_still(while_paused)
+                    await steps.go_on(then)
+                    await steps.store()
                     if then == "quit":
                         await snapshot.commit()
                         hold.give_up()
                         await to_the_end(monitor.quit())
         await snapshot.commit()
-    assert memory is not None
-    return SaveReport(
-        paused_seconds=hold.paused_seconds,
-        seconds=perf_counter() - started,
-        way="live" if lively else "stream" if len(from_files) < len(regions) else "files",
-        rounds=max(rounds.done, 1) if lively else 0 if len(from_files) == len(regions) else 1,
-        repeated_bytes=stream.repeated_bytes,
-        device_state_bytes=stream.device_state_bytes,
-        memory=memory,
-        machine=machine,
-        snapshot_id=snapshot.identifier,
-        seal_digest=snapshot.seal_digest,
-        interrupted=interrupted,
-    )
+    return steps.report(seconds=perf_counter() - started, interrupted=interrupted)
 
 
-def _in_files(blocks: list[Block]) -> bool:
-    """Return whether QEMU should leave shared memory out of its stream, because it can be read from files.
+class _Steps:
+    """The steps of a save while QEMU is held, in their order. docs/qemu.md describes them."""
 
-    QEMU leaves out all shared memory, or none. Since version 8.1 it still sends shared memory that has no name.
-    """
-    shared = [each for each in blocks if each.shared]
-    return bool(shared) and all(each.file is not None for each in shared)
+    def __init__(
+        self,
+        monitor: Monitor,
+        hold: Hold,
+        snapshot: NewSnapshot,
+        plan: Plan,
+        compress: Literal["lz4"] | None,
+        shown: "_Shown",
+    ) -> None:
+        self._monitor, self._hold, self._snapshot, self._plan = monitor, hold, snapshot, plan
+        self._compress, self._shown = compress, shown
+        self._stream: MigrationStream
+        self._rounds: Rounds
+        self._machine: Machine
+        self._memory: MemoryReport | None = None
+        # The regions of `mem`, and those of them that are read from files.
+        self._regions = self._from_files = list[GuestRegion]()
+
+    async def receive(self, stack: ExitStack, max_rounds: int) -> None:
+        """Receive the stream of QEMU. The guest stands still afterwards; without `live`, it stands still from now on.
+
+        Raises
+        ------
+        QemuError
+            Another client of QEMU has plugged something in or out meanwhile.
+        """
+        monitor, hold, plan, received = self._monitor, self._hold, self._plan, self._shown.received
+
+        def call(pipe: int, show: Progress) -> MigrationStream:
+            return self._snapshot.writer.receive_migration(pipe, plan.names, progress=show)
+
+        rounds = Rounds(max_rounds)
+        if plan.live and plan.emulated:
+            begin = self._snapshot.begin
+            stream, rounds = await receive_emulated(monitor, hold, call, received, max_rounds, begin)
+        elif plan.live:
+            watch = functools.partial(keep_to, rounds, monitor, hold.notice, hold.stop)
+            stream = await receive(monitor, call, hold.migrate, received, watch)
+            await hold.notice()
+        else:
+            await hold.stop()
+            stream = await receive(monitor, call, hold.migrate, received)
+        stack.callback(stream.close)
+        if await layout(monitor) != plan.layout:
+            raise QemuError(
+                "the machine was changed while it was saved: another client of QEMU has added or removed memory or a "
+                "device; save it again"
+            )
+        self._stream, self._rounds = stream, rounds
+        self._regions, self._from_files = _regions(plan.ram, stream)
+
+    async def while_it_stands_still(self, while_paused: Callable[[], object] | None) -> None:
+        """Call the function of the caller, and read the memory that is in files.
+
+        Raises
+        ------
+        QemuError
+            Another client of QEMU has let the guest run.
+        """
+        plan, hold = self._plan, self._hold
+        # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not. Of an emulated guest that
+        # runs, QEMU may send stale pages.
+        hold.stands_still(again=plan.live and not plan.emulated and not self._from_files)
+        if while_paused is not None:
+            await _call(while_paused)
+        if self._from_files:
+            self._memory = await self._write_memory()
+        await hold.check()
+
+    async def go_on(self, then: Literal["as-before", "continue", "quit"]) -> None:
+        """Let the guest go on, unless QEMU will be ended."""
+        if then != "quit":
+            await self._hold.go_on(self._hold.runs or then == "continue")
+        if self._plan.live:
+            # QEMU may have gone through the memory once more since the last look.
+            self._rounds.go_on((await self._monitor.run("query-migrate")).get("ram", {}))
+
+    async def store(self) -> None:
+        """Store the machine, and the memory if QEMU has sent all of it."""
+        self._machine = replace(self._plan.ram.machine, state="running" if self._hold.runs else "paused")
+        self._snapshot.writer.write_fragment(MACHINE, self._machine)
+        if self._memory is None:
+            self._memory = await self._write_memory()
+
+    async def _write_memory(self) -> MemoryReport:
+        writer, regions, compress = self._snapshot.writer, self._regions, self._compress
+        return await with_progress(
+            lambda show: writer.write_memory(regions, compress=compress, progress=show), self._shown.written
+        )
+
+    def report(self, *, seconds: float, interrupted: str | None) -> SaveReport:
+        """Return the report, when the snapshot is complete."""
+        assert self._memory is not None
+        live, sent = self._plan.live, len(self._from_files) < len(self._regions)
+        return SaveReport(
+            paused_seconds=self._hold.paused_seconds,
+            seconds=seconds,
+            way="live" if live else "stream" if sent else "files",
+            rounds=max(self._rounds.done, 1) if live else int(sent),
+            repeated_bytes=self._stream.repeated_bytes,
+            device_state_bytes=self._stream.device_state_bytes,
+            memory=self._memory,
+            machine=self._machine,
+            snapshot_id=self._snapshot.identifier,
+            seal_digest=self._snapshot.seal_digest,
+            interrupted=interrupted,
+        )
 
 
 def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list[GuestRegion]]:
@@ -307,89 +339,9 @@ class _Shown:
             self._progress(self._received + done, self._received + total)
 
 
-async def _write(
-    writer: SnapshotWriter, regions: list[GuestRegion], compress: Literal["lz4"] | None, shown: _Shown
-) -> MemoryReport:
-    return await with_progress(
-        lambda show: writer.write_memory(regions, compress=compress, progress=show), shown.written
-    )
-
-
 async def _call(while_paused: Callable[[], object]) -> None:
     """Run the caller's function in a thread, and wait for its result if that is awaitable."""
     called: list[object] = []
     await in_thread(lambda: called.append(while_paused()))
     if inspect.isawaitable(called[0]):
         await called[0]
-
-
-class _Snapshot:
-    """A snapshot that is complete when its ``with`` block ends, or absent if the block fails."""
-
-    def __init__(self, make: Callable[[], StagedSnapshot]) -> None:
-        self._make = make
-        self._staged: StagedSnapshot | None = None
-        self.identifier = self.seal_digest = b""
-
-    async def begin(self) -> SnapshotWriter:
-        """Create it. If it was created before, it is created again."""
-
-        def create_staged() -> None:
-            if self._staged is not None:
-                self._staged.discard()
-            self._staged = self._make()
-
-        await in_thread(create_staged)
-        assert self._staged is not None
-        return self._staged.writer
-
-    async def commit(self) -> None:
-        """Complete it, if that has not been done. If this is cancelled meanwhile, the snapshot is removed."""
-        staged = self._staged
-        assert staged is not None
-        if staged.seal_digest is None:
-            try:
-                await in_thread(staged.commit)
-            except asyncio.CancelledError:
-                if staged.seal_digest is not None:
-                    self._staged = None
-                    await in_thread(lambda: remove_snapshot(staged.path))
-                raise
-        assert staged.snapshot_id is not None
-        assert staged.seal_digest is not None
-        self.identifier, self.seal_digest = staged.snapshot_id, staged.seal_digest
-
-    async def __aenter__(self) -> "_Snapshot":
-        return self
-
-    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        if error is None or self._staged is None:
-            return False
-        if self.seal_digest:
-            # The snapshot is all that is left of the guest. A cancellation came too late.
-            task = asyncio.current_task()
-            assert task is not None
-            return isinstance(error, asyncio.CancelledError) and task.uncancel() == 0
-        try:
-            self._staged.discard()
-        except OSError as left:
-            error.add_note(f"{left.strerror or left}; vmsnap.clean removes it")
-        return False
-
-
-async def _check_state(monitor: Monitor) -> bool:
-    """Return whether the guest is running.
-
-    Raises
-    ------
-    QemuError
-        The guest cannot be saved now.
-    """
-    state = (await monitor.run("query-status"))["status"]
-    if state not in ("running", "paused", "prelaunch"):
-        raise QemuError(f"the guest cannot be saved now: {_NOT_NOW.get(state, f'it is in the state {state!r}')}")
-    if await monitor.migrates():
-        raise QemuError("the guest is already being migrated or saved: wait until that has ended")
-    if reasons := (await monitor.run("query-migrate")).get("blocked-reasons"):
-        raise QemuError(f"QEMU cannot save the guest: {'; '.join(reasons)}")
-    return bool(state == "running")

@@ -177,6 +177,9 @@ class StartedQemu:
                     await in_thread(self._wait_for_end)
                     self._check_not_ended()
                 raise
+            finally:
+                # See `background`.
+                del opening
             self._answered = True
             yield monitor
 
