@@ -169,7 +169,7 @@ pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
     MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
-pub use qemu::{MigrationFront, MigrationStream, RamBlock, SentBlock};
+pub use qemu::{BlockRegion, MigrationFront, MigrationStream, RamBlock, SentBlock};
 pub use serialization::{AnySnapshot, Format};
 pub use snapshot::{
     InspectedFragment, Inspection, SnapshotOptions, SnapshotReader, SnapshotWriter, StagedSnapshot, inspect, rekey,

@@ -70,6 +70,11 @@ impl PlainSink {
         Ok(())
     }
 
+    /// Hashes nothing from now on, because no manifest will list the bytes.
+    pub(super) fn forget_digest(&mut self) {
+        self.digest = None;
+    }
+
     /// A positioned writer of the fragment from its start on; `None` if something was written already.
     pub(super) fn positioned(&self) -> Option<PositionedWriter> {
         let kind = PositionedKind::Plain(self.digest.as_ref().map(|_| Mutex::default()));

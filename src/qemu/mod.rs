@@ -9,7 +9,7 @@
 //! passage.rs   Passage: a stream that passes, with every page shown on its way
 //! kept.rs      Kept: the stream that is left
 //! ending.rs    Ending: whether a stream was truncated
-//! receive.rs   SnapshotWriter::receive_migration, MigrationStream
+//! receive.rs   SnapshotWriter::receive_migration, BlockRegion, MigrationStream
 //! send.rs      SnapshotReader::send_migration, SentBlock
 //! records.rs   the page records of guest memory, made by several threads
 //! ```
@@ -40,5 +40,5 @@ mod tests;
 pub use front::MigrationFront;
 #[cfg(any(test, fuzzing))]
 pub(crate) use passage::pass_all;
-pub use receive::{MigrationStream, RamBlock};
+pub use receive::{BlockRegion, MigrationStream, RamBlock};
 pub use send::SentBlock;
