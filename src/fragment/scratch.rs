@@ -36,7 +36,11 @@ impl ScratchWriter {
         let object: Arc<dyn WriteAt> = Arc::new(StoredFile::new(written));
         let key = if encrypted { Some((SecretKey::generate()?, aad.to_vec())) } else { None };
         let sink = match &key {
-            None => Sink::Plain(PlainSink::new(object, false, threads)),
+            None => {
+                let mut sink = PlainSink::new(object, false, threads);
+                sink.write_behind();
+                Sink::Plain(sink)
+            }
             Some((key, aad)) => {
                 let interrupt = &mut || Ok(());
                 let interrupt = &mut Interrupt::new(interrupt);

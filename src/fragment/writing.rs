@@ -141,15 +141,28 @@ impl Fragment {
         })
     }
 
+    /// Lets other threads do the work of small writes, before anything is written: encrypt, hash and write. An error of
+    /// them is returned later.
+    pub(crate) fn write_behind(&mut self) {
+        // An encrypted fragment always does.
+        if let State::Open(Sink::Plain(sink)) = &mut self.state {
+            sink.write_behind();
+        }
+    }
+
     /// Removes the fragment. Its bytes so far are the beginning of the returned scratch file, which more bytes can be
     /// appended to. `key` is the key of the snapshot.
-    pub(crate) fn into_scratch(mut self, key: Option<&SecretKey>) -> Result<ScratchWriter> {
+    pub(crate) fn into_scratch(
+        mut self,
+        key: Option<&SecretKey>,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<ScratchWriter> {
         self.with_sink(|_| Ok(()))?;
         let State::Open(mut sink) = std::mem::replace(&mut self.state, State::Failed) else {
             return Err(Error::new(Kind::State, "is not open").context(&self.place));
         };
         if let Sink::Plain(sink) = &mut sink {
-            sink.forget_digest();
+            sink.forget_digest(interrupt).map_err(|error| error.context(&self.place))?;
         }
         let file = self.object.unname().map_err(|error| error.context(&self.place))?;
         self.state = State::Closed;
@@ -177,7 +190,7 @@ impl Fragment {
             let positioned = positioned.ok_or_else(|| Error::new(Kind::State, "was already written to"))?;
             let end = work(&positioned)?;
             match sink {
-                Sink::Plain(sink) => sink.continue_at(positioned, end),
+                Sink::Plain(sink) => sink.continue_at(&positioned, end),
                 Sink::Encrypted(sink) => sink.continue_at(end),
             }
             Ok(())

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::page_index::{PageIndex, check_slot};
 use super::options::MemoryReport;
+use super::page_index::{PageIndex, check_slot};
 use super::source::GuestMemorySource;
 use super::straight::Straight;
 use crate::error::{Error, Kind, Result};
@@ -142,7 +142,7 @@ impl Spool {
         let file = self.file.take().ok_or_else(failed_before);
         let scratch = match file.map_err(|error| self.in_spool(error))? {
             SpoolFile::Straight(straight, true) => return straight.finish(interrupt).map(Spooled::Written),
-            SpoolFile::Straight(mut straight, false) => straight.into_scratch()?,
+            SpoolFile::Straight(mut straight, false) => straight.into_scratch(interrupt)?,
             SpoolFile::Scratch(scratch) => scratch,
         };
         let scratch = scratch.finish(interrupt).map_err(|error| self.in_spool(error))?;
@@ -176,20 +176,14 @@ impl SpoolFile {
     }
 
     /// Appends a page; returns its slot. A slot is written once.
-    fn put(
-        &mut self,
-        area: usize,
-        page: u64,
-        bytes: &[u8; PAGE_BYTES],
-        interrupt: &mut Interrupt<'_>,
-    ) -> Result<u32> {
+    fn put(&mut self, area: usize, page: u64, bytes: &[u8; PAGE_BYTES], interrupt: &mut Interrupt<'_>) -> Result<u32> {
         let scratch = match self {
             Self::Scratch(scratch) => scratch,
             Self::Straight(straight, in_order) => {
                 if *in_order && let Some(slot) = straight.append(area, page, bytes, interrupt)? {
                     return check_slot(slot);
                 }
-                let scratch = straight.into_scratch()?;
+                let scratch = straight.into_scratch(interrupt)?;
                 *self = Self::Scratch(scratch);
                 return self.put(area, page, bytes, interrupt);
             }

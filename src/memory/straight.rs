@@ -47,14 +47,17 @@ impl Straight {
     /// `Io` if the fragment exists or cannot be created.
     pub(crate) fn new(writer: &SnapshotWriter, regions: Vec<AreaRegion>) -> Result<Option<Self>> {
         let is_paged = |region: &AreaRegion| region.range.start % PAGE == 0 && region.range.end % PAGE == 0;
-        let sizes = regions.iter().map(|region| (region.guest_base, region.range.end.saturating_sub(region.range.start)));
+        let sizes =
+            regions.iter().map(|region| (region.guest_base, region.range.end.saturating_sub(region.range.start)));
         if regions.is_empty() || !regions.iter().all(is_paged) || metadata::check_apart(sizes).is_err() {
             return Ok(None);
         }
         let options = MemoryOptions::new();
+        let mut memory = writer.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?;
+        memory.write_behind();
         Ok(Some(Self {
             writer: writer.clone(),
-            memory: Some(writer.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?),
+            memory: Some(memory),
             options,
             ranges: vec![Vec::new(); regions.len()],
             regions,
@@ -103,7 +106,9 @@ impl Straight {
         let zeros = match ranges.last_mut() {
             Some(last) if start < last.end => return Ok(None),
             // As in a dump, a gap that is stored is shorter than a batch.
-            Some(last) if start - last.end < self.options.min_gap(self.range_count).clamp(1, DUMP_BATCH_BYTES as u64) => {
+            Some(last)
+                if start - last.end < self.options.min_gap(self.range_count).clamp(1, DUMP_BATCH_BYTES as u64) =>
+            {
                 let gap = start - last.end;
                 last.end = start + PAGE;
                 gap / PAGE
@@ -120,8 +125,8 @@ impl Straight {
     }
 
     /// Removes the fragment, whose pages become the beginning of a scratch file.
-    pub(super) fn into_scratch(&mut self) -> Result<ScratchWriter> {
-        self.memory.take().ok_or_else(ended)?.into_scratch(self.writer.data_key())
+    pub(super) fn into_scratch(&mut self, interrupt: &mut Interrupt<'_>) -> Result<ScratchWriter> {
+        self.memory.take().ok_or_else(ended)?.into_scratch(self.writer.data_key(), interrupt)
     }
 
     /// Completes `mem`, and writes `mem_metadata`.
@@ -170,3 +175,6 @@ impl Drop for Straight {
 fn ended() -> Error {
     Error::new(Kind::State, "the guest memory cannot be written, because writing it has ended")
 }
+
+#[cfg(test)]
+mod tests;

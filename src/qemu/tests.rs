@@ -1,6 +1,7 @@
 //! Streams made by a builder, whole and damaged. QEMU's own are in `tests/test_migration_stream.py`.
 
 mod builder;
+mod straight;
 
 use std::io::{self, Read};
 

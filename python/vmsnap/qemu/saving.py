@@ -16,7 +16,7 @@ from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
-from vmsnap.migration import MigrationStream
+from vmsnap.migration import BlockRegion, MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.emulated import DOWNTIME_MILLISECONDS, is_emulated, receive_emulated
 from vmsnap.qemu.hold import Hold
@@ -144,8 +144,8 @@ async def save_async(
     pid
         The process ID of QEMU. The default is the process at the other end of the socket.
     progress
-        Called from another thread with the number of bytes done and the total. Memory that QEMU sends counts twice:
-        when it is received, and when it is written.
+        Called from another thread with the number of bytes done and the total. Memory that QEMU sends counts twice,
+        when it is received and when it is written, unless it is written as it comes.
 
     Raises
     ------
@@ -188,10 +188,14 @@ async def save_async(
                 downtime = DOWNTIME_MILLISECONDS if emulated else _DOWNTIME_MILLISECONDS
                 capabilities = {"x-ignore-shared"} if files else set[str]()
                 parameters = {"downtime-limit": downtime} if lively else {}
-                shown = _Shown(progress, receives=not files)
+                # QEMU sends a guest that stands still in the order of its memory.
+                straight = len(names) == len(ram.blocks) and not (lively or files or compress)
+                places = ram.places() if straight else []
+                at = [BlockRegion(each.guest_base, block.name, each.offset, each.size) for each, block in places]
+                shown = _Shown(progress, receives=not files, twice=not straight)
 
                 def call(pipe: int, show: Progress) -> MigrationStream:
-                    return writer.receive_migration(pipe, names, progress=show)
+                    return writer.receive_migration(pipe, names, regions=at, progress=show)
 
                 async def begin() -> None:
                     nonlocal writer
@@ -214,13 +218,13 @@ async def save_async(
                             "the machine was changed while it was saved: another client of QEMU has added or removed "
                             "memory or a device; save it again"
                         )
-                    regions, from_files = _regions(ram, stream)
+                    regions, from_files = ([], []) if stream.written else _regions(ram, stream)
                     # Memory in a file changes as soon as the guest runs; pages that QEMU sent do not. Of an emulated
                     # guest that runs, QEMU may send stale pages.
                     hold.stands_still(again=lively and not emulated and not from_files)
                     if while_paused is not None:
                         await _call(while_paused)
-                    memory = await _write(writer, regions, compress, shown) if from_files else None
+                    memory = await _write(writer, regions, compress, shown) if from_files else stream.written
                     await hold.check()
                     if then != "quit":
                         await hold.go_on(hold.runs or then == "continue")
@@ -237,11 +241,12 @@ async def save_async(
                         await to_the_end(monitor.quit())
         await snapshot.commit()
     assert memory is not None
+    are_files = 0 < len(from_files) == len(regions)
     return SaveReport(
         paused_seconds=hold.paused_seconds,
         seconds=perf_counter() - started,
-        way="live" if lively else "stream" if len(from_files) < len(regions) else "files",
-        rounds=max(rounds.done, 1) if lively else 0 if len(from_files) == len(regions) else 1,
+        way="live" if lively else "files" if are_files else "stream",
+        rounds=max(rounds.done, 1) if lively else 0 if are_files else 1,
         repeated_bytes=stream.repeated_bytes,
         device_state_bytes=stream.device_state_bytes,
         memory=memory,
@@ -291,15 +296,15 @@ def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list
 class _Shown:
     """The progress of both steps, receiving and writing, as one."""
 
-    def __init__(self, progress: Progress | None, receives: bool) -> None:
-        self._progress, self._receives = progress, receives
+    def __init__(self, progress: Progress | None, receives: bool, twice: bool) -> None:
+        self._progress, self._receives, self._twice = progress, receives, twice
         self._received = 0
 
     def received(self, done: int, total: int) -> None:
         """Show the progress of receiving. It is not shown if the memory should be in files."""
         if self._progress is not None and self._receives:
             self._received = total
-            self._progress(min(done, total), 2 * total)
+            self._progress(min(done, total), 2 * total if self._twice else total)
 
     def written(self, done: int, total: int) -> None:
         """Show the progress of writing."""
