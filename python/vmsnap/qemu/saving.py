@@ -23,7 +23,7 @@ from vmsnap.qemu.hold import Hold
 from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.mark import recover
 from vmsnap.qemu.migration import Rounds, keep_to, receive
-from vmsnap.qemu.monitor import Monitor, connected, connection_to
+from vmsnap.qemu.monitor import Monitor, connected, connection_to, migrates
 from vmsnap.qemu.survey import Block, Ram, layout, survey
 from vmsnap.staging import StagedSnapshot, create
 from vmsnap.writer import SnapshotWriter
@@ -172,13 +172,13 @@ async def save_async(
             async with connected(connection, os.fspath(qmp)) as monitor:
                 interrupted = await recover(monitor)
                 await _check_state(monitor)
-                with ExitStack() as first:
-                    await survey(monitor, first, pid)
-                writer = await snapshot.begin()
-                # Deriving a key takes time, in which other clients may change everything. So all is looked at again.
-                ran = await _check_state(monitor)
                 before = await layout(monitor)
                 ram = await survey(monitor, stack, pid)
+                writer = await snapshot.begin()
+                # Deriving a key takes time, in which other clients may change everything.
+                ran = await _check_state(monitor)
+                if (now := await layout(monitor)) != before:
+                    before, ram = now, await survey(monitor, stack, pid)
                 names = [each.name for each in ram.blocks if each.migrated]
                 emulated = live and ran and await is_emulated(monitor)
                 # QEMU 10 aborts in a live migration of an emulated guest with several blocks of memory: it confuses
@@ -393,8 +393,9 @@ async def _check_state(monitor: Monitor) -> bool:
     state = (await monitor.run("query-status"))["status"]
     if state not in ("running", "paused", "prelaunch"):
         raise QemuError(f"the guest cannot be saved now: {_NOT_NOW.get(state, f'it is in the state {state!r}')}")
-    if await monitor.migrates():
+    found = await monitor.run("query-migrate")
+    if migrates(found):
         raise QemuError("the guest is already being migrated or saved: wait until that has ended")
-    if reasons := (await monitor.run("query-migrate")).get("blocked-reasons"):
+    if reasons := found.get("blocked-reasons"):
         raise QemuError(f"QEMU cannot save the guest: {'; '.join(reasons)}")
     return bool(state == "running")
