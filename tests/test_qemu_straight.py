@@ -15,9 +15,9 @@ from support import MIB
 from toy_guest import Toy
 from vmsnap.migration import BlockRegion, MigrationStream
 
-STILL_MIB = 96
+STILL_MIB = 32
 #: Room for the data of the guest, and for no second copy of it.
-DISK_MIB = 150
+DISK_MIB = 52
 
 
 @pytest.fixture
