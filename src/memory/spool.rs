@@ -126,7 +126,7 @@ impl Spool {
         is_repeated
     }
 
-    /// Keeps the pages until they are dumped, whatever their order is.
+    /// Keeps the pages until they are dumped, in any order.
     pub(crate) fn keep(&mut self) {
         if let Some(SpoolFile::Straight(_, in_order)) = &mut self.file {
             *in_order = false;
@@ -142,7 +142,7 @@ impl Spool {
         let file = self.file.take().ok_or_else(failed_before);
         let scratch = match file.map_err(|error| self.in_spool(error))? {
             SpoolFile::Straight(straight, true) => return straight.finish(interrupt).map(Spooled::Written),
-            SpoolFile::Straight(mut straight, false) => straight.into_scratch(interrupt)?,
+            SpoolFile::Straight(mut straight, false) => straight.continue_as_scratch(interrupt)?,
             SpoolFile::Scratch(scratch) => scratch,
         };
         let scratch = scratch.finish(interrupt).map_err(|error| self.in_spool(error))?;
@@ -183,7 +183,7 @@ impl SpoolFile {
                 if *in_order && let Some(slot) = straight.append(area, page, bytes, interrupt)? {
                     return check_slot(slot);
                 }
-                let scratch = straight.into_scratch(interrupt)?;
+                let scratch = straight.continue_as_scratch(interrupt)?;
                 *self = Self::Scratch(scratch);
                 return self.put(area, page, bytes, interrupt);
             }

@@ -46,7 +46,8 @@ impl Straight {
     ///
     /// `Io` if the fragment exists or cannot be created.
     pub(crate) fn new(writer: &SnapshotWriter, regions: Vec<AreaRegion>) -> Result<Option<Self>> {
-        let is_paged = |region: &AreaRegion| region.range.start % PAGE == 0 && region.range.end % PAGE == 0;
+        let is_paged =
+            |region: &AreaRegion| region.range.start.is_multiple_of(PAGE) && region.range.end.is_multiple_of(PAGE);
         let sizes =
             regions.iter().map(|region| (region.guest_base, region.range.end.saturating_sub(region.range.start)));
         if regions.is_empty() || !regions.iter().all(is_paged) || metadata::check_apart(sizes).is_err() {
@@ -125,7 +126,7 @@ impl Straight {
     }
 
     /// Removes the fragment, whose pages become the beginning of a scratch file.
-    pub(super) fn into_scratch(&mut self, interrupt: &mut Interrupt<'_>) -> Result<ScratchWriter> {
+    pub(super) fn continue_as_scratch(&mut self, interrupt: &mut Interrupt<'_>) -> Result<ScratchWriter> {
         self.memory.take().ok_or_else(ended)?.into_scratch(self.writer.data_key(), interrupt)
     }
 

@@ -315,7 +315,7 @@ fn choose(front: &Front, memory: Option<&[&str]>) -> Result<Vec<Option<usize>>> 
     Ok(areas.collect())
 }
 
-/// Returns the regions with their areas, or `None` if there are none, or one is not in guest memory of the stream.
+/// Returns the regions with their areas, or `None` without regions, or if a region is not in guest memory of the stream.
 fn placed(regions: &[BlockRegion], front: &Front, areas: &[Option<usize>]) -> Option<Vec<AreaRegion>> {
     let placed = regions.iter().map(|BlockRegion { guest_base, block, offset, size }| {
         let number = front.find(block)?;
