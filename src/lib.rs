@@ -30,7 +30,8 @@
 //! QEMU's migration stream, out of which guest memory is taken, and into which it is put back:
 //!
 //! - [`SnapshotWriter::receive_migration`] returns a [`MigrationStream`], whose memory
-//!   [`SnapshotWriter::write_memory`] dumps; the rest of the stream is a fragment.
+//!   [`SnapshotWriter::write_memory`] dumps; the rest of the stream is a fragment. With [`BlockRegion`]s, the memory of a
+//!   guest that stands still is written as it comes.
 //! - [`SnapshotReader::send_migration`] makes the whole stream again; [`SnapshotReader::migration_front`] returns a
 //!   [`MigrationFront`], which tells the RAM blocks.
 //!
@@ -169,7 +170,7 @@ pub use memory::{
     FileMemory, GuestDestination, GuestMemory, GuestMemorySource, GuestRegion, MemoryOptions, MemoryProgress,
     MemoryReport, ProcessMemory, ProcessRange, StoppedProcess,
 };
-pub use qemu::{MigrationFront, MigrationStream, RamBlock, SentBlock};
+pub use qemu::{BlockRegion, MigrationFront, MigrationStream, RamBlock, SentBlock};
 pub use serialization::{AnySnapshot, Format};
 pub use snapshot::{
     InspectedFragment, Inspection, SnapshotOptions, SnapshotReader, SnapshotWriter, StagedSnapshot, inspect, rekey,

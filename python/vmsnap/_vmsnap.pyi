@@ -274,9 +274,19 @@ class SnapshotWriter:
         self,
         descriptor: int,
         blocks: Sequence[str] | None,
+        regions: Sequence[tuple[int, str, int, int]],
         fragment: str,
         progress: Callable[[int, int], object] | None,
-    ) -> tuple[MigrationStream, str | None, bool, list[tuple[str, int, int, bool]], int, int, int]: ...
+    ) -> tuple[
+        MigrationStream,
+        str | None,
+        bool,
+        list[tuple[str, int, int, bool]],
+        int,
+        int,
+        int,
+        tuple[int, int, int, int, float, list[tuple[int, int]]] | None,
+    ]: ...
     def add_namespace(self, name: str) -> SnapshotWriter: ...
     def namespace(self, name: str) -> SnapshotWriter: ...
     @property

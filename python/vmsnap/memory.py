@@ -92,7 +92,7 @@ def write(
     if on_error not in ("raise", "zero"):
         raise InvalidArgumentError(f'on_error must be "raise" or "zero", not {on_error!r}')
     with Handles(writable=False) as handles:
-        logical_bytes, data_bytes, stored_bytes, ranges, seconds, unreadable = _vmsnap.write_memory(
+        written = _vmsnap.write_memory(
             raw,
             [(each.guest_base, handles.of(each.source), each.offset, each.size) for each in regions],
             compress is not None,
@@ -106,6 +106,12 @@ def write(
             uncached,
             progress,
         )
+    return report(written)
+
+
+def report(fields: tuple[int, int, int, int, float, list[tuple[int, int]]]) -> MemoryReport:
+    """Return the report with the fields from Rust."""
+    logical_bytes, data_bytes, stored_bytes, ranges, seconds, unreadable = fields
     addresses = [range(start, end) for start, end in unreadable]
     return MemoryReport(logical_bytes, data_bytes, stored_bytes, ranges, seconds, addresses)
 

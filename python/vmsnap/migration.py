@@ -7,9 +7,9 @@ from typing import Self
 
 from vmsnap import _vmsnap
 from vmsnap._vmsnap import SpooledMemory
-from vmsnap.memory import Progress
+from vmsnap.memory import MemoryReport, Progress, report
 
-__all__ = ["MigrationFront", "MigrationStream", "RamBlock", "SentBlock", "SpooledMemory"]
+__all__ = ["BlockRegion", "MigrationFront", "MigrationStream", "RamBlock", "SentBlock", "SpooledMemory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,20 @@ class RamBlock:
     """
     taken: bool
     """Whether it is guest memory, whose pages were taken out of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRegion:
+    """A guest region whose memory is a part of a RAM block, for `SnapshotWriter.receive_migration`."""
+
+    guest_base: int
+    """The guest-physical address of the region."""
+    block: str
+    """The name of the block."""
+    offset: int
+    """The offset in the block, in bytes."""
+    size: int
+    """The size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +76,8 @@ class SentBlock:
 class MigrationStream:
     """A migration stream that was received. `SnapshotWriter.receive_migration` returns it.
 
-    Its guest memory is in a temporary file, until it is closed, at the end of a ``with`` block at the latest.
+    Its guest memory is in a temporary file, until it is closed, at the end of a ``with`` block at the latest; or it was
+    `written` to the snapshot as it came.
     """
 
     machine_type: str | None
@@ -77,6 +92,8 @@ class MigrationStream:
     """The number of bytes of guest memory in the stream: 4096 for each page record, also for one of zeros."""
     repeated_bytes: int
     """How many of `page_bytes` were for pages that had come before."""
+    written: MemoryReport | None
+    """The sizes of the guest memory, if it was written to the snapshot as it came."""
     _raw: _vmsnap.MigrationStream = field(repr=False, compare=False)
 
     def memory(self, block: str, offset: int = 0, size: int | None = None) -> SpooledMemory:
@@ -97,7 +114,7 @@ class MigrationStream:
             There is no such block, its pages were not taken, QEMU may have left all of them out for
             ``x-ignore-shared``, or the block is too short.
         StateError
-            The stream is closed.
+            The stream is closed, or its memory was `written` as it came.
         """
         if size is None:
             sizes = [each.size_bytes for each in self.blocks if each.name == block]
@@ -118,16 +135,23 @@ class MigrationStream:
 
 
 def receive(
-    raw: _vmsnap.SnapshotWriter, fd: int, blocks: Iterable[str] | None, fragment: str, progress: Progress | None
+    raw: _vmsnap.SnapshotWriter,
+    fd: int,
+    blocks: Iterable[str] | None,
+    regions: Iterable[BlockRegion],
+    fragment: str,
+    progress: Progress | None,
 ) -> MigrationStream:
     """Receive a stream. `SnapshotWriter.receive_migration` describes the parameters."""
     names = None if blocks is None else list(blocks)
-    stream, machine_type, ignores_shared, found, device_state_bytes, page_bytes, repeated_bytes = raw.receive_migration(
-        fd, names, fragment, progress
+    placed = [(each.guest_base, each.block, each.offset, each.size) for each in regions]
+    stream, machine_type, ignores_shared, found, device_state_bytes, page_bytes, repeated_bytes, written = (
+        raw.receive_migration(fd, names, placed, fragment, progress)
     )
     listed = [RamBlock(*each) for each in found]
+    sizes = None if written is None else report(written)
     return MigrationStream(
-        machine_type, ignores_shared, listed, device_state_bytes, page_bytes, repeated_bytes, _raw=stream
+        machine_type, ignores_shared, listed, device_state_bytes, page_bytes, repeated_bytes, sizes, _raw=stream
     )
 
 

@@ -278,6 +278,7 @@ class SnapshotWriter(Handle):
         fd: int,
         blocks: Iterable[str] | None,
         *,
+        regions: Iterable[migration.BlockRegion] = (),
         fragment: str = "device_state",
         progress: memory.Progress | None = None,
     ) -> migration.MigrationStream:
@@ -293,6 +294,11 @@ class SnapshotWriter(Handle):
         blocks
             The names of the RAM blocks that are guest memory. If it is None, the names decide: ROMs, flash and the
             memory of graphics cards are not guest memory.
+        regions
+            Where the guest memory is. It is then written as it comes, as `write_memory` writes these regions with its
+            default options, and takes no other space. `MigrationStream.written` has its sizes. QEMU sends a guest that
+            stands still in such an order. If a page comes out of the order of the regions, comes again, or is in none
+            of them, the guest memory is in the returned `MigrationStream`, as without regions.
         fragment
             The name of the fragment for the rest.
         progress
@@ -305,12 +311,12 @@ class SnapshotWriter(Handle):
             The stream is malformed or truncated, or contains something that vmsnap does not read. The text says what,
             and at which byte.
         OSError
-            The stream cannot be read, the fragment exists, or the disk is full. After an error the fragment does not
+            The stream cannot be read, a fragment exists, or the disk is full. After an error the fragments do not
             exist.
         InvalidArgumentError
             The name of the fragment is not allowed.
         """
-        return migration.receive(self._raw, fd, blocks, fragment, progress)
+        return migration.receive(self._raw, fd, blocks, regions, fragment, progress)
 
     def add_namespace(self, name: str) -> "SnapshotWriter":
         """Create a namespace, and return a writer into it.

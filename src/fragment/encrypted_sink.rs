@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::background::Background;
 use super::batches::batch_bytes;
 use super::encryptors::Encryptors;
 use super::positioned::{PositionedKind, PositionedWriter};
@@ -9,7 +10,6 @@ use crate::buffer;
 use crate::cipher::{Encryption, HEADER_TAG_BYTES, SEGMENT_OVERHEAD_BYTES, SecretKey, header_tag, segment_offset};
 use crate::error::Result;
 use crate::manifest::{Entry, Proof};
-use crate::process::OwnerProcess;
 use crate::store::bytes::WriteAt;
 use crate::threads::Interrupt;
 
@@ -20,13 +20,13 @@ const MIN_DIRECT_WRITE_BYTES: usize = 4 << 20;
 pub(super) struct EncryptedSink {
     object: Arc<dyn WriteAt>,
     encryptors: Arc<Encryptors>,
+    background: Background,
     chunk_size_bytes: usize,
     /// Plaintext that is not submitted yet, from the start of chunk `next_index`. A chunk is not the last if more bytes
     /// follow, so at least one byte always stays here.
     gathered: Vec<u8>,
     next_index: u64,
     header_tag: [u8; HEADER_TAG_BYTES],
-    owner: OwnerProcess,
 }
 
 impl EncryptedSink {
@@ -42,15 +42,9 @@ impl EncryptedSink {
         object.write_all_at(&header, 0, interrupt)?;
         let encryptors = Arc::new(Encryptors::new(encryption, threads));
         let header_tag = header_tag(&header);
-        Ok(Self {
-            object,
-            encryptors,
-            chunk_size_bytes,
-            gathered: Vec::new(),
-            next_index: 0,
-            header_tag,
-            owner: OwnerProcess::current(),
-        })
+        let kind = PositionedKind::Encrypted { encryptors: Arc::clone(&encryptors), chunk_size_bytes };
+        let background = Background::new(kind, batch_bytes(chunk_size_bytes), threads);
+        Ok(Self { object, encryptors, background, chunk_size_bytes, gathered: Vec::new(), next_index: 0, header_tag })
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -85,9 +79,9 @@ impl EncryptedSink {
             self.append(now)?;
             data = later;
             if !self.gathered.is_empty() {
-                let batch = std::mem::replace(&mut self.gathered, self.encryptors.buffer(interrupt)?);
+                let batch = std::mem::replace(&mut self.gathered, self.background.buffer(interrupt)?);
                 let first_index = self.advance(batch.len());
-                self.encryptors.submit(&self.object, first_index, batch);
+                self.background.submit(&self.object, first_index * chunk_size_bytes as u64, batch);
             }
             if data.len() >= MIN_DIRECT_WRITE_BYTES {
                 let (body, tail) = self.split_last(data);
@@ -118,7 +112,7 @@ impl EncryptedSink {
         let (body, last) = self.split_last(&gathered);
         let first_index = self.advance(body.len());
         self.encryptors.encrypt(&*self.object, first_index, body, interrupt)?;
-        self.encryptors.drain(interrupt)?;
+        self.background.drain(interrupt)?;
         self.encryptors.encrypt_last(&*self.object, self.next_index, last, interrupt)?;
         let body_bytes = body.len();
         gathered.drain(..body_bytes);
@@ -147,14 +141,5 @@ impl EncryptedSink {
         let first_index = self.next_index;
         self.next_index += (bytes / self.chunk_size_bytes) as u64;
         first_index
-    }
-}
-
-impl Drop for EncryptedSink {
-    /// A forked child must not lock, and does not have the threads.
-    fn drop(&mut self) {
-        if self.owner.is_current() {
-            self.encryptors.stop();
-        }
     }
 }

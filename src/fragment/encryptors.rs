@@ -2,20 +2,16 @@
 //!
 //! Segments have a fixed size, so their offsets follow from their indexes. Each thread encrypts chunks into its own
 //! buffer, writes the buffer at its offset, and never waits for the others. Batches that were copied from small writes
-//! are encrypted in the background; a caller that runs out of buffers works too. A large write is encrypted directly
-//! from the caller's memory, while the caller waits.
+//! are encrypted in the [background](super::background). A large write is encrypted directly from the caller's memory,
+//! while the caller waits.
 
-use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::batches::batch_bytes;
 use super::rope::Rope;
 use crate::buffer;
 use crate::cipher::{Encryption, Encryptor, SEGMENT_OVERHEAD_BYTES, segment_offset, segment_size};
-use crate::error::{Error, Kind, Result};
-use crate::pool::{Job, pool};
+use crate::error::Result;
 use crate::store::bytes::WriteAt;
 use crate::threads::{Interrupt, for_each, lock};
 
@@ -23,41 +19,7 @@ pub(super) struct Encryptors {
     encryption: Encryption,
     chunk_size_bytes: usize,
     threads: usize,
-    queue: Mutex<Queue>,
-    /// A batch was done.
-    done: Condvar,
-    /// Set by [`Encryptors::stop`], which ends the helpers' waits.
-    stopped: AtomicBool,
-}
-
-#[derive(Default)]
-struct Queue {
-    batches: VecDeque<Batch>,
-    /// The number of batches that are being encrypted.
-    running: usize,
-    /// The number of pool threads that take batches.
-    helpers: usize,
-    /// The number of buffers, with the one that the caller fills.
-    buffers: usize,
-    idle_buffers: Vec<Vec<u8>>,
-    idle_workers: Vec<EncryptionWorker>,
-    failure: Option<Error>,
-}
-
-impl Queue {
-    fn take(&mut self) -> Option<Batch> {
-        let batch = self.batches.pop_front()?;
-        self.running += 1;
-        Some(batch)
-    }
-}
-
-/// Whole chunks, none of them the last.
-struct Batch {
-    /// Not in `Encryptors`, because a helper that ends late would keep a finished fragment open.
-    object: Arc<dyn WriteAt>,
-    first_index: u64,
-    plaintext: Vec<u8>,
+    idle_workers: Mutex<Vec<EncryptionWorker>>,
 }
 
 pub(super) struct EncryptionWorker {
@@ -100,14 +62,7 @@ impl EncryptedBatch<'_> {
 
 impl Encryptors {
     pub(super) fn new(encryption: Encryption, threads: usize) -> Self {
-        Self {
-            chunk_size_bytes: encryption.chunk_size_bytes(),
-            encryption,
-            threads,
-            queue: Mutex::new(Queue { buffers: 1, ..Queue::default() }),
-            done: Condvar::new(),
-            stopped: AtomicBool::new(false),
-        }
+        Self { chunk_size_bytes: encryption.chunk_size_bytes(), encryption, threads, idle_workers: Mutex::default() }
     }
 
     /// Encrypts chunks of the caller with all threads; none of them may be the last.
@@ -125,7 +80,7 @@ impl Encryptors {
         let result = for_each(&mut workers, batches.enumerate(), interrupt, |worker, (number, batch), interrupt| {
             self.encrypt_batch(worker, object, first_index + number as u64 * batch_chunks, batch, interrupt)
         });
-        lock(&self.queue).idle_workers.append(&mut workers);
+        lock(&self.idle_workers).append(&mut workers);
         result
     }
 
@@ -141,101 +96,6 @@ impl Encryptors {
         buffer::fit(&mut segments, chunk.len() + SEGMENT_OVERHEAD_BYTES)?;
         encryptor.encrypt_last(index, chunk, &mut segments)?;
         object.write_all_at(&segments, segment_offset(index, self.chunk_size_bytes), interrupt)
-    }
-
-    /// Hands a batch to the other threads. A later call returns its error, [`Encryptors::drain`] at the latest.
-    pub(super) fn submit(self: &Arc<Self>, object: &Arc<dyn WriteAt>, first_index: u64, plaintext: Vec<u8>) {
-        let mut queue = lock(&self.queue);
-        queue.batches.push_back(Batch { object: Arc::clone(object), first_index, plaintext });
-        let wanted = queue.helpers + 1 < self.threads;
-        queue.helpers += usize::from(wanted);
-        drop(queue);
-        if wanted && pool().invite(&self.job(), 1) == 0 {
-            // No thread can be started: the caller encrypts the batch when it needs the buffer.
-            lock(&self.queue).helpers -= 1;
-        }
-    }
-
-    fn job(self: &Arc<Self>) -> Arc<dyn Job> {
-        Arc::<Self>::clone(self)
-    }
-
-    /// Returns an empty buffer for the next batch.
-    pub(super) fn buffer(&self, interrupt: &mut Interrupt<'_>) -> Result<Vec<u8>> {
-        let mut buffer = self.help_until(interrupt, |queue| {
-            let idle = queue.idle_buffers.pop();
-            // One buffer is being filled, one waits, and each thread has one.
-            if idle.is_none() && queue.buffers < self.threads + 2 {
-                queue.buffers += 1;
-                return Some(Vec::new());
-            }
-            idle
-        })?;
-        buffer::reserve(&mut buffer, batch_bytes(self.chunk_size_bytes))?;
-        Ok(buffer)
-    }
-
-    /// Waits until all batches are written.
-    pub(super) fn drain(&self, interrupt: &mut Interrupt<'_>) -> Result<()> {
-        self.help_until(interrupt, |queue| (queue.batches.is_empty() && queue.running == 0).then_some(()))
-    }
-
-    /// Drops the batches that were not begun, and waits for the others. Afterwards no thread uses the object.
-    pub(super) fn stop(self: &Arc<Self>) {
-        self.stopped.store(true, Ordering::Relaxed);
-        pool().withdraw(&self.job());
-        let mut queue = lock(&self.queue);
-        queue.batches.clear();
-        while queue.running > 0 {
-            queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Encrypts batches on the calling thread, or waits if the queue is empty, until `ready` returns a value.
-    fn help_until<R>(
-        &self,
-        interrupt: &mut Interrupt<'_>,
-        mut ready: impl FnMut(&mut Queue) -> Option<R>,
-    ) -> Result<R> {
-        interrupt.check()?;
-        let mut queue = lock(&self.queue);
-        loop {
-            if let Some(failure) = queue.failure.take() {
-                return Err(failure);
-            }
-            if let Some(result) = ready(&mut queue) {
-                return Ok(result);
-            }
-            match queue.take() {
-                Some(batch) => {
-                    drop(queue);
-                    self.encrypt_taken(batch, interrupt);
-                    interrupt.check()?;
-                    queue = lock(&self.queue);
-                }
-                None => queue = interrupt.wait(&self.done, queue, &self.queue)?,
-            }
-        }
-    }
-
-    fn encrypt_taken(&self, Batch { object, first_index, mut plaintext }: Batch, interrupt: &mut Interrupt<'_>) {
-        let mut worker = self.worker();
-        // The caller waits until the batch is counted as done, so count it even after a panic.
-        let encrypted = catch_unwind(AssertUnwindSafe(|| {
-            self.encrypt_batch(&mut worker, &*object, first_index, &plaintext, interrupt)
-        }));
-        let result = encrypted.unwrap_or_else(|_| Err(Error::new(Kind::Provider, "an encryption thread panicked")));
-        drop(object);
-        plaintext.clear();
-        let mut queue = lock(&self.queue);
-        queue.running -= 1;
-        queue.idle_workers.push(worker);
-        queue.idle_buffers.push(plaintext);
-        if let Err(error) = result {
-            queue.failure.get_or_insert(error);
-        }
-        drop(queue);
-        self.done.notify_all();
     }
 
     /// Encrypts and writes whole chunks; none of them may be the last.
@@ -280,30 +140,11 @@ impl Encryptors {
     }
 
     pub(super) fn worker(&self) -> EncryptionWorker {
-        let idle = lock(&self.queue).idle_workers.pop();
+        let idle = lock(&self.idle_workers).pop();
         idle.unwrap_or_else(|| EncryptionWorker { encryptor: self.encryption.encryptor(), segments: Vec::new() })
     }
 
     fn workers(&self, count: usize) -> Vec<EncryptionWorker> {
         (0..count).map(|_| self.worker()).collect()
-    }
-}
-
-impl Job for Encryptors {
-    /// A helper decrements the count of helpers under the lock under which it saw the queue empty, so that no batch is
-    /// missed.
-    fn turn(&self) -> bool {
-        loop {
-            let mut queue = lock(&self.queue);
-            let Some(batch) = queue.take() else {
-                queue.helpers -= 1;
-                return false;
-            };
-            drop(queue);
-            self.encrypt_taken(batch, &mut Interrupt::of_helper(&self.stopped));
-            if pool().is_wanted() {
-                return true;
-            }
-        }
     }
 }

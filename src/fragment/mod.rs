@@ -6,6 +6,7 @@
 //! plain.rs             an unencrypted fragment: the bytes themselves
 //! encrypted_sink.rs    an encrypted fragment being written: one FLOE message
 //! encryptors.rs        its chunks, encrypted by all threads
+//! background.rs        batches of small writes, written while the caller goes on
 //! encrypted_source.rs  an encrypted fragment being read, decrypted by all threads
 //! positioned.rs        batches that several threads write, each at its own offset
 //! checked_copy.rs      stored bytes that are copied and checked on the way
@@ -17,6 +18,7 @@
 //! scratch.rs           a file of this process alone, written and read back
 //! ```
 
+mod background;
 mod batches;
 pub(crate) mod checked_copy;
 pub(crate) mod digest;

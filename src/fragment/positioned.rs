@@ -48,11 +48,7 @@ impl PositionedWriter {
     }
 
     pub(crate) fn worker(&self) -> PositionedWorker {
-        let encryption = match &self.kind {
-            PositionedKind::Plain(_) => None,
-            PositionedKind::Encrypted { encryptors, .. } => Some(encryptors.worker()),
-        };
-        PositionedWorker { encryption, room: Vec::new() }
+        self.kind.worker()
     }
 
     /// Writes a batch to `offset`, in bytes of plaintext.
@@ -63,14 +59,36 @@ impl PositionedWriter {
         batch: &Rope<'_>,
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
+        self.kind.write(worker, &*self.object, offset, batch, interrupt)
+    }
+}
+
+impl PositionedKind {
+    pub(super) fn worker(&self) -> PositionedWorker {
+        let encryption = match self {
+            Self::Plain(_) => None,
+            Self::Encrypted { encryptors, .. } => Some(encryptors.worker()),
+        };
+        PositionedWorker { encryption, room: Vec::new() }
+    }
+
+    /// Writes a batch to `offset` of an object, in bytes of plaintext.
+    pub(super) fn write(
+        &self,
+        worker: &mut PositionedWorker,
+        object: &dyn WriteAt,
+        offset: u64,
+        batch: &Rope<'_>,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let PositionedWorker { encryption, room } = worker;
-        match (&self.kind, encryption) {
-            (PositionedKind::Encrypted { encryptors, chunk_size_bytes }, Some(worker)) => {
+        match (self, encryption) {
+            (Self::Encrypted { encryptors, chunk_size_bytes }, Some(worker)) => {
                 let first_index = offset / *chunk_size_bytes as u64;
-                encryptors.encrypt_rope(worker, &*self.object, first_index, batch, room, interrupt)
+                encryptors.encrypt_rope(worker, object, first_index, batch, room, interrupt)
             }
-            (PositionedKind::Plain(digest), _) => {
-                self.object.write_runs_at(batch.runs(), offset, interrupt)?;
+            (Self::Plain(digest), _) => {
+                object.write_runs_at(batch.runs(), offset, interrupt)?;
                 if let Some(collected) = digest
                     && batch.len() > 0
                 {
@@ -84,7 +102,7 @@ impl PositionedWriter {
                 }
                 Ok(())
             }
-            (PositionedKind::Encrypted { .. }, None) => unreachable!("a worker belongs to the writer that made it"),
+            (Self::Encrypted { .. }, None) => unreachable!("a worker belongs to the writer that made it"),
         }
     }
 }

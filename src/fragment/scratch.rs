@@ -1,7 +1,8 @@
 //! A scratch file: bytes that are appended, and then read back, by one process alone.
 //!
-//! If it is encrypted, it is one FLOE message, like a fragment, with a key that exists only in this process. A chunk is
-//! written once and bound to its index, so a chunk that was changed or moved on the disk does not decrypt.
+//! If it is encrypted, it is one FLOE message, like a fragment, with a key that exists only in this process; or it was
+//! begun as a fragment, with the key of the snapshot. A chunk is written once and bound to its index, so a chunk that was
+//! changed or moved on the disk does not decrypt.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -23,7 +24,8 @@ pub(crate) struct ScratchWriter {
     sink: Sink,
     /// The file, to be read later.
     file: File,
-    key: Option<(SecretKey, &'static [u8])>,
+    /// The key and the AAD, if it is encrypted.
+    key: Option<(SecretKey, Vec<u8>)>,
     owner: OwnerProcess,
 }
 
@@ -32,9 +34,13 @@ impl ScratchWriter {
     pub(crate) fn new(file: File, encrypted: bool, aad: &'static [u8], threads: usize) -> Result<Self> {
         let written = file.try_clone().map_err(|error| Error::io("cannot be opened", error))?;
         let object: Arc<dyn WriteAt> = Arc::new(StoredFile::new(written));
-        let key = if encrypted { Some((SecretKey::generate()?, aad)) } else { None };
+        let key = if encrypted { Some((SecretKey::generate()?, aad.to_vec())) } else { None };
         let sink = match &key {
-            None => Sink::Plain(PlainSink::new(object, false, threads)),
+            None => {
+                let mut sink = PlainSink::new(object, false, threads);
+                sink.write_behind();
+                Sink::Plain(sink)
+            }
             Some((key, aad)) => {
                 let interrupt = &mut || Ok(());
                 let interrupt = &mut Interrupt::new(interrupt);
@@ -43,7 +49,12 @@ impl ScratchWriter {
                 Sink::Encrypted(sink?)
             }
         };
-        Ok(Self { sink, file, key, owner: OwnerProcess::current() })
+        Ok(Self::over(sink, file, key))
+    }
+
+    /// Continues a file that `sink` writes, and that `file` reads.
+    pub(super) fn over(sink: Sink, file: File, key: Option<(SecretKey, Vec<u8>)>) -> Self {
+        Self { sink, file, key, owner: OwnerProcess::current() }
     }
 
     /// The number of bytes that were appended.
@@ -74,7 +85,7 @@ impl ScratchWriter {
         let source = match self.key {
             None => Source::Plain(object),
             Some((key, aad)) => {
-                let source = EncryptedSource::open(object, &key, aad, None, interrupt);
+                let source = EncryptedSource::open(object, &key, &aad, None, interrupt);
                 wipe_stack();
                 Source::Encrypted(source?)
             }

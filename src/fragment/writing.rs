@@ -9,6 +9,7 @@ use super::ledger::Ledger;
 use super::place::{FragmentPlace, aad};
 use super::plain::PlainSink;
 use super::positioned::PositionedWriter;
+use super::scratch::ScratchWriter;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
@@ -130,11 +131,42 @@ impl Fragment {
     /// # Ok::<(), vmsnap::Error>(())
     /// ```
     pub fn write_all_interruptible(&mut self, data: &[u8], interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let interrupt = &mut Interrupt::new(interrupt);
+        self.append(data, &mut Interrupt::new(interrupt))
+    }
+
+    pub(crate) fn append(&mut self, data: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.with_sink(|sink| match sink {
             Sink::Plain(sink) => sink.write(data, interrupt),
             Sink::Encrypted(sink) => sink.write(data, interrupt),
         })
+    }
+
+    /// Lets other threads do the work of small writes, before anything is written: encrypt, hash and write. An error of
+    /// them is returned later.
+    pub(crate) fn write_behind(&mut self) {
+        // An encrypted fragment always does.
+        if let State::Open(Sink::Plain(sink)) = &mut self.state {
+            sink.write_behind();
+        }
+    }
+
+    /// Removes the fragment. Its bytes so far are the beginning of the returned scratch file, which more bytes can be
+    /// appended to. `key` is the key of the snapshot.
+    pub(crate) fn into_scratch(
+        mut self,
+        key: Option<&SecretKey>,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<ScratchWriter> {
+        self.with_sink(|_| Ok(()))?;
+        let State::Open(mut sink) = std::mem::replace(&mut self.state, State::Failed) else {
+            return Err(Error::new(Kind::State, "is not open").context(&self.place));
+        };
+        if let Sink::Plain(sink) = &mut sink {
+            sink.forget_digest(interrupt).map_err(|error| error.context(&self.place))?;
+        }
+        let file = self.object.unname().map_err(|error| error.context(&self.place))?;
+        self.state = State::Closed;
+        Ok(ScratchWriter::over(sink, file, key.map(|key| (key.clone(), aad(&self.place.path)))))
     }
 
     /// Whether writes leave no page of the file in the page cache.
@@ -158,7 +190,7 @@ impl Fragment {
             let positioned = positioned.ok_or_else(|| Error::new(Kind::State, "was already written to"))?;
             let end = work(&positioned)?;
             match sink {
-                Sink::Plain(sink) => sink.continue_at(positioned, end),
+                Sink::Plain(sink) => sink.continue_at(&positioned, end),
                 Sink::Encrypted(sink) => sink.continue_at(end),
             }
             Ok(())

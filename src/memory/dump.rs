@@ -25,15 +25,11 @@ use crate::threads::{Interrupt, for_each, lock};
 
 /// The guest memory that one thread reads at a time: it fits the second-level cache, and waiting for turns takes a
 /// negligible time.
-const DUMP_BATCH_BYTES: usize = 512 << 10;
+pub(super) const DUMP_BATCH_BYTES: usize = 512 << 10;
 
 /// Compressed batches that may wait for an earlier one, in addition to two for each thread: noise compresses ten times
 /// as fast as text.
 const MAX_WAITING_BATCHES: usize = 8;
-
-/// The shortest gap doubles each time this many ranges were found. The list of ranges of a large and scattered guest
-/// then stays at some tens of MiB.
-const RANGES_PER_GAP_DOUBLING: usize = 1 << 16;
 
 impl SnapshotWriter {
     /// Writes guest memory to the fragments `mem` and `mem_metadata`, in the format that crosvm reads.
@@ -107,7 +103,6 @@ impl SnapshotWriter {
             metadata.finish_interruptible(&mut || Ok(()))?;
             memory.finish_interruptible(&mut || Ok(()))?;
             report.stored_bytes = memory.stored_size()? + metadata.stored_size()?;
-            report.logical_bytes = total_bytes;
             report.duration = began.elapsed();
             Ok(report)
         })();
@@ -350,8 +345,7 @@ impl<'a> Dump<'a> {
 
     /// Gaps shorter than this are stored as zeros.
     fn min_gap(&self) -> u64 {
-        let doublings = self.ranges.load(Ordering::Relaxed) / RANGES_PER_GAP_DOUBLING;
-        self.options.min_gap_bytes.saturating_mul(1 << doublings.min(20))
+        self.options.min_gap(self.ranges.load(Ordering::Relaxed))
     }
 
     /// Reads the data of a batch into the worker's buffer, without zeros.
@@ -480,12 +474,6 @@ impl Found {
     }
 
     fn report(self, metadata: &Metadata) -> MemoryReport {
-        let ranges = || metadata.regions.iter().flat_map(|region| &region.data_ranges);
-        MemoryReport {
-            data_bytes: ranges().map(|range| range.end - range.start).sum(),
-            ranges: ranges().count(),
-            unreadable: self.unreadable,
-            ..MemoryReport::default()
-        }
+        MemoryReport { unreadable: self.unreadable, ..metadata.report() }
     }
 }

@@ -8,6 +8,7 @@ use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::lz4;
+use super::options::MemoryReport;
 use crate::buffer;
 use crate::error::{Error, Result};
 #[cfg(any(test, fuzzing))]
@@ -138,6 +139,17 @@ impl Metadata {
         let bytes = usize::try_from(fragment.size()).unwrap_or(usize::MAX).saturating_mul(2);
         buffer::probe(bytes.min(MAX_PROBED_BYTES)).map_err(|error| error.context(METADATA))?;
         reader.decode(METADATA, fragment)
+    }
+
+    /// Returns the sizes of the memory.
+    pub(super) fn report(&self) -> MemoryReport {
+        let ranges = || self.regions.iter().flat_map(|region| &region.data_ranges);
+        MemoryReport {
+            logical_bytes: self.regions.iter().map(|region| region.size).sum(),
+            data_bytes: ranges().map(|range| range.end - range.start).sum(),
+            ranges: ranges().count(),
+            ..MemoryReport::default()
+        }
     }
 
     /// Checks everything that can be checked without the data.

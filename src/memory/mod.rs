@@ -9,6 +9,7 @@
 //! pagemap.rs          the pages that it has
 //! stop.rs             StoppedProcess: stops it, and lets it go on
 //! spool.rs            Spool: pages that arrive in any order, kept in a scratch file, as a source
+//! straight.rs         Straight: pages that arrive in the order of `mem`, written to it at once
 //! page_index.rs       where the last copy of each page is
 //!
 //! options.rs          GuestRegion, MemoryOptions, MemoryReport, MemoryProgress
@@ -47,6 +48,7 @@ mod restore;
 mod source;
 mod spool;
 mod stop;
+mod straight;
 
 pub(crate) use data::ReadBuffers;
 pub use destination::GuestDestination;
@@ -62,5 +64,6 @@ pub use process_range::ProcessRange;
 pub use source::GuestMemorySource;
 #[cfg(feature = "python")]
 pub(crate) use source::{ChangingBytes, StableBytes};
-pub(crate) use spool::{Spool, SpooledPages};
+pub(crate) use spool::{Spool, Spooled, SpooledPages};
 pub use stop::StoppedProcess;
+pub(crate) use straight::{AreaRegion, Straight};

@@ -63,7 +63,16 @@ impl Default for MemoryOptions {
     }
 }
 
+/// The shortest gap doubles each time this many ranges were found. The list of ranges of a large and scattered guest
+/// then stays at some tens of MiB.
+const RANGES_PER_GAP_DOUBLING: usize = 1 << 16;
+
 impl MemoryOptions {
+    /// Returns the shortest gap that is left out after so many ranges were found.
+    pub(super) fn min_gap(&self, ranges: usize) -> u64 {
+        self.min_gap_bytes.saturating_mul(1 << (ranges / RANGES_PER_GAP_DOUBLING).min(20))
+    }
+
     /// Returns the defaults: not compressed, chunks of 16 KiB, zeros left out.
     #[must_use]
     pub fn new() -> Self {
@@ -134,7 +143,7 @@ impl MemoryOptions {
 }
 
 /// The result of a dump.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryReport {
     /// Total size of all regions.

@@ -3,6 +3,9 @@
 //! A page is appended to a scratch file on the file system of the snapshot, and the index remembers where its last copy
 //! is. A page of zeros is not stored. The file is encrypted if the snapshot is, and has no name, so it is gone when the
 //! spool is dropped or the process ends.
+//!
+//! A guest that stands still is sent in the order in which `mem` stores it. So the file may be the fragment `mem` itself,
+//! as long as the pages come in order. When one does not, the fragment loses its name and is a scratch file from then on.
 
 use std::io;
 use std::ops::Range;
@@ -10,8 +13,10 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::options::MemoryReport;
 use super::page_index::{PageIndex, check_slot};
 use super::source::GuestMemorySource;
+use super::straight::Straight;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::scratch::{ScratchReader, ScratchWriter};
 use crate::snapshot::SnapshotWriter;
@@ -29,10 +34,25 @@ const PAGES_PER_CHECK: u64 = 256;
 /// A spool that one thread fills. After an error it accepts nothing more.
 pub(crate) struct Spool {
     /// `None` after an error, so that the space on the disk is free at once.
-    scratch: Option<ScratchWriter>,
+    file: Option<SpoolFile>,
     areas: Vec<Area>,
     /// The name of the scratch file in errors.
     place: String,
+}
+
+/// The file that pages are appended to.
+enum SpoolFile {
+    Scratch(ScratchWriter),
+    /// The fragment `mem`, and whether all pages have come in order.
+    Straight(Box<Straight>, bool),
+}
+
+/// A complete spool.
+pub(crate) enum Spooled {
+    /// The pages, which must be dumped.
+    Pages(SpooledPages),
+    /// The pages came in the order of `mem`, which is written.
+    Written(MemoryReport),
 }
 
 /// A block of guest memory.
@@ -50,11 +70,17 @@ impl Spool {
     pub(crate) fn new(writer: &SnapshotWriter) -> Result<Self> {
         let place = place_in(writer);
         let scratch = writer.scratch(AAD).map_err(|error| error.context(&place))?;
-        Ok(Self::over(scratch, place))
+        Ok(Self::over(SpoolFile::Scratch(scratch), place))
     }
 
-    fn over(scratch: ScratchWriter, place: String) -> Self {
-        Self { scratch: Some(scratch), areas: Vec::new(), place }
+    /// Makes an empty spool that writes `mem`, as long as the pages come in the order of its regions.
+    pub(crate) fn straight(straight: Straight) -> Self {
+        let place = place_in(straight.writer());
+        Self::over(SpoolFile::Straight(Box::new(straight), true), place)
+    }
+
+    fn over(file: SpoolFile, place: String) -> Self {
+        Self { file: Some(file), areas: Vec::new(), place }
     }
 
     /// Adds a block of guest memory, all of it zero; its size is a multiple of 4096. Returns its number. It takes no
@@ -82,47 +108,50 @@ impl Spool {
         if is_zero(bytes) {
             return Ok(self.put_zero(area, page));
         }
-        match self.append(bytes, interrupt) {
-            Ok(slot) => Ok(self.areas[area].index.set_slot(page, slot)),
-            Err(error) => {
-                self.scratch = None;
-                Err(self.in_spool(error))
-            }
-        }
+        // It does not come back if this fails.
+        let mut file = self.file.take().ok_or_else(failed_before).map_err(|error| self.in_spool(error))?;
+        let slot = file.put(area, page, bytes, interrupt);
+        let slot = slot.map_err(|error| if file.is_scratch() { self.in_spool(error) } else { error })?;
+        self.file = Some(file);
+        Ok(self.areas[area].index.set_slot(page, slot))
     }
 
     /// Replaces a page of an area by zeros. Returns whether the page was received before; false if the area does not
     /// have the page.
     pub(crate) fn put_zero(&mut self, area: usize, page: u64) -> bool {
-        self.has(area, page) && self.areas[area].index.set_zero(page)
+        let is_repeated = self.has(area, page) && self.areas[area].index.set_zero(page);
+        if is_repeated {
+            self.keep();
+        }
+        is_repeated
     }
 
-    /// Completes the spool: the pages can be read.
+    /// Keeps the pages until they are dumped, in any order.
+    pub(crate) fn keep(&mut self) {
+        if let Some(SpoolFile::Straight(_, in_order)) = &mut self.file {
+            *in_order = false;
+        }
+    }
+
+    /// Completes the spool.
     ///
     /// # Errors
     ///
     /// `Io` if the disk is full, and the error of `interrupt`.
-    pub(crate) fn finish(mut self, interrupt: &mut Interrupt<'_>) -> Result<SpooledPages> {
-        let scratch = self.scratch.take().ok_or_else(failed_before).and_then(|scratch| scratch.finish(interrupt));
-        let scratch = scratch.map_err(|error| self.in_spool(error))?;
+    pub(crate) fn finish(mut self, interrupt: &mut Interrupt<'_>) -> Result<Spooled> {
+        let file = self.file.take().ok_or_else(failed_before);
+        let scratch = match file.map_err(|error| self.in_spool(error))? {
+            SpoolFile::Straight(straight, true) => return straight.finish(interrupt).map(Spooled::Written),
+            SpoolFile::Straight(mut straight, false) => straight.continue_as_scratch(interrupt)?,
+            SpoolFile::Scratch(scratch) => scratch,
+        };
+        let scratch = scratch.finish(interrupt).map_err(|error| self.in_spool(error))?;
         self.areas.iter_mut().for_each(|area| area.index.settle());
-        Ok(SpooledPages { scratch, areas: self.areas, place: self.place })
+        Ok(Spooled::Pages(SpooledPages { scratch, areas: self.areas, place: self.place }))
     }
 
     fn has(&self, area: usize, page: u64) -> bool {
         self.areas.get(area).is_some_and(|area| page < area.size / PAGE)
-    }
-
-    /// Appends a page to the scratch file; returns its slot. A slot is written once.
-    fn append(&mut self, bytes: &[u8; PAGE_BYTES], interrupt: &mut Interrupt<'_>) -> Result<u32> {
-        let scratch = self.scratch.as_mut().ok_or_else(failed_before)?;
-        let slot = scratch.written() / PAGE;
-        if slot.is_multiple_of(PAGES_PER_CHECK) {
-            interrupt.check()?;
-        }
-        let number = check_slot(slot)?;
-        scratch.append(bytes, interrupt)?;
-        Ok(number)
     }
 
     /// The error with its place, and if there is no space, with how much is needed.
@@ -137,6 +166,35 @@ impl Spool {
             self.place
         );
         Error::io(text, Errno::from_raw_os_error(errno))
+    }
+}
+
+impl SpoolFile {
+    /// Whether errors do not name the file yet.
+    fn is_scratch(&self) -> bool {
+        matches!(self, Self::Scratch(_))
+    }
+
+    /// Appends a page; returns its slot. A slot is written once.
+    fn put(&mut self, area: usize, page: u64, bytes: &[u8; PAGE_BYTES], interrupt: &mut Interrupt<'_>) -> Result<u32> {
+        let scratch = match self {
+            Self::Scratch(scratch) => scratch,
+            Self::Straight(straight, in_order) => {
+                if *in_order && let Some(slot) = straight.append(area, page, bytes, interrupt)? {
+                    return check_slot(slot);
+                }
+                let scratch = straight.continue_as_scratch(interrupt)?;
+                *self = Self::Scratch(scratch);
+                return self.put(area, page, bytes, interrupt);
+            }
+        };
+        let slot = scratch.written() / PAGE;
+        if slot.is_multiple_of(PAGES_PER_CHECK) {
+            interrupt.check()?;
+        }
+        let number = check_slot(slot)?;
+        scratch.append(bytes, interrupt)?;
+        Ok(number)
     }
 }
 

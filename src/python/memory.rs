@@ -32,7 +32,7 @@ type RegionDestination<'py> =
     (Option<Bound<'py, PyAny>>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
 
 /// The fields of `vmsnap.MemoryReport`.
-type DumpReport = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
+pub(super) type DumpReport = (u64, u64, u64, usize, f64, Vec<(u64, u64)>);
 
 /// Memory that Python keeps valid during a call.
 enum HeldMemory<T> {
@@ -166,9 +166,13 @@ pub(super) fn write_memory(
     let regions = regions.collect::<Result<Vec<_>>>()?;
     let report =
         reporting(py, progress, |interrupt| writer.writer.write_memory_interruptible(&regions, &options, interrupt))?;
+    Ok(dump_report(report))
+}
+
+pub(super) fn dump_report(report: MemoryReport) -> DumpReport {
     let MemoryReport { logical_bytes, data_bytes, stored_bytes, ranges, unreadable, duration } = report;
     let unreadable = unreadable.into_iter().map(|range| (range.start, range.end)).collect();
-    Ok((logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable))
+    (logical_bytes, data_bytes, stored_bytes, ranges, duration.as_secs_f64(), unreadable)
 }
 
 /// Returns the range of a buffer that a region uses.

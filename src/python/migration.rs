@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use pyo3::prelude::*;
 
 use super::call::number;
+use super::memory::{DumpReport, dump_report};
 use crate::error::{Error, Kind, Result};
 use crate::memory::GuestMemorySource;
 use crate::threads::lock;
@@ -12,13 +13,21 @@ use crate::threads::lock;
 /// The fields of `vmsnap.migration.RamBlock`.
 pub(super) type RamBlock = (String, u64, u64, bool);
 
+/// The fields of `vmsnap.migration.BlockRegion`: guest base, block, offset and size.
+pub(super) type BlockRegion<'py> = (Bound<'py, PyAny>, String, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
 /// The stream, and the fields of `vmsnap.migration.MigrationStream`: machine type, whether shared memory is ignored,
-/// blocks, and the numbers of bytes.
-pub(super) type Received = (MigrationStream, Option<String>, bool, Vec<RamBlock>, u64, u64, u64);
+/// blocks, the numbers of bytes, and the report of the memory that is written.
+pub(super) type Received = (MigrationStream, Option<String>, bool, Vec<RamBlock>, u64, u64, u64, Option<DumpReport>);
 
 /// The spool of a stream until it is closed.
 #[pyclass(frozen, module = "vmsnap._vmsnap")]
 pub(super) struct MigrationStream(Mutex<Option<Arc<crate::MigrationStream>>>);
+
+pub(super) fn block_region((guest_base, block, offset, size): BlockRegion<'_>) -> PyResult<crate::BlockRegion> {
+    let (guest_base, offset) = (number(&guest_base, "guest_base")?, number(&offset, "offset")?);
+    Ok(crate::BlockRegion::new(guest_base, block, offset, number(&size, "size")?))
+}
 
 pub(super) fn received(stream: crate::MigrationStream) -> Received {
     let blocks = stream.blocks().iter();
@@ -26,8 +35,9 @@ pub(super) fn received(stream: crate::MigrationStream) -> Received {
     let machine_type = stream.machine_type().map(str::to_owned);
     let (ignores_shared, device_state_bytes) = (stream.ignores_shared(), stream.device_state_bytes());
     let (page_bytes, repeated_bytes) = (stream.page_bytes(), stream.repeated_bytes());
+    let written = stream.written().cloned().map(dump_report);
     let stream = MigrationStream(Mutex::new(Some(Arc::new(stream))));
-    (stream, machine_type, ignores_shared, blocks, device_state_bytes, page_bytes, repeated_bytes)
+    (stream, machine_type, ignores_shared, blocks, device_state_bytes, page_bytes, repeated_bytes, written)
 }
 
 impl MigrationStream {

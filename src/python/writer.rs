@@ -12,7 +12,7 @@ use super::call::{from_state, interruptible, number, options, parse_format, to_s
 use super::credentials::Credentials;
 use super::fragment::Fragment;
 use super::memory::reporting;
-use super::migration::{Received, received};
+use super::migration::{BlockRegion, Received, block_region, received};
 use super::transfer::duplicate;
 use crate::store::pipe::Pipe;
 
@@ -71,16 +71,19 @@ impl SnapshotWriter {
         py: Python<'_>,
         descriptor: &Bound<'_, PyAny>,
         blocks: Option<Vec<String>>,
+        regions: Vec<BlockRegion<'_>>,
         fragment: &str,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Received> {
         let mut stream = Pipe::new(duplicate(number(descriptor, "a file descriptor")?)?);
         let blocks: Option<Vec<&str>> = blocks.as_ref().map(|names| names.iter().map(String::as_str).collect());
+        let regions: Vec<_> = regions.into_iter().map(block_region).collect::<PyResult<_>>()?;
         // Such an error is one of the stream, not of the snapshot.
         let mut is_of_stream = false;
         let stream = reporting(py, progress, |progress| {
+            let blocks = blocks.as_deref();
             let received =
-                self.writer.receive_migration_interruptible(&mut stream, blocks.as_deref(), fragment, progress);
+                self.writer.receive_migration_interruptible(&mut stream, blocks, &regions, fragment, progress);
             received.inspect_err(|error| is_of_stream = error.is_corrupt() || error.is_unsupported_format())
         });
         match stream {

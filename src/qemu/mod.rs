@@ -10,7 +10,7 @@
 //! early.rs     the state of virtio-mem devices, which precedes the pages
 //! kept.rs      Kept: the stream that is left
 //! ending.rs    Ending: whether a stream was truncated
-//! receive.rs   SnapshotWriter::receive_migration, MigrationStream
+//! receive.rs   SnapshotWriter::receive_migration, BlockRegion, MigrationStream
 //! send.rs      SnapshotReader::send_migration, SentBlock
 //! records.rs   the page records of guest memory, made by several threads
 //! ```
@@ -43,5 +43,5 @@ mod tests;
 pub use front::MigrationFront;
 #[cfg(any(test, fuzzing))]
 pub(crate) use passage::pass_all;
-pub use receive::{MigrationStream, RamBlock};
+pub use receive::{BlockRegion, MigrationStream, RamBlock};
 pub use send::SentBlock;

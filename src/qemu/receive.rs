@@ -13,7 +13,9 @@ use super::output::Output;
 use super::passage::Passage;
 use crate::error::{Error, Kind, Result};
 use crate::fragment::Fragment;
-use crate::memory::{GuestMemorySource, MemoryProgress, Spool, SpooledPages};
+use crate::memory::{
+    AreaRegion, GuestMemorySource, MemoryProgress, MemoryReport, Spool, Spooled, SpooledPages, Straight,
+};
 use crate::name::shown;
 use crate::snapshot::SnapshotWriter;
 use crate::threads::Interrupt;
@@ -34,23 +36,54 @@ pub struct RamBlock {
     pub taken: bool,
 }
 
+/// A guest region whose memory is a part of a RAM block in a migration stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRegion {
+    guest_base: u64,
+    block: String,
+    offset: u64,
+    size: u64,
+}
+
+impl BlockRegion {
+    /// Returns the region at the guest-physical address `guest_base`: `size` bytes of a block, from `offset` on.
+    pub fn new(guest_base: u64, block: impl Into<String>, offset: u64, size: u64) -> Self {
+        Self { guest_base, block: block.into(), offset, size }
+    }
+}
+
 /// A migration stream of QEMU that was received. [`SnapshotWriter::receive_migration`] returns it.
 ///
-/// Guest memory is in a temporary file until the `MigrationStream` and all its memory is dropped. All else is in a
-/// fragment.
+/// Guest memory is in a temporary file until the `MigrationStream` and all its memory is dropped, unless it was written
+/// to the snapshot as it came. All else is in a fragment.
 pub struct MigrationStream {
     machine_type: Option<String>,
     ignores_shared: bool,
     blocks: Vec<RamBlock>,
     /// The area of each block in the spool.
     areas: Vec<Option<usize>>,
-    pages: Arc<SpooledPages>,
+    memory: Memory,
     device_state_bytes: u64,
     page_bytes: u64,
     repeated_bytes: u64,
 }
 
+/// Where the guest memory is.
+enum Memory {
+    Spooled(Arc<SpooledPages>),
+    Written(MemoryReport),
+}
+
 impl MigrationStream {
+    /// Returns the sizes of the guest memory if it was written to `mem` and `mem_metadata` as it came.
+    #[must_use]
+    pub fn written(&self) -> Option<&MemoryReport> {
+        match &self.memory {
+            Memory::Spooled(_) => None,
+            Memory::Written(report) => Some(report),
+        }
+    }
+
     /// Returns the machine type, for example `pc-q35-7.2`. A stream without a configuration does not name it.
     #[must_use]
     pub fn machine_type(&self) -> Option<&str> {
@@ -94,7 +127,7 @@ impl MigrationStream {
     ///
     /// [`Error::is_invalid_argument`] if there is no such block, its pages were not taken, or it does not have the
     /// bytes; also if the stream does not contain pages of it and `x-ignore-shared` was on, because then its memory may
-    /// be in a file.
+    /// be in a file. [`Error::is_state`] if the memory was [written](MigrationStream::written) as it came.
     pub fn memory(&self, block: &str, offset: u64, size: u64) -> Result<impl GuestMemorySource + use<>> {
         let wrong = |text| Error::invalid_argument(format!("the RAM block {} {text}", shown(block)));
         let number = self.blocks.iter().position(|listed| listed.name == block);
@@ -104,11 +137,15 @@ impl MigrationStream {
         if listed.records == 0 && self.ignores_shared {
             return Err(wrong("is listed in the migration stream, but QEMU left its pages out".to_owned()));
         }
-        match offset.checked_add(size) {
-            Some(end) if end <= listed.size_bytes => Ok(self.pages.source(area, offset..end)),
-            _ => {
-                let size_bytes = listed.size_bytes;
-                Err(wrong(format!("has {size_bytes} bytes, too few for {size} bytes from offset {offset}")))
+        let Some(end) = offset.checked_add(size).filter(|end| *end <= listed.size_bytes) else {
+            let size_bytes = listed.size_bytes;
+            return Err(wrong(format!("has {size_bytes} bytes, too few for {size} bytes from offset {offset}")));
+        };
+        match &self.memory {
+            Memory::Spooled(pages) => Ok(pages.source(area, offset..end)),
+            Memory::Written(_) => {
+                let text = "the guest memory was written to the snapshot as it came: read it from there";
+                Err(Error::new(Kind::State, text))
             }
         }
     }
@@ -131,19 +168,26 @@ impl SnapshotWriter {
     /// `blocks` are the names of the RAM blocks that are guest memory. If it is `None`, the names decide: ROMs, flash
     /// and the memory of graphics cards are not guest memory.
     ///
+    /// With `regions`, the guest memory is written to `mem` and `mem_metadata` as it comes, as
+    /// [`SnapshotWriter::write_memory`] writes these regions with the default options. It takes no other space then, and
+    /// [`MigrationStream::written`] returns its sizes. QEMU sends a guest that stands still in such an order. If a page
+    /// comes out of the order of the regions, comes again, or is in none of them, the guest memory is in the returned
+    /// `MigrationStream`, as without regions.
+    ///
     /// # Errors
     ///
     /// [`Error::is_corrupt`] if the stream is malformed or truncated. [`Error::is_unsupported_format`] if it contains
     /// something that vmsnap does not read, for example pages in the form of a migration capability; the text names it.
-    /// [`Error::is_io`] if the stream cannot be read, the fragment exists, or the disk is full. After an error the
-    /// fragment does not exist.
+    /// [`Error::is_io`] if the stream cannot be read, a fragment exists, or the disk is full. After an error the
+    /// fragments do not exist.
     pub fn receive_migration(
         &self,
         stream: &mut dyn Read,
         blocks: Option<&[&str]>,
+        regions: &[BlockRegion],
         fragment: &str,
     ) -> Result<MigrationStream> {
-        self.receive_migration_interruptible(stream, blocks, fragment, &mut |_| Ok(()))
+        self.receive_migration_interruptible(stream, blocks, regions, fragment, &mut |_| Ok(()))
     }
 
     /// Reads a migration stream as [`SnapshotWriter::receive_migration`] does, and calls `progress` at most every 50 ms
@@ -156,6 +200,7 @@ impl SnapshotWriter {
         &self,
         stream: &mut dyn Read,
         blocks: Option<&[&str]>,
+        regions: &[BlockRegion],
         fragment: &str,
         progress: &mut dyn FnMut(MemoryProgress) -> Result<()>,
     ) -> Result<MigrationStream> {
@@ -163,23 +208,12 @@ impl SnapshotWriter {
         let (done_bytes, total_bytes) = (Cell::new(0), Cell::new(0));
         let mut report = || progress(MemoryProgress { done_bytes: done_bytes.get(), total_bytes: total_bytes.get() });
         let interrupt = &mut Interrupt::new(&mut report);
-        let received = receive(self, stream, blocks, &mut fragment, (&done_bytes, &total_bytes), interrupt);
-        let received = received.and_then(|received| {
-            fragment.finish_interruptible(&mut || interrupt.check())?;
-            Ok(received)
-        });
-        match received {
-            Ok(received) => {
-                let total_bytes = total_bytes.get();
-                progress(MemoryProgress { done_bytes: total_bytes, total_bytes })?;
-                Ok(received)
-            }
-            Err(error) => {
-                // The first error is the reason.
-                let _ = fragment.remove();
-                Err(error)
-            }
+        let received = receive(self, stream, blocks, regions, &mut fragment, (&done_bytes, &total_bytes), interrupt);
+        if received.is_err() {
+            // The first error is the reason.
+            let _ = fragment.remove();
         }
+        received
     }
 }
 
@@ -187,16 +221,23 @@ fn receive(
     writer: &SnapshotWriter,
     stream: &mut dyn Read,
     memory: Option<&[&str]>,
+    regions: &[BlockRegion],
     fragment: &mut Fragment,
     (done_bytes, total_bytes): (&Cell<u64>, &Cell<u64>),
     interrupt: &mut Interrupt<'_>,
 ) -> Result<MigrationStream> {
     let mut input = Input::new(stream, input::BUFFER_BYTES)?;
     let front = Front::read(&mut input, interrupt)?;
-    let mut spool = Spool::new(writer)?;
-    let areas = choose(&front, memory, &mut spool)?;
-    let sizes = front.blocks.iter().zip(&areas).filter(|(_, area)| area.is_some()).map(|(block, _)| block.size);
-    total_bytes.set(sizes.sum());
+    let areas = choose(&front, memory)?;
+    let straight = match placed(regions, &front, &areas) {
+        Some(regions) => Straight::new(writer, regions)?,
+        None => None,
+    };
+    let mut spool = straight.map_or_else(|| Spool::new(writer), |straight| Ok(Spool::straight(straight)))?;
+    for (block, _) in front.blocks.iter().zip(&areas).filter(|(_, area)| area.is_some()) {
+        spool.add_area(block.size);
+        total_bytes.set(total_bytes.get() + block.size);
+    }
 
     let mut records = vec![0_u64; areas.len()];
     let mut repeated = 0_u64;
@@ -223,7 +264,18 @@ fn receive(
     let device_state_bytes = passage.kept.written();
     drop(passage);
 
-    let pages = Arc::new(spool.finish(interrupt)?);
+    if front.ignores_shared && areas.iter().zip(&records).any(|(area, records)| area.is_some() && *records == 0) {
+        // The memory of the block may be in a file.
+        spool.keep();
+    }
+    let page_bytes = done_bytes.get() + repeated * PAGE_BYTES as u64;
+    done_bytes.set(total_bytes.get());
+    interrupt.check_now()?;
+    fragment.finish_interruptible(&mut || interrupt.check())?;
+    let memory = match spool.finish(interrupt)? {
+        Spooled::Pages(pages) => Memory::Spooled(Arc::new(pages)),
+        Spooled::Written(report) => Memory::Written(report),
+    };
     let repeated_bytes = repeated * PAGE_BYTES as u64;
     let taken = areas.iter().map(Option::is_some);
     let blocks = front.blocks.into_iter().zip(records).zip(taken);
@@ -234,15 +286,15 @@ fn receive(
         ignores_shared: front.ignores_shared,
         blocks: blocks.collect(),
         areas,
-        pages,
+        memory,
         device_state_bytes,
-        page_bytes: done_bytes.get() + repeated_bytes,
+        page_bytes,
         repeated_bytes,
     })
 }
 
-/// Returns the area in the spool of each block that is guest memory.
-fn choose(front: &Front, memory: Option<&[&str]>, spool: &mut Spool) -> Result<Vec<Option<usize>>> {
+/// Returns the number of the area in the spool of each block that is guest memory.
+fn choose(front: &Front, memory: Option<&[&str]>) -> Result<Vec<Option<usize>>> {
     if let Some(missing) = memory.and_then(|names| names.iter().find(|name| front.find(name).is_none())) {
         let text = format!(
             "the migration stream has no RAM block {}, which is guest memory; its blocks are {}",
@@ -258,8 +310,19 @@ fn choose(front: &Front, memory: Option<&[&str]>, spool: &mut Spool) -> Result<V
         let text = format!("the guest has {bytes} bytes of memory, and vmsnap reads at most 16 TiB from a stream");
         return Err(Error::new(Kind::Unsupported, text));
     }
-    let areas = front.blocks.iter().map(|block| is_memory(&block.name).then(|| spool.add_area(block.size)));
+    let mut numbers = 0..;
+    let areas = front.blocks.iter().map(|block| if is_memory(&block.name) { numbers.next() } else { None });
     Ok(areas.collect())
+}
+
+/// Returns the regions with their areas, or `None` without regions, or if a region is not in guest memory of the stream.
+fn placed(regions: &[BlockRegion], front: &Front, areas: &[Option<usize>]) -> Option<Vec<AreaRegion>> {
+    let placed = regions.iter().map(|BlockRegion { guest_base, block, offset, size }| {
+        let number = front.find(block)?;
+        let end = offset.checked_add(*size).filter(|end| *end <= front.blocks[number].size)?;
+        Some(AreaRegion { guest_base: *guest_base, area: areas[number]?, range: *offset..end })
+    });
+    placed.collect::<Option<Vec<_>>>().filter(|placed| !placed.is_empty())
 }
 
 /// Returns whether a block is guest memory, as far as its name tells. QEMU names a memory backend by its path

@@ -3,6 +3,7 @@
 mod builder;
 mod early;
 mod sent;
+mod straight;
 
 use std::io::{self, Read};
 
@@ -19,7 +20,7 @@ fn received(
     let folder = tempfile::tempdir().unwrap();
     let mut staged = options.create(folder.path().join("vm"))?;
     let writer = staged.writer();
-    let received = writer.receive_migration(stream, blocks, "device_state");
+    let received = writer.receive_migration(stream, blocks, &[], "device_state");
     if received.is_err() {
         // Nothing is left: the fragment can be written again.
         writer.raw_fragment("device_state").unwrap().discard().unwrap();
@@ -138,7 +139,7 @@ fn pages_of_many_batches_are_sent_in_order() {
     reader.send_migration(&mut sent, &[block], "device_state").unwrap();
 
     let writer = options.create_in_place(folder.path().join("again")).unwrap();
-    let stream = writer.receive_migration(&mut &sent[..], None, "device_state").unwrap();
+    let stream = writer.receive_migration(&mut &sent[..], None, &[], "device_state").unwrap();
     assert_eq!(stream.repeated_bytes(), 0);
     let memory = stream.memory("mem", 0, size as u64).unwrap();
     writer.write_memory(&[GuestRegion::new(0, memory)], &MemoryOptions::new()).unwrap();
@@ -334,7 +335,7 @@ fn a_block_without_pages_is_zero_if_shared_memory_was_not_left_out() {
         .described();
     let folder = tempfile::tempdir().unwrap();
     let staged = SnapshotOptions::new().create(folder.path().join("vm")).unwrap();
-    let received = staged.writer().receive_migration(&mut &stream.0[..], None, "device_state").unwrap();
+    let received = staged.writer().receive_migration(&mut &stream.0[..], None, &[], "device_state").unwrap();
     assert_eq!(received.blocks()[1].records, 0);
     let region = GuestRegion::new(1 << 32, received.memory("vmem", 0, 3 << 12).unwrap());
     let report = staged.writer().write_memory(&[region], &MemoryOptions::new()).unwrap();
@@ -419,7 +420,7 @@ fn progress_ends_a_call_and_counts_guest_memory() {
     let stream = live();
     let stop = &mut |_| Err(crate::Error::interrupted());
     let trickle = &mut Trickle(&stream.0, 100, false);
-    let error = writer.receive_migration_interruptible(trickle, None, "device_state", stop).map(drop).unwrap_err();
+    let error = writer.receive_migration_interruptible(trickle, None, &[], "device_state", stop).map(drop).unwrap_err();
     assert!(error.is_interrupted());
     assert!(!folder.path().join("vm/device_state").exists());
     let mut told = Vec::new();
@@ -427,7 +428,7 @@ fn progress_ends_a_call_and_counts_guest_memory() {
         told.push((progress.done_bytes, progress.total_bytes));
         Ok(())
     };
-    writer.receive_migration_interruptible(&mut &stream.0[..], None, "device_state", progress).unwrap();
+    writer.receive_migration_interruptible(&mut &stream.0[..], None, &[], "device_state", progress).unwrap();
     assert_eq!(told.last(), Some(&(12 << 12, 12 << 12)));
 }
 

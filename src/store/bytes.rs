@@ -69,6 +69,10 @@ pub(crate) trait NewObject: WriteAt {
     /// Removes the object. It may be called again.
     fn discard(&self) -> Result<()>;
 
+    /// Removes the name of the object, and returns its file, to be read. Writes still reach it, and it is gone when
+    /// nothing refers to it any more.
+    fn unname(&self) -> Result<File>;
+
     /// Gives up an object that was neither finished nor discarded, so that it never counts as complete.
     fn abandon(&self);
 

@@ -122,8 +122,7 @@ class Monitor:
 
     async def migrates(self) -> bool:
         """Return whether a migration is in progress."""
-        status = (await self.run("query-migrate")).get("status", "none")
-        return status not in ("none", "completed", "failed", "cancelled")
+        return migrates(await self.run("query-migrate"))
 
     async def migrated(self, interval_seconds: float = _POLL_SECONDS) -> None:
         """Wait until an outgoing or incoming migration has completed.
@@ -150,6 +149,11 @@ class Monitor:
             async with asyncio.timeout(_GREETING_SECONDS):
                 await self.run("quit")
         await _disconnect(self._client)
+
+
+def migrates(found: dict[str, Any]) -> bool:
+    """Return whether a migration is in progress, by the answer to ``query-migrate``."""
+    return found.get("status", "none") not in ("none", "completed", "failed", "cancelled")
 
 
 async def _disconnect(client: QMPClient) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vmsnap.errors import QemuError
 from vmsnap.qemu.emulated import DOWNTIME_MILLISECONDS, is_emulated
-from vmsnap.qemu.monitor import Monitor
+from vmsnap.qemu.monitor import Monitor, migrates
 from vmsnap.qemu.survey import Ram, layout, survey
 
 # QEMU stops the guest when it expects to send the rest in this time. Its default is 300.
@@ -34,11 +34,19 @@ class Plan:
     """Whether QEMU emulates the processors. It is only known of a guest that runs, for a live save."""
 
     @classmethod
-    async def of(cls, monitor: Monitor, stack: ExitStack, pid: int | None, live: bool) -> "Plan":
-        """Look at the guest, and decide how it is saved. `stack` closes the files of its memory."""
+    async def of(
+        cls, monitor: Monitor, stack: ExitStack, pid: int | None, live: bool, earlier: "Plan | None" = None
+    ) -> "Plan":
+        """Look at the guest, and decide how it is saved. `stack` closes the files of its memory.
+
+        The memory is not looked for again if the layout is that of an `earlier` plan.
+        """
         ran = await _check_state(monitor)
         before = await layout(monitor)
-        ram = await survey(monitor, stack, pid)
+        if earlier is not None and earlier.layout == before:
+            ram = earlier.ram
+        else:
+            ram = await survey(monitor, stack, pid)
         emulated = live and ran and await is_emulated(monitor)
         # QEMU 10 aborts in a live migration of an emulated guest with several blocks of memory: it confuses their
         # addresses (tlb_reset_dirty_range_all).
@@ -60,6 +68,11 @@ class Plan:
         return not self.live and bool(shared) and all(each.file is not None for each in shared)
 
     @property
+    def is_straight(self) -> bool:
+        """Whether QEMU sends all memory, in its order: that of a guest that stands still."""
+        return not self.live and not self.files and all(each.migrated for each in self.ram.blocks)
+
+    @property
     def capabilities(self) -> set[str]:
         """The capabilities of a migration that are on meanwhile."""
         return {"x-ignore-shared"} if self.files else set()
@@ -69,13 +82,6 @@ class Plan:
         """The parameters of a migration that are set meanwhile."""
         downtime = DOWNTIME_MILLISECONDS if self.emulated else _DOWNTIME_MILLISECONDS
         return {"downtime-limit": downtime} if self.live else {}
-
-
-async def check(monitor: Monitor, pid: int | None) -> None:
-    """Check that the guest can be saved, before a snapshot is begun."""
-    await _check_state(monitor)
-    with ExitStack() as stack:
-        await survey(monitor, stack, pid)
 
 
 async def _check_state(monitor: Monitor) -> bool:
@@ -89,8 +95,9 @@ async def _check_state(monitor: Monitor) -> bool:
     state = (await monitor.run("query-status"))["status"]
     if state not in ("running", "paused", "prelaunch"):
         raise QemuError(f"the guest cannot be saved now: {_NOT_NOW.get(state, f'it is in the state {state!r}')}")
-    if await monitor.migrates():
+    found = await monitor.run("query-migrate")
+    if migrates(found):
         raise QemuError("the guest is already being migrated or saved: wait until that has ended")
-    if reasons := (await monitor.run("query-migrate")).get("blocked-reasons"):
+    if reasons := found.get("blocked-reasons"):
         raise QemuError(f"QEMU cannot save the guest: {'; '.join(reasons)}")
     return bool(state == "running")

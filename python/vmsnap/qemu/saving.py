@@ -15,7 +15,7 @@ from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
-from vmsnap.migration import MigrationStream
+from vmsnap.migration import BlockRegion, MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.emulated import receive_emulated
 from vmsnap.qemu.hold import Hold
@@ -23,7 +23,7 @@ from vmsnap.qemu.machine import Machine
 from vmsnap.qemu.mark import recover
 from vmsnap.qemu.migration import Rounds, keep_to, receive
 from vmsnap.qemu.monitor import Monitor, connected, connection_to
-from vmsnap.qemu.plan import Plan, check
+from vmsnap.qemu.plan import Plan
 from vmsnap.qemu.snapshot import NewSnapshot
 from vmsnap.qemu.survey import Ram, layout
 from vmsnap.staging import create
@@ -135,8 +135,8 @@ async def save_async(
     pid
         The process ID of QEMU. The default is the process at the other end of the socket.
     progress
-        Called from another thread with the number of bytes done and the total. Memory that QEMU sends counts twice:
-        when it is received, and when it is written.
+        Called from another thread with the number of bytes done and the total. Memory that QEMU sends counts twice,
+        when it is received and when it is written, unless it is written as it comes.
 
     Raises
     ------
@@ -162,14 +162,15 @@ async def save_async(
             stack.callback(connection.close)
             async with connected(connection, os.fspath(qmp)) as monitor:
                 interrupted = await recover(monitor)
-                await check(monitor, pid)
-                await snapshot.begin()
-                # Deriving a key takes time, in which other clients may change everything. So all is looked at again.
                 plan = await Plan.of(monitor, stack, pid, live)
+                await snapshot.begin()
+                # Deriving a key takes time, in which other clients may change everything.
+                plan = await Plan.of(monitor, stack, pid, live, plan)
                 async with Hold(monitor, os.fspath(qmp), plan.ran, plan.capabilities, plan.parameters) as hold:
-                    shown = _Shown(progress, receives=not plan.files)
+                    straight = plan.is_straight and compress is None
+                    shown = _Shown(progress, receives=not plan.files, twice=not straight)
                     steps = _Steps(monitor, hold, snapshot, plan, compress, shown)
-                    await steps.receive(stack, max_rounds)
+                    await steps.receive(stack, max_rounds, straight)
                     await steps.while_it_stands_still(while_paused)
                     await steps.go_on(then)
                     await steps.store()
@@ -202,8 +203,10 @@ class _Steps:
         # The regions of `mem`, and those of them that are read from files.
         self._regions = self._from_files = list[GuestRegion]()
 
-    async def receive(self, stack: ExitStack, max_rounds: int) -> None:
+    async def receive(self, stack: ExitStack, max_rounds: int, straight: bool) -> None:
         """Receive the stream of QEMU. The guest stands still afterwards; without `live`, it stands still from now on.
+
+        With `straight`, the memory is written as it comes, if it comes in order.
 
         Raises
         ------
@@ -212,8 +215,13 @@ class _Steps:
         """
         monitor, hold, plan, received = self._monitor, self._hold, self._plan, self._shown.received
 
+        regions = [
+            BlockRegion(each.guest_base, block.name, each.offset, each.size)
+            for each, block in (plan.ram.places() if straight else [])
+        ]
+
         def call(pipe: int, show: Progress) -> MigrationStream:
-            return self._snapshot.writer.receive_migration(pipe, plan.names, progress=show)
+            return self._snapshot.writer.receive_migration(pipe, plan.names, regions=regions, progress=show)
 
         rounds = Rounds(max_rounds)
         if plan.live and plan.emulated:
@@ -232,8 +240,9 @@ class _Steps:
                 "the machine was changed while it was saved: another client of QEMU has added or removed memory or a "
                 "device; save it again"
             )
-        self._stream, self._rounds = stream, rounds
-        self._regions, self._from_files = _regions(plan.ram, stream)
+        self._stream, self._rounds, self._memory = stream, rounds, stream.written
+        if self._memory is None:
+            self._regions, self._from_files = _regions(plan.ram, stream)
 
     async def while_it_stands_still(self, while_paused: Callable[[], object] | None) -> None:
         """Call the function of the caller, and read the memory that is in files.
@@ -277,7 +286,7 @@ class _Steps:
     def report(self, *, seconds: float, interrupted: str | None) -> SaveReport:
         """Return the report, when the snapshot is complete."""
         assert self._memory is not None
-        live, sent = self._plan.live, len(self._from_files) < len(self._regions)
+        live, sent = self._plan.live, not self._regions or len(self._from_files) < len(self._regions)
         return SaveReport(
             paused_seconds=self._hold.paused_seconds,
             seconds=seconds,
@@ -323,15 +332,15 @@ def _regions(ram: Ram, stream: MigrationStream) -> tuple[list[GuestRegion], list
 class _Shown:
     """The progress of both steps, receiving and writing, as one."""
 
-    def __init__(self, progress: Progress | None, receives: bool) -> None:
-        self._progress, self._receives = progress, receives
+    def __init__(self, progress: Progress | None, receives: bool, twice: bool) -> None:
+        self._progress, self._receives, self._twice = progress, receives, twice
         self._received = 0
 
     def received(self, done: int, total: int) -> None:
         """Show the progress of receiving. It is not shown if the memory should be in files."""
         if self._progress is not None and self._receives:
             self._received = total
-            self._progress(min(done, total), 2 * total)
+            self._progress(min(done, total), 2 * total if self._twice else total)
 
     def written(self, done: int, total: int) -> None:
         """Show the progress of writing."""

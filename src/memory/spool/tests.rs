@@ -39,7 +39,10 @@ fn put(spool: &mut Spool, area: usize, at: u64, bytes: &[u8; PAGE_BYTES]) -> boo
 }
 
 fn finish(spool: Spool) -> Arc<SpooledPages> {
-    Arc::new(with(|interrupt| spool.finish(interrupt)).unwrap())
+    match with(|interrupt| spool.finish(interrupt)).unwrap() {
+        Spooled::Pages(pages) => Arc::new(pages),
+        Spooled::Written(report) => panic!("{report:?}"),
+    }
 }
 
 fn bytes_of(source: &SpooledMemory) -> Vec<u8> {
@@ -244,7 +247,7 @@ fn a_dump_of_it_equals_a_dump_of_the_bytes() {
 fn open_spool(encrypted: bool) -> (Spool, File) {
     let file = tempfile::tempfile().unwrap();
     let scratch = ScratchWriter::new(file.try_clone().unwrap(), encrypted, AAD, 2).unwrap();
-    (Spool::over(scratch, "the temporary copy of guest memory".into()), file)
+    (Spool::over(SpoolFile::Scratch(scratch), "the temporary copy of guest memory".into()), file)
 }
 
 #[test]
@@ -316,7 +319,7 @@ fn failure(mut spool: Spool) -> Error {
 fn a_full_disk_is_an_error_that_says_how_much_is_needed() {
     let full = File::options().read(true).write(true).open("/dev/full").unwrap();
     let scratch = ScratchWriter::new(full, false, AAD, 2).unwrap();
-    let error = failure(Spool::over(scratch, "the temporary copy of guest memory in vm".into()));
+    let error = failure(Spool::over(SpoolFile::Scratch(scratch), "the temporary copy of guest memory in vm".into()));
     assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     let text = error.to_string();
     assert!(text.starts_with("the temporary copy of guest memory in vm cannot be written: "), "{text}");
@@ -328,7 +331,7 @@ fn a_write_that_fails_in_the_background_is_an_error() {
     let file = memfd_create("spool", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     let scratch = ScratchWriter::new(file.try_clone().unwrap().into(), true, AAD, 2).unwrap();
     fcntl_add_seals(&file, SealFlags::GROW).unwrap();
-    let error = failure(Spool::over(scratch, "the temporary copy of guest memory".into()));
+    let error = failure(Spool::over(SpoolFile::Scratch(scratch), "the temporary copy of guest memory".into()));
     assert_eq!(error.raw_os_error(), Some(libc::EPERM));
     assert!(error.to_string().starts_with("the temporary copy of guest memory: cannot be written: "), "{error}");
 }

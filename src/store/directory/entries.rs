@@ -141,7 +141,7 @@ pub(crate) fn open_writable(folder: &OwnedFd, name: &str) -> std::result::Result
 
 /// Creates the file of a staged fragment, which counts as unfinished until [`mark_finished`].
 pub(crate) fn create_unfinished(folder: &OwnedFd, name: &str) -> std::result::Result<File, Errno> {
-    create_file_with(folder, name, OFlags::WRONLY, UNFINISHED_MODE)
+    create_file_with(folder, name, OFlags::RDWR, UNFINISHED_MODE)
 }
 
 fn create_file_with(folder: &OwnedFd, name: &str, access: OFlags, mode: Mode) -> std::result::Result<File, Errno> {

@@ -1,5 +1,6 @@
 //! A fragment that is being written to a file.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
@@ -33,7 +34,7 @@ impl NewFile {
         let lock = LockedRoot::shared(root)?;
         let opened = lock.folder().try_clone().map_err(|error| failed("cannot be created", error))?;
         let namespace = entries::open_below(opened, root, namespace)?;
-        let create = if staged { entries::create_unfinished } else { entries::create_file };
+        let create = if staged { entries::create_unfinished } else { entries::create_readable };
         let file = create(&namespace, name).map_err(|errno| {
             failed(if errno == Errno::EXIST { "exists already" } else { "cannot be created" }, errno.into())
         })?;
@@ -85,6 +86,11 @@ impl NewObject for NewFile {
             // If the file stays, it does not open.
             let _ = self.discard();
         }
+    }
+
+    fn unname(&self) -> Result<File> {
+        let file = self.file.try_clone().map_err(|error| Error::io("cannot be opened", error))?;
+        self.discard().map(|()| file)
     }
 
     fn stored_size(&self) -> Result<u64> {
