@@ -94,23 +94,23 @@ def qemu(request: pytest.FixtureRequest) -> qemus.Qemu:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[object_stores.Server]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.Server]:
     """A server of S3's protocol, which lives as long as the tests of this process."""
-    with object_stores.running(object_stores.S3) as server:
+    with object_stores.running(object_stores.S3, tmp_path_factory.getbasetemp()) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def azure_server() -> Iterator[object_stores.Server]:
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.Server]:
     """A server of the protocol of Azure's blob storage, which lives as long as the tests of this process."""
-    with object_stores.running(object_stores.Azure) as server:
+    with object_stores.running(object_stores.Azure, tmp_path_factory.getbasetemp()) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def gcs_server() -> Iterator[object_stores.Server]:
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.Server]:
     """A server of the protocol of Google's cloud storage, which lives as long as the tests of this process."""
-    with object_stores.running(object_stores.Gcs) as server:
+    with object_stores.running(object_stores.Gcs, tmp_path_factory.getbasetemp()) as server:
         yield server
 
 

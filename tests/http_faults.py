@@ -21,12 +21,17 @@ class Request:
     headers: Headers
     body: bytes
     began: float
+    #: The operation on the store, by a word that is the same for all protocols.
+    kind: str = field(init=False)
     #: The status of the answer that the client got, at least a part of; None where it got nothing.
     status: int | None = None
     #: When the last bytes of the answer were about to be sent.
     ended: float | None = None
     #: Bytes of the body of the answer that were sent to the client.
     answered_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.kind = self._kind()
 
     def header(self, name: str) -> str | None:
         return next((value for key, value in self.headers if key.lower() == name.lower()), None)
@@ -35,9 +40,7 @@ class Request:
     def path(self) -> str:
         return urlsplit(self.target).path
 
-    @property
-    def kind(self) -> str:
-        """The operation on the store, by a word that is the same for all protocols."""
+    def _kind(self) -> str:
         query = dict(parse_qsl(urlsplit(self.target).query, keep_blank_values=True))
         match self.method:
             case "GET" if "list-type" in query or query.get("comp") == "list":

@@ -1,8 +1,8 @@
 """Object stores that tests run on loopback: versitygw for S3, Azurite for Azure, fake-gcs-server for Google's.
 
 A server lives as long as the process of pytest that started it, also where that process is killed. Each worker of
-pytest-xdist starts its own, because a server is ready in less than a second and nothing has to be agreed upon then:
-neither the process that ends it, nor whose requests a test counts.
+pytest-xdist starts its own where one of its tests needs it: a server is ready in a second or so, and workers that
+shared one would have to agree on the process that ends it.
 """
 
 import base64
@@ -25,9 +25,13 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import pytest
+from fault_proxy import FaultProxy
+from gcs_uploads import XmlUploads
 from toolchains import UnavailableError, go_programs, npm_packages, recent_tool
 
 _SOURCES = Path(__file__).resolve().parent / "programs"
+
+NO_OBSTORE = "no obstore beside this Python: pip install --group stores (no wheel for free-threaded CPython)"
 
 # Numbers of buckets. Nobody else uses the server.
 _numbers = itertools.count(1)
@@ -37,6 +41,9 @@ class Server(ABC):
     """A server that runs, with its data in a directory of its own."""
 
     scheme: ClassVar[str]
+
+    #: The id of its process.
+    pid: int
 
     def __init__(self, port: int, directory: Path) -> None:
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -58,6 +65,11 @@ class Server(ABC):
     @abstractmethod
     def _create(self, name: str) -> None:
         """Create a bucket."""
+
+    @contextmanager
+    def entrance(self) -> Iterator[str]:
+        """Return the endpoint for clients, for the time of a block."""
+        yield self.endpoint
 
     def new_bucket(self) -> "Bucket":
         """Create an empty bucket."""
@@ -98,7 +110,7 @@ class Bucket:
 
     def store(self, prefix: str = "", **options: Any) -> Any:
         """Return another client for it than vmsnap: obstore's."""
-        obstore_store = pytest.importorskip("obstore.store", reason="there is no obstore: pip install obstore")
+        obstore_store = pytest.importorskip("obstore.store", reason=NO_OBSTORE)
         url = f"{self.url}/{prefix}" if prefix else self.url
         # obstore knows options of HTTP by a parameter of its own only.
         config = {key: value for key, value in self.storage_options.items() if not key.endswith("_allow_http")}
@@ -176,7 +188,7 @@ class Azure(Server):
 
 
 class Gcs(Server):
-    """fake-gcs-server, which checks no signatures."""
+    """fake-gcs-server, which checks no signatures, and has neither conditional reads nor uploads in parts."""
 
     scheme = "gs"
 
@@ -201,6 +213,12 @@ class Gcs(Server):
         }
         return {"google_service_account_key": json.dumps(account), "google_allow_http": "true"}
 
+    @contextmanager
+    def entrance(self) -> Iterator[str]:
+        with FaultProxy(self.endpoint) as proxy:
+            proxy.rule(XmlUploads(), method="PUT", times=None)
+            yield proxy.endpoint
+
     def _create(self, name: str) -> None:
         body = json.dumps({"name": name}).encode()
         status = self.request("POST", "/storage/v1/b?project=test", body, **{"Content-Type": "application/json"})
@@ -208,23 +226,25 @@ class Gcs(Server):
 
 
 @contextmanager
-def running(kind: type[Server]) -> Iterator[Server]:
-    """Run a server for the time of a block; skips the test where its program cannot be had."""
+def running(kind: type[Server], parent: Path) -> Iterator[Server]:
+    """Run a server for the time of a block, with its data below a directory; skips the test where it cannot be had."""
     try:
         program = kind.program()
     except UnavailableError as error:
         pytest.skip(f"there is no server for {kind.scheme}:// URLs: {error}")
     if shutil.which("setpriv") is None:
         pytest.skip("there is no setpriv, by which a server ends with its parent: apt install util-linux")
-    with tempfile.TemporaryDirectory(prefix="vmsnap-store-") as directory:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{kind.scheme}-") as directory:
         # Another process may take the port before the server has it.
         for attempt in range(3):
             home = Path(directory, str(attempt))
             home.mkdir()
             server = kind(_free_port(), home)
             with _started([*program, *server.arguments()], home / "log") as process:
+                server.pid = process.pid
                 if _is_ready(server, process):
-                    yield server
+                    with server.entrance() as server.endpoint:
+                        yield server
                     return
             said = (home / "log").read_text()
         pytest.fail(f"{program} does not start: {said}")
