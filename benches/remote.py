@@ -2,8 +2,8 @@
 
     python benches/remote.py [--mib 1024] [--pairs 5] [--connections 16]
 
-The store is versitygw on loopback, of this machine. The bytes are those of a guest without a page of zeros, because
-clients without an idea of memory send those too. For each direction, the ways take turns, each in a process of its own,
+The store is versitygw on loopback. The bytes stand for the memory of a guest that has no page of zeros, because a
+client that does not know of memory sends such pages too. For each direction, the ways take turns, each in a process of its own,
 and the first turn is not counted. The first way is the reference: obstore, which is Rust's object_store in Python,
 moves the plain bytes by the same number of connections and in parts of the same size. The table has medians, the
 ratios to the reference within a turn, and the peak memory of the process. The time includes neither the start of the
