@@ -83,6 +83,7 @@ def go_programs(module: str, version: str, checksum: str, *packages: str, least:
     go = recent_tool("go", "Go", least, "version")
     environment = {
         "GOPATH": str(GO),
+        "GOCACHE": str(GO / "cache"),
         "GONOSUMDB": module,
         # The repository around it is not that of the module.
         "GOFLAGS": "-modcacherw -mod=readonly -buildvcs=false",
