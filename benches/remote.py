@@ -3,11 +3,11 @@
     python benches/remote.py [--mib 1024] [--pairs 5] [--connections 16]
 
 The store is versitygw on loopback. The bytes stand for the memory of a guest that has no page of zeros, because a
-client that does not know of memory sends such pages too. For each direction, the ways take turns, each in a process of its own,
-and the first turn is not counted. The first way is the reference: obstore, which is Rust's object_store in Python,
-moves the plain bytes by the same number of connections and in parts of the same size. The table has medians, the
-ratios to the reference within a turn, and the peak memory of the process. The time includes neither the start of the
-process nor its imports.
+client that does not know of memory sends such pages too. For each direction, the ways take turns, each in a process
+of its own, and the first turn is not counted. The first way is the reference: obstore, which is Rust's object_store in
+Python, moves the plain bytes by the same number of connections and in parts of the same size. The table has medians,
+the ratios to the reference within a turn, and the peak memory of the process. The time includes neither the start of
+the process nor its imports.
 """
 
 import argparse
