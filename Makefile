@@ -113,6 +113,11 @@ bench-qemu: build $(venv)/dev ## compare the pause and the time of a save of a Q
 	@$(call step,benches/qemu_save.py)
 	$(python) benches/qemu_save.py $(BENCH_ARGS)
 
+.PHONY: bench-remote
+bench-remote: build $(venv)/dev ## measure the speed of pushing to an object store on loopback, and of pulling from it
+	@$(call step,benches/remote.py)
+	$(python) benches/remote.py $(BENCH_ARGS)
+
 # mkdocs.yml configures the site; its hook copies target/doc, which rustdoc builds, into it.
 .PHONY: docs
 docs: $(venv)/docs ## build the documentation site in site/

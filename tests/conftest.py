@@ -9,12 +9,13 @@ import os
 import secrets
 import signal
 import subprocess
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import hypothesis
+import object_stores
 import pytest
 import qemus
 import refusals
@@ -120,6 +121,52 @@ def toy(tmp_path: Path) -> Generator["Toy", None, None]:
 def qemu(request: pytest.FixtureRequest) -> qemus.Qemu:
     """A QEMU: that of the system, then 10.0 of Debian's backports. `qemu_command` takes it."""
     return qemus.found(request.param)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.Server]:
+    """A server of S3's protocol, which lives as long as the tests of this process."""
+    with object_stores.running(object_stores.S3, tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.Server]:
+    """A server of the protocol of Azure's blob storage, which lives as long as the tests of this process."""
+    with object_stores.running(object_stores.Azure, tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.Server]:
+    """A server of the protocol of Google's cloud storage, which lives as long as the tests of this process."""
+    with object_stores.running(object_stores.Gcs, tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: object_stores.Server) -> object_stores.Bucket:
+    """An empty bucket of S3's protocol."""
+    return s3_server.new_bucket()
+
+
+@pytest.fixture
+def azure(azure_server: object_stores.Server) -> object_stores.Bucket:
+    """An empty container of Azure's blob storage."""
+    return azure_server.new_bucket()
+
+
+@pytest.fixture
+def gcs(gcs_server: object_stores.Server) -> object_stores.Bucket:
+    """An empty bucket of Google's cloud storage."""
+    return gcs_server.new_bucket()
+
+
+@pytest.fixture(params=["s3", "azure", "gcs"])
+def bucket(request: pytest.FixtureRequest) -> object_stores.Bucket:
+    """An empty bucket of each protocol."""
+    found: object_stores.Bucket = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ As a program, run with vmsnap installed, prints the table of all cases and reade
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from corpus_cases.case import Result, holds
 from independent import READER_PROGRAM, all_fragments
 from make_corpus import CORPUS
 from make_golden import Mask
+from toolchains import GO, UnavailableError, build, recent_tool, tool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "examples/readers"
@@ -28,10 +28,6 @@ BUILT = REPOSITORY / "target/readers"
 
 INDEX: dict[str, Any] = json.loads((CORPUS / "index.json").read_text(encoding="utf-8"))
 CASES: dict[str, Any] = INDEX["cases"]
-
-
-class UnavailableError(Exception):
-    """A reader cannot be built here: the text says what is missing."""
 
 
 def unpack_corpus(folder: Path) -> Path:
@@ -133,50 +129,6 @@ class Program:
         return {"error": kinds[0]} if kinds else None
 
 
-#: Errors of tools that fetch packages, without a network.
-OFFLINE = (
-    *("dial tcp", "proxyconnect", "no such host", "i/o timeout", "connection refused"),  # Go
-    *("Could not transfer", "Unknown host", "Connection refused", "Network is unreachable"),  # Maven
-    *("ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ENETUNREACH", "EAI_AGAIN", "ETIMEDOUT"),  # npm
-    *("failed to download", "Could not resolve host"),  # cargo
-    *("Temporary failure", "Failed to establish a new connection", "Cannot connect to proxy"),  # pip
-)
-
-
-def _run(*command: str | Path, cwd: Path, **environment: str) -> None:
-    """Build something; where its packages cannot be had, `UnavailableError`."""
-    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    if done.returncode and any(sign in output for sign in OFFLINE):
-        raise UnavailableError(f"{command[0]} cannot fetch packages: {output.strip()[-500:]}")
-    if done.returncode:
-        raise RuntimeError(f"{command} ended with {done.returncode}:\n{output}")
-
-
-def _tool(name: str, what: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise UnavailableError(f"there is no {what}: no `{name}` on the PATH")
-    return found
-
-
-def recent_tool(name: str, what: str, least: str, option: str = "--version") -> str:
-    """A tool; where it is older than a reader needs, `UnavailableError`."""
-    found = _tool(name, what)
-    done = subprocess.run([found, option], capture_output=True, text=True)
-    told = (done.stdout + done.stderr).strip()
-    version = re.search(r"\d+(\.\d+)*", told)
-    if version is None:
-        raise UnavailableError(f"{what} does not tell its version: `{name} {option}` printed {told!r}")
-    if _numbers(version[0]) < _numbers(least):
-        raise UnavailableError(f"there is {what} {version[0]} (`{name}`), and the reader needs {least} or later")
-    return found
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".")]
-
-
 def _copied(name: str) -> Path:
     """Return a copy of the sources of a reader to build in. It keeps earlier build results, and nothing else."""
     built = ("target", "node_modules")
@@ -194,26 +146,26 @@ def _copied(name: str) -> Path:
 
 def _go() -> Program:
     go, program = recent_tool("go", "Go", "1.19", "version"), BUILT / "go/vmsnap-reader"
-    environment = {"GOPATH": str(REPOSITORY / "target/go"), "GOFLAGS": "-modcacherw -mod=readonly"}
-    _run(go, "build", "-o", program, ".", cwd=SOURCES / "go", **environment)
+    environment = {"GOPATH": str(GO), "GOFLAGS": "-modcacherw -mod=readonly"}
+    build(go, "build", "-o", program, ".", cwd=SOURCES / "go", **environment)
     return Program("go", (str(program),), {"identity": "--identity", "passphrase": "--passphrase-file"})
 
 
 def _java() -> Program:
-    java, maven = _tool("java", "Java"), _tool("mvn", "Maven")
+    java, maven = tool("java", "Java"), tool("mvn", "Maven")
     recent_tool("javac", "the Java compiler", "17", "-version")
     folder = _copied("java")
     repository = f"-Dmaven.repo.local={REPOSITORY / 'target/maven'}"
-    _run(maven, "-q", "-B", repository, "package", cwd=folder)
+    build(maven, "-q", "-B", repository, "package", cwd=folder)
     # Started some 200 times, for a few milliseconds of work each.
     flags = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
     return Program("java", (java, *flags, "-jar", str(folder / "target/vmsnap-reader.jar")), {})
 
 
 def _node() -> Program:
-    node, npm, folder = recent_tool("node", "Node.js", "18"), _tool("npm", "npm"), _copied("node")
+    node, npm, folder = recent_tool("node", "Node.js", "18"), tool("npm", "npm"), _copied("node")
     cache = f"--cache={REPOSITORY / 'target/npm'}"
-    _run(npm, "ci", "--prefer-offline", cache, "--no-audit", "--no-fund", cwd=folder)
+    build(npm, "ci", "--prefer-offline", cache, "--no-audit", "--no-fund", cwd=folder)
     return Program("node", (node, str(folder / "vmsnap-reader.mjs")), {})
 
 
@@ -316,9 +268,9 @@ def _table() -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         snapshots = unpack_corpus(Path(temporary))
         columns: dict[str, dict[str, bool]] = {}
-        for name, build in PROGRAMS.items():
+        for name, made in PROGRAMS.items():
             try:
-                program = build()
+                program = made()
             except UnavailableError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue

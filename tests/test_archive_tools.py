@@ -16,8 +16,8 @@ import pytest
 import vmsnap
 from commands import write_private
 from independent import READER_PROGRAM, vmsnap_packer, vmsnap_reader
-from readers import UnavailableError, recent_tool
 from support import pattern
+from toolchains import UnavailableError, recent_tool
 
 GIB = 1 << 30
 SOURCE = Path(__file__).parent / "programs/untar.go"

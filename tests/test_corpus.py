@@ -20,7 +20,6 @@ from readers import (
     PROGRAMS,
     SOURCES,
     Program,
-    UnavailableError,
     expected,
     expected_of,
     library_credentials,
@@ -29,6 +28,7 @@ from readers import (
     unpack_corpus,
 )
 from support import pattern, read, tree
+from toolchains import UnavailableError
 
 
 @pytest.fixture(scope="session")

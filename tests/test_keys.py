@@ -22,6 +22,7 @@ from commands import error_of, run, write_private
 from key_provider import SocketProvider, key_service
 from refusals import refused, refused_elsewhere, row
 from support import pattern, read, run_python, run_python_well, tree, write
+from toolchains import UnavailableError, go_programs
 from vmsnap.keys import KeyWrapping, key_wrapping
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ PLUGIN_IDENTITY = "AGE-PLUGIN-VMSNAPTEST-1W3JHXAPQD9JX2MN5D968JSED2W8"
 POST_QUANTUM_RECIPIENT = "age1pq1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfqj7ru"
 # As `ssh-keygen` makes them; an RSA key is slow to make.
 PASSPHRASE = "correct horse battery staple"
+AGE_CHECKSUM = "h1:X0TZjehAZylOIj4DubWYU1vWQxv9bJpo+Uu2/LGhi1o="
 NO_PYRAGE = "no pyrage beside this Python: pip install --group age (no wheel for free-threaded CPython)"
 
 
@@ -78,17 +80,12 @@ def ssh_key(path: Path, kind: str, passphrase: str = "") -> Path:
 
 
 @pytest.fixture(scope="module")
-def go_age(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def go_age() -> Path:
     """The folder with the Go programs `age` and `age-keygen`."""
-    if not shutil.which("go"):
-        pytest.skip("there is no Go, which builds age")
-    folder = REPOSITORY / "target/go"
-    environment = os.environ | {"GOPATH": str(folder), "GOBIN": str(folder / "bin"), "GOFLAGS": "-modcacherw"}
-    command = ["go", "install", "filippo.io/age/cmd/age@v1.2.1", "filippo.io/age/cmd/age-keygen@v1.2.1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"age cannot be built: {done.stderr.strip()}")
-    return folder / "bin"
+    try:
+        return go_programs("filippo.io/age", "v1.2.1", AGE_CHECKSUM, "./cmd/age", "./cmd/age-keygen", least="1.19")
+    except UnavailableError as error:
+        pytest.skip(f"age cannot be built: {error}")
 
 
 # Who can open what ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from readers import OFFLINE
+from toolchains import OFFLINE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # no stable ABI for it: a wheel for this Python alone
