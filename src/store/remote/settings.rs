@@ -17,7 +17,7 @@ use crate::store::RemoteOptions;
 pub(super) struct Settings {
     pub(super) scheme: Scheme,
     pub(super) bucket: String,
-    /// The values by the names that object_store gives them, from the options and the environment.
+    /// The values by the names that `object_store` gives them, from the options and the environment.
     pub(super) values: BTreeMap<String, String>,
     /// Whether the client may send requests without TLS.
     pub(super) allow_http: bool,

@@ -214,6 +214,8 @@ fn a_refusal_names_what_was_looked_at() {
         (403, "AccessDenied", "AWS_ACCESS_KEY_ID"),
         (403, "InvalidAccessKeyId", "export-credentials"),
         (401, "Unauthorized", "AWS_ACCESS_KEY_ID"),
+        (404, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        (400, "InvalidToken", "AWS_SESSION_TOKEN"),
         (400, "ExpiredToken", "expired"),
     ] {
         let bucket = Server::start(move |_, _| Reply::error(status, code, "")).bucket();
