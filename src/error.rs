@@ -28,6 +28,8 @@ struct Inner {
     kind: Kind,
     message: String,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    /// Whether the same call may succeed later.
+    is_transient: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +66,7 @@ pub(crate) enum Kind {
 
 impl Error {
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, message: message.into(), source: None }))
+        Self(Box::new(Inner { kind, message: message.into(), source: None, is_transient: false }))
     }
 
     pub(crate) fn with_source(
@@ -72,7 +74,7 @@ impl Error {
         message: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Self(Box::new(Inner { kind, message: message.into(), source: Some(source.into()) }))
+        Self(Box::new(Inner { kind, message: message.into(), source: Some(source.into()), is_transient: false }))
     }
 
     /// An error of the operating system with its errno; `message` names the failed operation.
@@ -81,6 +83,14 @@ impl Error {
         // std reports a buffer without an errno; the system's own error has one.
         let is_memory = source.kind() == io::ErrorKind::OutOfMemory && source.raw_os_error().is_none();
         Self::with_source(if is_memory { Kind::OutOfMemory } else { Kind::Io }, message, source)
+    }
+
+    /// An error of a network, or of a server beyond it, after all repetitions.
+    #[cfg(feature = "object-store")]
+    pub(crate) fn transient(message: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        let mut error = Self::io(message, source);
+        error.0.is_transient = true;
+        error
     }
 
     pub(crate) fn invalid_argument(message: impl Into<String>) -> Self {
@@ -117,6 +127,13 @@ impl Error {
     #[must_use]
     pub fn is_io(&self) -> bool {
         self.0.kind == Kind::Io
+    }
+
+    /// A network or an object store failed, after several attempts: the same call may succeed later. Such an error is
+    /// also [`Error::is_io`].
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        self.0.is_transient
     }
 
     /// A name, chunk size, key length or thread count is not allowed.

@@ -96,6 +96,7 @@
 //! - `aws-lc` (default): the faster AES-GCM; needs a C compiler.
 //! - `age` (default): recipients, identities and passphrases.
 //! - `c-lz4` (default): the C decoder of LZ4, twice as fast; needs a C compiler.
+//! - `object-store`: snapshots in S3, Google Cloud Storage and Azure Blob Storage, at locations such as `s3://bucket/vm1`.
 //! - `python`: the extension module of the Python package, of no use to a Rust program.
 //!
 //! Linux only, for now.

@@ -2,19 +2,18 @@
 
 use std::fmt;
 
-use crate::location::Location;
 use crate::name::SnapshotPath;
 
 /// The location and path of a fragment, for errors.
 #[derive(Clone, Debug)]
 pub(crate) struct FragmentPlace {
-    location: Location,
+    location: String,
     pub(crate) path: SnapshotPath,
 }
 
 impl FragmentPlace {
-    pub(crate) fn new(location: &Location, path: &SnapshotPath) -> Self {
-        Self { location: location.clone(), path: path.clone() }
+    pub(crate) fn new(location: &dyn fmt::Display, path: &SnapshotPath) -> Self {
+        Self { location: location.to_string(), path: path.clone() }
     }
 }
 

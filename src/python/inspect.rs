@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use crate::location::Location;
 use crate::snapshot::key_metadata;
-use crate::store::Store;
+use crate::store::{RemoteOptions, Store};
 use crate::{InspectedFragment, Inspection, KeyWrapping};
 
 /// The kind, the name of the key service, and the kinds of recipients.
@@ -33,13 +33,13 @@ fn wrapping(wrapping: KeyWrapping) -> Wrapping {
 
 #[pyfunction]
 pub(super) fn key_wrapping(location: PathBuf) -> PyResult<Option<Wrapping>> {
-    Ok(key_metadata::wrapping(&Store::at(Location::new(&location)?))?.map(wrapping))
+    Ok(key_metadata::wrapping(&Store::at(Location::new(&location)?, &RemoteOptions::default())?)?.map(wrapping))
 }
 
 /// Whether there is key metadata or a manifest, also where they cannot be read.
 #[pyfunction]
 pub(super) fn is_marked(location: PathBuf) -> PyResult<bool> {
-    let store = Store::at(Location::new(&location)?);
+    let store = Store::at(Location::new(&location)?, &RemoteOptions::default())?;
     Ok(!matches!(key_metadata::wrapping(&store), Ok(None)) || !matches!(store.is_sealed(), Ok(false)))
 }
 

@@ -11,7 +11,7 @@ use super::credentials::Credentials;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
 use crate::location::Location;
-use crate::store::Store;
+use crate::store::{RemoteOptions, Store};
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -86,7 +86,7 @@ pub(super) fn seal<'py>(
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value, reason = "the argument comes from Python")]
 pub(super) fn remove(py: Python<'_>, location: PathBuf) -> PyResult<()> {
-    let store = Store::at(Location::new(&location)?);
+    let store = Store::at(Location::new(&location)?, &RemoteOptions::default())?;
     Ok(py.detach(move || store.remove())?)
 }
 

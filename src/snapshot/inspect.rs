@@ -7,7 +7,7 @@ use super::key_metadata;
 use crate::error::Result;
 use crate::key::KeyWrapping;
 use crate::location::Location;
-use crate::store::{Store, StoredFragment};
+use crate::store::{RemoteOptions, Store, StoredFragment};
 
 /// A snapshot as it looks to anybody who may read its directory, encrypted or not: how its key is wrapped, and the
 /// names, sizes and times of its fragments.
@@ -73,7 +73,7 @@ impl Inspection {
 /// [`crate::Error::is_io`] if there is no such directory, [`crate::Error::is_corrupt`] if it contains something that a snapshot
 /// cannot contain (a link, a special file, a name that is not allowed) or if `enc_metadata` is not a wrapped key.
 pub fn inspect(location: impl AsRef<Path>) -> Result<Inspection> {
-    let store = Store::at(Location::new(location.as_ref())?);
+    let store = Store::at(Location::new(location.as_ref())?, &RemoteOptions::default())?;
     let key_wrapping = key_metadata::wrapping(&store)?;
     let sealed = store.is_sealed()?;
     let survey = store.survey(None, &mut || Ok(()))?.strict()?;
@@ -84,7 +84,7 @@ pub fn inspect(location: impl AsRef<Path>) -> Result<Inspection> {
         finished: stored.finished,
     };
     Ok(Inspection {
-        location: store.location().path().to_owned(),
+        location: store.path().to_owned(),
         key_wrapping,
         sealed,
         namespaces: survey.namespaces.into_iter().map(String::from).collect(),

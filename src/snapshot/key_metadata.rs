@@ -99,7 +99,7 @@ pub(crate) fn rekey_interruptible(
             "no new key was given: pass recipients, a key, a passphrase or a key provider",
         ));
     }
-    let store = Store::at(Location::new(location.as_ref())?);
+    let store = Store::at(Location::new(location.as_ref())?, &old.remote)?;
     let location = store.location();
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
     let Head { key_metadata, manifest } = store.head()?;

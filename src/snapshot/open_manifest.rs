@@ -9,7 +9,6 @@ use super::SnapshotOptions;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind, Result};
 use crate::key::KeyPayload;
-use crate::location::Location;
 use crate::manifest::Manifest;
 use crate::name::MANIFEST;
 use crate::store::Store;
@@ -26,7 +25,7 @@ pub(crate) struct OpenManifest {
 impl OpenManifest {
     /// Decodes the manifest of the snapshot at `location`; `None` if nothing is stored and nothing need be.
     pub(crate) fn decode(
-        location: &Location,
+        location: &dyn fmt::Display,
         stored: Option<Vec<u8>>,
         payload: Option<&KeyPayload>,
     ) -> Result<Option<Self>> {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use crate::cipher::SecretKey;
 use crate::error::Result;
 use crate::key::{Credentials, Identity, KeyProvider, OnNewIdentity, Passphrase};
-use crate::location::Location;
+use crate::location::LocalPath;
 use crate::serialization::Format;
+use crate::store::RemoteOptions;
 
 /// The end of the usual file name of an archive.
 const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
@@ -36,6 +37,7 @@ pub struct SnapshotOptions {
     pub(crate) archive: Option<bool>,
     pub(crate) require_sealed: bool,
     pub(crate) seal_digest: Option<[u8; 32]>,
+    pub(crate) remote: RemoteOptions,
 }
 
 impl Default for SnapshotOptions {
@@ -49,6 +51,7 @@ impl Default for SnapshotOptions {
             archive: None,
             require_sealed: false,
             seal_digest: None,
+            remote: RemoteOptions::default(),
         }
     }
 }
@@ -90,7 +93,7 @@ impl SnapshotOptions {
     }
 
     /// Whether a new snapshot at `location` becomes an archive.
-    pub(crate) fn is_archive_at(&self, location: &Location) -> bool {
+    pub(crate) fn is_archive_at(&self, location: &LocalPath) -> bool {
         let name = location.path().file_name().unwrap_or_default();
         self.archive.unwrap_or_else(|| name.as_encoded_bytes().ends_with(ARCHIVE_SUFFIX))
     }
@@ -108,6 +111,42 @@ impl SnapshotOptions {
     #[must_use]
     pub fn expect_seal_digest(mut self, seal_digest: [u8; 32]) -> Self {
         self.seal_digest = Some(seal_digest);
+        self
+    }
+
+    /// Options of the client of an object store, such as `region` or `endpoint`, by the names that the crate
+    /// `object_store` gives them. They override the variables of the environment, such as `AWS_REGION`.
+    ///
+    /// A serialized handle contains them, so a secret among them goes to the other process in the clear.
+    ///
+    /// ```
+    /// let local = [("endpoint", "http://127.0.0.1:7070"), ("region", "us-east-1")];
+    /// let options = vmsnap::SnapshotOptions::new().storage_options(local);
+    /// ```
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn storage_options<K, V>(mut self, options: impl IntoIterator<Item = (K, V)>) -> Self
+    where
+        K: Into<String>,
+        V: Into<String>,
+    {
+        self.remote.storage_options = options.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        self
+    }
+
+    /// The most requests to an object store that are under way at once, from 1 to 256; 16 by default.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn connections(mut self, connections: usize) -> Self {
+        self.remote.connections = connections;
+        self
+    }
+
+    /// Whether requests to an object store may go to another machine without TLS. A loopback address never needs TLS.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn allow_http(mut self, allow_http: bool) -> Self {
+        self.remote.allow_http = allow_http;
         self
     }
 

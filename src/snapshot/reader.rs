@@ -175,7 +175,7 @@ impl SnapshotReader {
     /// The location of the snapshot: the absolute path of its directory.
     #[must_use]
     pub fn location(&self) -> &Path {
-        self.store.location().path()
+        self.store.path()
     }
 
     /// The path of this reader's namespace: names joined with `/`, empty at the root.
@@ -226,7 +226,7 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotReader> {
         let threads = threads::resolve(self.threads)?;
-        let store = Store::at(Location::new(location.as_ref())?);
+        let store = Store::at(Location::new(location.as_ref())?, &self.remote)?;
         let Unlocked { payload, manifest } = Unlocked::open(&store, self, interrupt)?;
         let manifest = OpenManifest::decode(store.location(), manifest?, payload.as_ref())?;
         match (&manifest, &self.seal_digest) {

@@ -1,5 +1,6 @@
 //! Seals a snapshot that was written in place.
 
+use std::fmt;
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -36,7 +37,7 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
         let threads = threads::resolve(self.threads)?;
-        let store = Store::at(Location::new(location.as_ref())?);
+        let store = Store::at_path(Location::new(location.as_ref())?.local("sealing")?);
         let directory = store.directory()?;
         let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
         let locked = directory.lock_exclusive()?;
@@ -59,7 +60,7 @@ impl SnapshotOptions {
 }
 
 /// The error for a snapshot that is complete and in place, if only the last sync failed.
-pub(crate) fn not_durable(location: &Location, errno: Errno) -> Error {
+pub(crate) fn not_durable(location: &dyn fmt::Display, errno: Errno) -> Error {
     let text = format!(
         "the snapshot {location} is complete and in place, but the last sync failed, so it may not survive a power failure"
     );

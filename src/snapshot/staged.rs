@@ -7,7 +7,7 @@ use super::contents::Contents;
 use super::seal::{not_durable, random_id};
 use super::{SnapshotOptions, SnapshotWriter};
 use crate::error::{Error, Kind, Result};
-use crate::location::Location;
+use crate::location::{LocalPath, Location};
 use crate::manifest::SealId;
 use crate::process::OwnerProcess;
 use crate::store::Draft;
@@ -35,7 +35,7 @@ use crate::threads::Interrupt;
 /// ```
 pub struct StagedSnapshot {
     writer: SnapshotWriter,
-    location: Location,
+    location: LocalPath,
     snapshot_id: [u8; 16],
     durable: bool,
     /// Whether the commit makes one file of it.
@@ -71,7 +71,7 @@ impl SnapshotOptions {
         location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<StagedSnapshot> {
-        let location = Location::new(location.as_ref())?;
+        let location = Location::new(location.as_ref())?.local("creating a snapshot")?;
         StagedDirectory::check(&location)?;
         let prepared = self.prepare(&location, true, interrupt)?;
         let snapshot_id = prepared.payload.as_ref().map_or_else(random_id, |(payload, _)| Ok(payload.snapshot_id()))?;

@@ -15,7 +15,7 @@ use crate::fragment::ledger::Ledger;
 use crate::fragment::scratch::ScratchWriter;
 use crate::fragment::{Fragment, Writing};
 use crate::key::KeyPayload;
-use crate::location::Location;
+use crate::location::{LocalPath, Location};
 use crate::name::SnapshotPath;
 use crate::serialization::{self, Format};
 use crate::store::directory::{Directory, entries};
@@ -252,7 +252,7 @@ impl SnapshotOptions {
         location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
-        let location = Location::new(location.as_ref())?;
+        let location = Location::new(location.as_ref())?.local("writing in place")?;
         if self.is_archive_at(&location) {
             let text = format!(
                 "{location} cannot be created in place: an archive is written as a whole; use create(), or archive(false) \
@@ -267,7 +267,7 @@ impl SnapshotOptions {
     /// Checks the options and wraps a key for a new snapshot at `location`. Nothing is created yet.
     pub(crate) fn prepare(
         &self,
-        location: &Location,
+        location: &LocalPath,
         staged: bool,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Prepared> {
@@ -314,7 +314,7 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SnapshotWriter> {
         let threads = threads::resolve(self.threads)?;
-        let store = Store::at(Location::new(location.as_ref())?);
+        let store = Store::at_path(Location::new(location.as_ref())?.local("adding to a snapshot")?);
         let directory = store.directory()?;
         let Unlocked { payload, .. } = Unlocked::open(&store, self, interrupt)?;
         directory.check_unsealed()?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::archive::assemble;
 use super::directory::{Directory, StagedDirectory};
 use super::{Draft, Store};
-use crate::location::Location;
+use crate::location::LocalPath;
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
 use crate::threads::{Interrupt, for_each};
@@ -23,8 +23,8 @@ fn path(text: &str) -> SnapshotPath {
     text.to_owned().try_into().unwrap()
 }
 
-fn location(at: &Path) -> Location {
-    Location::new(at).unwrap()
+fn location(at: &Path) -> LocalPath {
+    LocalPath::new(at).unwrap()
 }
 
 fn manifest(encrypted: bool) -> Manifest {
@@ -73,7 +73,7 @@ fn stores(folder: &Path, manifest: &Manifest, encrypted: bool) -> [Store; 3] {
     assemble::publish(&draft, manifest, MANIFEST, true, &mut Interrupt::new(&mut || Ok(()))).unwrap();
     draft.finish_archive(true).unwrap();
 
-    [in_place, staged, archive].map(Store::at)
+    [in_place, staged, archive].map(Store::at_path)
 }
 
 fn for_each_store(mut check: impl FnMut(Store, &Manifest, bool)) {
@@ -123,7 +123,7 @@ fn every_range_of_an_object_is_read_by_any_thread() {
             Ok(())
         })
         .unwrap();
-        let target = tempfile::NamedTempFile::new_in(store.location().path().parent().unwrap()).unwrap();
+        let target = tempfile::NamedTempFile::new_in(store.path().parent().unwrap()).unwrap();
         if object.clone_range(0..65_536, target.as_file(), 0) {
             assert_eq!(
                 std::fs::read(target.path()).unwrap(),
@@ -183,8 +183,8 @@ fn other_key_metadata_changes_nothing_else() {
         store.settle(manifest).unwrap();
         for length in [1, 500, 62_000, 63_000, 200_000, 3] {
             let wrapped = vec![9; length];
-            Store::at(store.location().clone()).replace_key_metadata(&wrapped, &mut || Ok(())).unwrap();
-            let fresh = Store::at(store.location().clone());
+            Store::at_path(location(store.path())).replace_key_metadata(&wrapped, &mut || Ok(())).unwrap();
+            let fresh = Store::at_path(location(store.path()));
             assert_eq!(fresh.head().unwrap().key_metadata.unwrap().unwrap(), wrapped);
             for store in [&store, &fresh] {
                 store.settle(manifest).unwrap();
@@ -197,7 +197,7 @@ fn other_key_metadata_changes_nothing_else() {
         // An open archive stays with its old file, which must not come back.
         let outdated = store.replace_key_metadata(KEY_METADATA, &mut || Ok(()));
         assert_eq!(outdated.is_err_and(|error| error.is_state()), matches!(store, Store::Archive(_)));
-        let parent = store.location().path().parent().unwrap();
+        let parent = store.path().parent().unwrap();
         assert_eq!(std::fs::read_dir(parent).unwrap().count(), 3, "nothing is left");
     });
 }
@@ -208,7 +208,7 @@ fn a_handle_reads_the_same_after_it_was_serialized() {
         let mut bytes = Vec::new();
         ciborium::into_writer(&store, &mut bytes).unwrap();
         let copy: Store = ciborium::from_reader(&bytes[..]).unwrap();
-        assert_eq!(copy.location(), store.location());
+        assert_eq!(copy.path(), store.path());
         for (name, bytes) in contents() {
             assert_eq!(read(&copy, name, Some(manifest)), bytes);
         }
@@ -245,7 +245,7 @@ fn an_object_is_written_in_any_order_by_any_thread() {
         assert_eq!(object.stored_size().unwrap(), 600);
         object.set_size(700).unwrap();
         object.finish(&mut Interrupt::new(&mut || Ok(()))).unwrap();
-        let store = Store::at(draft.location().clone());
+        let store = Store::at_path(draft.location().clone());
         let expected: Vec<u8> = (0..40_u8).flat_map(|part| [[part; 10].as_slice(), &[part + 1; 5]].concat()).collect();
         assert_eq!(read(&store, "a", None), [expected, vec![0; 100]].concat());
     }
@@ -256,7 +256,7 @@ fn an_object_that_was_not_finished_never_counts_as_complete() {
     let folder = tempfile::tempdir().unwrap();
     let (staged, drafts) = drafts(folder.path());
     for draft in &drafts {
-        let survey = || Store::at(draft.location().clone()).survey(None, &mut || Ok(())).unwrap();
+        let survey = || Store::at_path(draft.location().clone()).survey(None, &mut || Ok(())).unwrap();
         let object = draft.create(&path("a")).unwrap();
         let again = draft.create(&path("a")).err().unwrap();
         assert_eq!(again.raw_os_error(), Some(libc::EEXIST));
@@ -285,13 +285,13 @@ fn a_file_of_another_kind_is_refused() {
     let tar = std::process::Command::new("tar").arg("-cf").arg(&at).arg("-C").arg(folder.path()).arg(".").status();
     let mut said = Vec::new();
     if tar.is_ok_and(|status| status.success()) {
-        said.push(Store::at(location(&at)).head().err().unwrap().to_string());
+        said.push(Store::at_path(location(&at)).head().err().unwrap().to_string());
         assert!(said[0].contains("unpack it with tar"), "{said:?}");
     }
     let file = std::fs::File::create(&at).unwrap();
     for contents in [&b""[..], b"\x7fELF"] {
         file.write_all_at(contents, 0).unwrap();
-        let error = Store::at(location(&at)).head().err().unwrap();
+        let error = Store::at_path(location(&at)).head().err().unwrap();
         assert!(error.is_corrupt() && error.to_string().contains("not a vmsnap archive"), "{error}");
     }
 }

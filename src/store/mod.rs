@@ -1,4 +1,4 @@
-//! The place where a snapshot is kept: a directory, or a file that is an archive.
+//! The place where a snapshot is kept: a directory, a file that is an archive, or a prefix in an object store.
 
 pub(crate) mod archive;
 pub(crate) mod bytes;
@@ -6,20 +6,28 @@ pub(crate) mod bytes;
 mod contract;
 pub(crate) mod directory;
 pub(crate) mod pipe;
+#[cfg(feature = "object-store")]
+#[allow(dead_code, unused_imports, reason = "its readers and writers follow")]
+pub(crate) mod remote;
+mod remote_options;
 
+use std::fmt;
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
-use crate::location::Location;
+use crate::location::{LocalPath, Location, StoreUrl};
 use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
 use archive::Archive;
 use bytes::{NewObject, ReadAt};
 use directory::Directory;
+
+pub(crate) use remote_options::RemoteOptions;
 
 /// A snapshot, opened to be read.
 #[derive(Clone, Serialize, Deserialize)]
@@ -87,20 +95,54 @@ impl Survey {
 }
 
 impl Store {
-    /// The snapshot at `location`: an archive if that is a file.
-    pub(crate) fn at(location: Location) -> Self {
-        if location.path().is_file() {
-            Self::Archive(Archive::new(location))
-        } else {
-            // If nothing is there, opening the directory reports that.
-            Self::Directory(Directory::new(location))
+    /// The snapshot at `location`.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidArgument` for a URL, if this build has no object storage.
+    pub(crate) fn at(location: Location, options: &RemoteOptions) -> Result<Self> {
+        match location {
+            Location::Path(path) => Ok(Self::at_path(path)),
+            Location::Url(url) => Self::at_url(url, options),
         }
     }
 
-    pub(crate) fn location(&self) -> &Location {
+    /// The snapshot at a local path: an archive if that is a file.
+    pub(crate) fn at_path(path: LocalPath) -> Self {
+        if path.path().is_file() {
+            Self::Archive(Archive::new(path))
+        } else {
+            // If nothing is there, opening the directory reports that.
+            Self::Directory(Directory::new(path))
+        }
+    }
+
+    #[cfg(feature = "object-store")]
+    #[allow(clippy::needless_pass_by_value, reason = "the reader of a bucket keeps them")]
+    fn at_url(url: StoreUrl, _options: &RemoteOptions) -> Result<Self> {
+        Err(Error::invalid_argument(format!("{url} cannot be opened in place; pull the snapshot first")))
+    }
+
+    #[cfg(not(feature = "object-store"))]
+    #[allow(clippy::needless_pass_by_value, reason = "as with the feature")]
+    fn at_url(url: StoreUrl, _options: &RemoteOptions) -> Result<Self> {
+        let text = format!("{url} is in an object store, and this build has no object storage: feature object-store");
+        Err(Error::invalid_argument(text))
+    }
+
+    /// The location, as errors show it.
+    pub(crate) fn location(&self) -> &dyn fmt::Display {
         match self {
             Self::Directory(directory) => directory.location(),
             Self::Archive(archive) => archive.location(),
+        }
+    }
+
+    /// The location as a path, or as the text of a URL, which is a path to all callers that name locations by paths.
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::Directory(directory) => directory.location().path(),
+            Self::Archive(archive) => archive.location().path(),
         }
     }
 
@@ -201,7 +243,7 @@ impl Draft {
         }
     }
 
-    pub(crate) fn location(&self) -> &Location {
+    pub(crate) fn location(&self) -> &LocalPath {
         self.directory().location()
     }
 

@@ -9,7 +9,7 @@ use crate::durability;
 use crate::error::{Error, Result};
 use crate::fragment::checked_copy::{Input, Output, copy_checked};
 use crate::key::KeyPayload;
-use crate::location::Location;
+use crate::location::{LocalPath, Location};
 use crate::manifest::{Entry, Manifest, SealId};
 use crate::name::{SnapshotPath, shown};
 use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest};
@@ -65,8 +65,8 @@ impl SnapshotOptions {
         archive: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
-        let location = Location::new(location.as_ref())?;
-        let target = Location::new(archive.as_ref())?;
+        let location = Location::new(location.as_ref())?.local("packing")?;
+        let target = Location::new(archive.as_ref())?.local("packing")?;
         let failed = |error: Error| error.context(cannot_pack(&location));
         StagedDirectory::check(&target)?;
         entries::check_new(target.path()).map_err(failed)?;
@@ -111,7 +111,7 @@ impl SnapshotOptions {
         stream: &mut dyn Write,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
-        let location = Location::new(location.as_ref())?;
+        let location = Location::new(location.as_ref())?.local("packing")?;
         let failed = |error: Error| error.context(cannot_pack(&location));
         let sealed = SealedSnapshot::open(self, location.clone(), interrupt).map_err(failed)?;
         sealed.write_stream(stream, &mut Interrupt::new(interrupt)).map_err(failed)?;
@@ -130,12 +130,12 @@ impl SnapshotOptions {
     }
 }
 
-fn cannot_pack(location: &Location) -> String {
+fn cannot_pack(location: &LocalPath) -> String {
     format!("cannot pack the snapshot {location}")
 }
 
 /// Refuses an archive that would be in the snapshot itself.
-fn refuse_inside(location: &Location, target: &Location) -> Result<()> {
+fn refuse_inside(location: &LocalPath, target: &LocalPath) -> Result<()> {
     let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let parent = real(target.path().parent().unwrap_or(target.path()));
     if parent.starts_with(real(location.path())) {
@@ -158,11 +158,11 @@ struct SealedSnapshot {
 }
 
 impl SealedSnapshot {
-    fn open(options: &SnapshotOptions, location: Location, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+    fn open(options: &SnapshotOptions, location: LocalPath, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let threads = threads::resolve(options.threads)?;
         // Checked for a plain snapshot too, so that a wrong argument is reported at once.
         options.credentials.unwrapper()?;
-        let store = Store::at(location);
+        let store = Store::at_path(location);
         let Head { key_metadata, manifest } = store.head()?;
         let (key_metadata, stored) = (key_metadata?, manifest?);
         let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::fragment::checked_copy::{Input, Output, copy_checked};
 use crate::key::KeyPayload;
-use crate::location::Location;
+use crate::location::{LocalPath, Location};
 use crate::manifest::{Manifest, SealId};
 use crate::name::SnapshotPath;
 use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest};
@@ -44,7 +44,7 @@ impl SnapshotOptions {
         location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
-        let archive = Location::new(archive.as_ref())?;
+        let archive = Location::new(archive.as_ref())?.local("unpacking")?;
         let source = open_archive(&archive).map_err(|error| error.context(cannot_unpack(&archive)))?;
         self.unpack_source(source, &archive, location.as_ref(), interrupt)
     }
@@ -87,7 +87,7 @@ impl SnapshotOptions {
         location: &Path,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
-        let location = Location::new(location)?;
+        let location = Location::new(location)?.local("unpacking")?;
         let failed = |error: Error| error.context(cannot_unpack(name));
         StagedDirectory::check(&location)?;
         entries::check_new(location.path()).map_err(failed)?;
@@ -122,7 +122,7 @@ fn cannot_unpack(name: &dyn fmt::Display) -> String {
     format!("cannot unpack {name}")
 }
 
-fn open_archive(archive: &Location) -> Result<Source<'static>> {
+fn open_archive(archive: &LocalPath) -> Result<Source<'static>> {
     let (file, size) = open_regular(archive.path())?;
     Ok(Source::File { file: StoredFile::of_size(file, size), position: 0 })
 }

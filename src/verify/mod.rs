@@ -138,7 +138,7 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
-        let store = Store::at(Location::new(location.as_ref())?);
+        let store = Store::at(Location::new(location.as_ref())?, &self.remote)?;
         let head = store.head();
         let mut verifier = Verifier { store, report: Verification::default(), found: BTreeMap::new() };
         let Head { key_metadata, manifest } = match head {

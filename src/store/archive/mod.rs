@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Head;
 use crate::error::{Error, Result};
-use crate::location::Location;
+use crate::location::LocalPath;
 use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
 use crate::stored_file::StoredFile;
@@ -43,7 +43,7 @@ use scan::Scan;
 /// A snapshot that is an archive. A serialized handle opens the file again when it is needed.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Archive {
-    location: Location,
+    location: LocalPath,
     #[serde(skip)]
     opened: Arc<OnceLock<Opened>>,
 }
@@ -59,11 +59,11 @@ struct Opened {
 }
 
 impl Archive {
-    pub(crate) fn new(location: Location) -> Self {
+    pub(crate) fn new(location: LocalPath) -> Self {
         Self { location, opened: Arc::default() }
     }
 
-    pub(crate) fn location(&self) -> &Location {
+    pub(crate) fn location(&self) -> &LocalPath {
         &self.location
     }
 

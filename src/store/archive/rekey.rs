@@ -15,7 +15,7 @@ use super::member::{GLOBAL_HEADER_BYTES, Member, MemberKind, global_header};
 use super::{Archive, Opened};
 use crate::durability;
 use crate::error::{Error, Kind, Result};
-use crate::location::Location;
+use crate::location::LocalPath;
 use crate::name::{KEY_METADATA, MANIFEST};
 use crate::store::bytes::WriteAt;
 use crate::store::directory::StagedDirectory;
@@ -33,7 +33,7 @@ impl Archive {
         let context = |error: Error| error.context(format!("cannot replace {KEY_METADATA} of {}", self.location));
         // The file itself is replaced, not a link to it.
         let path = self.location.path().canonicalize().map_err(|error| context(Error::io("cannot be found", error)))?;
-        let target = Location::new(&path)?;
+        let target = LocalPath::new(&path)?;
         let opened = self.opened()?;
         // Of two at once, the second finds another file in place. The lock ends with the file.
         if let Err(Errno::WOULDBLOCK) = flock(&opened.file, FlockOperation::NonBlockingLockExclusive) {

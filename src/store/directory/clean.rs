@@ -36,7 +36,7 @@ pub struct Cleaned {
 /// the file system cannot show whether a directory is in use: on NFS, SMB, 9p, FUSE and other file systems that several
 /// hosts write to, a lock on a directory does not reach the other hosts. Remove abandoned directories there by hand.
 pub fn clean(parent: impl AsRef<Path>) -> Result<Cleaned> {
-    let parent = Location::new(parent.as_ref())?.path().to_owned();
+    let parent = Location::new(parent.as_ref())?.local("clean()")?.path().to_owned();
     let failed = |error| Error::io(format!("cannot clean {}", parent.display()), error);
     let (mut cleaned, mut first_error) = (Cleaned::default(), None);
     let (mut folders, mut files) = (Vec::new(), Vec::new());

@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use super::Head;
 use crate::durability;
 use crate::error::{Error, Result};
-use crate::location::Location;
+use crate::location::LocalPath;
 use crate::manifest::MAX_MANIFEST_BYTES;
 use crate::name::{KEY_METADATA, MANIFEST, MAX_KEY_METADATA_BYTES, SnapshotPath};
 use crate::stored_file::StoredFile;
@@ -43,21 +43,21 @@ pub(crate) use staged::StagedDirectory;
 /// A snapshot that is a directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
-pub(crate) struct Directory(Location);
+pub(crate) struct Directory(LocalPath);
 
 impl Directory {
     /// The snapshot at `location`, which need not exist yet.
-    pub(crate) fn new(location: Location) -> Self {
+    pub(crate) fn new(location: LocalPath) -> Self {
         Self(location)
     }
 
     /// Creates the directory of a snapshot that is written in place.
-    pub(crate) fn create_in_place(location: Location) -> Result<Self> {
+    pub(crate) fn create_in_place(location: LocalPath) -> Result<Self> {
         entries::create_root(location.path(), location.path())?;
         Ok(Self(location))
     }
 
-    pub(crate) fn location(&self) -> &Location {
+    pub(crate) fn location(&self) -> &LocalPath {
         &self.0
     }
 
@@ -209,14 +209,14 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    use super::{Directory, Location};
+    use super::{Directory, LocalPath};
 
     /// Set in the child: the snapshot, and the number of steps after which the child aborts.
     const ROOT: &str = "VMSNAP_TEST_REPLACE_ROOT";
     const STEPS: &str = "VMSNAP_TEST_REPLACE_STEPS";
 
     fn at(path: &Path) -> Directory {
-        Directory::new(Location::new(path).unwrap())
+        Directory::new(LocalPath::new(path).unwrap())
     }
 
     #[test]

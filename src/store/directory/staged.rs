@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::{Directory, LockedRoot, entries, remove};
 use crate::durability;
 use crate::error::{Error, Result};
-use crate::location::Location;
+use crate::location::LocalPath;
 use crate::name::MANIFEST;
 use crate::process::OwnerProcess;
 
@@ -21,14 +21,14 @@ const ARCHIVE: &str = ".vmsnap-archive";
 /// A snapshot in a hidden directory beside its location. Its lock tells `clean` to leave it alone.
 pub(crate) struct StagedDirectory {
     directory: Directory,
-    location: Location,
+    location: LocalPath,
     parent: OwnedFd,
     lock: LockedRoot,
 }
 
 impl StagedDirectory {
     /// Refuses a location that no staged snapshot can get.
-    pub(crate) fn check(location: &Location) -> Result<()> {
+    pub(crate) fn check(location: &LocalPath) -> Result<()> {
         let path = location.path();
         let (Some(_), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(Error::invalid_argument(format!("{location} cannot be the location of a new snapshot")));
@@ -43,7 +43,7 @@ impl StagedDirectory {
     }
 
     /// Creates the hidden directory of a snapshot that will be at `location`.
-    pub(crate) fn create(location: Location) -> Result<Self> {
+    pub(crate) fn create(location: LocalPath) -> Result<Self> {
         let parent_path = location.path().parent().unwrap_or(Path::new("/"));
         let parent = entries::open(parent_path, "")?;
         loop {
@@ -54,13 +54,13 @@ impl StagedDirectory {
             })?;
             // It is locked before it contains anything. If `clean` was faster, there is no such directory any more.
             if let Some(lock) = locked {
-                return Ok(Self { directory: Directory::new(Location::new(&root)?), location, parent, lock });
+                return Ok(Self { directory: Directory::new(LocalPath::new(&root)?), location, parent, lock });
             }
         }
     }
 
     /// Creates the hidden directory and calls `fill`. If that fails, removes the directory, but not in a forked child.
-    pub(crate) fn filled<T>(location: Location, fill: impl FnOnce(&Self) -> Result<T>) -> Result<(Self, T)> {
+    pub(crate) fn filled<T>(location: LocalPath, fill: impl FnOnce(&Self) -> Result<T>) -> Result<(Self, T)> {
         let owner = OwnerProcess::current();
         let staged = Self::create(location)?;
         match fill(&staged) {

@@ -1,4 +1,4 @@
-//! The location of a snapshot.
+//! A path in the file system of this machine.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -8,12 +8,12 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 
-/// The location of a snapshot, as an absolute path, because another process, or this one later, may have another
-/// working directory.
+/// The location of a snapshot in the local file system, as an absolute path, because another process, or this one
+/// later, may have another working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Location(PathBuf);
+pub(crate) struct LocalPath(PathBuf);
 
-impl Location {
+impl LocalPath {
     /// The location that a caller names by `path`.
     pub(crate) fn new(path: &Path) -> Result<Self> {
         if path.as_os_str().as_encoded_bytes().contains(&0) {
@@ -29,20 +29,20 @@ impl Location {
     }
 }
 
-impl fmt::Display for Location {
+impl fmt::Display for LocalPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.display().fmt(f)
     }
 }
 
 /// serde's own form of a path must be UTF-8, but a path on Linux need not be.
-impl Serialize for Location {
+impl Serialize for LocalPath {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         self.0.as_os_str().serialize(serializer)
     }
 }
 
-impl<'de> Deserialize<'de> for Location {
+impl<'de> Deserialize<'de> for LocalPath {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         OsString::deserialize(deserializer).map(|path| Self(path.into()))
     }

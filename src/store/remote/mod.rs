@@ -1,0 +1,33 @@
+//! A snapshot in an object store: each fragment is an object below one prefix.
+//!
+//! ```text
+//! bucket.rs       the objects of one snapshot, for threads that wait
+//! objects.rs      the objects of one snapshot, for tasks of the runtime
+//! runtime.rs      the runtime of the process, and tasks that threads wait for
+//! connect.rs      the client of a store, made of a URL, options and the environment
+//! settings.rs     options and environment, checked
+//! credentials.rs  whether there are credentials, so that nothing waits for a service that is not there
+//! transport.rs    HTTP: timeouts, and answers that are checked before they are believed
+//! errors.rs       errors of the client as errors of vmsnap
+//! ```
+//!
+//! The client is asynchronous; everything else in vmsnap is not. A thread starts a task in the runtime and waits for it
+//! in steps, so that a caller can stop it. Nothing on the side of the runtime may use the thread pool, because all
+//! threads of the pool may be waiting.
+
+mod bucket;
+mod connect;
+mod credentials;
+mod errors;
+mod objects;
+pub(crate) mod runtime;
+mod settings;
+#[cfg(test)]
+mod test_server;
+#[cfg(test)]
+mod tests;
+mod transport;
+
+pub(crate) use bucket::Bucket;
+pub(crate) use connect::PartStore;
+pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};

@@ -1,0 +1,37 @@
+//! Options for snapshots in object stores.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The number of connections to an object store, if the caller does not choose it.
+const DEFAULT_CONNECTIONS: usize = 16;
+
+/// Options for a snapshot in an object store. A local path ignores them.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RemoteOptions {
+    /// Names and values of the client of the store, such as `region`. They override the environment.
+    pub(crate) storage_options: BTreeMap<String, String>,
+    /// The most requests with a body that are under way at once.
+    pub(crate) connections: usize,
+    /// Whether requests may go to other machines without TLS.
+    pub(crate) allow_http: bool,
+}
+
+impl Default for RemoteOptions {
+    fn default() -> Self {
+        Self { storage_options: BTreeMap::new(), connections: DEFAULT_CONNECTIONS, allow_http: false }
+    }
+}
+
+/// Shows the names of storage options only: a value may be a secret.
+impl fmt::Debug for RemoteOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteOptions")
+            .field("storage_options", &self.storage_options.keys())
+            .field("connections", &self.connections)
+            .field("allow_http", &self.allow_http)
+            .finish()
+    }
+}
