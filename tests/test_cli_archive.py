@@ -178,8 +178,11 @@ def test_streams_that_are_closed_or_full_are_one_error(
 
 
 def test_a_reader_that_goes_away_ends_the_command_silently(folder: Path) -> None:
+    with vmsnap.create(folder / "large", key=KEY) as snapshot, snapshot.raw_fragment("disk") as fragment:
+        # More than the pipe holds, which vmsnap makes larger.
+        fragment.write(pattern(8 << 20))
     with subprocess.Popen(
-        command("pack", folder / "vm1", "-", "--key-file", folder / "vm.key"),
+        command("pack", folder / "large", "-", "--key-file", folder / "vm.key"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:

@@ -213,8 +213,9 @@ def test_pages_that_the_guest_changes_meanwhile_are_sent_again(
         toy.ticks(3)
 
     monkeypatch.setattr(plan, "is_emulated", is_not_emulated)
-    toy = Toy(tmp_path, moving_mib=16, period_ms=0)
-    with running(qemu_command(qmp, *toy.options, memory=""), qmp):
+    # The progress is first shown after 50 ms. By then QEMU must not have come to the end, where the guest is stopped.
+    toy = Toy(tmp_path, still_mib=192, moving_mib=16, period_ms=0)
+    with running(qemu_command(qmp, *toy.options, memory="", size="320M"), qmp):
         toy.ticks(3)
         report = vmsnap.qemu.save(qmp, folder / "vm1", live=True, progress=once(changes_everything))
         assert report.rounds >= 2

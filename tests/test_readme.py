@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import vmsnap
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from guest import ask, need_qemu, qemu_command, running
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -140,6 +141,18 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
     assert f"00001000  {ram[4096:4104].hex(' ')}".encode() in output
     assert b"mem\t" in output
     assert b"mem_metadata\t" in output
+
+
+def test_the_guests_of_the_readme_are_saved(folder: Path) -> None:
+    need_qemu()
+    [commands] = [block for block in blocks("sh") if "vmsnap qemu save" in block]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    qmp = folder / "vm1.qmp"
+    with running(qemu_command(qmp, memory=""), qmp):
+        subprocess.check_call(["sh", "-euc", commands], cwd=folder, env={**os.environ, "PATH": path})
+        assert ask(qmp, "query-status")["status"] == "running"
+    memories = [vmsnap.open(folder / name).memory().regions for name in ("vm3", "vm4")]
+    assert memories[0] == memories[1] != []
 
 
 def test_the_archives_of_the_readme_are_what_it_says(folder: Path) -> None:

@@ -99,7 +99,7 @@ def save(
     """Save a running QEMU guest in a new snapshot.
 
     The snapshot contains the memory, the device state, and a description of the machine. The guest is paused during
-    the save, or with --live only for some milliseconds at the end. It continues afterwards if it was running before,
+    the save, or with --live only for a moment at the end. It continues afterwards if it was running before,
     even if vmsnap is killed.
 
     NEW-SNAPSHOT appears when it is complete, and is sealed. A save that fails leaves nothing behind, and does not

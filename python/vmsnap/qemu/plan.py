@@ -39,7 +39,7 @@ class Plan:
     ) -> "Plan":
         """Look at the guest, and decide how it is saved. `stack` closes the files of its memory.
 
-        The memory is not looked for again if the layout is that of an `earlier` plan.
+        The memory is not looked for again if an `earlier` plan has the same layout.
         """
         ran = await _check_state(monitor)
         before = await layout(monitor)

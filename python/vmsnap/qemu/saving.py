@@ -106,7 +106,7 @@ async def save_async(
     """Save a running guest in a new snapshot: its memory, its device state, and a description of the machine.
 
     The guest is paused while its state is read, and resumed as soon as possible; with `live` it runs meanwhile, and is
-    paused for some milliseconds at the end. If the save fails or is cancelled, there is no snapshot, and the guest runs
+    paused for a moment at the end. If the save fails or is cancelled, there is no snapshot, and the guest runs
     if it ran before. A small process sees to that even if this process is killed.
 
     A guest that was paused before is paused afterwards. It runs for some milliseconds at most, in which QEMU takes
