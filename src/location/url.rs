@@ -49,8 +49,9 @@ pub(crate) struct StoreUrl {
     bucket_len: usize,
 }
 
+#[cfg_attr(not(feature = "object-store"), allow(dead_code, reason = "only the client of a store takes it apart"))]
 impl StoreUrl {
-    /// The URL with a scheme in lower case and what follows `://`.
+    /// Parses a scheme, in lower case, and the text after `://`.
     pub(super) fn parse(scheme: &str, rest: &[u8]) -> Result<Self> {
         let Some(scheme) = Scheme::of(scheme) else {
             return Err(Error::invalid_argument(format!(
