@@ -22,6 +22,7 @@ use crate::snapshot::{SnapshotOptions, SnapshotReader};
 use crate::store::bytes::ReadAt;
 use crate::store::{CacheOptions, RemoteOptions, Store};
 use crate::threads::{Interrupt, lock};
+use crate::verify::ProblemKind;
 
 type Files = BTreeMap<String, Vec<u8>>;
 
@@ -92,7 +93,7 @@ fn pattern(length: usize) -> Vec<u8> {
 fn snapshot(options: &SnapshotOptions, compressed: bool) -> (Files, Vec<u8>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vm1");
-    let staged = options.create(&path).unwrap();
+    let mut staged = options.create(&path).unwrap();
     let ram = pattern(9 << 20);
     let memory = MemoryOptions::new().compress(compressed);
     staged.writer().write_memory(&[GuestRegion::new(0x1000, &ram)], &memory).unwrap();
@@ -517,9 +518,14 @@ fn a_verification_finds_what_differs_in_the_store() {
         files.insert(".vmsnap-push".to_owned(), vec![1]);
         let remote = in_memory("differs", &files);
         let report = base.verify("memory://differs/vm1").unwrap();
-        let kinds: Vec<_> = report.problems.iter().map(|problem| (&*problem.path, problem.kind.as_str())).collect();
-        let changed = if base.is_encrypted() { "not authentic" } else { "changed" };
-        let expected = [(".vmsnap-push", "extra"), ("devices/sda", changed), ("mem", "truncated"), ("more", "extra")];
+        let kinds: Vec<_> = report.problems.iter().map(|problem| (&*problem.path, problem.kind)).collect();
+        let changed = if base.is_encrypted() { ProblemKind::NotAuthentic } else { ProblemKind::Changed };
+        let expected = [
+            (".vmsnap-push", ProblemKind::Extra),
+            ("devices/sda", changed),
+            ("mem", ProblemKind::Truncated),
+            ("more", ProblemKind::Extra),
+        ];
         assert_eq!(kinds, expected);
         remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
         assert!(listed(remote.url()).is_empty());
@@ -528,7 +534,8 @@ fn a_verification_finds_what_differs_in_the_store() {
 
 #[test]
 fn only_a_snapshot_is_removed() {
-    let interrupt = &mut Interrupt::new(&mut || Ok(()));
+    let mut go_on = || Ok(());
+    let interrupt = &mut Interrupt::new(&mut go_on);
     let files = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), vec![1])).collect::<Files>();
     for (at, names, text) in [
         ("absent", &[][..], "has no vmsnap_manifest"),
