@@ -69,7 +69,7 @@ impl Remote {
         self.bucket.url()
     }
 
-    /// The same snapshot, read without the cache: by a reader that checks what is in the store, or reads all of it once.
+    /// The same snapshot, read without the cache, by a reader that checks what is stored or reads all of it once.
     pub(crate) fn uncached(&self) -> Result<Self> {
         Self::new(self.url().clone(), &RemoteOptions { cache: None, ..self.bucket.options().clone() })
     }
@@ -101,8 +101,8 @@ impl Remote {
         let (key_metadata, manifest) = (next(KEY_METADATA), next(MANIFEST));
         if let (Ok(None), Ok(None)) = (&key_metadata, &manifest) {
             let text = format!(
-                "cannot open the snapshot {}: it has no {MANIFEST}: nothing was pushed to this place, or a push has not \
-                 ended",
+                "cannot open the snapshot {}: it has no {MANIFEST}: nothing was pushed to this place, or a push has \
+                 not ended",
                 self.url()
             );
             return Err(Error::io(text, Errno::NOENT));
