@@ -250,7 +250,7 @@ impl FragmentReader {
     }
 
     /// The rest of the fragment, read in order. Reads call `interrupt` while they take time.
-    pub(crate) fn interruptible<'a>(self, interrupt: &'a mut dyn FnMut() -> Result<()>) -> impl Read + use<'a> {
+    pub(crate) fn interruptible(self, interrupt: &mut dyn FnMut() -> Result<()>) -> impl Read + use<'_> {
         InterruptibleReader { fragment: self, interrupt }
     }
 
