@@ -66,9 +66,13 @@ fn remote(encrypted: bool) -> Store {
     let bucket = Bucket::new(url.clone(), RemoteOptions::default()).unwrap();
     let put = |name: &str, bytes: &[u8]| {
         let bytes = bytes::Bytes::copy_from_slice(bytes);
-        bucket.put(name, bytes, Default::default(), None, &mut Interrupt::new(&mut || Ok(()))).unwrap();
+        bucket
+            .put(name, bytes, object_store::Attributes::default(), None, &mut Interrupt::new(&mut || Ok(())))
+            .unwrap();
     };
-    contents().iter().for_each(|(name, bytes)| put(name, bytes));
+    for (name, bytes) in contents() {
+        put(name, &bytes);
+    }
     if encrypted {
         put(crate::name::KEY_METADATA, KEY_METADATA);
     }

@@ -348,7 +348,7 @@ mod tests {
         let foreign = folder.path().join("notes");
         std::fs::write(&foreign, vec![1; 1 << 20]).unwrap();
         for number in 0..40 {
-            cache.store(&name(number), &[1; 60 << 10]);
+            cache.store(&name(number), &vec![1; 60 << 10]);
             let used = usage(folder.path()).unwrap();
             assert!(used.bytes <= 1 << 20 && used.blocks > 0, "{used:?}");
             // The times of files are as coarse as a tick of the clock.

@@ -3,6 +3,7 @@
 mod blocks;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
@@ -82,10 +83,7 @@ fn files(directory: &Path) -> Files {
 
 /// Bytes that do not repeat from block to block.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length as u64 / 8 + 1)
-        .flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes())
-        .take(length)
-        .collect()
+    (0..=length as u64 / 8).flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes()).take(length).collect()
 }
 
 /// A snapshot with 9 MiB of guest memory, of which the last page is not zero, and a large fragment.
@@ -239,7 +237,6 @@ fn a_cached_block_is_not_fetched_again() {
     blocks.sort_by_key(|path| std::fs::metadata(path).unwrap().len());
     let stored = std::fs::read(&blocks[2]).unwrap();
     assert!(files["devices/sda"].windows(64).step_by(64).any(|window| stored[32..96] == *window));
-    use std::os::unix::fs::PermissionsExt;
     assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
 
     // Damaged blocks are fetched once more: one that is too short, one with other contents, one that is a link.
@@ -381,14 +378,14 @@ fn a_removal_begins_with_the_manifest_and_ends_with_the_key_metadata() {
         )
     });
     let listing = format!("<ListBucketResult>{}</ListBucketResult>", listing.concat());
-    let server = Server::start(move |_, request| match &*request.method {
-        "GET" => Reply::object(listing.as_bytes()),
-        _ => {
-            let body = String::from_utf8_lossy(&request.body);
-            let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
-            let deleted = keys.map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect::<String>();
-            Reply::object(format!("<DeleteResult>{deleted}</DeleteResult>").as_bytes())
+    let server = Server::start(move |_, request| {
+        if request.method == "GET" {
+            return Reply::object(listing.as_bytes());
         }
+        let body = String::from_utf8_lossy(&request.body);
+        let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
+        let deleted: Vec<_> = keys.map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect();
+        Reply::object(format!("<DeleteResult>{}</DeleteResult>", deleted.concat()).as_bytes())
     });
     let remote = Remote::new(url("s3://bucket/vm1"), server.bucket().options()).unwrap();
     remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
