@@ -213,7 +213,7 @@ fn read(file: &File, name: &BlockName, length: usize) -> Option<Bytes> {
     (header == name.header(data)).then(|| Bytes::from(bytes).slice(HEADER_BYTES..))
 }
 
-/// The blocks in the cache at `directory`. If it does not exist, there are none.
+/// The blocks in the cache at `directory`. Without the directory the cache is empty.
 ///
 /// # Errors
 ///
@@ -225,7 +225,7 @@ pub(crate) fn usage(directory: &Path) -> Result<CacheUsage> {
     Ok(CacheUsage { blocks: blocks.len() as u64, bytes: blocks.iter().map(|block| block.bytes).sum() })
 }
 
-/// Removes all blocks from the cache at `directory`, at any time; returns what was removed.
+/// Removes all blocks from the cache at `directory`, at any time; returns their number and bytes.
 ///
 /// # Errors
 ///

@@ -26,7 +26,7 @@ use crate::verify::ProblemKind;
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// The answer of S3 for an object. `etag` is that of all objects.
+/// The answer of S3 for an object. All objects have the same `etag`.
 fn answer(files: &Files, request: &Request, etag: &str) -> Reply {
     let name = request.target.trim_start_matches("/bucket/vm1/");
     let Some(bytes) = files.get(name) else { return Reply::error(404, "NoSuchKey", "") };
@@ -232,7 +232,7 @@ fn a_cached_block_is_not_fetched_again() {
     assert!(read_sda(&options).unwrap() == pattern(5 << 20));
     assert_eq!(server.requests().len(), 2 + 3 + 2);
 
-    // What is stored stays encrypted, and only its owner may read it.
+    // The blocks stay encrypted, and only its owner may read it.
     let mut blocks: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     blocks.sort_by_key(|path| std::fs::metadata(path).unwrap().len());
     let stored = std::fs::read(&blocks[2]).unwrap();
