@@ -19,7 +19,8 @@ use crate::process::OwnerProcess;
 use crate::store::{Head, RemoteOptions, StoredFragment, Strange, StrangeKind, Survey};
 use crate::threads::{Interrupt, lock};
 
-/// A snapshot whose fragments are objects below one prefix. It is always sealed: a prefix without a manifest is not a snapshot.
+/// A snapshot whose fragments are objects below one prefix. It is always sealed: a prefix without a manifest is not a
+/// snapshot.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Remote {
     bucket: Bucket,
