@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::BufReader;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
 use crate::serialization::{self, Format};
 use crate::store::Store;
+use crate::store::bytes::ReadAt;
 use crate::threads;
 
 /// The size of the buffer through which a serialized value is read.
@@ -72,12 +74,27 @@ impl SnapshotReader {
     /// allowed, [`Error::is_corrupt`] if the name belongs to something else, such as a link, and in an encrypted
     /// snapshot [`Error::is_authentication`] if the fragment is not the one that was written under that name.
     pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
+        self.raw_fragment_interruptible(name, &mut || Ok(()))
+    }
+
+    /// Opens a fragment as [`SnapshotReader::raw_fragment`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn raw_fragment_interruptible(
+        &self,
+        name: &str,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<FragmentReader> {
         let path = self.namespace.join(name)?;
         let manifest = self.manifest()?;
         if manifest.is_some_and(|manifest| !manifest.fragments.contains_key(path.as_str())) {
             return Err(self.not_listed(&path));
         }
-        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), manifest)
+        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), manifest, interrupt)
+    }
+
+    /// Begins to read the first bytes of a fragment that is opened soon, if that saves time. The result must live until
+    /// then.
+    pub(crate) fn begin(&self, name: &str) -> Option<Arc<dyn ReadAt>> {
+        self.store.begin(&self.namespace.join(name).ok()?, self.manifest().ok()?)
     }
 
     /// Returns the manifest, or `None` if the snapshot is not sealed.
@@ -100,13 +117,18 @@ impl SnapshotReader {
     /// The errors of [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] if the fragment contains anything but
     /// one value of type `T`.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        self.decode(name, self.raw_fragment(name)?)
+        self.decode(name, self.raw_fragment(name)?, &mut || Ok(()))
     }
 
     /// Reads the value in an open fragment.
-    pub(crate) fn decode<T: DeserializeOwned>(&self, name: &str, fragment: FragmentReader) -> Result<T> {
+    pub(crate) fn decode<T: DeserializeOwned>(
+        &self,
+        name: &str,
+        fragment: FragmentReader,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<T> {
         // Through a small buffer: the value itself determines how much memory it takes, not the size of the file.
-        let fragment = BufReader::with_capacity(VALUE_BUFFER_BYTES, fragment);
+        let fragment = BufReader::with_capacity(VALUE_BUFFER_BYTES, fragment.interruptible(interrupt));
         serialization::decode(fragment, self.format, &self.place(name)?)
     }
 
@@ -121,8 +143,13 @@ impl SnapshotReader {
 
     /// Opens a fragment to read it whole. Refuses it if it is larger than `max_size_bytes`.
     #[cfg(feature = "python")]
-    pub(crate) fn whole_fragment(&self, name: &str, max_size_bytes: u64) -> Result<FragmentReader> {
-        let fragment = self.raw_fragment(name)?;
+    pub(crate) fn whole_fragment(
+        &self,
+        name: &str,
+        max_size_bytes: u64,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<FragmentReader> {
+        let fragment = self.raw_fragment_interruptible(name, interrupt)?;
         if fragment.size() <= max_size_bytes {
             return Ok(fragment);
         }
@@ -230,6 +257,7 @@ impl SnapshotOptions {
         let Unlocked { payload, manifest } = Unlocked::open(&store, self, interrupt)?;
         let manifest = OpenManifest::decode(store.location(), manifest?, payload.as_ref())?;
         match (&manifest, &self.seal_digest) {
+            (None, _) if store.is_always_sealed() => return Err(open_manifest::incomplete(store.location())),
             (None, expected) if self.require_sealed || expected.is_some() => {
                 return Err(open_manifest::unsealed(store.location()));
             }
