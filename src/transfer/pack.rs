@@ -163,7 +163,7 @@ impl SealedSnapshot {
         // Checked for a plain snapshot too, so that a wrong argument is reported at once.
         options.credentials.unwrapper()?;
         let store = Store::at_path(location);
-        let Head { key_metadata, manifest } = store.head()?;
+        let Head { key_metadata, manifest } = store.head(interrupt)?;
         let (key_metadata, stored) = (key_metadata?, manifest?);
         let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;
         let Some(stored_manifest) = stored else {

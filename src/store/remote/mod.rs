@@ -3,6 +3,10 @@
 //! ```text
 //! bucket.rs       the objects of one snapshot, for threads that wait
 //! objects.rs      the objects of one snapshot, for tasks of the runtime
+//! reading.rs      a snapshot, opened to be read
+//! blocks.rs       a fragment, read in blocks
+//! pool.rs         the blocks in memory, and the requests for them
+//! cache.rs        blocks in files on a local disk
 //! runtime.rs      the runtime of the process, and tasks that threads wait for
 //! connect.rs      the client of a store, made of a URL, options and the environment
 //! settings.rs     options and environment, checked
@@ -15,11 +19,17 @@
 //! in steps, so that a caller can stop it. Nothing on the side of the runtime may use the thread pool, because all
 //! threads of the pool may be waiting.
 
+mod blocks;
 mod bucket;
+pub(crate) mod cache;
 mod connect;
 mod credentials;
 mod errors;
 mod objects;
+mod pool;
+mod reading;
+#[cfg(test)]
+mod reading_tests;
 pub(crate) mod runtime;
 mod settings;
 #[cfg(test)]
@@ -31,3 +41,4 @@ mod transport;
 pub(crate) use bucket::Bucket;
 pub(crate) use connect::PartStore;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
+pub(crate) use reading::Remote;
