@@ -3,6 +3,11 @@
 //! ```text
 //! bucket.rs       the objects of one snapshot, for threads that wait
 //! objects.rs      the objects of one snapshot, for tasks of the runtime
+//! upload.rs       an object that is written at any offset, and sent in parts
+//! flights.rs      the parts that are under way at once
+//! claim.rs        the claim on a prefix while a snapshot is written there
+//! draft.rs        a snapshot that is written straight into a bucket
+//! clean.rs        removes what killed writers left
 //! runtime.rs      the runtime of the process, and tasks that threads wait for
 //! connect.rs      the client of a store, made of a URL, options and the environment
 //! settings.rs     options and environment, checked
@@ -16,9 +21,13 @@
 //! threads of the pool may be waiting.
 
 mod bucket;
+mod claim;
+mod clean;
 mod connect;
 mod credentials;
+mod draft;
 mod errors;
+mod flights;
 mod objects;
 pub(crate) mod runtime;
 mod settings;
@@ -27,7 +36,13 @@ mod test_server;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod upload;
 
 pub(crate) use bucket::Bucket;
+pub(crate) use claim::{CLAIM, Claim, Taken};
+pub(crate) use clean::clean;
 pub(crate) use connect::PartStore;
+pub(crate) use draft::SnapshotUpload;
+pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
+pub(crate) use upload::{UploadedObject, has_proof, proof_attributes};
