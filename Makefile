@@ -44,9 +44,9 @@ lint: lint-tools build $(venv)/dev ## check format, types, documentation, licenc
 	@$(call step,rustfmt)
 	cargo fmt --all --check
 	@$(call step,clippy)
-	PYO3_PYTHON='$(CURDIR)/$(python)' cargo clippy --locked --all-targets --features python,crosvm -- -D warnings
+	PYO3_PYTHON='$(CURDIR)/$(python)' cargo clippy --locked --all-targets --features python,crosvm,object-store -- -D warnings
 	@$(call step,rustdoc)
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features crosvm
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features crosvm,object-store
 	@$(call step,ruff check)
 	$(python) -m ruff check .
 	@$(call step,ruff format)
@@ -65,10 +65,10 @@ lint: lint-tools build $(venv)/dev ## check format, types, documentation, licenc
 	$(python) scripts/prose.py
 
 .PHONY: test-rust
-test-rust: ## run cargo test with all default features, then with none
+test-rust: ## run cargo test with the default features and object-store, then with none
 	@scripts/check-tools.sh '$(PYTHON)'
 	@$(call step,cargo test)
-	cargo test --locked --features crosvm
+	cargo test --locked --features crosvm,object-store
 	@$(call step,cargo test --no-default-features)
 	cargo test --locked --no-default-features --features crosvm
 
@@ -118,7 +118,7 @@ bench-qemu: build $(venv)/dev ## compare the pause and the time of a save of a Q
 docs: $(venv)/docs ## build the documentation site in site/
 	@scripts/check-tools.sh '$(PYTHON)'
 	@$(call step,rustdoc)
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features crosvm
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features crosvm,object-store
 	@$(call step,mkdocs)
 	$(python) -m mkdocs build --strict
 

@@ -27,8 +27,8 @@ ln -sfn "$PWD/../shared" "$copy/../shared"
 cd "$copy"
 # RUSTC_BOOTSTRAP allows an option of the nightly cargo. Indirect dependencies get their newest versions.
 RUSTC_BOOTSTRAP=1 cargo -Z direct-minimal-versions update --quiet
-cargo tree --depth 1 --edges normal --features python,crosvm
-cargo test --locked --features crosvm
+cargo tree --depth 1 --edges normal --features python,crosvm,object-store
+cargo test --locked --features crosvm,object-store
 
 printf '\n==> %s, and the oldest version of every package\n' "$("$python" --version)"
 rm -rf target/venv

@@ -19,6 +19,9 @@ TARGET = ROOT / "LICENSE-THIRD-PARTY"
 #: The platforms of the wheels.
 PLATFORMS = [f"{machine}-unknown-linux-{libc}" for machine in ("x86_64", "aarch64") for libc in ("gnu", "musl")]
 
+#: The features of the wheel, as in pyproject.toml.
+FEATURES = "python,object-store"
+
 LICENSE_FILE = re.compile(r"(li[cs]en[cs]e|copying|copyright|notice|unlicense)", re.IGNORECASE)
 OTHER_CHOICES = re.compile(r"apache|unlicense|bsl|boost|zlib|copying|copyright", re.IGNORECASE)
 
@@ -34,22 +37,21 @@ crate offers a choice that includes MIT, MIT is chosen. Written by scripts/third
 
 def linked_crates() -> list[dict[str, Any]]:
     """Return the crates in the Python package on any of the platforms, without build and test dependencies."""
-    command = ["cargo", "metadata", "--format-version=1", "--locked", "--features=python"]
+    common = ["--locked", f"--features={FEATURES}"]
+    # `cargo metadata` also lists optional crates that are not compiled; `cargo tree` does not have the paths.
+    tree = ["cargo", "tree", *common, "--edges=normal", "--prefix=none", "--format={p}"]
+    tree += [f"--target={platform}" for platform in PLATFORMS]
+    printed = subprocess.run(tree, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    linked = {tuple(line.split()[:2]) for line in printed.splitlines() if line}
+    command = ["cargo", "metadata", "--format-version=1", *common]
     command += [f"--filter-platform={platform}" for platform in PLATFORMS]
     metadata = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
-    nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
     ours = metadata["resolve"]["root"]
-    found: set[str] = set()
-    waiting = [ours]
-    while waiting:
-        crate = waiting.pop()
-        if crate in found:
-            continue
-        found.add(crate)
-        for dependency in nodes[crate]["deps"]:
-            if any(kind["kind"] is None for kind in dependency["dep_kinds"]):  # neither "dev" nor "build"
-                waiting.append(dependency["pkg"])
-    crates = [package for package in metadata["packages"] if package["id"] in found - {ours}]
+    crates = [
+        package
+        for package in metadata["packages"]
+        if package["id"] != ours and (package["name"], f"v{package['version']}") in linked
+    ]
     return sorted(crates, key=lambda package: (package["name"], package["version"]))
 
 

@@ -394,7 +394,8 @@ def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
 
 def test_version_names_provider_features_and_commit() -> None:
     told = run("--version").stdout.decode()
-    built = rf"aead: {vmsnap.aead_provider()}; features: age, aws-lc, c-lz4; commit: (unknown|[0-9a-f]{{40}}(-dirty)?)"
+    features = "age, aws-lc, c-lz4(, object-store)?"
+    built = rf"aead: {vmsnap.aead_provider()}; features: {features}; commit: (unknown|[0-9a-f]{{40}}(-dirty)?)"
     assert re.fullmatch(rf"vmsnap {vmsnap.__version__} \({built}\)\n", told)
 
 

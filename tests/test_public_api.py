@@ -149,7 +149,7 @@ def test_handles_tell_their_location_as_a_text_and_as_a_path(tmp_path: Path, mon
 def test_the_build_is_told() -> None:
     build = vmsnap.build_info()
     assert build.version == vmsnap.__version__
-    assert set(build.features) <= {"age", "aws-lc", "c-lz4"}
+    assert set(build.features) <= {"age", "aws-lc", "c-lz4", "object-store"}
 
 
 def test_the_command_line_does_not_use_the_extension_module() -> None:

@@ -50,7 +50,7 @@ pub(crate) struct StoreUrl {
 }
 
 impl StoreUrl {
-    /// The URL with a scheme in lower case and what follows `://`.
+    /// Parses a scheme, in lower case, and the text after `://`.
     pub(super) fn parse(scheme: &str, rest: &[u8]) -> Result<Self> {
         let Some(scheme) = Scheme::of(scheme) else {
             return Err(Error::invalid_argument(format!(

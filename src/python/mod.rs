@@ -103,8 +103,12 @@ fn created_at(py: Python<'_>, path: PathBuf) -> Option<u64> {
 
 /// Returns the cargo features of this build.
 fn features() -> Vec<&'static str> {
-    let features =
-        [("age", cfg!(feature = "age")), ("aws-lc", cfg!(feature = "aws-lc")), ("c-lz4", cfg!(feature = "c-lz4"))];
+    let features = [
+        ("age", cfg!(feature = "age")),
+        ("aws-lc", cfg!(feature = "aws-lc")),
+        ("c-lz4", cfg!(feature = "c-lz4")),
+        ("object-store", cfg!(feature = "object-store")),
+    ];
     features.into_iter().filter_map(|(name, chosen)| chosen.then_some(name)).collect()
 }
 

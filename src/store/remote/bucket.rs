@@ -15,7 +15,7 @@ use crate::threads::Interrupt;
 /// The most requests with a body that a caller may ask for at once.
 const MOST_CONNECTIONS: usize = 256;
 
-/// The objects below one prefix. A name is that of an object without the prefix: `vmsnap_manifest`, `devices/vcpu0`.
+/// The objects below one prefix. The name of an object does not include the prefix: `vmsnap_manifest`, `devices/vcpu0`.
 ///
 /// It connects on first use, once a process, and works in a forked child and in another process. Errors do not name the
 /// snapshot; they name the bucket where that is the cause.
@@ -70,8 +70,8 @@ impl Bucket {
     ///
     /// # Errors
     ///
-    /// `Io` with `ENOENT` if it is absent. `Corrupt` if it is not the expected version, or the answer is not what was
-    /// asked for.
+    /// `Io` with `ENOENT` if it is absent. `Corrupt` if it is another version than the expected one, or if the server
+    /// sent another range than the wanted one.
     pub(crate) fn get(
         &self,
         name: &str,

@@ -39,7 +39,7 @@ pub(super) fn looked_at(scheme: Scheme) -> &'static str {
 ///
 /// # Errors
 ///
-/// `Io` with `EACCES`, which names everything that was looked at.
+/// `Io` with `EACCES`, which names every place that was searched.
 pub(super) fn check(settings: &Settings) -> Result<()> {
     if are_given(settings) || (!is_metadata_disabled() && is_in_cloud(settings.scheme, Path::new(FIRMWARE))) {
         return Ok(());
@@ -97,7 +97,7 @@ fn is_metadata_disabled() -> bool {
     std::env::var_os("AWS_EC2_METADATA_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
 }
 
-/// Whether this machine is one of the cloud of the store, by what its firmware says.
+/// Whether the firmware says that this machine is in the cloud of the store.
 fn is_in_cloud(scheme: Scheme, firmware: &Path) -> bool {
     let says = |name: &str, text: &str| {
         let said = std::fs::read(firmware.join(name)).unwrap_or_default();

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | absent object or bucket | `Io` with `ENOENT` |
 //! | there already | `Io` with `EEXIST` |
-//! | no access, no or expired credentials | `Io` with `EACCES`, which names what was looked at |
+//! | no access, no or expired credentials | `Io` with `EACCES`, which names the places of credentials |
 //! | timeout, no connection, failure of the server | `Io` with `ETIMEDOUT`, the errno or `EIO`; transient |
 //! | another version, a shorter object, another range | `Corrupt` |
 //! | another region, a store without conditional writes | `InvalidArgument`, with what to do |
@@ -92,8 +92,14 @@ pub(super) fn of_request(doing: &str, error: &object_store::Error, settings: &Se
             Error::corrupt(format!("{doing}: it was replaced by another version meanwhile"))
         }
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+            // S3 hides from those who may not list a bucket whether an object is absent.
+            let hint = match settings.scheme {
+                Scheme::S3 => "; without the permission s3:ListBucket an absent object, too, gets this answer",
+                _ => "",
+            };
             let text = format!(
-                "{doing}: the bucket {bucket} refused access{said}; the credentials come from the storage options, {}",
+                "{doing}: the bucket {bucket} refused access{said}{hint}; looked for credentials at the storage \
+                 options, {}",
                 looked_at(settings.scheme)
             );
             Error::io(text, Errno::ACCESS)

@@ -59,7 +59,7 @@ pub(crate) struct Version {
     pub(super) version: Option<String>,
 }
 
-/// What was read.
+/// An object or a part of it, as it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Got {
     pub(crate) bytes: Bytes,
@@ -76,7 +76,7 @@ pub(crate) struct Headed {
     attributes: Attributes,
 }
 
-/// An object in a list. Its name is whatever the store has.
+/// An object in a list. Its name is not checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listed {
     pub(crate) name: String,
@@ -231,7 +231,7 @@ impl Objects {
     /// Creates an object that must not exist yet, in one exclusive step.
     ///
     /// The client repeats a request whose answer was lost, and then finds its own object; and S3 reports a conflict of two
-    /// requests as if the object existed. So what is there is read and compared.
+    /// requests as if the object existed. So the existing object is read and compared.
     pub(crate) async fn create(&self, name: &str, bytes: Bytes) -> Result<Created> {
         const DOING: &str = "cannot be created";
         let key = self.key(name)?;
@@ -259,7 +259,14 @@ impl Objects {
                 None => {}
             }
             if attempt == CREATE_ATTEMPTS {
-                return Err(self.failed(DOING, &error));
+                return Err(match errors::event(&error) {
+                    Event::Exists => {
+                        let text =
+                            format!("{DOING}: the store says that it exists, and does not find it; try again later");
+                        Error::transient(text, rustix::io::Errno::IO)
+                    }
+                    _ => self.failed(DOING, &error),
+                });
             }
             tokio::time::sleep(CREATE_PAUSE * 2_u32.pow(attempt)).await;
             attempt += 1;
@@ -351,7 +358,7 @@ impl Objects {
         sent.map_err(|error| self.failed("a part cannot be written", &error))
     }
 
-    /// Makes the object of its parts; `size` is the sum of theirs.
+    /// Makes the object of its parts; `size` is the sum of their sizes.
     pub(crate) async fn complete_upload(&self, upload: &Upload, parts: Vec<Part>, size: u64) -> Result<()> {
         let error = match self.store()?.complete_multipart(&upload.path, &upload.id, parts).await {
             Ok(_) => return Ok(()),
@@ -391,7 +398,7 @@ impl Version {
     }
 }
 
-/// Why an object was not read: an error of the client, which may mean that it is absent, or one of ours.
+/// Why an object was not read: an error of the client, which may mean that it is absent, or another error.
 enum Failure {
     Client(object_store::Error),
     Own(Error),

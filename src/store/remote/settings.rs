@@ -214,7 +214,7 @@ fn unknown(scheme: Scheme, name: &str) -> Error {
         Scheme::S3 => "; there are, for example, 'region', 'endpoint', 'access_key_id' and 'secret_access_key'",
         Scheme::Gs => "; there are, for example, 'service_account' and 'base_url'",
         Scheme::Az => "; there are, for example, 'account_name', 'account_key', 'sas_token' and 'endpoint'",
-        Scheme::Memory => "; memory:// has none",
+        Scheme::Memory => "; a memory:// URL takes no options",
     };
     Error::invalid_argument(format!("{} is not a storage option of this store{example}", crate::name::shown(name)))
 }

@@ -27,7 +27,7 @@ impl Request {
 
 #[derive(Clone, Debug)]
 pub(super) enum Reply {
-    /// A status, headers, and a body. The length is that of the body, unless the headers have another.
+    /// A status, headers, and a body. Unless a header has another length, the length of the body is sent.
     Answer(u16, Vec<(&'static str, String)>, Vec<u8>),
     /// The connection is closed without an answer.
     Close,

@@ -294,7 +294,7 @@ fn a_conflict_that_leaves_nothing_is_tried_again() {
         _ => Reply::status(404),
     });
     let error = create(&never.bucket(), b"mine").unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(libc::EEXIST), "{error}");
+    assert!(error.is_transient() && error.to_string().contains("does not find it"), "{error}");
 }
 
 #[test]
@@ -355,4 +355,33 @@ fn a_bucket_is_shown_and_serialized_without_the_environment() {
     assert!(serde_json::from_str::<Bucket>(&text.replace("s3://bucket", "s3://key@bucket")).is_err());
     let none = RemoteOptions { connections: 0, ..RemoteOptions::default() };
     assert!(Bucket::new(url("s3://bucket/vm1"), none).unwrap_err().is_invalid_argument());
+}
+
+#[test]
+#[allow(unsafe_code, reason = "fork is in no safe crate")]
+fn a_forked_process_connects_anew() {
+    let server = Server::start(|_, _| Reply::object(b"contents"));
+    let bucket = server.bucket();
+    get(&bucket, WHOLE).unwrap();
+    let (objects, task) = (bucket.objects().unwrap(), runtime::spawn(async { Ok(()) }).unwrap());
+    // SAFETY: the child uses no lock that another thread of this test may hold, and ends without cleaning up.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: ends the child, should it hang.
+        unsafe { libc::alarm(120) };
+        let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let stale = with(|interrupt| runtime::run(async move { objects.get("mem", WHOLE, None).await }, interrupt));
+            let begun_before = with(|interrupt| task.wait(interrupt));
+            stale.unwrap_err().is_state()
+                && begun_before.unwrap_err().is_state()
+                && get(&bucket, WHOLE).unwrap().bytes == b"contents"[..]
+        }));
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(i32::from(!passed.unwrap_or(false))) };
+    }
+    let mut status = -1;
+    // SAFETY: the process is a child of this one, and the status is written to a variable.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0);
+    assert_eq!(get(&bucket, WHOLE).unwrap().bytes, &b"contents"[..]);
 }

@@ -108,7 +108,7 @@ impl object_store::client::HttpService for Transport {
 impl Transport {
     async fn check(&self, asked: Option<Range<u64>>, response: HttpResponse) -> Result<HttpResponse, HttpError> {
         let status = response.status().as_u16();
-        if (300..500).contains(&status)
+        if matches!(status, 301 | 307 | 400)
             && let Some(own) = &self.region
             && let Some(region) = header(response.headers(), "x-amz-bucket-region")
             && region != own
@@ -127,7 +127,7 @@ impl Transport {
             (400.., _) => {
                 let (parts, body) = response.into_parts();
                 let (mut stream, mut text) = (body.bytes_stream(), BytesMut::new());
-                // A text that breaks off is cut off there; the status is what counts.
+                // The text may break off: only the status is needed.
                 while let Some(Ok(chunk)) = stream.next().await {
                     text.extend_from_slice(&chunk[..chunk.len().min(MAX_ERROR_BYTES - text.len())]);
                     if text.len() == MAX_ERROR_BYTES {
@@ -146,7 +146,7 @@ impl Transport {
 fn upload_timeout(request: &HttpRequest) -> Option<Duration> {
     let bytes = request.body().content_length() as u64;
     match request.method().as_str() {
-        "PUT" => Some(SHORTEST_UPLOAD.max(Duration::from_secs(bytes / SLOWEST_UPLOAD_BYTES_PER_SECOND))),
+        "PUT" if bytes > 0 => Some(SHORTEST_UPLOAD.max(Duration::from_secs(bytes / SLOWEST_UPLOAD_BYTES_PER_SECOND))),
         "POST" if request.uri().query().is_some_and(|query| query.contains("uploadId=")) => Some(COMPLETION_TIMEOUT),
         _ => None,
     }
