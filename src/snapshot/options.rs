@@ -42,6 +42,8 @@ pub struct SnapshotOptions {
     pub(crate) require_sealed: bool,
     pub(crate) seal_digest: Option<[u8; 32]>,
     pub(crate) remote: RemoteOptions,
+    #[cfg_attr(not(feature = "object-store"), allow(dead_code, reason = "for object stores"))]
+    pub(crate) take_over: bool,
 }
 
 impl Default for SnapshotOptions {
@@ -56,6 +58,7 @@ impl Default for SnapshotOptions {
             require_sealed: false,
             seal_digest: None,
             remote: RemoteOptions::default(),
+            take_over: false,
         }
     }
 }
@@ -165,6 +168,16 @@ impl SnapshotOptions {
     #[must_use]
     pub fn allow_http(mut self, allow_http: bool) -> Self {
         self.remote.allow_http = allow_http;
+        self
+    }
+
+    /// Whether [`SnapshotOptions::create`] and [`SnapshotOptions::push`] replace what another writer has begun at the
+    /// same URL and not completed. Only for a writer that was killed: one that still runs would mix its objects into the
+    /// new snapshot.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn take_over(mut self, take_over: bool) -> Self {
+        self.take_over = take_over;
         self
     }
 

@@ -46,7 +46,7 @@ fn fill(draft: &Draft, encrypted: bool) {
         draft.add_namespace(&path(namespace)).unwrap();
     }
     for (name, bytes) in contents() {
-        let object = draft.create(&path(name)).unwrap();
+        let object = draft.create(&path(name), None).unwrap();
         object.write_all_at(&bytes, 0, interrupt).unwrap();
         object.finish(interrupt).unwrap();
     }
@@ -253,7 +253,8 @@ fn a_handle_reads_the_same_after_it_was_serialized() {
 #[test]
 fn nothing_is_added_to_a_sealed_snapshot() {
     for_each_store(|store, _, _| {
-        let refused = store.directory().and_then(|directory| Draft::InPlace(directory.clone()).create(&path("more")));
+        let refused =
+            store.directory().and_then(|directory| Draft::InPlace(directory.clone()).create(&path("more"), None));
         assert!(refused.err().unwrap().is_sealed());
     });
 }
@@ -270,7 +271,7 @@ fn an_object_is_written_in_any_order_by_any_thread() {
     let folder = tempfile::tempdir().unwrap();
     let (_staged, drafts) = drafts(folder.path());
     for draft in drafts {
-        let object = draft.create(&path("a")).unwrap();
+        let object = draft.create(&path("a"), None).unwrap();
         let parts = (0..40_u16).map(|number| u8::try_from(number * 7 % 40).unwrap());
         let go_on = &mut || Ok(());
         for_each(&mut [(); 3], parts, &mut Interrupt::new(go_on), |(), part, interrupt| {
@@ -280,7 +281,7 @@ fn an_object_is_written_in_any_order_by_any_thread() {
         assert_eq!(object.stored_size().unwrap(), 600);
         object.set_size(700).unwrap();
         object.finish(&mut Interrupt::new(&mut || Ok(()))).unwrap();
-        let store = Store::at_path(draft.location().clone());
+        let store = Store::at_path(LocalPath::new(draft.path()).unwrap());
         let expected: Vec<u8> = (0..40_u8).flat_map(|part| [[part; 10].as_slice(), &[part + 1; 5]].concat()).collect();
         assert_eq!(read(&store, "a", None), [expected, vec![0; 100]].concat());
     }
@@ -291,9 +292,9 @@ fn an_object_that_was_not_finished_never_counts_as_complete() {
     let folder = tempfile::tempdir().unwrap();
     let (staged, drafts) = drafts(folder.path());
     for draft in &drafts {
-        let survey = || Store::at_path(draft.location().clone()).survey(None, &mut || Ok(())).unwrap();
-        let object = draft.create(&path("a")).unwrap();
-        let again = draft.create(&path("a")).err().unwrap();
+        let survey = || Store::at_path(LocalPath::new(draft.path()).unwrap()).survey(None, &mut || Ok(())).unwrap();
+        let object = draft.create(&path("a"), None).unwrap();
+        let again = draft.create(&path("a"), None).err().unwrap();
         assert_eq!(again.raw_os_error(), Some(libc::EEXIST));
         assert_eq!(survey().fragments[0].finished, !draft.is_staged());
         if draft.is_staged() {
@@ -304,7 +305,7 @@ fn an_object_that_was_not_finished_never_counts_as_complete() {
         object.discard().unwrap();
         assert!(survey().fragments.is_empty());
 
-        let object = draft.create(&path("b")).unwrap();
+        let object = draft.create(&path("b"), None).unwrap();
         object.write_all_at(b"half", 0, &mut Interrupt::new(&mut || Ok(()))).unwrap();
         object.abandon();
         assert!(survey().fragments.iter().all(|stored| !stored.finished));

@@ -7,6 +7,11 @@
 //! blocks.rs       a fragment, read in blocks
 //! pool.rs         the blocks in memory, and the requests for them
 //! cache.rs        blocks in files on a local disk
+//! upload.rs       an object that is written at any offset, and sent in parts
+//! flights.rs      the parts that are under way at once
+//! claim.rs        the claim on a prefix while a snapshot is written there
+//! draft.rs        a snapshot that is written straight into a bucket
+//! clean.rs        removes what killed writers left
 //! runtime.rs      the runtime of the process, and tasks that threads wait for
 //! connect.rs      the client of a store, made of a URL, options and the environment
 //! settings.rs     options and environment, checked
@@ -22,9 +27,13 @@
 mod blocks;
 mod bucket;
 pub(crate) mod cache;
+mod claim;
+mod clean;
 mod connect;
 mod credentials;
+mod draft;
 mod errors;
+mod flights;
 mod objects;
 mod pool;
 mod reading;
@@ -37,8 +46,14 @@ mod test_server;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod upload;
 
 pub(crate) use bucket::Bucket;
+pub(crate) use claim::{CLAIM, Claim, Taken};
+pub(crate) use clean::clean;
 pub(crate) use connect::PartStore;
+pub(crate) use draft::SnapshotUpload;
+pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
 pub(crate) use reading::Remote;
+pub(crate) use upload::{UploadedObject, has_proof, proof_attributes};
