@@ -200,7 +200,7 @@ def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
     CorruptSnapshotError
         ``enc_metadata`` is not a wrapped key.
     """
-    wrapping = _vmsnap.key_wrapping(os.fsdecode(location))
+    wrapping = _vmsnap.key_wrapping(located(location))
     return None if wrapping is None else KeyWrapping(*wrapping)
 
 
@@ -305,7 +305,7 @@ def rekey(
         new_keys,
         Keys(key=new_key, recipients=recipients, passphrase=new_passphrase, key_provider=new_key_provider),
     )
-    _vmsnap.rekey(os.fsdecode(location), old._credentials(), new._credentials())
+    _vmsnap.rekey(located(location), old._credentials(), new._credentials())
 
 
 def _warn_of_new_identity(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vmsnap import _vmsnap
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation, local_path, located
 from vmsnap.writer import SnapshotWriter
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class StagedSnapshot:
         return self._raw.location
 
     @property
-    def path(self) -> Path:
-        """The location as a `pathlib.Path`."""
-        return Path(self._raw.location)
+    def path(self) -> Path | None:
+        """The location as a `pathlib.Path`; None if it is a URL."""
+        return local_path(self._raw.location)
 
     @property
     def snapshot_id(self) -> bytes | None:
@@ -111,7 +112,7 @@ class StagedSnapshot:
 
 
 def create(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     encrypt: bool = False,
     *,
     keys: Keys | None = None,
@@ -150,11 +151,11 @@ def create(
     """
     given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
     credentials = one_of(keys, given)._credentials()
-    return StagedSnapshot(_vmsnap.StagedSnapshot(os.fsdecode(location), credentials, threads, format, durable, archive))
+    return StagedSnapshot(_vmsnap.StagedSnapshot(located(location), credentials, threads, format, durable, archive))
 
 
 def seal(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     *,
     keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
@@ -180,7 +181,7 @@ def seal(
         The snapshot cannot be opened, see `SnapshotReader`. It is unchanged.
     """
     given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
-    return _vmsnap.seal(os.fsdecode(location), one_of(keys, given)._credentials(), threads, durable)[1]
+    return _vmsnap.seal(located(location), one_of(keys, given)._credentials(), threads, durable)[1]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@
 //! memory.rs           GuestMemory, write_memory
 //! migration.rs        MigrationStream, SpooledMemory
 //! process.rs          ProcessMemory, ProcessRange, StoppedProcess
+//! location.rs         LocationArg: locations of snapshots as arguments
 //! inspect.rs          inspect, is_marked, key_wrapping
 //! transfer.rs         pack, unpack
 //! ```
@@ -26,6 +27,7 @@ mod error;
 mod fragment;
 mod fragment_reader;
 mod inspect;
+mod location;
 mod memory;
 mod migration;
 mod process;

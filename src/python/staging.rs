@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::call::{interruptible, options, parse_format, sealed_options};
+use super::call::{interruptible, parse_format, sealed_options};
 use super::credentials::Credentials;
+use super::location::LocationArg;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
-use crate::location::Location;
-use crate::store::{RemoteOptions, Store};
+use crate::snapshot::remove;
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -33,14 +33,14 @@ impl StagedSnapshot {
     #[new]
     fn new(
         py: Python<'_>,
-        location: PathBuf,
+        location: LocationArg,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
         durable: bool,
         archive: Option<bool>,
     ) -> PyResult<Self> {
-        let mut options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
+        let mut options = location.options(credentials, threads)?.format(parse_format(format)?).durable(durable);
         if let Some(archive) = archive {
             options = options.archive(archive);
         }
@@ -73,21 +73,21 @@ impl StagedSnapshot {
 #[pyfunction]
 pub(super) fn seal<'py>(
     py: Python<'py>,
-    location: PathBuf,
+    location: LocationArg,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     durable: bool,
 ) -> PyResult<Id<'py>> {
-    let options = options(credentials, threads)?.durable(durable);
+    let options = location.options(credentials, threads)?.durable(durable);
     Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(location, interrupt))?))
 }
 
-/// Removes a snapshot that this process has made.
+/// Removes a snapshot; one that this process has just made, without a look at it.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value, reason = "the argument comes from Python")]
-pub(super) fn remove(py: Python<'_>, location: PathBuf) -> PyResult<()> {
-    let store = Store::at(Location::new(&location)?, &RemoteOptions::default())?;
-    Ok(interruptible(py, |interrupt| store.remove(interrupt))?)
+pub(super) fn remove(py: Python<'_>, location: LocationArg, own: bool) -> PyResult<()> {
+    let store = location.store()?;
+    interruptible(py, |interrupt| if own { store.remove(interrupt) } else { remove::checked(&store, interrupt) })
 }
 
 /// Returns the directories that were removed, and those that are still in use.
@@ -104,12 +104,12 @@ type VerifyReport<'py> =
 #[pyfunction]
 pub(super) fn verify<'py>(
     py: Python<'py>,
-    location: PathBuf,
+    location: LocationArg,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     expect_seal_digest: Option<&[u8]>,
 ) -> PyResult<VerifyReport<'py>> {
-    let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
+    let options = sealed_options(location.options(credentials, threads)?, false, expect_seal_digest)?;
     let report = interruptible(py, |interrupt| options.verify_interruptible(location, interrupt))?;
     let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
     let row = |Problem { path, kind, text }| (path, kind.to_string(), text);

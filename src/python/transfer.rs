@@ -9,8 +9,9 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
-use super::call::{interruptible, options, sealed_options};
+use super::call::{interruptible, sealed_options};
 use super::credentials::Credentials;
+use super::location::LocationArg;
 use super::staging::{Id, id};
 use crate::error::{Error, Result};
 
@@ -36,14 +37,14 @@ pub(super) fn duplicate(descriptor: i32) -> Result<File> {
 #[pyfunction]
 pub(super) fn pack<'py>(
     py: Python<'py>,
-    location: PathBuf,
+    location: LocationArg,
     archive: ArchiveFile,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     durable: bool,
     expect_seal_digest: Option<&[u8]>,
 ) -> PyResult<Id<'py>> {
-    let options = sealed_options(options(credentials, threads)?.durable(durable), false, expect_seal_digest)?;
+    let options = sealed_options(location.options(credentials, threads)?.durable(durable), false, expect_seal_digest)?;
     let seal = interruptible(py, |interrupt| match archive {
         ArchiveFile::Path(path) => options.pack_interruptible(location, path, interrupt),
         ArchiveFile::Descriptor(descriptor) => options.pack_to_file(location, duplicate(descriptor)?, interrupt),
@@ -55,13 +56,13 @@ pub(super) fn pack<'py>(
 pub(super) fn unpack<'py>(
     py: Python<'py>,
     archive: ArchiveFile,
-    location: PathBuf,
+    location: LocationArg,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     durable: bool,
     expect_seal_digest: Option<&[u8]>,
 ) -> PyResult<Id<'py>> {
-    let options = sealed_options(options(credentials, threads)?.durable(durable), false, expect_seal_digest)?;
+    let options = sealed_options(location.options(credentials, threads)?.durable(durable), false, expect_seal_digest)?;
     let seal = interruptible(py, |interrupt| match archive {
         ArchiveFile::Path(path) => options.unpack_interruptible(path, location, interrupt),
         ArchiveFile::Descriptor(descriptor) => options.unpack_file(duplicate(descriptor)?, location, interrupt),

@@ -11,6 +11,7 @@
 //! open_manifest.rs   the manifest of an open snapshot
 //! key_metadata.rs    unlocks a snapshot, and rekey
 //! inspect.rs         a snapshot without its key
+//! remove.rs          removes a snapshot
 //! ```
 
 mod contents;
@@ -20,11 +21,14 @@ pub(crate) mod key_metadata;
 pub(crate) mod open_manifest;
 mod options;
 mod reader;
+pub(crate) mod remove;
 mod seal;
 mod staged;
 mod writer;
 
 pub use inspect::{InspectedFragment, Inspection, inspect};
+#[cfg(feature = "python")]
+pub(crate) use inspect::inspect_interruptible;
 pub use key_metadata::rekey;
 pub use options::SnapshotOptions;
 pub use reader::SnapshotReader;

@@ -12,7 +12,7 @@ use crate::location::LocalPath;
 use crate::serialization::Format;
 use crate::store::RemoteOptions;
 #[cfg(feature = "object-store")]
-use crate::store::{CacheOptions, DEFAULT_CACHE_BYTES};
+use crate::store::CacheOptions;
 
 /// The end of the usual file name of an archive.
 const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
@@ -149,9 +149,7 @@ impl SnapshotOptions {
     #[cfg(feature = "object-store")]
     #[must_use]
     pub fn cache(mut self, directory: impl Into<PathBuf>) -> Self {
-        let directory = directory.into();
-        let directory = std::path::absolute(&directory).unwrap_or(directory);
-        self.remote.cache = Some(CacheOptions { directory, max_bytes: DEFAULT_CACHE_BYTES });
+        self.remote.cache = Some(CacheOptions::new(directory.into()));
         self
     }
 

@@ -170,6 +170,11 @@ impl Store {
         !matches!(self, Self::Directory(_))
     }
 
+    /// Whether the snapshot is in the file system of this machine.
+    pub(crate) fn is_local(&self) -> bool {
+        matches!(self, Self::Directory(_) | Self::Archive(_))
+    }
+
     /// Reads the key metadata and the manifest.
     #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are read at once"))]
     pub(crate) fn head(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Head> {
@@ -268,7 +273,6 @@ impl Store {
     }
 
     /// Removes the snapshot. What is at a local path is not checked: the caller has made it.
-    #[cfg(feature = "python")]
     #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are removed at once"))]
     pub(crate) fn remove(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         match self {
