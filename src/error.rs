@@ -93,6 +93,17 @@ impl Error {
         error
     }
 
+    /// An error like this one, for another of several callers that wait for one result. Of the cause, the errno stays.
+    #[cfg(feature = "object-store")]
+    pub(crate) fn duplicate(&self) -> Self {
+        let source = self.0.source.as_ref().map(|source| match self.raw_os_error() {
+            Some(errno) => io::Error::from_raw_os_error(errno).into(),
+            None => source.to_string().into(),
+        });
+        let (kind, message) = (self.0.kind, self.0.message.clone());
+        Self(Box::new(Inner { kind, message, source, is_transient: self.0.is_transient }))
+    }
+
     pub(crate) fn invalid_argument(message: impl Into<String>) -> Self {
         Self::new(Kind::InvalidArgument, message)
     }

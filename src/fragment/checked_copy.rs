@@ -125,6 +125,7 @@ fn copy_body(
     let sink = if let Output::At(sink, start) = &output { Some((*sink, *start)) } else { None };
     let copy_batch = |worker: &mut Worker, offset: u64, batch: &mut [u8], interrupt: &mut Interrupt<'_>| {
         if let Some((source, start)) = source {
+            source.prefetch(start + offset..start + range.end);
             read_batch(source, start + offset, batch, interrupt)?;
         }
         check.batch(worker, offset, batch)?;

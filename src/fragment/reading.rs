@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::digest::Digest;
@@ -52,6 +53,8 @@ const READ_THROUGH_BYTES: usize = 8 << 20;
 pub struct FragmentReader {
     file: Arc<OpenFile>,
     position: u64,
+    /// Where the last read in order ended.
+    read_end: Option<u64>,
     /// The decrypted chunk of the last small read in order; the next read usually continues in it.
     current: Option<(u64, Vec<u8>)>,
 }
@@ -92,22 +95,18 @@ impl FragmentReader {
         expected: Option<&Entry>,
     ) -> Result<Self> {
         let stored_size = object.size();
-        let tag = match expected {
-            Some(entry) if entry.stored_size != stored_size => {
-                let text = format!("is {stored_size} bytes long, but the manifest says {} bytes", entry.stored_size);
-                return Err(Error::corrupt(text).context(&place));
-            }
-            Some(Entry { proof: Proof::HeaderTag { tag, .. }, .. }) => Some(*tag),
-            _ => None,
-        };
+        if let Some(entry) = expected.filter(|entry| entry.stored_size != stored_size) {
+            let text = format!("is {stored_size} bytes long, but the manifest says {} bytes", entry.stored_size);
+            return Err(Error::corrupt(text).context(&place));
+        }
         let encrypted = match key {
             None => None,
             Some(key) => {
                 let source = EncryptedSource::open(
-                    Arc::clone(&object),
+                    &object,
                     key,
                     &aad(&place.path),
-                    tag,
+                    expected,
                     &mut Interrupt::new(&mut || Ok(())),
                 )
                 .map_err(|error| error.context(&place))?;
@@ -115,7 +114,7 @@ impl FragmentReader {
             }
         };
         let file = Arc::new(OpenFile { object, encrypted, threads, place, owner: OwnerProcess::current() });
-        Ok(Self { file, position: 0, current: None })
+        Ok(Self { file, position: 0, read_end: None, current: None })
     }
 
     /// The length of the fragment, in bytes of plaintext.
@@ -139,6 +138,19 @@ impl FragmentReader {
     /// Whether reads leave no page of the file in the page cache.
     pub(crate) fn set_uncached(&self, uncached: bool) {
         self.file.object.set_uncached(uncached);
+    }
+
+    /// Whether a read may take a request to another machine.
+    pub(crate) fn is_remote(&self) -> bool {
+        self.file.object.is_remote()
+    }
+
+    /// Says that a range is read soon, in order.
+    pub(crate) fn prefetch(&self, range: Range<u64>) {
+        match &self.file.encrypted {
+            None => self.file.object.prefetch(range),
+            Some(source) => source.prefetch(range),
+        }
     }
 
     /// Drops the pages that uncached reads left in the page cache.
@@ -178,13 +190,13 @@ impl FragmentReader {
         buf: &mut [u8],
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<usize> {
-        self.read_at_by(self.file.threads, offset, buf, interrupt)
+        self.read_at_by(self.file.threads, offset, buf, &mut Interrupt::new(interrupt))
     }
 
     /// Reads like [`FragmentReader::read_at`], only on the calling thread, which may be one of several that share the
     /// work.
-    pub(crate) fn read_at_alone(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        self.read_at_by(1, offset, buf, &mut || Ok(()))
+    pub(crate) fn read_at_alone(&self, offset: u64, buf: &mut [u8], interrupt: &mut Interrupt<'_>) -> Result<usize> {
+        self.read_at_by(1, offset, buf, interrupt)
     }
 
     /// Returns an error in a forked child, where a lock may be held forever.
@@ -192,17 +204,10 @@ impl FragmentReader {
         self.file.owner.check_fragment().map_err(|error| error.context(&self.file.place))
     }
 
-    fn read_at_by(
-        &self,
-        threads: usize,
-        offset: u64,
-        buf: &mut [u8],
-        interrupt: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<usize> {
+    fn read_at_by(&self, threads: usize, offset: u64, buf: &mut [u8], interrupt: &mut Interrupt<'_>) -> Result<usize> {
         let file = &*self.file;
         let length = usize::try_from(self.size().saturating_sub(offset)).map_or(buf.len(), |rest| rest.min(buf.len()));
         let wanted = &mut buf[..length];
-        let interrupt = &mut Interrupt::new(interrupt);
         let result = file.owner.check_fragment().and_then(|()| match &file.encrypted {
             None => plain::read(&*file.object, offset, wanted, threads, interrupt),
             Some(source) => source.read(offset, wanted, threads, interrupt),
@@ -230,6 +235,7 @@ impl FragmentReader {
         buffer::at_least(buffer, wanted).map_err(|error| error.context(&self.file.place))?;
         let mut offset = 0;
         while offset < self.size() {
+            self.prefetch(offset..self.size());
             let read = self.read_at_interruptible(offset, &mut buffer[..wanted], interrupt)?;
             take(&buffer[..read])?;
             offset += read as u64;
@@ -254,7 +260,12 @@ impl FragmentReader {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<usize> {
         let start = self.position;
+        if self.read_end == Some(start) {
+            // Perhaps all of it is read, perhaps not.
+            self.prefetch(start..self.size().min(start.saturating_add(READ_THROUGH_BYTES as u64)));
+        }
         let result = self.read_on(buf, interrupt);
+        self.read_end = Some(self.position);
         if result.is_err() {
             // Undo the whole call. A failed read returns no plaintext, not even of segments that did verify.
             self.position = start;
@@ -310,7 +321,7 @@ impl FragmentReader {
 
 impl Clone for FragmentReader {
     fn clone(&self) -> Self {
-        Self { file: Arc::clone(&self.file), position: self.position, current: None }
+        Self { file: Arc::clone(&self.file), position: self.position, read_end: None, current: None }
     }
 }
 

@@ -74,7 +74,7 @@ impl ScratchWriter {
         let source = match self.key {
             None => Source::Plain(object),
             Some((key, aad)) => {
-                let source = EncryptedSource::open(object, &key, aad, None, interrupt);
+                let source = EncryptedSource::open(&object, &key, aad, None, interrupt);
                 wipe_stack();
                 Source::Encrypted(source?)
             }

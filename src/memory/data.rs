@@ -9,7 +9,7 @@ use super::metadata::{BlockIndex, Layout};
 use crate::buffer;
 use crate::error::{Error, Result};
 use crate::fragment::FragmentReader;
-use crate::threads::lock;
+use crate::threads::{Interrupt, lock};
 
 /// A sequential read takes at least this many bytes at a time.
 const READ_BATCH_BYTES: usize = 512 << 10;
@@ -62,14 +62,28 @@ impl Data {
         layout: &Layout,
         compressed: bool,
         index: Option<BlockIndex>,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<Self> {
         let size = layout.data_bytes;
-        let frame = if compressed { Some(Frame::open(&fragment, index)?) } else { None };
+        let frame = if compressed { Some(Frame::open(&fragment, index, interrupt)?) } else { None };
         match (&frame, fragment.size()) {
             (None, stored) if stored > size => Err(too_many(stored - size)),
             (None, stored) if stored < size => Err(too_few(size - stored)),
             _ => Ok(Self { fragment, size, frame, cache: Mutex::default(), idle: Mutex::default() }),
         }
+    }
+
+    /// Says that the data from `start` on is read soon, in order.
+    pub(super) fn prefetch(&self, start: u64) {
+        let start = match &self.frame {
+            None => start,
+            Some(frame) => {
+                let offsets = frame.offsets.get().map_or(&[][..], Vec::as_slice);
+                let Some(offset) = offsets.get(to_usize(start / frame.block_size)) else { return };
+                *offset
+            }
+        };
+        self.fragment.prefetch(start..self.fragment.size());
     }
 
     /// Sets whether reads leave the pages of `mem` out of the page cache.
@@ -97,6 +111,7 @@ impl Data {
         buffers: &mut ReadBuffers,
         mut start: u64,
         end: u64,
+        interrupt: &mut Interrupt<'_>,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let block_bytes = self.block_bytes();
@@ -104,7 +119,7 @@ impl Data {
         while start < end {
             let first = start - start % block_bytes;
             let last = (first + batch_bytes).min(end.next_multiple_of(block_bytes)).min(self.size);
-            let data = self.read_blocks(buffers, first, last)?;
+            let data = self.read_blocks(buffers, first, last, interrupt)?;
             let from = usize::try_from(start - first).unwrap_or(usize::MAX);
             let to = usize::try_from(last.min(end) - first).unwrap_or(usize::MAX);
             take(&data[from..to])?;
@@ -120,6 +135,7 @@ impl Data {
         buffers: &mut ReadBuffers,
         mut at: u64,
         places: &mut [&mut [u8]],
+        interrupt: &mut Interrupt<'_>,
         mut ready: impl FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
         let block_bytes = self.block_bytes();
@@ -135,7 +151,7 @@ impl Data {
             } else if left >= min_direct_bytes && at.is_multiple_of(block_bytes) {
                 let now = place.split_off_mut(..to_usize(whole)).unwrap_or_default();
                 ready(now)?;
-                self.fill_blocks(&mut buffers.stored, at, now)?;
+                self.fill_blocks(&mut buffers.stored, at, now, interrupt)?;
                 whole
             } else {
                 if !buffers.holds.contains(&at) {
@@ -150,7 +166,7 @@ impl Data {
                     };
                     let start = at - at % block_bytes;
                     let end = (at + wanted).min(start + batch_bytes).next_multiple_of(block_bytes).min(self.size);
-                    self.read_blocks(buffers, start, end)?;
+                    self.read_blocks(buffers, start, end, interrupt)?;
                 }
                 let place = &mut places[first];
                 let length = left.min(buffers.holds.end - at);
@@ -166,14 +182,15 @@ impl Data {
     }
 
     /// Fills `buf` with the data from `start` on, through the cache of blocks. Meant for a few bytes.
-    pub(super) fn read_small(&self, start: u64, mut buf: &mut [u8]) -> Result<()> {
+    pub(super) fn read_small(&self, start: u64, mut buf: &mut [u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         let block_bytes = self.block_bytes();
         if block_bytes == 1 {
-            return self.fill(start, buf);
+            return self.fill(start, buf, interrupt);
         }
         if block_bytes > MAX_CACHED_BLOCK_BYTES as u64 {
             let mut done = 0;
-            return self.read(&mut ReadBuffers::default(), start, start + buf.len() as u64, |data| {
+            let end = start + buf.len() as u64;
+            return self.read(&mut ReadBuffers::default(), start, end, interrupt, |data| {
                 buf[done..done + data.len()].copy_from_slice(data);
                 done += data.len();
                 Ok(())
@@ -183,7 +200,7 @@ impl Data {
         while !buf.is_empty() {
             let from = to_usize(at % block_bytes);
             let length = buf.len().min(to_usize(block_bytes) - from);
-            let block = self.cached(at / block_bytes, from + length)?;
+            let block = self.cached(at / block_bytes, from + length, interrupt)?;
             let (now, later) = std::mem::take(&mut buf).split_at_mut(length);
             now.copy_from_slice(&block[from..from + length]);
             buf = later;
@@ -193,7 +210,7 @@ impl Data {
     }
 
     /// Returns at least the first `wanted` bytes of a block.
-    fn cached(&self, index: u64, wanted: usize) -> Result<Arc<Vec<u8>>> {
+    fn cached(&self, index: u64, wanted: usize, interrupt: &mut Interrupt<'_>) -> Result<Arc<Vec<u8>>> {
         self.fragment.check_owner()?;
         let mut is_known = false;
         {
@@ -219,9 +236,9 @@ impl Data {
                 length = wanted;
                 buffer::at_least(&mut buffers.data, length)?;
                 let ReadBuffers { stored, data, .. } = &mut buffers;
-                frame.read_beginning(&self.fragment, self.size, first, stored, &mut data[..length])?;
+                frame.read_beginning(&self.fragment, self.size, first, stored, &mut data[..length], interrupt)?;
             }
-            _ => drop(self.read_blocks(&mut buffers, first, first + length as u64)?),
+            _ => drop(self.read_blocks(&mut buffers, first, first + length as u64, interrupt)?),
         }
         let mut data = std::mem::take(&mut buffers.data);
         data.truncate(length);
@@ -242,28 +259,40 @@ impl Data {
     }
 
     /// Returns the data from `first` to `last`, which are both at the beginning of a block or at the end.
-    fn read_blocks<'a>(&self, buffers: &'a mut ReadBuffers, first: u64, last: u64) -> Result<&'a [u8]> {
+    fn read_blocks<'a>(
+        &self,
+        buffers: &'a mut ReadBuffers,
+        first: u64,
+        last: u64,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<&'a [u8]> {
         let length = usize::try_from(last - first).unwrap_or(usize::MAX);
         let ReadBuffers { stored, data, holds } = buffers;
         if *holds != (first..last) {
             *holds = 0..0;
             buffer::at_least(data, length)?;
-            self.fill_blocks(stored, first, &mut data[..length])?;
+            self.fill_blocks(stored, first, &mut data[..length], interrupt)?;
             *holds = first..last;
         }
         Ok(&data[..length])
     }
 
     /// Fills `buf` with whole blocks from `first` on.
-    fn fill_blocks(&self, stored: &mut Vec<u8>, first: u64, buf: &mut [u8]) -> Result<()> {
+    fn fill_blocks(
+        &self,
+        stored: &mut Vec<u8>,
+        first: u64,
+        buf: &mut [u8],
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         match &self.frame {
-            None => self.fill(first, buf),
-            Some(frame) => frame.read(&self.fragment, self.size, first, stored, buf),
+            None => self.fill(first, buf, interrupt),
+            Some(frame) => frame.read(&self.fragment, self.size, first, stored, buf, interrupt),
         }
     }
 
-    fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        match self.fragment.read_at_alone(offset, buf)? {
+    fn fill(&self, offset: u64, buf: &mut [u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
+        match self.fragment.read_at_alone(offset, buf, interrupt)? {
             read if read == buf.len() => Ok(()),
             read => Err(too_few((buf.len() - read) as u64)),
         }
@@ -271,9 +300,9 @@ impl Data {
 }
 
 impl Frame {
-    fn open(fragment: &FragmentReader, index: Option<BlockIndex>) -> Result<Self> {
+    fn open(fragment: &FragmentReader, index: Option<BlockIndex>, interrupt: &mut Interrupt<'_>) -> Result<Self> {
         let mut header = [0; lz4::HEADER_BYTES];
-        let read = fragment.read_at_alone(0, &mut header)?;
+        let read = fragment.read_at_alone(0, &mut header, interrupt)?;
         if read < header.len() {
             return Err(too_few((header.len() - read) as u64));
         }
@@ -291,7 +320,7 @@ impl Frame {
                 offset
             }));
             let found = buffer::collect(found)?;
-            check_end(fragment, found.last().copied().unwrap_or(0))?;
+            check_end(fragment, found.last().copied().unwrap_or(0), interrupt)?;
             let _ = offsets.set(found);
         }
         Ok(Self { block_size, offsets })
@@ -299,7 +328,7 @@ impl Frame {
 
     /// Returns where the blocks begin. A snapshot of crosvm does not have an index, so its size words are followed from
     /// the first to the last.
-    fn offsets(&self, fragment: &FragmentReader, size: u64) -> Result<&[u64]> {
+    fn offsets(&self, fragment: &FragmentReader, size: u64, interrupt: &mut Interrupt<'_>) -> Result<&[u64]> {
         if let Some(offsets) = self.offsets.get() {
             return Ok(offsets);
         }
@@ -309,7 +338,7 @@ impl Frame {
             buffer::reserve(&mut offsets, 1)?;
             offsets.push(offset);
             let mut word = [0; lz4::SIZE_WORD_BYTES];
-            let read = fragment.read_at_alone(offset, &mut word)?;
+            let read = fragment.read_at_alone(offset, &mut word, interrupt)?;
             if read < word.len() {
                 return Err(too_few((word.len() - read) as u64));
             }
@@ -324,7 +353,7 @@ impl Frame {
                 "failed to fill whole buffer: there are fewer blocks than the data ranges need",
             ));
         }
-        check_end(fragment, offset)?;
+        check_end(fragment, offset, interrupt)?;
         Ok(self.offsets.get_or_init(|| offsets))
     }
 
@@ -336,9 +365,10 @@ impl Frame {
         first: u64,
         stored: &mut Vec<u8>,
         data: &mut [u8],
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
         let blocks = data.chunks_mut(to_usize(self.block_size));
-        self.read_stored(fragment, size, first, stored, blocks, lz4::unpack)
+        self.read_stored(fragment, size, first, stored, blocks, interrupt, lz4::unpack)
     }
 
     /// Fills `data` with the beginning of the block at `first`.
@@ -349,8 +379,9 @@ impl Frame {
         first: u64,
         stored: &mut Vec<u8>,
         data: &mut [u8],
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        self.read_stored(fragment, size, first, stored, std::iter::once(data), lz4::unpack_beginning)
+        self.read_stored(fragment, size, first, stored, std::iter::once(data), interrupt, lz4::unpack_beginning)
     }
 
     /// Calls `unpack` for each slice of `outs` with the stored block that belongs to it. The first block is the one at
@@ -362,9 +393,10 @@ impl Frame {
         first: u64,
         stored: &mut Vec<u8>,
         outs: impl ExactSizeIterator<Item = &'a mut [u8]>,
+        interrupt: &mut Interrupt<'_>,
         unpack: impl Fn(&[u8], bool, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let offsets = self.offsets(fragment, size)?;
+        let offsets = self.offsets(fragment, size, interrupt)?;
         let number = to_usize(first / self.block_size);
         let blocks = outs.len();
         let offsets = &offsets[number..=number + blocks];
@@ -374,7 +406,7 @@ impl Frame {
         }
         buffer::at_least(stored, length)?;
         let stored = &mut stored[..length];
-        if fragment.read_at_alone(offsets[0], stored)? < length {
+        if fragment.read_at_alone(offsets[0], stored, interrupt)? < length {
             return Err(Error::corrupt("an LZ4 block extends past the end of the fragment"));
         }
         let mut rest = &*stored;
@@ -395,15 +427,16 @@ fn to_usize(length: u64) -> usize {
     usize::try_from(length).unwrap_or(usize::MAX)
 }
 
-/// Checks that the fragment ends with the end mark.
-fn check_end(fragment: &FragmentReader, end_mark: u64) -> Result<()> {
+/// Checks that the fragment ends with the end mark, whose bytes are not read from another machine.
+fn check_end(fragment: &FragmentReader, end_mark: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
     let end = end_mark + lz4::END_MARK.len() as u64;
     match fragment.size() {
         stored if stored > end => Err(too_many(stored - end)),
         stored if stored < end => Err(too_few(end - stored)),
+        _ if fragment.is_remote() => Ok(()),
         _ => {
             let mut mark = [1; lz4::END_MARK.len()];
-            fragment.read_at_alone(end_mark, &mut mark)?;
+            fragment.read_at_alone(end_mark, &mut mark, interrupt)?;
             if mark == lz4::END_MARK { Ok(()) } else { Err(Error::corrupt("the LZ4 frame has no end mark")) }
         }
     }

@@ -7,6 +7,7 @@ use super::data::{Data, ReadBuffers};
 use super::metadata::{Layout, MEMORY, METADATA, Metadata, Region, StoredRange};
 use crate::error::{Error, Result};
 use crate::snapshot::SnapshotReader;
+use crate::threads::Interrupt;
 
 /// Reads of at most this size go through the cache of blocks, because they come from random access.
 const MAX_CACHED_READ_BYTES: usize = 256 << 10;
@@ -51,12 +52,16 @@ impl SnapshotReader {
     /// [`Error::is_io`] if the namespace contains no guest memory. [`Error::is_corrupt`] if its regions and ranges
     /// contradict each other or do not fit the data. [`Error::is_authentication`] if the stored bytes were changed.
     pub fn memory(&self) -> Result<GuestMemory> {
+        // In an object store, both fragments are asked for at once.
+        let begun = self.begin(MEMORY);
         let metadata = Metadata::read(self).map_err(|error| self.without_memory(error))?;
         let layout = metadata.check();
         let layout = layout.map_err(|error| error.context(self.place(METADATA).unwrap_or_default()))?;
         let place = self.place(MEMORY)?;
         let Metadata { compressed, lz4, .. } = metadata;
-        let data = Data::open(self.raw_fragment(MEMORY)?, &layout, compressed, lz4);
+        let data =
+            Data::open(self.raw_fragment(MEMORY)?, &layout, compressed, lz4, &mut Interrupt::new(&mut || Ok(())));
+        drop(begun);
         let data = data.map_err(|error| error.context(&place))?;
         Ok(GuestMemory { layout, data, compressed, threads: self.threads(), place })
     }
@@ -124,7 +129,7 @@ impl GuestMemory {
     ) -> Result<()> {
         let (region, offset) = self.find(guest_address, buf.len() as u64)?;
         let result = if buf.len() <= MAX_CACHED_READ_BYTES {
-            self.read_here_and_there(region, offset, buf)
+            self.read_here_and_there(region, offset, buf, &mut Interrupt::new(interrupt))
         } else {
             self.read_by_all(region, offset, buf, interrupt)
         };
@@ -192,20 +197,28 @@ impl GuestMemory {
         region: usize,
         start: u64,
         places: &mut [&mut [u8]],
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
         let Some(range) = ranges_in(&self.layout.regions[region], start, start + 1).first() else { return Ok(()) };
-        let data = self.data.scatter(buffers, range.data + (start - range.start), places, |_| Ok(()));
+        self.data.prefetch(range.data + (start - range.start));
+        let data = self.data.scatter(buffers, range.data + (start - range.start), places, interrupt, |_| Ok(()));
         data.map_err(|error| error.context(&self.place))
     }
 
-    fn read_here_and_there(&self, region: &Region, offset: u64, buf: &mut [u8]) -> Result<()> {
+    fn read_here_and_there(
+        &self,
+        region: &Region,
+        offset: u64,
+        buf: &mut [u8],
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let end = offset + buf.len() as u64;
         buf.fill(0);
         for range in ranges_in(region, offset, end) {
             let (from, to) = (range.start.max(offset), range.end.min(end));
             let place = usize::try_from(from - offset).unwrap_or(usize::MAX)
                 ..usize::try_from(to - offset).unwrap_or(usize::MAX);
-            self.data.read_small(range.data + (from - range.start), &mut buf[place])?;
+            self.data.read_small(range.data + (from - range.start), &mut buf[place], interrupt)?;
         }
         Ok(())
     }

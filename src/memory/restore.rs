@@ -72,8 +72,9 @@ impl GuestMemory {
             &mut workers,
             batches.into_iter(),
             &mut Interrupt::new(&mut interrupt),
-            |buffers, (region, start, target), _| {
-                self.restore_batch(buffers, region, start, target).map_err(|error| error.context(&self.place))?;
+            |buffers, (region, start, target), interrupt| {
+                self.restore_batch(buffers, region, start, target, interrupt)
+                    .map_err(|error| error.context(&self.place))?;
                 done.fetch_add(RESTORE_BATCH_BYTES as u64, Ordering::Relaxed);
                 Ok(())
             },
@@ -99,13 +100,25 @@ impl GuestMemory {
         let starts = (0..count as u64).map(|number| offset + number * RESTORE_BATCH_BYTES as u64);
         let batches: Vec<_> = buf.chunks_mut(RESTORE_BATCH_BYTES).zip(starts).collect();
         let mut workers: Vec<_> = (0..self.threads.min(count)).map(|_| ReadBuffers::default()).collect();
-        for_each(&mut workers, batches.into_iter(), &mut Interrupt::new(interrupt), |buffers, (buffer, start), _| {
-            self.restore_batch(buffers, region, start, Target::Buffer(buffer, Backing::Other))
-        })
+        for_each(
+            &mut workers,
+            batches.into_iter(),
+            &mut Interrupt::new(interrupt),
+            |buffers, (buffer, start), interrupt| {
+                self.restore_batch(buffers, region, start, Target::Buffer(buffer, Backing::Other), interrupt)
+            },
+        )
     }
 
     /// Restores a region from `start` on, up to the end of the target or of the batch.
-    fn restore_batch(&self, buffers: &mut ReadBuffers, region: &Region, start: u64, target: Target<'_>) -> Result<()> {
+    fn restore_batch(
+        &self,
+        buffers: &mut ReadBuffers,
+        region: &Region,
+        start: u64,
+        target: Target<'_>,
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
         let end = match &target {
             Target::Buffer(buffer, _) => start + buffer.len() as u64,
             Target::File(..) => region.size.min(start + RESTORE_BATCH_BYTES as u64),
@@ -114,6 +127,9 @@ impl GuestMemory {
         let within = ranges.iter().map(|range| range.start.max(start)..range.end.min(end));
         // The data of a batch is contiguous in the stream.
         let from = ranges.first().map_or(0, |first| first.data + (first.start.max(start) - first.start));
+        if !ranges.is_empty() {
+            self.data.prefetch(from);
+        }
         match target {
             Target::Buffer(buffer, backing) => {
                 let failed = |at: u64, place: &[u8], error| not_written(region, at, place, error);
@@ -121,7 +137,7 @@ impl GuestMemory {
                 let mut places = cut(buffer, start, within, ranges.len() > MAX_HOLES_PER_BATCH, |at, hole| {
                     make_zero(hole, backing).map_err(|error| failed(at, hole, error))
                 })?;
-                self.data.scatter(buffers, from, &mut places, |place| {
+                self.data.scatter(buffers, from, &mut places, interrupt, |place| {
                     populate(place).map_err(|error| failed(start + (place.as_ptr().addr() - base) as u64, place, error))
                 })
             }
@@ -130,7 +146,7 @@ impl GuestMemory {
                 let to = last.data + (last.end.min(end) - last.start);
                 let mut within = within;
                 let mut current = start..start;
-                self.data.read(buffers, from, to, |mut data| {
+                self.data.read(buffers, from, to, interrupt, |mut data| {
                     while !data.is_empty() {
                         if current.is_empty() {
                             current = within.next().unwrap_or_default();

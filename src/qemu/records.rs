@@ -66,7 +66,7 @@ struct Worker {
 
 impl Worker {
     /// Makes the records of a batch. The first one names the block, so that batches do not depend on each other.
-    fn fill(&mut self, memory: &GuestMemory, batch: &Part<'_>) -> Result<()> {
+    fn fill(&mut self, memory: &GuestMemory, batch: &Part<'_>, interrupt: &mut Interrupt<'_>) -> Result<()> {
         const RECORD_BYTES: usize = 8 + PAGE_BYTES;
         let Self { buffers, records } = self;
         let start = batch.range.start;
@@ -108,7 +108,7 @@ impl Worker {
             places.push(&mut now[from - taken..]);
             (rest, taken) = (later, to);
         }
-        memory.gather(buffers, batch.region, first, &mut places)
+        memory.gather(buffers, batch.region, first, &mut places, interrupt)
     }
 }
 
@@ -164,7 +164,7 @@ pub(super) fn write_records(
     let mut workers: Vec<_> = (0..threads).map(|_| Worker::default()).collect();
     let batches = parts.iter().flat_map(|part| part.batches(memory)).enumerate();
     for_each(&mut workers, batches, interrupt, |worker, (number, batch), interrupt| {
-        worker.fill(memory, &batch)?;
+        worker.fill(memory, &batch, interrupt)?;
         turns.take(number, interrupt, |interrupt| {
             pipe::write_all(&mut **lock(stream), &worker.records, interrupt)?;
             written.fetch_add(worker.records.len() as u64, Ordering::Relaxed);

@@ -13,7 +13,7 @@ use crate::store::{Head, Store};
 
 /// Returns how the data key of a snapshot is wrapped, or `None` if it is not encrypted. No key is used.
 pub(crate) fn wrapping(store: &Store) -> Result<Option<KeyWrapping>> {
-    let wrapped = store.head()?.key_metadata?;
+    let wrapped = store.head(&mut || Ok(()))?.key_metadata?;
     wrapped.map(|wrapped| key::wrapping(&wrapped).map_err(|error| error.context(place(store.location())))).transpose()
 }
 
@@ -34,7 +34,7 @@ impl Unlocked {
     ) -> Result<Self> {
         // Checked for a plain snapshot too, so that a wrong argument is reported at once.
         options.credentials.unwrapper()?;
-        let Head { key_metadata, manifest } = store.head()?;
+        let Head { key_metadata, manifest } = store.head(interrupt)?;
         Ok(Self { payload: unlock(store.location(), key_metadata?, options, interrupt)?, manifest })
     }
 }
@@ -102,7 +102,7 @@ pub(crate) fn rekey_interruptible(
     let store = Store::at(Location::new(location.as_ref())?, &old.remote)?;
     let location = store.location();
     let (unwrapper, wrapper) = (old.credentials.unwrapper()?, new.credentials.wrapper()?);
-    let Head { key_metadata, manifest } = store.head()?;
+    let Head { key_metadata, manifest } = store.head(interrupt)?;
     let wrapped = key_metadata?.ok_or_else(|| {
         let text = format!(
             "the snapshot {location} is not encrypted (it has no {KEY_METADATA}), so it has no key to change; \

@@ -1,6 +1,8 @@
 //! Options for writing and reading snapshots.
 
 use std::path::Path;
+#[cfg(feature = "object-store")]
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::cipher::SecretKey;
@@ -9,6 +11,8 @@ use crate::key::{Credentials, Identity, KeyProvider, OnNewIdentity, Passphrase};
 use crate::location::LocalPath;
 use crate::serialization::Format;
 use crate::store::RemoteOptions;
+#[cfg(feature = "object-store")]
+use crate::store::{CacheOptions, DEFAULT_CACHE_BYTES};
 
 /// The end of the usual file name of an archive.
 const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
@@ -134,6 +138,20 @@ impl SnapshotOptions {
         V: Into<String>,
     {
         self.remote.storage_options = options.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        self
+    }
+
+    /// Keeps what is read from an object store in this directory, up to 10 GiB or a tenth of the free space, so that it
+    /// is not fetched again. What is encrypted in the store stays encrypted. By default nothing is kept.
+    ///
+    /// The directory is created if it does not exist. Other users must not be able to write to it. If the disk is full,
+    /// nothing more is kept, and reading goes on.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn cache(mut self, directory: impl Into<PathBuf>) -> Self {
+        let directory = directory.into();
+        let directory = std::path::absolute(&directory).unwrap_or(directory);
+        self.remote.cache = Some(CacheOptions { directory, max_bytes: DEFAULT_CACHE_BYTES });
         self
     }
 

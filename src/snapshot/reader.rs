@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::BufReader;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
 use crate::serialization::{self, Format};
 use crate::store::Store;
+use crate::store::bytes::ReadAt;
 use crate::threads;
 
 /// The size of the buffer through which a serialized value is read.
@@ -78,6 +80,12 @@ impl SnapshotReader {
             return Err(self.not_listed(&path));
         }
         FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), manifest)
+    }
+
+    /// Begins to read the first bytes of a fragment that is opened soon, if that saves time. The result must live until
+    /// then.
+    pub(crate) fn begin(&self, name: &str) -> Option<Arc<dyn ReadAt>> {
+        self.store.begin(&self.namespace.join(name).ok()?, self.manifest().ok()?)
     }
 
     /// Returns the manifest, or `None` if the snapshot is not sealed.
@@ -230,6 +238,7 @@ impl SnapshotOptions {
         let Unlocked { payload, manifest } = Unlocked::open(&store, self, interrupt)?;
         let manifest = OpenManifest::decode(store.location(), manifest?, payload.as_ref())?;
         match (&manifest, &self.seal_digest) {
+            (None, _) if store.is_always_sealed() => return Err(open_manifest::incomplete(store.location())),
             (None, expected) if self.require_sealed || expected.is_some() => {
                 return Err(open_manifest::unsealed(store.location()));
             }

@@ -27,6 +27,20 @@ pub(crate) trait ReadAt: Send + Sync {
         from
     }
 
+    /// Says that a range is read soon, in order. A hint, which may have no effect.
+    fn prefetch(&self, _range: Range<u64>) {}
+
+    /// Whether a read may take a request to another machine, so that opening should not read more than it must.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// Drops copies of a range that are kept elsewhere, because the bytes did not verify. Returns whether there were
+    /// any, so that another read may return other bytes.
+    fn distrust(&self, _range: Range<u64>) -> bool {
+        false
+    }
+
     /// Asks that reads leave no page of the object in the page cache, if it has one.
     fn set_uncached(&self, _uncached: bool) {}
 

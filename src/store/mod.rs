@@ -7,7 +7,7 @@ mod contract;
 pub(crate) mod directory;
 pub(crate) mod pipe;
 #[cfg(feature = "object-store")]
-#[allow(dead_code, unused_imports, reason = "its readers and writers follow")]
+#[allow(dead_code, unused_imports, reason = "its writers follow")]
 pub(crate) mod remote;
 mod remote_options;
 
@@ -23,17 +23,25 @@ use crate::error::{Error, Kind, Result};
 use crate::location::{LocalPath, Location, StoreUrl};
 use crate::manifest::Manifest;
 use crate::name::SnapshotPath;
+#[cfg(feature = "object-store")]
+use crate::threads::Interrupt;
 use archive::Archive;
 use bytes::{NewObject, ReadAt};
 use directory::Directory;
+#[cfg(feature = "object-store")]
+use remote::Remote;
 
 pub(crate) use remote_options::RemoteOptions;
+#[cfg(feature = "object-store")]
+pub(crate) use remote_options::{CacheOptions, DEFAULT_CACHE_BYTES};
 
 /// A snapshot, opened to be read.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) enum Store {
     Directory(Directory),
     Archive(Archive),
+    #[cfg(feature = "object-store")]
+    Remote(Remote),
 }
 
 /// The two files at the root of a snapshot. Either may be absent.
@@ -118,9 +126,8 @@ impl Store {
     }
 
     #[cfg(feature = "object-store")]
-    #[allow(clippy::needless_pass_by_value, reason = "the reader of a bucket keeps them")]
-    fn at_url(url: StoreUrl, _options: &RemoteOptions) -> Result<Self> {
-        Err(Error::invalid_argument(format!("{url} cannot be opened in place; pull the snapshot first")))
+    fn at_url(url: StoreUrl, options: &RemoteOptions) -> Result<Self> {
+        Remote::new(url, options).map(Self::Remote)
     }
 
     #[cfg(not(feature = "object-store"))]
@@ -134,6 +141,8 @@ impl Store {
         match self {
             Self::Directory(directory) => directory.location(),
             Self::Archive(archive) => archive.location(),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.url(),
         }
     }
 
@@ -142,14 +151,33 @@ impl Store {
         match self {
             Self::Directory(directory) => directory.location().path(),
             Self::Archive(archive) => archive.location().path(),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.url().path(),
         }
     }
 
+    /// The same snapshot for a reader that checks all of it, or reads it once: what is stored is read, not a copy of it.
+    pub(crate) fn uncached(self) -> Result<Self> {
+        match self {
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.uncached().map(Self::Remote),
+            other => Ok(other),
+        }
+    }
+
+    /// Whether a snapshot without a manifest is one that was never completed, or is being written.
+    pub(crate) fn is_always_sealed(&self) -> bool {
+        !matches!(self, Self::Directory(_))
+    }
+
     /// Reads the key metadata and the manifest.
-    pub(crate) fn head(&self) -> Result<Head> {
+    #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are read at once"))]
+    pub(crate) fn head(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Head> {
         match self {
             Self::Directory(directory) => directory.head(),
             Self::Archive(archive) => archive.head(),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.head(&mut Interrupt::new(interrupt)),
         }
     }
 
@@ -158,6 +186,8 @@ impl Store {
         match self {
             Self::Directory(_) => Ok(()),
             Self::Archive(archive) => archive.settle(manifest),
+            #[cfg(feature = "object-store")]
+            Self::Remote(_) => Ok(()),
         }
     }
 
@@ -166,14 +196,50 @@ impl Store {
         match self {
             Self::Directory(directory) => directory.is_sealed(),
             Self::Archive(_) => Ok(true),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.is_sealed(),
         }
     }
 
     /// Opens a fragment. In an archive, its place follows from the manifest; without it, from unauthenticated headers.
+    /// In an object store, its size follows from the manifest.
     pub(crate) fn object(&self, path: &SnapshotPath, manifest: Option<&Manifest>) -> Result<Arc<dyn ReadAt>> {
         match self {
             Self::Directory(directory) => Ok(Arc::new(directory.object(path)?)),
             Self::Archive(archive) => Ok(Arc::new(archive.object(path, manifest)?)),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => Ok(remote.object(path, manifest)?),
+        }
+    }
+
+    /// Opens a fragment that a survey found, with the stored size that it found.
+    #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "a local file says its size"))]
+    pub(crate) fn found_object(
+        &self,
+        path: &SnapshotPath,
+        stored_size: u64,
+        manifest: Option<&Manifest>,
+    ) -> Result<Arc<dyn ReadAt>> {
+        match self {
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => Ok(remote.object_of_size(path, stored_size)?),
+            _ => self.object(path, manifest),
+        }
+    }
+
+    /// Begins to read the first bytes of a fragment that is opened soon, if that saves time. The result must live until
+    /// then.
+    #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are read at once"))]
+    pub(crate) fn begin(&self, path: &SnapshotPath, manifest: Option<&Manifest>) -> Option<Arc<dyn ReadAt>> {
+        match self {
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => {
+                // An error will come back when the fragment is opened.
+                let object = remote.object(path, Some(manifest?)).ok()?;
+                object.prefetch(0..1);
+                Some(object)
+            }
+            _ => None,
         }
     }
 
@@ -186,6 +252,8 @@ impl Store {
         match self {
             Self::Directory(directory) => directory.survey(interrupt),
             Self::Archive(archive) => archive.survey(manifest, interrupt),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.survey(manifest, &mut Interrupt::new(interrupt)),
         }
     }
 
@@ -194,15 +262,20 @@ impl Store {
         match self {
             Self::Directory(directory) => directory.replace_key_metadata(wrapped, &mut || ()),
             Self::Archive(archive) => archive.replace_key_metadata(wrapped, interrupt),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.replace_key_metadata(wrapped, &mut Interrupt::new(interrupt)),
         }
     }
 
-    /// Removes the snapshot. Nothing is checked: the caller has made it.
+    /// Removes the snapshot. What is at a local path is not checked: the caller has made it.
     #[cfg(feature = "python")]
-    pub(crate) fn remove(&self) -> Result<()> {
+    #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are removed at once"))]
+    pub(crate) fn remove(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         match self {
             Self::Directory(directory) => directory.remove(),
             Self::Archive(archive) => archive.remove(),
+            #[cfg(feature = "object-store")]
+            Self::Remote(remote) => remote.remove(&mut Interrupt::new(interrupt)),
         }
     }
 
@@ -210,19 +283,19 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// `Sealed` if the snapshot is an archive.
+    /// `Sealed` if the snapshot is an archive, or in an object store.
     pub(crate) fn directory(&self) -> Result<&Directory> {
-        match self {
-            Self::Directory(directory) => Ok(directory),
-            Self::Archive(archive) => {
-                let text = format!(
-                    "the snapshot {} is an archive, which is always sealed: nothing can be added to it; write a new \
-                     snapshot",
-                    archive.location()
-                );
-                Err(Error::new(Kind::Sealed, text))
-            }
-        }
+        let kind = match self {
+            Self::Directory(directory) => return Ok(directory),
+            Self::Archive(_) => "is an archive, which",
+            #[cfg(feature = "object-store")]
+            Self::Remote(_) => "is in an object store, where it",
+        };
+        let text = format!(
+            "the snapshot {} {kind} is always sealed: nothing can be added to it; write a new snapshot",
+            self.location()
+        );
+        Err(Error::new(Kind::Sealed, text))
     }
 }
 

@@ -33,7 +33,7 @@ impl SealedSnapshot {
         let threads = threads::resolve(options.threads)?;
         // Checked for a plain snapshot too, so that a wrong argument is reported at once.
         options.credentials.unwrapper()?;
-        let Head { key_metadata, manifest } = store.head()?;
+        let Head { key_metadata, manifest } = store.head(interrupt)?;
         let (key_metadata, stored) = (key_metadata?, manifest?);
         let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;
         let Some(stored_manifest) = stored else {

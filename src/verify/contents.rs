@@ -1,7 +1,7 @@
 //! Reads the contents of all fragments: each small fragment by one thread, each large one by all threads.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::{Key, ProblemKind, SealedManifest, Verifier};
 use crate::cipher::{HEADER_BYTES, SecretKey, check_declared_chunk_size, header_tag};
@@ -10,6 +10,7 @@ use crate::fragment::{FragmentPlace, FragmentReader};
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
 use crate::store::Store;
+use crate::store::bytes::ReadAt;
 use crate::threads::{Interrupt, for_each, lock};
 
 /// Each thread reads a fragment up to this size alone; all threads read a larger one together.
@@ -107,7 +108,9 @@ impl Checker<'_> {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Checked> {
         let checked = match self.key {
-            Key::Lacking => self.header(found).map(|_| 0),
+            Key::Lacking => {
+                self.object(found).map_err(Failure::Error).and_then(|object| Self::header(&*object)).map(|_| 0)
+            }
             Key::Held(payload) => self.encrypted(found, payload.data_key(), threads, buffer, interrupt),
             Key::Plain => self.plain(found, threads, buffer, interrupt),
         };
@@ -136,16 +139,25 @@ impl Checker<'_> {
         format!("{path} of {}", self.store.location())
     }
 
-    fn open(&self, found: &FoundFragment<'_>, key: Option<&SecretKey>, threads: usize) -> Result<FragmentReader> {
+    fn object(&self, found: &FoundFragment<'_>) -> Result<Arc<dyn ReadAt>> {
+        self.store.found_object(&SnapshotPath::try_from(found.path.to_owned())?, found.stored_size, self.manifest)
+    }
+
+    fn open(
+        &self,
+        object: &Arc<dyn ReadAt>,
+        found: &FoundFragment<'_>,
+        key: Option<&SecretKey>,
+        threads: usize,
+    ) -> Result<FragmentReader> {
         let path = SnapshotPath::try_from(found.path.to_owned())?;
-        let object = self.store.object(&path, self.manifest)?;
+        let place = FragmentPlace::new(self.store.location(), &path);
         // Without the entry of the manifest: this room tells differences apart.
-        FragmentReader::of_object(object, FragmentPlace::new(self.store.location(), &path), key, threads, None)
+        FragmentReader::of_object(Arc::clone(object), place, key, threads, None)
     }
 
     /// The tag of a FLOE header, not authenticated.
-    fn header(&self, found: &FoundFragment<'_>) -> std::result::Result<[u8; 32], Failure> {
-        let object = self.store.object(&SnapshotPath::try_from(found.path.to_owned())?, self.manifest)?;
+    fn header(object: &dyn ReadAt) -> std::result::Result<[u8; 32], Failure> {
         if object.size() < HEADER_BYTES as u64 {
             return Err(problem(ProblemKind::Truncated, "it is shorter than any encrypted fragment"));
         }
@@ -163,22 +175,23 @@ impl Checker<'_> {
         buffer: &mut Vec<u8>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> std::result::Result<u64, Failure> {
+        let object = self.object(found)?;
         if let Some(entry) = found.entry {
             let Proof::HeaderTag { tag: expected, .. } = entry.proof else {
                 return Err(problem(ProblemKind::BadManifest, "the manifest lists it as a plain fragment"));
             };
-            let tag = self.header(found)?;
+            let tag = Self::header(&*object)?;
             if tag != expected {
                 self.check_swapped(found, &tag)?;
             }
             found.check_size()?;
             if tag != expected {
-                self.open(found, Some(key), threads)?;
+                self.open(&object, found, Some(key), threads)?;
                 let text = "it is authentic, but it is an older or newer version than the sealed one";
                 return Err(problem(ProblemKind::Changed, text));
             }
         }
-        let fragment = self.open(found, Some(key), threads)?;
+        let fragment = self.open(&object, found, Some(key), threads)?;
         fragment.read_through(buffer, interrupt, |_| Ok(()))?;
         Ok(fragment.size())
     }
@@ -197,7 +210,7 @@ impl Checker<'_> {
             // Do not read it: a huge sparse file would take hours.
             found.check_size()?;
         }
-        let fragment = self.open(found, None, threads)?;
+        let fragment = self.open(&self.object(found)?, found, None, threads)?;
         let Some(entry) = found.entry else {
             fragment.read_through(buffer, interrupt, |_| Ok(()))?;
             return Ok(fragment.size());

@@ -138,8 +138,8 @@ impl SnapshotOptions {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Verification> {
         let threads = threads::resolve(self.threads)?;
-        let store = Store::at(Location::new(location.as_ref())?, &self.remote)?;
-        let head = store.head();
+        let store = Store::at(Location::new(location.as_ref())?, &self.remote)?.uncached()?;
+        let head = store.head(interrupt);
         let mut verifier = Verifier { store, report: Verification::default(), found: BTreeMap::new() };
         let Head { key_metadata, manifest } = match head {
             // The beginning of an archive is damaged, and with it the way to everything else.

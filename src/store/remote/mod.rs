@@ -8,6 +8,10 @@
 //! claim.rs        the claim on a prefix while a snapshot is written there
 //! draft.rs        a snapshot that is written straight into a bucket
 //! clean.rs        removes what killed writers left
+//! reading.rs      a snapshot, opened to be read
+//! blocks.rs       a fragment, read in blocks
+//! pool.rs         the blocks in memory, and the requests for them
+//! cache.rs        blocks in files on a local disk
 //! runtime.rs      the runtime of the process, and tasks that threads wait for
 //! connect.rs      the client of a store, made of a URL, options and the environment
 //! settings.rs     options and environment, checked
@@ -20,15 +24,21 @@
 //! in steps, so that a caller can stop it. Nothing on the side of the runtime may use the thread pool, because all
 //! threads of the pool may be waiting.
 
+mod blocks;
 mod bucket;
 mod claim;
 mod clean;
+pub(crate) mod cache;
 mod connect;
 mod credentials;
 mod draft;
 mod errors;
 mod flights;
 mod objects;
+mod pool;
+mod reading;
+#[cfg(test)]
+mod reading_tests;
 pub(crate) mod runtime;
 mod settings;
 #[cfg(test)]
@@ -48,3 +58,4 @@ pub(crate) use draft::{SnapshotUpload, exists, occupied, remains};
 pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
 pub(crate) use upload::{UploadedObject, abort_all, has_proof, patience, proof_attributes};
+pub(crate) use reading::Remote;

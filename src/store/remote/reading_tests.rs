@@ -1,0 +1,589 @@
+//! Reading in place, from a server that counts requests and gives answers that no real store gives.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use object_store::Attributes;
+
+use super::blocks::BlockReader;
+use super::cache::{self, BlockCache, BlockName};
+use super::pool::{BLOCK_BYTES, Pool};
+use super::settings::tests::url;
+use super::test_server::{Reply, Request, Server};
+use super::{Bucket, Remote};
+use crate::error::{Error, Result};
+use crate::location::{Location, StoreUrl};
+use crate::memory::{GuestDestination, GuestRegion, MemoryOptions};
+use crate::snapshot::{SnapshotOptions, SnapshotReader};
+use crate::store::bytes::ReadAt;
+use crate::store::{CacheOptions, RemoteOptions, Store};
+use crate::threads::{Interrupt, lock};
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+/// The answer of S3 for an object. `etag` is that of all objects.
+fn answer(files: &Files, request: &Request, etag: &str) -> Reply {
+    let name = request.target.trim_start_matches("/bucket/vm1/");
+    let Some(bytes) = files.get(name) else { return Reply::error(404, "NoSuchKey", "") };
+    if request.header("if-match").is_some_and(|expected| expected != etag) {
+        return Reply::error(412, "PreconditionFailed", "");
+    }
+    let reply = match request.header("range").and_then(|range| range.strip_prefix("bytes=")?.split_once('-')) {
+        None => Reply::object(bytes),
+        Some((first, last)) => {
+            let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
+            if first >= bytes.len() {
+                return Reply::error(416, "InvalidRange", "");
+            }
+            let last = last.min(bytes.len() - 1);
+            Reply::part(&format!("bytes {first}-{last}/{}", bytes.len()), &bytes[first..=last])
+        }
+    };
+    reply.with("ETag", etag)
+}
+
+fn serve(files: Files) -> Server {
+    Server::start(move |_, request| answer(&files, request, "\"1\""))
+}
+
+fn names(server: &Server) -> Vec<String> {
+    let mut names: Vec<_> =
+        server.requests().iter().map(|request| request.target.replace("/bucket/vm1/", "")).collect();
+    names.sort();
+    names
+}
+
+fn options(server: &Server, base: &SnapshotOptions) -> SnapshotOptions {
+    SnapshotOptions { remote: server.bucket().options().clone(), ..base.clone() }
+}
+
+fn open(server: &Server, base: &SnapshotOptions) -> SnapshotReader {
+    options(server, base).open("s3://bucket/vm1").unwrap()
+}
+
+/// The files of a directory.
+fn files(directory: &Path) -> Files {
+    let mut files = Files::new();
+    let mut left = vec![directory.to_owned()];
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            left.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            let name = path.strip_prefix(directory).unwrap().to_str().unwrap().to_owned();
+            files.insert(name, std::fs::read(path).unwrap());
+        }
+    }
+    files
+}
+
+/// Bytes that do not repeat from block to block.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length as u64 / 8 + 1)
+        .flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes())
+        .take(length)
+        .collect()
+}
+
+/// A snapshot with 9 MiB of guest memory, of which the last page is not zero, and a large fragment.
+fn snapshot(options: &SnapshotOptions, compressed: bool) -> (Files, Vec<u8>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm1");
+    let staged = options.create(&path).unwrap();
+    let ram = pattern(9 << 20);
+    let memory = MemoryOptions::new().compress(compressed);
+    staged.writer().write_memory(&[GuestRegion::new(0x1000, &ram)], &memory).unwrap();
+    let devices = staged.writer().add_namespace("devices").unwrap();
+    let mut fragment = devices.raw_fragment("sda").unwrap();
+    std::io::Write::write_all(&mut fragment, &pattern(5 << 20)).unwrap();
+    fragment.finish().unwrap();
+    staged.commit().unwrap();
+    (files(&path), ram)
+}
+
+fn encrypted() -> SnapshotOptions {
+    SnapshotOptions::new().key([7; 32].into())
+}
+
+/// Answers requests for these objects only when all of them were asked for.
+struct Together {
+    groups: Vec<&'static [&'static str]>,
+    asked: Mutex<Vec<String>>,
+    changed: Condvar,
+}
+
+impl Together {
+    fn wait(&self, name: &str) {
+        let mut asked = lock(&self.asked);
+        asked.push(name.to_owned());
+        self.changed.notify_all();
+        let Some(group) = self.groups.iter().find(|group| group.contains(&name)) else { return };
+        while !group.iter().all(|other| asked.iter().any(|name| name == other)) {
+            let (again, waited) = self.changed.wait_timeout(asked, Duration::from_secs(60)).unwrap();
+            assert!(!waited.timed_out(), "{name} was asked for alone");
+            asked = again;
+        }
+    }
+}
+
+#[test]
+fn the_first_bytes_of_guest_memory_take_two_round_trips() {
+    for (base, compressed) in
+        [(SnapshotOptions::new(), false), (SnapshotOptions::new(), true), (encrypted(), false), (encrypted(), true)]
+    {
+        let (files, ram) = snapshot(&base, compressed);
+        let together = Together {
+            groups: vec![&["enc_metadata", "vmsnap_manifest"], &["mem", "mem_metadata"]],
+            asked: Mutex::default(),
+            changed: Condvar::new(),
+        };
+        let server = Server::start(move |_, request| {
+            together.wait(request.target.trim_start_matches("/bucket/vm1/"));
+            answer(&files, request, "\"1\"")
+        });
+        let reader = open(&server, &base);
+        assert_eq!(reader.location(), Path::new("s3://bucket/vm1"));
+        assert_eq!(reader.list_namespaces().unwrap(), ["devices"]);
+        let memory = reader.memory().unwrap();
+        let mut page = [0; 4096];
+        memory.read_at(0x1000, &mut page).unwrap();
+        assert_eq!(page, ram[..4096]);
+        assert_eq!(names(&server), ["enc_metadata", "mem", "mem_metadata", "vmsnap_manifest"]);
+        assert!(server.requests().iter().all(|request| request.method == "GET"));
+    }
+}
+
+#[test]
+fn a_whole_snapshot_is_read_and_restored() {
+    for (base, compressed) in [(SnapshotOptions::new(), true), (encrypted(), false), (encrypted(), true)] {
+        let (files, ram) = snapshot(&base, compressed);
+        let blocks = files["mem"].len().div_ceil(BLOCK_BYTES);
+        let server = serve(files);
+        let reader = open(&server, &base);
+        let mut back = vec![0; ram.len()];
+        reader.memory().unwrap().restore(&mut [GuestDestination::buffer(&mut back)]).unwrap();
+        assert!(back == ram);
+        assert_eq!(names(&server).iter().filter(|name| *name == "mem").count(), blocks, "each block is fetched once");
+        let mut bytes = Vec::new();
+        let mut fragment = reader.namespace("devices").unwrap().raw_fragment("sda").unwrap();
+        std::io::Read::read_to_end(&mut fragment, &mut bytes).unwrap();
+        assert!(bytes == pattern(5 << 20));
+        // A handle reads the same in another process.
+        let text = serde_json::to_vec(&reader).unwrap();
+        let again: SnapshotReader = serde_json::from_slice(&text).unwrap();
+        assert_eq!(again.namespace("devices").unwrap().raw_fragment("sda").unwrap().size(), 5 << 20);
+    }
+}
+
+#[test]
+fn nothing_is_asked_before_the_first_read_of_a_plain_fragment() {
+    let (files, _) = snapshot(&SnapshotOptions::new(), false);
+    let server = serve(files);
+    let reader = open(&server, &SnapshotOptions::new());
+    let fragment = reader.namespace("devices").unwrap().raw_fragment("sda").unwrap();
+    assert_eq!(fragment.size(), 5 << 20);
+    assert_eq!(server.requests().len(), 2);
+    assert!(reader.raw_fragment("absent").unwrap_err().is_not_found());
+    assert!(reader.raw_fragment("devices").unwrap_err().is_not_found());
+    assert_eq!(server.requests().len(), 2);
+}
+
+#[test]
+fn a_place_without_a_manifest_is_not_a_snapshot() {
+    let (mut files, _) = snapshot(&encrypted(), false);
+    files.remove("vmsnap_manifest");
+    let incomplete = serve(files);
+    let error = options(&incomplete, &encrypted()).open("s3://bucket/vm1").unwrap_err();
+    assert!(error.is_corrupt() && error.to_string().contains("not complete"), "{error}");
+    let empty = serve(Files::new());
+    let error = options(&empty, &SnapshotOptions::new()).open("s3://bucket/vm1").unwrap_err();
+    assert!(error.is_not_found() && error.to_string().contains("s3://bucket/vm1"), "{error}");
+}
+
+/// A reader of an object of two blocks and a byte.
+fn reader_of(server: &Server) -> BlockReader {
+    BlockReader::new(&server.bucket(), "mem", 2 * BLOCK_BYTES as u64 + 1, None).unwrap()
+}
+
+fn object() -> Files {
+    [("mem".to_owned(), pattern(2 * BLOCK_BYTES + 1))].into()
+}
+
+fn read(reader: &BlockReader, offset: u64, length: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    reader.read_exact_at(&mut bytes, offset, &mut Interrupt::new(&mut || Ok(()))).map(|()| bytes)
+}
+
+#[test]
+fn every_range_is_read() {
+    let (all, size) = (pattern(2 * BLOCK_BYTES + 1), 2 * BLOCK_BYTES + 1);
+    let server = serve(object());
+    let reader = reader_of(&server);
+    for (offset, length) in [
+        (0, 0),
+        (0, 1),
+        (BLOCK_BYTES - 1, 1),
+        (BLOCK_BYTES - 1, 2),
+        (BLOCK_BYTES, 1),
+        (0, size),
+        (size - 1, 1),
+        (size, 0),
+    ] {
+        assert!(read(&reader, offset as u64, length).unwrap() == all[offset..offset + length]);
+    }
+    assert!(read(&reader, size as u64, 1).unwrap_err().is_corrupt());
+    assert!(read(&reader, u64::MAX, 1).unwrap_err().is_corrupt());
+    let requests = server.requests();
+    assert_eq!(requests.len(), 3);
+    assert_eq!(requests[0].header("range"), Some("bytes=0-2097151"));
+    assert!(requests[0].header("if-match").is_none() && requests[1].header("if-match") == Some("\"1\""));
+}
+
+#[test]
+fn an_object_that_was_replaced_is_an_error() {
+    let files = object();
+    // One server checks the condition, and one ignores it.
+    for ignores in [false, true] {
+        let files = files.clone();
+        let server = Server::start(move |number, request| {
+            let mut request = request.clone();
+            if ignores {
+                request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("if-match"));
+            }
+            answer(&files, &request, if number == 0 { "\"1\"" } else { "\"2\"" })
+        });
+        let reader = reader_of(&server);
+        read(&reader, 0, 1).unwrap();
+        let error = read(&reader, BLOCK_BYTES as u64, 1).unwrap_err();
+        assert!(error.is_corrupt() && error.to_string().contains("replaced"), "{error}");
+        assert_eq!(read(&reader, 0, 1).unwrap(), pattern(1), "the block in memory is of the first version");
+    }
+}
+
+#[test]
+fn an_answer_that_is_not_the_block_is_an_error() {
+    let whole = pattern(2 * BLOCK_BYTES + 1);
+    let longer = BLOCK_BYTES * 2 + 2;
+    let part = whole[..BLOCK_BYTES].to_vec();
+    let short = Reply::part("bytes 0-2097151/4194305", &part[1..]).with("Content-Length", "2097152");
+    for (reply, text) in [
+        (Reply::object(&whole), "ignores ranges"),
+        (Reply::part("bytes 1-2097152/4194305", &part), "ignores ranges"),
+        (Reply::part(&format!("bytes 0-2097151/{longer}"), &part), "the manifest says"),
+        (Reply::error(404, "NoSuchKey", ""), "the manifest lists it"),
+        (Reply::error(416, "InvalidRange", ""), "shorter than expected"),
+        (Reply::error(403, "AccessDenied", ""), "AccessDenied"),
+        (short, "try again"),
+    ] {
+        let server = Server::start(move |_, _| reply.clone());
+        let error = read(&reader_of(&server), 0, 1).unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        assert!(error.is_corrupt() || error.is_io(), "{error}");
+    }
+}
+
+#[test]
+fn a_failed_fetch_is_not_kept() {
+    let files = object();
+    let server = Server::start(move |number, request| match number {
+        0 => Reply::error(403, "AccessDenied", ""),
+        _ => answer(&files, request, "\"1\""),
+    });
+    let reader = reader_of(&server);
+    assert!(read(&reader, 0, 1).is_err());
+    assert_eq!(read(&reader, 0, 100).unwrap(), pattern(100));
+}
+
+#[test]
+fn sixteen_threads_that_need_a_block_share_one_request() {
+    for fails in [false, true] {
+        let (files, begun) = (object(), Arc::new(AtomicUsize::new(0)));
+        let counted = Arc::clone(&begun);
+        let server = Server::start(move |_, request| {
+            while counted.load(Ordering::Acquire) < 16 {
+                std::thread::yield_now();
+            }
+            if fails { Reply::error(403, "AccessDenied", "") } else { answer(&files, request, "\"1\"") }
+        });
+        let reader = reader_of(&server);
+        std::thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| {
+                    let mut byte = [0];
+                    let mut first = true;
+                    let mut waits = || {
+                        if std::mem::take(&mut first) {
+                            begun.fetch_add(1, Ordering::Release);
+                        }
+                        Ok(())
+                    };
+                    let mut interrupt = Interrupt::new(&mut waits);
+                    let result = reader.read_exact_at(&mut byte, 0, &mut interrupt);
+                    assert_eq!(result.is_err(), fails);
+                    assert_eq!(result.err().and_then(|error| error.raw_os_error()), fails.then_some(libc::EACCES));
+                });
+            }
+        });
+        assert_eq!(server.requests().len(), 1);
+    }
+}
+
+#[test]
+fn a_reader_that_waits_can_be_stopped_and_does_not_stop_others() {
+    let files = object();
+    let server = Server::start(move |number, request| match number {
+        0 => Reply::Hang,
+        _ => answer(&files, request, "\"1\""),
+    });
+    let reader = reader_of(&server);
+    let mut stop = || Err(Error::interrupted());
+    let error = reader.read_exact_at(&mut [0], 0, &mut Interrupt::new(&mut stop)).unwrap_err();
+    assert!(error.is_interrupted());
+    assert_eq!(read(&reader, 0, 1).unwrap(), pattern(1), "the request that hangs was given up");
+}
+
+fn with_options(server: &Server, change: impl FnOnce(&mut RemoteOptions)) -> Bucket {
+    let mut options = server.bucket().options().clone();
+    change(&mut options);
+    Bucket::new(url("s3://bucket/vm1"), options).unwrap()
+}
+
+#[test]
+fn memory_is_bounded_however_slow_the_reader_is() {
+    let size = 20 * BLOCK_BYTES;
+    let all = pattern(size);
+    let files: Files = [("mem".to_owned(), all.clone()), ("other".to_owned(), all.clone())].into();
+    let (running, most) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+    let seen = Arc::clone(&most);
+    let server = Server::start(move |_, request| {
+        seen.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        let reply = answer(&files, request, "\"1\"");
+        running.fetch_sub(1, Ordering::SeqCst);
+        reply
+    });
+    let bucket = with_options(&server, |options| options.connections = 2);
+    let pool = Pool::of(&bucket).unwrap();
+    let readers = ["mem", "other"].map(|name| BlockReader::new(&bucket, name, size as u64, None).unwrap());
+    for block in 0..20 {
+        for reader in &readers {
+            let offset = block * BLOCK_BYTES;
+            reader.prefetch(offset as u64..size as u64);
+            assert_eq!(read(reader, offset as u64, 1).unwrap(), all[offset..=offset]);
+            assert!(pool.existing() <= 8, "{}", pool.existing());
+        }
+    }
+    assert!(most.load(Ordering::SeqCst) <= 2);
+    assert_eq!(server.requests().len(), 40, "no block is fetched twice");
+    drop(readers);
+    // A fetch that was cancelled ends soon.
+    while pool.existing() > 0 {
+        std::thread::yield_now();
+    }
+}
+
+fn cache_options(directory: &Path) -> CacheOptions {
+    CacheOptions { directory: directory.to_owned(), max_bytes: 1 << 30 }
+}
+
+fn cached(server: &Server, base: &SnapshotOptions, directory: &Path) -> SnapshotOptions {
+    let mut options = options(server, base);
+    options.remote.cache = Some(cache_options(directory));
+    options
+}
+
+fn read_sda(options: &SnapshotOptions) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; 5 << 20];
+    let reader = options.open("s3://bucket/vm1")?;
+    let read = reader.namespace("devices")?.raw_fragment("sda")?.read_at(0, &mut bytes)?;
+    assert_eq!(read, bytes.len());
+    Ok(bytes)
+}
+
+#[test]
+fn a_cached_block_is_not_fetched_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("a").join("cache");
+    let (files, _) = snapshot(&encrypted(), false);
+    let server = serve(files.clone());
+    let options = cached(&server, &encrypted(), &directory);
+    assert!(read_sda(&options).unwrap() == pattern(5 << 20));
+    assert_eq!(server.requests().len(), 2 + 3);
+    assert_eq!(cache::usage(&directory).unwrap().blocks, 3);
+    assert!(read_sda(&options).unwrap() == pattern(5 << 20));
+    assert_eq!(server.requests().len(), 2 + 3 + 2);
+
+    // What is stored stays encrypted, and only its owner may read it.
+    let mut blocks: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    blocks.sort_by_key(|path| std::fs::metadata(path).unwrap().len());
+    let stored = std::fs::read(&blocks[2]).unwrap();
+    assert!(files["devices/sda"].windows(64).step_by(64).any(|window| stored[32..96] == *window));
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
+
+    // Damaged blocks are fetched once more: one that is too short, one with other contents, one that is a link.
+    std::fs::write(&blocks[0], b"short").unwrap();
+    let mut damaged = std::fs::read(&blocks[1]).unwrap();
+    damaged[1000] ^= 1;
+    std::fs::write(&blocks[1], &damaged).unwrap();
+    std::fs::remove_file(&blocks[2]).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &blocks[2]).unwrap();
+    assert!(read_sda(&options).unwrap() == pattern(5 << 20));
+    assert_eq!(server.requests().len(), 2 + 3 + 2 + 2 + 3);
+    assert!(read_sda(&options).unwrap() == pattern(5 << 20));
+    assert_eq!(server.requests().len(), 2 + 3 + 2 + 2 + 3 + 2);
+
+    // A verification reads the store itself.
+    assert_eq!(cache::empty(&directory).unwrap().blocks, 3);
+    assert_eq!(cache::usage(&directory).unwrap(), cache::CacheUsage::default());
+    assert_eq!(cache::usage(&folder.path().join("absent")).unwrap().blocks, 0);
+}
+
+#[test]
+fn a_cached_block_whose_tag_fails_is_fetched_once_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let (files, _) = snapshot(&encrypted(), false);
+    let manifest = *blake3::hash(&files["vmsnap_manifest"]).as_bytes();
+    let stored = files["devices/sda"].clone();
+    let server = serve(files);
+    let options = cached(&server, &encrypted(), folder.path());
+    let cache = BlockCache::open(&cache_options(folder.path())).unwrap().unwrap();
+    // The digest fits, and the contents are wrong: in the header, in a segment.
+    for (number, damaged) in [(0, 40), (0, 100_000), (2, 10)] {
+        let name = BlockName::new(&manifest, "devices/sda", number);
+        let start = usize::try_from(number).unwrap() * BLOCK_BYTES;
+        let mut block = stored[start..stored.len().min(start + BLOCK_BYTES)].to_vec();
+        let right = block.clone();
+        block[damaged] ^= 1;
+        cache.store(&name, &block);
+        assert!(read_sda(&options).unwrap() == pattern(5 << 20));
+        assert!(cache.load(&name, right.len()).unwrap() == right, "the cache has the right block now");
+    }
+    // If the store has wrong bytes, the second try is the last.
+    let mut wrong = server_files(&server);
+    wrong.get_mut("devices/sda").unwrap()[100_000] ^= 1;
+    let wrong = serve(wrong);
+    cache::empty(folder.path()).unwrap();
+    let error = read_sda(&cached(&wrong, &encrypted(), folder.path())).unwrap_err();
+    assert!(error.is_authentication(), "{error}");
+    assert!(names(&wrong).iter().filter(|name| *name == "devices/sda").count() <= 4);
+}
+
+/// The objects of a server, read through it.
+fn server_files(server: &Server) -> Files {
+    let bucket = server.bucket();
+    let whole = super::Wanted::Whole { max_bytes: 1 << 30 };
+    ["enc_metadata", "vmsnap_manifest", "mem", "mem_metadata", "devices/sda"]
+        .into_iter()
+        .map(|name| {
+            let got = bucket.get(name, whole.clone(), None, &mut Interrupt::new(&mut || Ok(()))).unwrap();
+            (name.to_owned(), got.bytes.to_vec())
+        })
+        .collect()
+}
+
+fn in_memory(name: &str, files: &Files) -> Remote {
+    let url = url(&format!("memory://{name}/vm1"));
+    let bucket = Bucket::new(url.clone(), RemoteOptions::default()).unwrap();
+    for (name, bytes) in files {
+        put(&bucket, name, bytes);
+    }
+    Remote::new(url, &RemoteOptions::default()).unwrap()
+}
+
+fn put(bucket: &Bucket, name: &str, bytes: &[u8]) {
+    let bytes = Bytes::copy_from_slice(bytes);
+    bucket.put(name, bytes, Attributes::new(), None, &mut Interrupt::new(&mut || Ok(()))).unwrap();
+}
+
+fn listed(url: &StoreUrl) -> Vec<String> {
+    let bucket = Bucket::new(url.clone(), RemoteOptions::default()).unwrap();
+    bucket.list(&mut Interrupt::new(&mut || Ok(()))).unwrap().into_iter().map(|each| each.name).collect()
+}
+
+#[test]
+fn a_verification_finds_what_differs_in_the_store() {
+    for base in [SnapshotOptions::new(), encrypted()] {
+        let (mut files, _) = snapshot(&base, false);
+        in_memory("verified", &files);
+        let report = base.verify("memory://verified/vm1").unwrap();
+        assert!(report.is_ok(), "{report:?}");
+
+        files.get_mut("devices/sda").unwrap()[1_000_000] ^= 1;
+        files.get_mut("mem").unwrap().pop();
+        files.insert("more".to_owned(), vec![1]);
+        files.insert(".vmsnap-push".to_owned(), vec![1]);
+        let remote = in_memory("differs", &files);
+        let report = base.verify("memory://differs/vm1").unwrap();
+        let kinds: Vec<_> = report.problems.iter().map(|problem| (&*problem.path, problem.kind.as_str())).collect();
+        let changed = if base.is_encrypted() { "not authentic" } else { "changed" };
+        let expected = [(".vmsnap-push", "extra"), ("devices/sda", changed), ("mem", "truncated"), ("more", "extra")];
+        assert_eq!(kinds, expected);
+        remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
+        assert!(listed(remote.url()).is_empty());
+    }
+}
+
+#[test]
+fn only_a_snapshot_is_removed() {
+    let interrupt = &mut Interrupt::new(&mut || Ok(()));
+    let files = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), vec![1])).collect::<Files>();
+    for (at, names, text) in [
+        ("absent", &[][..], "has no vmsnap_manifest"),
+        ("other", &["mem"], "has no vmsnap_manifest"),
+        ("push", &[".vmsnap-push", "enc_metadata", "mem"], "vmsnap clean"),
+        ("outer", &["vmsnap_manifest", "mem", "inner/vmsnap_manifest"], "another snapshot below it, at \"inner\""),
+    ] {
+        let remote = in_memory(at, &files(names));
+        let error = remote.remove(interrupt).unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(listed(remote.url()).len(), names.len());
+    }
+    // A removal that failed before its end is repeated.
+    let remote = in_memory("broken", &files(&["enc_metadata", "mem"]));
+    remote.remove(interrupt).unwrap();
+    assert!(listed(remote.url()).is_empty());
+}
+
+#[test]
+fn a_removal_begins_with_the_manifest_and_ends_with_the_key_metadata() {
+    let listing = ["enc_metadata", "mem", "vmsnap_manifest"].map(|name| {
+        format!(
+            "<Contents><Key>vm1/{name}</Key><LastModified>2025-11-01T00:00:00.000Z</LastModified><ETag>\"1\"</ETag>\
+             <Size>1</Size></Contents>"
+        )
+    });
+    let listing = format!("<ListBucketResult>{}</ListBucketResult>", listing.concat());
+    let server = Server::start(move |_, request| match &*request.method {
+        "GET" => Reply::object(listing.as_bytes()),
+        _ => Reply::object(b"<DeleteResult></DeleteResult>"),
+    });
+    let remote = Remote::new(url("s3://bucket/vm1"), server.bucket().options()).unwrap();
+    remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
+    let removed: Vec<_> = server.requests().into_iter().filter(|request| request.method != "GET").collect();
+    let text: String = removed.iter().map(|each| each.target.clone() + &String::from_utf8_lossy(&each.body)).collect();
+    let at = |name: &str| text.find(name).unwrap_or_else(|| panic!("{name} is not in {text}"));
+    assert!(at("vmsnap_manifest") < at("vm1/mem") && at("vm1/mem") < at("enc_metadata"), "{text}");
+}
+
+#[test]
+fn other_key_metadata_replaces_only_the_version_that_was_read() {
+    let (files, _) = snapshot(&encrypted(), false);
+    in_memory("rekeyed", &files);
+    let at = Path::new("memory://rekeyed/vm1");
+    let new = SnapshotOptions::new().key([8; 32].into());
+    crate::rekey(at, &encrypted(), &new).unwrap();
+    assert_eq!(new.open(at).unwrap().namespace("devices").unwrap().list_fragments().unwrap(), ["sda"]);
+    assert!(encrypted().open(at).unwrap_err().is_authentication());
+
+    let stores = [(); 2].map(|()| {
+        let store = Store::at(Location::new(at).unwrap(), &RemoteOptions::default()).unwrap();
+        store.head(&mut || Ok(())).unwrap();
+        store
+    });
+    stores[0].replace_key_metadata(b"first", &mut || Ok(())).unwrap();
+    assert!(stores[1].replace_key_metadata(b"second", &mut || Ok(())).unwrap_err().is_state());
+    stores[0].replace_key_metadata(b"third", &mut || Ok(())).unwrap();
+}
