@@ -163,6 +163,6 @@ impl TryFrom<Named> for Bucket {
 
 impl std::fmt::Debug for Bucket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Bucket").field("url", &self.url).field("options", &self.options).finish()
+        f.debug_struct("Bucket").field("url", &self.url).field("options", &self.options).finish_non_exhaustive()
     }
 }

@@ -53,7 +53,11 @@ pub(super) enum Event {
 pub(super) fn event(error: &object_store::Error) -> Event {
     let answer = answer(error);
     match error {
-        object_store::Error::NotFound { .. } if !answer.as_ref().is_some_and(Answer::is_about_bucket) => Event::Absent,
+        object_store::Error::NotFound { .. }
+            if !answer.as_ref().is_some_and(|answer| answer.is_about_bucket() || answer.is_refusal()) =>
+        {
+            Event::Absent
+        }
         object_store::Error::AlreadyExists { .. } => Event::Exists,
         object_store::Error::Precondition { .. } | object_store::Error::NotModified { .. } => Event::Changed,
         error if transient(error, answer.as_ref()).is_some() => Event::Transient,
@@ -85,6 +89,9 @@ pub(super) fn of_request(doing: &str, error: &object_store::Error, settings: &Se
         let text = format!("{doing}: the credentials for the bucket {bucket} have expired{said}; renew them");
         return Error::io(text, Errno::ACCESS);
     }
+    if answer.as_ref().is_some_and(Answer::is_refusal) {
+        return refused(doing, answer.as_ref(), &said, settings);
+    }
     match error {
         object_store::Error::NotFound { .. } => Error::io(format!("{doing}: it is not in the bucket"), Errno::NOENT),
         object_store::Error::AlreadyExists { .. } => Error::io(format!("{doing}: it exists already"), Errno::EXIST),
@@ -92,17 +99,7 @@ pub(super) fn of_request(doing: &str, error: &object_store::Error, settings: &Se
             Error::corrupt(format!("{doing}: it was replaced by another version meanwhile"))
         }
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
-            // S3 hides from those who may not list a bucket whether an object is absent.
-            let hint = match settings.scheme {
-                Scheme::S3 => "; without the permission s3:ListBucket an absent object, too, gets this answer",
-                _ => "",
-            };
-            let text = format!(
-                "{doing}: the bucket {bucket} refused access{said}{hint}; looked for credentials at the storage \
-                 options, {}",
-                looked_at(settings.scheme)
-            );
-            Error::io(text, Errno::ACCESS)
+            refused(doing, answer.as_ref(), &said, settings)
         }
         object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. } => {
             no_condition(doing, &said)
@@ -136,6 +133,22 @@ fn other(doing: &str, error: &object_store::Error, answer: Option<&Answer>, said
     }
 }
 
+fn refused(doing: &str, answer: Option<&Answer>, said: &str, settings: &Settings) -> Error {
+    // S3 hides from those who may not list a bucket whether an object is absent.
+    let hint = match answer {
+        Some(answer) if settings.scheme == Scheme::S3 && answer.code == "AccessDenied" => {
+            "; without the permission s3:ListBucket an absent object, too, gets this answer"
+        }
+        _ => "",
+    };
+    let text = format!(
+        "{doing}: the bucket {} refused access{said}{hint}; looked for credentials at the storage options, {}",
+        settings.bucket,
+        looked_at(settings.scheme)
+    );
+    Error::io(text, Errno::ACCESS)
+}
+
 fn no_condition(doing: &str, said: &str) -> Error {
     Error::invalid_argument(format!(
         "{doing}: the store has no conditional writes{said}, without which two writers could mix their snapshots; use \
@@ -156,6 +169,14 @@ impl Answer {
     fn is_about_bucket(&self) -> bool {
         self.status == 404 && matches!(&*self.code, "NoSuchBucket" | "ContainerNotFound")
             || self.message.contains("specified bucket does not exist")
+    }
+
+    /// Whether the credentials are refused. Some servers do so with the status of an absent object.
+    fn is_refusal(&self) -> bool {
+        matches!(
+            &*self.code,
+            "AccessDenied" | "AuthenticationFailed" | "InvalidAccessKeyId" | "InvalidToken" | "SignatureDoesNotMatch"
+        )
     }
 
     fn is_expired(&self) -> bool {
@@ -222,7 +243,7 @@ fn chain<'e>(error: &'e (dyn StdError + 'static)) -> impl Iterator<Item = &'e (d
     std::iter::successors(Some(error), |&error: &&'e (dyn StdError + 'static)| error.source())
 }
 
-fn find<'e, T: StdError + 'static>(error: &'e object_store::Error) -> Option<&'e T> {
+fn find<T: StdError + 'static>(error: &object_store::Error) -> Option<&T> {
     chain(error).find_map(|error| error.downcast_ref::<T>())
 }
 

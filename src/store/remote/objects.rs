@@ -238,10 +238,8 @@ impl Objects {
         let mut attempt = 1;
         loop {
             let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-            let error = match self.store()?.put_opts(&key, PutPayload::from(bytes.clone()), options).await {
-                Ok(_) => return Ok(Created::New),
-                Err(error) => error,
-            };
+            let put = self.store()?.put_opts(&key, PutPayload::from(bytes.clone()), options).await;
+            let Err(error) = put else { return Ok(Created::New) };
             if !matches!(errors::event(&error), Event::Exists | Event::Transient) {
                 return Err(self.failed(DOING, &error));
             }
@@ -360,10 +358,8 @@ impl Objects {
 
     /// Makes the object of its parts; `size` is the sum of their sizes.
     pub(crate) async fn complete_upload(&self, upload: &Upload, parts: Vec<Part>, size: u64) -> Result<()> {
-        let error = match self.store()?.complete_multipart(&upload.path, &upload.id, parts).await {
-            Ok(_) => return Ok(()),
-            Err(error) => error,
-        };
+        let completed = self.store()?.complete_multipart(&upload.path, &upload.id, parts).await;
+        let Err(error) = completed else { return Ok(()) };
         // The answer of an attempt that succeeded may have been lost: then the store does not know the upload any more.
         if matches!(errors::event(&error), Event::Absent | Event::Transient) {
             let options = GetOptions { head: true, ..GetOptions::default() };

@@ -17,7 +17,7 @@ use crate::store::RemoteOptions;
 pub(super) struct Settings {
     pub(super) scheme: Scheme,
     pub(super) bucket: String,
-    /// The values by the names that object_store gives them, from the options and the environment.
+    /// The values by the names that `object_store` gives them, from the options and the environment.
     pub(super) values: BTreeMap<String, String>,
     /// Whether the client may send requests without TLS.
     pub(super) allow_http: bool,
@@ -287,9 +287,9 @@ pub(super) mod tests {
     #[test]
     fn an_unknown_option_is_refused() {
         for (text, name) in [("s3://b/v", "reigon"), ("gs://b/v", "aws_region"), ("memory://b/v", "region")] {
-            let error = settings(text, &[(name, "secret")], &[]).err().unwrap();
+            let error = settings(text, &[(name, "a value")], &[]).err().unwrap();
             assert!(error.is_invalid_argument() && error.to_string().contains(name), "{error}");
-            assert!(!error.to_string().contains("secret"));
+            assert!(!error.to_string().contains("a value"));
         }
         assert!(settings("s3://b/v", &[("bucket", "other")], &[]).is_err());
         assert!(settings("s3://b/v", &[("region", "a"), ("aws_region", "b")], &[]).is_err());

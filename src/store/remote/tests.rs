@@ -120,20 +120,18 @@ fn parts_come_in_any_order() {
 #[test]
 fn a_name_that_a_store_changes_is_refused() {
     let long = "x".repeat(1024);
-    for (place, names) in [
-        ("s3://bucket/vm1", &["", "a/", "a//b", "../x", "a\nb", "a\u{85}b", "\u{7f}", &long][..]),
-        ("az://container/vm1", &["a.", "a./b", "a\\b"]),
+    let azure = [("skip_signature", "true"), ("account_name", "a")];
+    for (place, options, names) in [
+        ("s3://bucket/vm1", &azure[..1], &["", "a/", "a//b", "../x", "a\nb", "a\u{85}b", "\u{7f}", &long][..]),
+        ("az://container/vm1", &azure, &["a.", "a./b", "a\\b"]),
     ] {
-        let options = [("skip_signature", "true"), ("account_name", "a")].into_iter().skip(usize::from(place < "b"));
-        let options =
-            if place.starts_with("az") { options.collect::<Vec<_>>() } else { vec![("skip_signature", "true")] };
-        let storage_options = options.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let storage_options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let options = RemoteOptions { storage_options, ..RemoteOptions::default() };
         let objects = Bucket::new(url(place), options).unwrap().objects().unwrap();
         for name in names {
             assert!(objects.check_name(name).unwrap_err().is_invalid_argument(), "{name:?}");
         }
-        for name in ["...", "a b", "100%", "é", "a+b", "~", "a/.b"] {
+        for name in ["a b", "100%", "é", "a+b", "~", "a/.b"] {
             objects.check_name(name).unwrap();
         }
     }
@@ -216,6 +214,8 @@ fn a_refusal_names_what_was_looked_at() {
         (403, "AccessDenied", "AWS_ACCESS_KEY_ID"),
         (403, "InvalidAccessKeyId", "export-credentials"),
         (401, "Unauthorized", "AWS_ACCESS_KEY_ID"),
+        (404, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        (400, "InvalidToken", "AWS_SESSION_TOKEN"),
         (400, "ExpiredToken", "expired"),
     ] {
         let bucket = Server::start(move |_, _| Reply::error(status, code, "")).bucket();
