@@ -7,6 +7,7 @@
 //! staged.rs          StagedSnapshot: commit, discard
 //! handle_version.rs  the version of serialized handles
 //! seal.rs            seals a snapshot that was written in place
+//! clean.rs           removes what killed writers left, here or in an object store
 //! contents.rs        the contents that a manifest lists
 //! open_manifest.rs   the manifest of an open snapshot
 //! key_metadata.rs    unlocks a snapshot, and rekey
@@ -14,6 +15,8 @@
 //! remove.rs          removes a snapshot
 //! ```
 
+#[cfg(feature = "object-store")]
+mod clean;
 mod contents;
 mod handle_version;
 mod inspect;

@@ -166,6 +166,16 @@ impl Claim {
         }))
     }
 
+    /// Removes the claim of a push that was killed after its last object, if it is that of this snapshot.
+    pub(crate) fn release_of_push(
+        bucket: &Bucket,
+        manifest_digest: [u8; 32],
+        interrupt: &mut Interrupt<'_>,
+    ) -> Result<()> {
+        let claim = Self { bytes: Bytes::new(), manifest_digest: Some(manifest_digest) };
+        if claim.is_held(bucket, interrupt)? { claim.release(bucket, interrupt) } else { Ok(()) }
+    }
+
     /// Removes the claim.
     pub(crate) fn release(&self, bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<()> {
         bucket.delete(&[CLAIM.to_owned()], interrupt)

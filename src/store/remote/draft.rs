@@ -16,8 +16,7 @@ use super::Bucket;
 use super::claim::{CLAIM, Claim};
 use super::flights::Flights;
 use super::objects::{Created, Listed, Wanted};
-use super::runtime;
-use super::upload::UploadedObject;
+use super::upload::{UploadedObject, abort_all, patience};
 use crate::error::{Error, Kind, Result};
 use crate::location::StoreUrl;
 use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath, shown};
@@ -231,20 +230,11 @@ impl SnapshotUpload {
             contents.is_closed = true;
             contents.objects.values().map(UploadedObject::share).collect()
         };
-        let go_on = &mut || Ok(());
-        let interrupt = &mut Interrupt::new(go_on);
+        let patience = &mut patience();
+        let interrupt = &mut Interrupt::new(patience);
         let remains: Vec<_> = objects.iter().map(UploadedObject::stop).collect();
         let mut names: Vec<_> = remains.iter().map(|object| object.name().to_owned()).collect();
-        let aborted = runtime::run(
-            async move {
-                let mut result = Ok(());
-                for object in remains {
-                    result = result.and(object.abort().await);
-                }
-                result
-            },
-            interrupt,
-        );
+        let aborted = abort_all(remains);
         if claim.is_held(bucket, interrupt)? {
             self.withdraw(interrupt)?;
             names.extend(lock(contents).is_key_sent.then(|| KEY_METADATA.to_owned()));

@@ -42,7 +42,9 @@ mod reading_tests;
 pub(crate) mod runtime;
 mod settings;
 #[cfg(test)]
-mod test_server;
+pub(crate) mod test_server;
+#[cfg(test)]
+pub(crate) mod test_store;
 #[cfg(test)]
 mod tests;
 mod transport;
@@ -52,8 +54,8 @@ pub(crate) use bucket::Bucket;
 pub(crate) use claim::{CLAIM, Claim, Taken};
 pub(crate) use clean::clean;
 pub(crate) use connect::PartStore;
-pub(crate) use draft::SnapshotUpload;
+pub(crate) use draft::{SnapshotUpload, exists, occupied, remains};
 pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
 pub(crate) use reading::Remote;
-pub(crate) use upload::{UploadedObject, has_proof, proof_attributes};
+pub(crate) use upload::{UploadedObject, abort_all, has_proof, patience, proof_attributes};

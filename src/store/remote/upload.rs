@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use object_store::{Attribute, Attributes};
+use rustix::io::Errno;
 
 use super::flights::{Flights, Permit};
 use super::objects::{Objects, Part, Upload};
@@ -40,6 +41,9 @@ const PROOF: &str = "vmsnapproof";
 
 /// The longest wait for the end of a request that cannot be taken back.
 const LONGEST_SETTLING: Duration = Duration::from_secs(30);
+
+/// The longest removal of what was written.
+const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
 
 /// An object that is being written.
 pub(crate) struct UploadedObject(Arc<Inner>);
@@ -100,7 +104,7 @@ struct Filling {
 }
 
 /// What a writer left in the store.
-pub(super) struct Remains {
+pub(crate) struct Remains {
     object: Arc<Inner>,
     /// Whether there may be an upload that was not completed.
     is_begun: bool,
@@ -187,7 +191,7 @@ impl UploadedObject {
     }
 
     /// Another handle of the object.
-    pub(super) fn share(&self) -> Self {
+    pub(crate) fn share(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
 
@@ -210,7 +214,7 @@ impl UploadedObject {
     }
 
     /// Stops everything that can be stopped, and waits for the rest. Nothing more is written.
-    pub(super) fn stop(&self) -> Remains {
+    pub(crate) fn stop(&self) -> Remains {
         let inner = &self.0;
         let deadline = Instant::now() + LONGEST_SETTLING;
         let mut state = lock(&inner.state);
@@ -246,6 +250,29 @@ impl Remains {
             self.object.objects.abort_upload(&upload).await?;
         }
         Ok(())
+    }
+}
+
+/// Gives up uploads that were not completed.
+pub(crate) fn abort_all(remains: Vec<Remains>) -> Result<()> {
+    let aborting = async move {
+        let mut result = Ok(());
+        for object in remains {
+            result = result.and(object.abort().await);
+        }
+        result
+    };
+    runtime::run(aborting, &mut Interrupt::new(&mut patience()))
+}
+
+/// An interrupt for the removal of what was written, which nobody can stop: it ends if the store does not answer.
+pub(crate) fn patience() -> impl FnMut() -> Result<()> {
+    let deadline = Instant::now() + LONGEST_REMOVAL;
+    move || {
+        if Instant::now() < deadline {
+            return Ok(());
+        }
+        Err(Error::transient("the store does not answer; vmsnap clean removes the rest", Errno::TIMEDOUT))
     }
 }
 
@@ -534,7 +561,7 @@ impl NewObject for UploadedObject {
             remains.abort().await?;
             remains.object.objects.delete(&[remains.object.name.clone()]).await
         };
-        runtime::run(removal, &mut Interrupt::new(&mut || Ok(())))
+        runtime::run(removal, &mut Interrupt::new(&mut patience()))
     }
 
     fn abandon(&self) {
