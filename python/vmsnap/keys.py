@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from vmsnap import _vmsnap
 from vmsnap.errors import InvalidArgumentError, NewIdentityWarning
+from vmsnap.location import SnapshotLocation, located
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrOrBytesPath
@@ -188,7 +189,7 @@ class KeyWrapping:
     recipients: list[str]
 
 
-def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
+def key_wrapping(location: SnapshotLocation) -> KeyWrapping | None:
     """Return how the data key of a snapshot is wrapped; None if the snapshot is not encrypted. No key is needed.
 
     Only ``enc_metadata`` is read; `inspect` looks at the whole snapshot.
@@ -262,7 +263,7 @@ def read_secret_file(path: "StrOrBytesPath") -> bytearray:
 
 
 def rekey(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     *,
     keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
@@ -284,8 +285,8 @@ def rekey(
     Parameters
     ----------
     location
-        The snapshot: a directory, or an archive. Only ``enc_metadata`` is replaced; after a crash it is the old or the
-        new one.
+        The snapshot: a directory, an archive, or a URL. Only ``enc_metadata`` is replaced; after a crash it is the old
+        or the new one.
     keys, key, identities, passphrase, key_provider
         The key that opens the snapshot now, as for `SnapshotReader`: one of these. By default the user's own identity.
     new_keys, recipients, new_key, new_passphrase, new_key_provider

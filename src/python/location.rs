@@ -56,6 +56,11 @@ impl LocationArg {
         Ok(options)
     }
 
+    /// The options for a call that opens no snapshot.
+    pub(super) fn cleaning_options(&self) -> SnapshotOptions {
+        SnapshotOptions { remote: self.remote.clone(), ..SnapshotOptions::new() }
+    }
+
     /// The snapshot at the location.
     pub(super) fn store(&self) -> Result<Store> {
         Store::at(Location::new(&self.named)?, &self.remote)

@@ -17,7 +17,7 @@
 //! process.rs          ProcessMemory, ProcessRange, StoppedProcess
 //! location.rs         LocationArg: locations of snapshots as arguments
 //! inspect.rs          inspect, is_marked, key_wrapping
-//! transfer.rs         pack, unpack
+//! transfer.rs         pack, unpack, push, pull, the cache
 //! ```
 
 mod buffer;
@@ -73,7 +73,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::staging::{StagedSnapshot, clean, remove, seal, verify};
     #[pymodule_export]
-    use super::transfer::{pack, unpack};
+    use super::transfer::{cache_usage, empty_cache, pack, push, unpack};
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]

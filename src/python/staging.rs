@@ -1,7 +1,8 @@
 //! `_vmsnap.StagedSnapshot`, `seal`, `clean` and `verify`.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -11,6 +12,7 @@ use super::credentials::Credentials;
 use super::location::LocationArg;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
+use crate::error::Error;
 use crate::snapshot::remove;
 use crate::{Problem, SealId, Verification};
 
@@ -39,8 +41,10 @@ impl StagedSnapshot {
         format: &str,
         durable: bool,
         archive: Option<bool>,
+        take_over: bool,
     ) -> PyResult<Self> {
-        let mut options = location.options(credentials, threads)?.format(parse_format(format)?).durable(durable);
+        let options = location.options(credentials, threads)?.format(parse_format(format)?);
+        let mut options = options.durable(durable).take_over(take_over);
         if let Some(archive) = archive {
             options = options.archive(archive);
         }
@@ -90,11 +94,19 @@ pub(super) fn remove(py: Python<'_>, location: LocationArg, own: bool) -> PyResu
     interruptible(py, |interrupt| if own { store.remove(interrupt) } else { remove::checked(&store, interrupt) })
 }
 
-/// Returns the directories that were removed, and those that are still in use.
+/// Returns the directories or URLs that were removed, and those that are still in use.
 #[pyfunction]
-pub(super) fn clean(py: Python<'_>, parent: PathBuf) -> PyResult<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let cleaned = py.detach(|| crate::clean(parent))?;
-    Ok((cleaned.removed, cleaned.held))
+pub(super) fn clean(
+    py: Python<'_>,
+    parent: LocationArg,
+    older_than_seconds: f64,
+) -> PyResult<(Vec<OsString>, Vec<OsString>)> {
+    let age = Duration::try_from_secs_f64(older_than_seconds)
+        .map_err(|_| Error::invalid_argument("older_than is not a valid time"))?;
+    let options = parent.cleaning_options();
+    let cleaned = interruptible(py, |interrupt| options.clean_interruptible(parent, age, interrupt))?;
+    let texts = |paths: Vec<PathBuf>| paths.into_iter().map(PathBuf::into_os_string).collect();
+    Ok((texts(cleaned.removed), texts(cleaned.held)))
 }
 
 /// Problems (path, kind, text), fragments that were not checked, kinds by fragment, verified bytes, and the seal.

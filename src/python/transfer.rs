@@ -1,4 +1,4 @@
-//! `_vmsnap.pack` and `_vmsnap.unpack`: a snapshot as one file.
+//! `_vmsnap.pack`, `unpack`, `push`, and the cache of blocks: whole snapshots on their way.
 
 #![allow(unsafe_code, reason = "a descriptor is a number in Python")]
 #![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
@@ -14,6 +14,7 @@ use super::credentials::Credentials;
 use super::location::LocationArg;
 use super::staging::{Id, id};
 use crate::error::{Error, Result};
+use crate::store::remote::cache;
 
 /// The file of an archive: the path of it, or the descriptor of an open file.
 #[derive(FromPyObject)]
@@ -68,4 +69,36 @@ pub(super) fn unpack<'py>(
         ArchiveFile::Descriptor(descriptor) => options.unpack_file(duplicate(descriptor)?, location, interrupt),
     })?;
     Ok(id(py, seal))
+}
+
+/// The seal, whether the snapshot was there before, the bytes that were sent, and those that an earlier push had sent.
+type PushReport<'py> = (Id<'py>, bool, u64, u64);
+
+#[pyfunction]
+pub(super) fn push<'py>(
+    py: Python<'py>,
+    source: LocationArg,
+    url: LocationArg,
+    credentials: &Credentials,
+    threads: Option<&Bound<'py, PyAny>>,
+    expect_seal_digest: Option<&[u8]>,
+    take_over: bool,
+) -> PyResult<PushReport<'py>> {
+    let options = sealed_options(url.options(credentials, threads)?, false, expect_seal_digest)?.take_over(take_over);
+    let pushed = interruptible(py, |interrupt| options.push_interruptible(source, url, interrupt))?;
+    Ok((id(py, pushed.id), pushed.already_there, pushed.sent_bytes, pushed.resumed_bytes))
+}
+
+/// Returns the number of blocks in the cache at a directory, the bytes that they occupy, and the most bytes.
+#[pyfunction]
+pub(super) fn cache_usage(py: Python<'_>, directory: PathBuf) -> PyResult<(u64, u64, u64)> {
+    let (usage, limit) = py.detach(|| Ok::<_, Error>((cache::usage(&directory)?, cache::usual_limit(&directory)?)))?;
+    Ok((usage.blocks, usage.bytes, limit))
+}
+
+/// Removes all blocks from the cache at a directory, and returns their number and the bytes that they occupied.
+#[pyfunction]
+pub(super) fn empty_cache(py: Python<'_>, directory: PathBuf) -> PyResult<(u64, u64)> {
+    let removed = py.detach(|| cache::empty(&directory))?;
+    Ok((removed.blocks, removed.bytes))
 }

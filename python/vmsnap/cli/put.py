@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from vmsnap import SnapshotWriter
-from vmsnap._removal import remove_snapshot
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.io import COPY_BATCH_BYTES
@@ -21,6 +20,7 @@ from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.streams import standard_input
 from vmsnap.cli.targets import complete_file, snapshot_argument
 from vmsnap.cli.terminal import printable, progress
+from vmsnap.removal import remove_snapshot
 
 _STANDARD_INPUT = "-"
 _ARCHIVE_SUFFIX = ".vmsnap.tar"
@@ -34,7 +34,7 @@ def new_snapshot(location: Path, keys: WritingKeys, *, threads: int | None) -> I
         yield writer
     except BaseException:
         try:
-            remove_snapshot(writer.path)
+            remove_snapshot(writer.location)
         except FileNotFoundError:
             pass
         except OSError:
@@ -52,7 +52,7 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
                 writer = writer.namespace(name)
             except FileNotFoundError:
                 writer = writer.add_namespace(name)
-                made.append(writer.path / writer.namespace_path)
+                made.append(Path(writer.location, writer.namespace_path))
         yield writer
     except BaseException:
         with contextlib.suppress(OSError):
