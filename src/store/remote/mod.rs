@@ -26,9 +26,9 @@
 
 mod blocks;
 mod bucket;
+pub(crate) mod cache;
 mod claim;
 mod clean;
-pub(crate) mod cache;
 mod connect;
 mod credentials;
 mod draft;
@@ -57,5 +57,5 @@ pub(crate) use connect::PartStore;
 pub(crate) use draft::{SnapshotUpload, exists, occupied, remains};
 pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
-pub(crate) use upload::{UploadedObject, abort_all, has_proof, patience, proof_attributes};
 pub(crate) use reading::Remote;
+pub(crate) use upload::{UploadedObject, abort_all, has_proof, patience, proof_attributes};
