@@ -11,6 +11,8 @@
 
 mod pack;
 #[cfg(feature = "object-store")]
+mod pull;
+#[cfg(feature = "object-store")]
 mod push;
 mod sealed;
 mod unpack;

@@ -38,7 +38,8 @@ impl SealedSnapshot {
         let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;
         let Some(stored_manifest) = stored else {
             let is_sealed = payload.as_ref().is_some_and(KeyPayload::is_sealed);
-            let error = if is_sealed { open_manifest::incomplete } else { open_manifest::unsealed };
+            let is_incomplete = is_sealed || store.is_always_sealed();
+            let error = if is_incomplete { open_manifest::incomplete } else { open_manifest::unsealed };
             return Err(error(store.location()));
         };
         let (manifest, seal_digest) =
