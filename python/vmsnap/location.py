@@ -112,10 +112,15 @@ def located(given: SnapshotLocation) -> "_Located":
     return os.path.join(os.curdir, text) if _URL.match(text) else text
 
 
+def has_scheme(text: str) -> bool:
+    """Return whether a text begins as a URL. A ``file`` URL is a local path."""
+    return "://" in text[:8] and _URL.match(text) is not None
+
+
 def is_url(given: SnapshotLocation) -> bool:
     """Return whether a location is in an object store."""
     text = str(given) if isinstance(given, (str, Location)) else ""
-    return bool(re.match(r"(?!file:)[a-z0-9]+://", text, re.IGNORECASE) and _URL.match(text))
+    return has_scheme(text) and not text.lower().startswith("file:")
 
 
 def local_path(location: str) -> Path | None:

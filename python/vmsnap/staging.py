@@ -40,7 +40,7 @@ class StagedSnapshot:
 
     @property
     def location(self) -> str:
-        """The absolute path or URL where the snapshot will be. The location of a local writer is the hidden directory."""
+        """The absolute path or URL where the snapshot will be. That of a local writer is the hidden directory."""
         return self._raw.location
 
     @property
@@ -200,7 +200,7 @@ def seal(
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What `clean` removed, and what it left because a living process uses it, or may use it: paths, or texts of URLs."""
+    """What `clean` removed, and what it left because a living process uses it or may use it: paths, or URLs."""
 
     removed: list[Path | str]
     held: list[Path | str]

@@ -102,8 +102,10 @@ def push(
     """
     given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
     credentials, digest = one_of(keys, given)._credentials(), digest_bytes(expect_seal_digest)
-    seal, *report = _vmsnap.push(located(source), located(url), credentials, threads, digest, take_over, progress)
-    return Pushed(*seal, *report)
+    seal, already_there, sent_bytes, resumed_bytes = _vmsnap.push(
+        located(source), located(url), credentials, threads, digest, take_over, progress
+    )
+    return Pushed(*seal, already_there, sent_bytes, resumed_bytes)
 
 
 def pull(

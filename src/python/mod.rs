@@ -73,7 +73,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::staging::{StagedSnapshot, clean, remove, seal, verify};
     #[pymodule_export]
-    use super::transfer::{cache_usage, empty_cache, pack, push, unpack};
+    use super::transfer::{cache_usage, empty_cache, pack, pull, push, unpack};
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]

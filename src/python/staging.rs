@@ -13,7 +13,7 @@ use super::location::LocationArg;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
 use crate::error::Error;
-use crate::snapshot::remove;
+use crate::snapshot::remove as removal;
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -91,7 +91,7 @@ pub(super) fn seal<'py>(
 #[allow(clippy::needless_pass_by_value, reason = "the argument comes from Python")]
 pub(super) fn remove(py: Python<'_>, location: LocationArg, own: bool) -> PyResult<()> {
     let store = location.store()?;
-    interruptible(py, |interrupt| if own { store.remove(interrupt) } else { remove::checked(&store, interrupt) })
+    interruptible(py, |interrupt| if own { store.remove(interrupt) } else { removal::checked(&store, interrupt) })
 }
 
 /// Returns the directories or URLs that were removed, and those that are still in use.

@@ -89,6 +89,25 @@ pub(super) fn push<'py>(
     Ok((id(py, pushed.id), pushed.already_there, pushed.sent_bytes, pushed.resumed_bytes))
 }
 
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the options of vmsnap.pull")]
+pub(super) fn pull<'py>(
+    py: Python<'py>,
+    url: LocationArg,
+    target: LocationArg,
+    credentials: &Credentials,
+    threads: Option<&Bound<'py, PyAny>>,
+    durable: bool,
+    archive: Option<bool>,
+    expect_seal_digest: Option<&[u8]>,
+) -> PyResult<Id<'py>> {
+    let mut options = sealed_options(url.options(credentials, threads)?.durable(durable), false, expect_seal_digest)?;
+    if let Some(archive) = archive {
+        options = options.archive(archive);
+    }
+    Ok(id(py, interruptible(py, |interrupt| options.pull_interruptible(url, target, interrupt))?))
+}
+
 /// Returns the number of blocks in the cache at a directory, the bytes that they occupy, and the most bytes.
 #[pyfunction]
 pub(super) fn cache_usage(py: Python<'_>, directory: PathBuf) -> PyResult<(u64, u64, u64)> {

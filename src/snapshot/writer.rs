@@ -245,6 +245,11 @@ impl SnapshotWriter {
         ScratchWriter::new(self.draft.create_nameless()?, is_encrypted, aad, self.threads())
     }
 
+    /// Whether the snapshot is in the file system of this machine.
+    pub(crate) fn is_local(&self) -> bool {
+        !self.draft.is_scratch_elsewhere()
+    }
+
     /// The directory of scratch files.
     pub(crate) fn scratch_directory(&self) -> PathBuf {
         self.draft.scratch_directory()

@@ -16,6 +16,7 @@ from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file, read_private
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.terminal import printable
@@ -43,7 +44,7 @@ class OpeningKeys:
         """Whether any of them is given."""
         return _any_given(self.key, self.identities, self.passphrase)
 
-    def arguments(self, root: str | Path | None) -> dict[str, Any]:
+    def arguments(self, root: Snapshot | None) -> dict[str, Any]:
         """Return the keyword arguments for the snapshot at `root`; None for one that comes through a pipe."""
         if self.key is not None:
             return {"key": self.key}
@@ -68,11 +69,11 @@ class OpeningKeys:
             False, self.key, recipients, _asker("New passphrase: ", twice=True) if asked else self.passphrase
         )
 
-    def open(self, root: str | Path, *, threads: int | None = None) -> SnapshotReader:
+    def open(self, root: Snapshot, *, threads: int | None = None) -> SnapshotReader:
         """Open a snapshot for reading."""
         return SnapshotReader(root, **self.arguments(root), threads=threads)
 
-    def append(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
+    def append(self, root: Snapshot, *, threads: int | None = None) -> SnapshotWriter:
         """Open a snapshot to add to it."""
         return SnapshotWriter.open(root, **self.arguments(root), threads=threads)
 
@@ -105,13 +106,11 @@ class WritingKeys:
             "passphrase": self.passphrase,
         }
 
-    def stage(
-        self, path: str | Path, *, threads: int | None = None, durable: bool = True, archive: bool | None = None
-    ) -> StagedSnapshot:
-        """Begin a snapshot that appears when it is complete, sealed."""
-        return vmsnap.create(path, **self.arguments, threads=threads, durable=durable, archive=archive)
+    def stage(self, location: Snapshot, **options: Any) -> StagedSnapshot:
+        """Begin a snapshot that appears when it is complete, sealed. `options` are those of `vmsnap.create`."""
+        return vmsnap.create(location, **self.arguments, **options)
 
-    def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
+    def create(self, root: Snapshot, *, threads: int | None = None) -> SnapshotWriter:
         """Create a snapshot in place, to which more can be added."""
         return SnapshotWriter(root, **self.arguments, threads=threads)
 
@@ -121,7 +120,7 @@ def identity_of(path: Path) -> IdentityFile:
     return IdentityFile(path, _asker(f"Passphrase of {path}: "))
 
 
-def _is_passphrase(root: str | Path) -> bool:
+def _is_passphrase(root: Snapshot) -> bool:
     try:
         wrapping = key_wrapping(root)
     except (vmsnap.VmsnapError, OSError):

@@ -14,6 +14,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.io import COPY_BATCH_BYTES
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.names import NAME, as_name
 from vmsnap.cli.options import chunk_size_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
@@ -27,7 +28,7 @@ _ARCHIVE_SUFFIX = ".vmsnap.tar"
 
 
 @contextmanager
-def new_snapshot(location: Path, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
+def new_snapshot(location: Snapshot, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
     """Create a snapshot in place, so that fragments can be added later. It is removed if the block fails."""
     writer = keys.create(location, threads=threads)
     try:
@@ -103,7 +104,7 @@ def _fragment_path(file: str, path: str | None) -> str:
 @threads_option
 def put(
     file: str,
-    snapshot: Path,
+    snapshot: Snapshot,
     path: str | None,
     keys: OpeningKeys,
     recipients: tuple[str, ...] | None,
@@ -121,7 +122,7 @@ def put(
     """
     if recipients is not None and not create:
         raise click.UsageError("-r and -R are for a new snapshot: add --create")
-    if create and snapshot.name.endswith(_ARCHIVE_SUFFIX):
+    if create and str(snapshot).endswith(_ARCHIVE_SUFFIX):
         raise click.UsageError(
             f"--create makes a directory, so that more can be added, and {_ARCHIVE_SUFFIX} is for one file: choose "
             "another name, then vmsnap seal and vmsnap pack"

@@ -188,7 +188,7 @@ class _Saved:
         self.reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
         self.machine = _machine_of(self.reader)
         if verify and not self.reader.encrypted:
-            _check(verify_snapshot(location, keys=keys, **pinned), location)
+            _check(verify_snapshot(location, keys=keys, **pinned), self.reader.location)
         self.memory = self.reader.memory()
         self.front = self.reader.migration_front(DEVICE_STATE)
 
@@ -209,13 +209,11 @@ def _machine_of(reader: SnapshotReader) -> Machine:
     return machine
 
 
-def _check(report: Verification, location: SnapshotLocation) -> None:
+def _check(report: Verification, location: str) -> None:
     if not report.ok:
         texts = [f"{problem.path}: {problem.text}" for problem in report.problems] or report.not_checked
         more = f"; and {len(texts) - _SHOWN_PROBLEMS} more" if len(texts) > _SHOWN_PROBLEMS else ""
-        raise CorruptSnapshotError(
-            f"{location} is damaged or was changed: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
-        )
+        raise CorruptSnapshotError(f"{location} is damaged or was changed: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}")
 
 
 async def _plan(ram: Ram, saved: _Saved, qemu: StartedQemu, overwrite: bool, ignore_differences: bool) -> Filling:

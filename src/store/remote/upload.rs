@@ -6,6 +6,7 @@
 //! In memory are the parts that are under way, which [`Flights`] limits for all objects together, and the parts that
 //! are not full. Threads take their batches in order, so of these there is at most one more than there are threads.
 
+use std::fs::File;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -562,6 +563,10 @@ impl NewObject for UploadedObject {
             remains.object.objects.delete(&[remains.object.name.clone()]).await
         };
         runtime::run(removal, &mut Interrupt::new(&mut patience()))
+    }
+
+    fn unname(&self) -> Result<File> {
+        Err(Error::invalid_argument("an object that is sent to a store cannot be read back"))
     }
 
     fn abandon(&self) {
