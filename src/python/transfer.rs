@@ -12,9 +12,11 @@ use pyo3::prelude::*;
 use super::call::{interruptible, sealed_options};
 use super::credentials::Credentials;
 use super::location::LocationArg;
+use super::memory::reporting;
 use super::staging::{Id, id};
 use crate::error::{Error, Result};
 use crate::store::remote::cache;
+use crate::transfer::Progress;
 
 /// The file of an archive: the path of it, or the descriptor of an open file.
 #[derive(FromPyObject)]
@@ -75,6 +77,7 @@ pub(super) fn unpack<'py>(
 type PushReport<'py> = (Id<'py>, bool, u64, u64);
 
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the options of vmsnap.push")]
 pub(super) fn push<'py>(
     py: Python<'py>,
     source: LocationArg,
@@ -83,9 +86,13 @@ pub(super) fn push<'py>(
     threads: Option<&Bound<'py, PyAny>>,
     expect_seal_digest: Option<&[u8]>,
     take_over: bool,
+    progress: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<PushReport<'py>> {
     let options = sealed_options(url.options(credentials, threads)?, false, expect_seal_digest)?.take_over(take_over);
-    let pushed = interruptible(py, |interrupt| options.push_interruptible(source, url, interrupt))?;
+    let copied = Progress::default();
+    let pushed = reporting(py, progress, |report| {
+        options.push_interruptible(source, url, &copied, &mut || report(copied.so_far()))
+    })?;
     Ok((id(py, pushed.id), pushed.already_there, pushed.sent_bytes, pushed.resumed_bytes))
 }
 
@@ -100,12 +107,17 @@ pub(super) fn pull<'py>(
     durable: bool,
     archive: Option<bool>,
     expect_seal_digest: Option<&[u8]>,
+    progress: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Id<'py>> {
     let mut options = sealed_options(url.options(credentials, threads)?.durable(durable), false, expect_seal_digest)?;
     if let Some(archive) = archive {
         options = options.archive(archive);
     }
-    Ok(id(py, interruptible(py, |interrupt| options.pull_interruptible(url, target, interrupt))?))
+    let copied = Progress::default();
+    let seal = reporting(py, progress, |report| {
+        options.pull_interruptible(url, target, &copied, &mut || report(copied.so_far()))
+    })?;
+    Ok(id(py, seal))
 }
 
 /// Returns the number of blocks in the cache at a directory, the bytes that they occupy, and the most bytes.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::progress::{Counted, Progress};
 use super::sealed::SealedSnapshot;
 use crate::error::{Error, Result};
 use crate::fragment::checked_copy::{Input, Output, copy_checked};
@@ -11,7 +12,7 @@ use crate::manifest::{Entry, SealId};
 use crate::name::SnapshotPath;
 use crate::snapshot::{SnapshotOptions, not_durable};
 use crate::store::archive::assemble;
-use crate::store::bytes::ReadAt;
+use crate::store::bytes::{NewObject, ReadAt};
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::{Draft, Store};
 use crate::threads::{Interrupt, for_each};
@@ -48,14 +49,16 @@ impl SnapshotOptions {
     /// [`SnapshotOptions::open`]. After an error nothing is left behind, with one exception: if only the last sync fails,
     /// the snapshot is complete and in place, and the error's text says so.
     pub fn pull(&self, url: impl AsRef<Path>, target: impl AsRef<Path>) -> Result<SealId> {
-        self.pull_interruptible(url, target, &mut || Ok(()))
+        self.pull_interruptible(url, target, &Progress::default(), &mut || Ok(()))
     }
 
-    /// Pulls a snapshot as [`SnapshotOptions::pull`] does, and calls `interrupt` while that takes time.
+    /// Pulls a snapshot as [`SnapshotOptions::pull`] does, counts what was written, and calls `interrupt` while that
+    /// takes time.
     pub(crate) fn pull_interruptible(
         &self,
         url: impl AsRef<Path>,
         target: impl AsRef<Path>,
+        progress: &Progress,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<SealId> {
         let location = Location::new(url.as_ref())?;
@@ -73,7 +76,7 @@ impl SnapshotOptions {
         // Each byte is read once, so a cache of blocks would only cost.
         let store = Store::at(location.clone(), &self.remote).and_then(Store::uncached).map_err(failed)?;
         let sealed = SealedSnapshot::open(self, store, interrupt).map_err(failed)?;
-        self.write_pulled(&sealed, &target, interrupt).map_err(failed)?;
+        self.write_pulled(&sealed, &target, progress, interrupt).map_err(failed)?;
         Ok(sealed.id)
     }
 
@@ -81,10 +84,12 @@ impl SnapshotOptions {
         &self,
         sealed: &SealedSnapshot,
         target: &LocalPath,
+        progress: &Progress,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let is_archive = self.is_archive_at(target);
-        let pull = Pull { sealed, connections: self.remote.connections };
+        progress.begin(sealed.manifest.fragments.values().map(|entry| entry.stored_size).sum());
+        let pull = Pull { sealed, connections: self.remote.connections, progress };
         let (placed, ()) = StagedDirectory::filled(target.clone(), |staged| {
             pull.write(&Draft::Staged(staged.directory().clone()), &mut Interrupt::new(interrupt))?;
             let (manifest, stored) = (&sealed.manifest, &sealed.stored_manifest);
@@ -111,6 +116,7 @@ impl SnapshotOptions {
 struct Pull<'a> {
     sealed: &'a SealedSnapshot,
     connections: usize,
+    progress: &'a Progress,
 }
 
 impl Pull<'_> {
@@ -150,8 +156,11 @@ impl Pull<'_> {
     fn copy(&self, path: &str, draft: &Draft, threads: usize, interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.sealed.with_fragment(path, |path: &SnapshotPath, entry, source| {
             let object = draft.create(path, Some(entry.stored_size))?;
-            let (input, output) = (Input::At(source, 0), Output::At(&*object, 0));
+            let output: &dyn NewObject = &*object;
+            let counted = Counted::new(output, self.progress);
+            let (input, output) = (Input::At(source, 0), Output::At(&counted, 0));
             copy_checked(input, output, path, entry, self.sealed.data_key(), threads, interrupt)?;
+            counted.complete(entry.stored_size);
             // Batches of zeros were not written.
             object.set_size(entry.stored_size)?;
             object.finish(interrupt)

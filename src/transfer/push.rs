@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use object_store::Attributes;
 
+use super::progress::{Counted, Progress};
 use super::sealed::SealedSnapshot;
 use crate::error::{Error, Result};
 use crate::fragment::checked_copy::{Input, Output, copy_checked};
@@ -68,14 +69,16 @@ impl SnapshotOptions {
     /// [`Error::is_invalid_argument`] if `url` is a local path or the store cannot have a name of a fragment, and the
     /// errors of [`SnapshotOptions::open`].
     pub fn push(&self, source: impl AsRef<Path>, url: impl AsRef<Path>) -> Result<Pushed> {
-        self.push_interruptible(source, url, &mut || Ok(()))
+        self.push_interruptible(source, url, &Progress::default(), &mut || Ok(()))
     }
 
-    /// Pushes a snapshot as [`SnapshotOptions::push`] does, and calls `interrupt` while that takes time.
+    /// Pushes a snapshot as [`SnapshotOptions::push`] does, counts what was read, and calls `interrupt` while that takes
+    /// time.
     pub(crate) fn push_interruptible(
         &self,
         source: impl AsRef<Path>,
         url: impl AsRef<Path>,
+        progress: &Progress,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Pushed> {
         let source = Location::new(source.as_ref())?.local("pushing")?;
@@ -84,7 +87,7 @@ impl SnapshotOptions {
         let bucket = Bucket::new(url.clone(), self.remote.clone()).map_err(failed)?;
         let sealed = SealedSnapshot::open(self, Store::at_path(source.clone()), interrupt).map_err(failed)?;
         sealed.check_whole(interrupt).map_err(failed)?;
-        let push = Push { sealed: &sealed, bucket: &bucket, take_over: self.take_over };
+        let push = Push { sealed: &sealed, bucket: &bucket, take_over: self.take_over, progress };
         push.run(&mut Interrupt::new(interrupt)).map_err(failed)
     }
 }
@@ -106,6 +109,7 @@ struct Push<'a> {
     sealed: &'a SealedSnapshot,
     bucket: &'a Bucket,
     take_over: bool,
+    progress: &'a Progress,
 }
 
 impl Push<'_> {
@@ -181,7 +185,10 @@ impl Push<'_> {
         let all_bytes = bytes(&mut self.sealed.manifest.fragments.values());
         let sent_bytes = bytes(&mut fragments.iter().map(|(_, entry)| *entry));
 
+        self.progress.begin(all_bytes);
+        self.progress.add(all_bytes - sent_bytes);
         let sending = Sending {
+            progress: self.progress,
             sealed: self.sealed,
             objects,
             flights: Flights::new(self.bucket.options().connections),
@@ -277,6 +284,7 @@ impl Push<'_> {
 
 /// The fragments on their way.
 struct Sending<'a> {
+    progress: &'a Progress,
     sealed: &'a SealedSnapshot,
     objects: &'a Objects,
     flights: Arc<Flights>,
@@ -308,8 +316,10 @@ impl Sending<'_> {
             let (attributes, size) = (proof_attributes(&entry.proof), Some(entry.stored_size));
             let object = UploadedObject::new(self.objects.clone(), path.as_str(), attributes, size, &self.flights)?;
             lock(&self.begun).push((path.as_str().to_owned(), object.share()));
-            let (input, output) = (Input::At(source, 0), Output::At(&object, 0));
+            let counted = Counted::new(&object, self.progress);
+            let (input, output) = (Input::At(source, 0), Output::At(&counted, 0));
             copy_checked(input, output, path, entry, self.sealed.data_key(), threads, interrupt)?;
+            counted.complete(entry.stored_size);
             object.begin_finish(interrupt)
         })
     }

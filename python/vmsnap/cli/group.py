@@ -101,8 +101,8 @@ def _named(command: click.Command) -> list[tuple[str, click.Command]]:
 def group() -> None:
     """Store the memory and state of virtual machines in encrypted snapshots.
 
-    A snapshot is a directory, one file, or in an object store, with a URL such as s3://bucket/vm1. An encrypted one opens with your own identity
-    (~/.config/vmsnap/identity.txt, created when it is first needed) unless a key option says otherwise.
+    A snapshot is a directory, or one file, or is in an object store: s3://bucket/vm1. An encrypted one opens with your
+    own identity (~/.config/vmsnap/identity.txt, created when it is first needed) unless a key option says otherwise.
     "vmsnap COMMAND --help" describes a command.
     """
 
