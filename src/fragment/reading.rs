@@ -76,6 +76,7 @@ impl FragmentReader {
         key: Option<&SecretKey>,
         threads: usize,
         manifest: Option<&Manifest>,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
         let place = FragmentPlace::new(store.location(), path);
         let expected = manifest.and_then(|manifest| manifest.fragments.get(path.as_str()));
@@ -83,7 +84,7 @@ impl FragmentReader {
             Some(_) if error.is_not_found() => Error::corrupt("is missing, but the manifest lists it").context(&place),
             _ => error,
         })?;
-        Self::of_object(object, place, key, threads, expected)
+        Self::of_object(object, place, key, threads, expected, &mut Interrupt::new(interrupt))
     }
 
     /// Opens a fragment whose stored bytes are `object`; `expected` is its manifest entry.
@@ -93,6 +94,7 @@ impl FragmentReader {
         key: Option<&SecretKey>,
         threads: usize,
         expected: Option<&Entry>,
+        interrupt: &mut Interrupt<'_>,
     ) -> Result<Self> {
         let stored_size = object.size();
         if let Some(entry) = expected.filter(|entry| entry.stored_size != stored_size) {
@@ -102,14 +104,8 @@ impl FragmentReader {
         let encrypted = match key {
             None => None,
             Some(key) => {
-                let source = EncryptedSource::open(
-                    &object,
-                    key,
-                    &aad(&place.path),
-                    expected,
-                    &mut Interrupt::new(&mut || Ok(())),
-                )
-                .map_err(|error| error.context(&place))?;
+                let source = EncryptedSource::open(&object, key, &aad(&place.path), expected, interrupt)
+                    .map_err(|error| error.context(&place))?;
                 Some(Box::new(source))
             }
         };
@@ -253,6 +249,11 @@ impl FragmentReader {
         Ok(digest.finish())
     }
 
+    /// The rest of the fragment, read in order. Reads call `interrupt` while they take time.
+    pub(crate) fn interruptible<'a>(self, interrupt: &'a mut dyn FnMut() -> Result<()>) -> impl Read + use<'a> {
+        InterruptibleReader { fragment: self, interrupt }
+    }
+
     /// Reads from the current position until `buf` is full or the fragment ends.
     pub(crate) fn read_interruptible(
         &mut self,
@@ -322,6 +323,18 @@ impl FragmentReader {
 impl Clone for FragmentReader {
     fn clone(&self) -> Self {
         Self { file: Arc::clone(&self.file), position: self.position, read_end: None, current: None }
+    }
+}
+
+/// A fragment that is read in order, with calls of an interrupt.
+struct InterruptibleReader<'a> {
+    fragment: FragmentReader,
+    interrupt: &'a mut dyn FnMut() -> Result<()>,
+}
+
+impl Read for InterruptibleReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(self.fragment.read_interruptible(buf, self.interrupt)?)
     }
 }
 

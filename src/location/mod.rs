@@ -9,7 +9,9 @@ use std::path::Path;
 use crate::error::{Error, Result};
 
 pub(crate) use local::LocalPath;
-pub(crate) use url::{Scheme, StoreUrl};
+#[cfg(feature = "object-store")]
+pub(crate) use url::Scheme;
+pub(crate) use url::StoreUrl;
 
 /// The location of a snapshot, as a caller names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +65,7 @@ impl fmt::Display for Location {
 
 #[cfg(test)]
 mod tests {
+    use super::url::Scheme;
     use super::*;
 
     fn refused(text: &str) -> String {

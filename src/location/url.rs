@@ -49,6 +49,7 @@ pub(crate) struct StoreUrl {
     bucket_len: usize,
 }
 
+#[cfg_attr(not(feature = "object-store"), allow(dead_code, reason = "only the client of a store takes it apart"))]
 impl StoreUrl {
     /// Parses a scheme, in lower case, and the text after `://`.
     pub(super) fn parse(scheme: &str, rest: &[u8]) -> Result<Self> {

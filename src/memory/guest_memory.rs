@@ -52,15 +52,21 @@ impl SnapshotReader {
     /// [`Error::is_io`] if the namespace contains no guest memory. [`Error::is_corrupt`] if its regions and ranges
     /// contradict each other or do not fit the data. [`Error::is_authentication`] if the stored bytes were changed.
     pub fn memory(&self) -> Result<GuestMemory> {
+        self.memory_interruptible(&mut || Ok(()))
+    }
+
+    /// Returns the guest memory as [`SnapshotReader::memory`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn memory_interruptible(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<GuestMemory> {
         // In an object store, both fragments are asked for at once.
         let begun = self.begin(MEMORY);
-        let metadata = Metadata::read(self).map_err(|error| self.without_memory(error))?;
+        let metadata = Metadata::read(self, interrupt).map_err(|error| self.without_memory(error))?;
         let layout = metadata.check();
         let layout = layout.map_err(|error| error.context(self.place(METADATA).unwrap_or_default()))?;
         let place = self.place(MEMORY)?;
         let Metadata { compressed, lz4, .. } = metadata;
+        let fragment = self.raw_fragment_interruptible(MEMORY, interrupt)?;
         let data =
-            Data::open(self.raw_fragment(MEMORY)?, &layout, compressed, lz4, &mut Interrupt::new(&mut || Ok(())));
+            Data::open(fragment, &layout, compressed, lz4, &mut Interrupt::new(interrupt));
         drop(begun);
         let data = data.map_err(|error| error.context(&place))?;
         Ok(GuestMemory { layout, data, compressed, threads: self.threads(), place })

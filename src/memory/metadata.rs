@@ -132,13 +132,13 @@ impl Metadata {
     }
 
     /// Reads the fragment of a snapshot.
-    pub(super) fn read(reader: &SnapshotReader) -> Result<Self> {
-        let fragment = reader.raw_fragment(METADATA)?;
+    pub(super) fn read(reader: &SnapshotReader, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+        let fragment = reader.raw_fragment_interruptible(METADATA, interrupt)?;
         // Serde allocates the list of block lengths and cannot report a failure; a guest of a terabyte takes 64 MiB. So
         // the same amount is allocated and freed first.
         let bytes = usize::try_from(fragment.size()).unwrap_or(usize::MAX).saturating_mul(2);
         buffer::probe(bytes.min(MAX_PROBED_BYTES)).map_err(|error| error.context(METADATA))?;
-        reader.decode(METADATA, fragment)
+        reader.decode(METADATA, fragment, interrupt)
     }
 
     /// Returns the sizes of the memory.

@@ -41,11 +41,11 @@ impl SnapshotReader {
     }
 
     fn raw_fragment(&self, py: Python<'_>, name: &str) -> PyResult<FragmentReader> {
-        Ok(FragmentReader::new(py.detach(|| self.0.raw_fragment(name))?))
+        Ok(FragmentReader::new(interruptible(py, |interrupt| self.0.raw_fragment_interruptible(name, interrupt))?))
     }
 
     fn memory(&self, py: Python<'_>) -> PyResult<GuestMemory> {
-        Ok(GuestMemory(py.detach(|| self.0.memory())?))
+        Ok(GuestMemory(interruptible(py, |interrupt| self.0.memory_interruptible(interrupt))?))
     }
 
     fn migration_front(&self, py: Python<'_>, fragment: &str) -> PyResult<Front> {
@@ -89,7 +89,7 @@ impl SnapshotReader {
     ) -> PyResult<(Bound<'py, PyBytes>, &'static str)> {
         let format = format.map(parse_format).transpose()?;
         let max_size_bytes = number(max_size_bytes, "max_size_bytes")?;
-        let fragment = py.detach(|| self.0.whole_fragment(name, max_size_bytes))?;
+        let fragment = interruptible(py, |interrupt| self.0.whole_fragment(name, max_size_bytes, interrupt))?;
         let size = usize::try_from(fragment.size())
             .map_err(|_| Error::invalid_argument("the fragment is too large for memory"))?;
         let bytes = PyBytes::new_with(py, size, |bytes| {

@@ -78,7 +78,7 @@ fn examine(
     threads: usize,
     interrupt: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Entry> {
-    let fragment = FragmentReader::open(store, &stored.path, data_key, threads, None)?;
+    let fragment = FragmentReader::open(store, &stored.path, data_key, threads, None, interrupt)?;
     if let Some(entry) = fragment.encrypted_entry() {
         return Ok(entry);
     }

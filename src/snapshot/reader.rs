@@ -74,12 +74,21 @@ impl SnapshotReader {
     /// allowed, [`Error::is_corrupt`] if the name belongs to something else, such as a link, and in an encrypted
     /// snapshot [`Error::is_authentication`] if the fragment is not the one that was written under that name.
     pub fn raw_fragment(&self, name: &str) -> Result<FragmentReader> {
+        self.raw_fragment_interruptible(name, &mut || Ok(()))
+    }
+
+    /// Opens a fragment as [`SnapshotReader::raw_fragment`] does, and calls `interrupt` while that takes time.
+    pub(crate) fn raw_fragment_interruptible(
+        &self,
+        name: &str,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<FragmentReader> {
         let path = self.namespace.join(name)?;
         let manifest = self.manifest()?;
         if manifest.is_some_and(|manifest| !manifest.fragments.contains_key(path.as_str())) {
             return Err(self.not_listed(&path));
         }
-        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), manifest)
+        FragmentReader::open(&self.store, &path, self.data_key.as_ref(), self.threads(), manifest, interrupt)
     }
 
     /// Begins to read the first bytes of a fragment that is opened soon, if that saves time. The result must live until
@@ -108,13 +117,18 @@ impl SnapshotReader {
     /// The errors of [`SnapshotReader::raw_fragment`], and [`Error::is_corrupt`] if the fragment contains anything but
     /// one value of type `T`.
     pub fn read_fragment<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        self.decode(name, self.raw_fragment(name)?)
+        self.decode(name, self.raw_fragment(name)?, &mut || Ok(()))
     }
 
     /// Reads the value in an open fragment.
-    pub(crate) fn decode<T: DeserializeOwned>(&self, name: &str, fragment: FragmentReader) -> Result<T> {
+    pub(crate) fn decode<T: DeserializeOwned>(
+        &self,
+        name: &str,
+        fragment: FragmentReader,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<T> {
         // Through a small buffer: the value itself determines how much memory it takes, not the size of the file.
-        let fragment = BufReader::with_capacity(VALUE_BUFFER_BYTES, fragment);
+        let fragment = BufReader::with_capacity(VALUE_BUFFER_BYTES, fragment.interruptible(interrupt));
         serialization::decode(fragment, self.format, &self.place(name)?)
     }
 
@@ -129,8 +143,13 @@ impl SnapshotReader {
 
     /// Opens a fragment to read it whole. Refuses it if it is larger than `max_size_bytes`.
     #[cfg(feature = "python")]
-    pub(crate) fn whole_fragment(&self, name: &str, max_size_bytes: u64) -> Result<FragmentReader> {
-        let fragment = self.raw_fragment(name)?;
+    pub(crate) fn whole_fragment(
+        &self,
+        name: &str,
+        max_size_bytes: u64,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<FragmentReader> {
+        let fragment = self.raw_fragment_interruptible(name, interrupt)?;
         if fragment.size() <= max_size_bytes {
             return Ok(fragment);
         }

@@ -111,7 +111,7 @@ impl SnapshotOptions {
         let failed = |error: Error| error.context(format!("cannot create the snapshot {url}"));
         let bucket = Bucket::new(url.clone(), self.remote.clone()).map_err(failed)?;
         let check_free = |interrupt: &mut dyn FnMut() -> Result<()>| {
-            SnapshotUpload::check_free(&bucket, &mut Interrupt::new(interrupt)).map_err(failed)
+            SnapshotUpload::check_free(&bucket, self.take_over, &mut Interrupt::new(interrupt)).map_err(failed)
         };
         let prepared = self.prepare(&url, true, check_free, interrupt)?;
         let upload = SnapshotUpload::create(bucket, self.take_over, &mut Interrupt::new(interrupt)).map_err(failed)?;

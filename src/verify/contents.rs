@@ -109,7 +109,7 @@ impl Checker<'_> {
     ) -> Result<Checked> {
         let checked = match self.key {
             Key::Lacking => {
-                self.object(found).map_err(Failure::Error).and_then(|object| Self::header(&*object)).map(|_| 0)
+                self.object(found).map_err(Failure::Error).and_then(|object| Self::header(&*object, interrupt)).map(|_| 0)
             }
             Key::Held(payload) => self.encrypted(found, payload.data_key(), threads, buffer, interrupt),
             Key::Plain => self.plain(found, threads, buffer, interrupt),
@@ -149,20 +149,21 @@ impl Checker<'_> {
         found: &FoundFragment<'_>,
         key: Option<&SecretKey>,
         threads: usize,
+        interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<FragmentReader> {
         let path = SnapshotPath::try_from(found.path.to_owned())?;
         let place = FragmentPlace::new(self.store.location(), &path);
         // Without the entry of the manifest: this room tells differences apart.
-        FragmentReader::of_object(Arc::clone(object), place, key, threads, None)
+        FragmentReader::of_object(Arc::clone(object), place, key, threads, None, &mut Interrupt::new(interrupt))
     }
 
     /// The tag of a FLOE header, not authenticated.
-    fn header(object: &dyn ReadAt) -> std::result::Result<[u8; 32], Failure> {
+    fn header(object: &dyn ReadAt, interrupt: &mut dyn FnMut() -> Result<()>) -> std::result::Result<[u8; 32], Failure> {
         if object.size() < HEADER_BYTES as u64 {
             return Err(problem(ProblemKind::Truncated, "it is shorter than any encrypted fragment"));
         }
         let mut header = [0; HEADER_BYTES];
-        object.read_exact_at(&mut header, 0, &mut Interrupt::new(&mut || Ok(())))?;
+        object.read_exact_at(&mut header, 0, &mut Interrupt::new(interrupt))?;
         check_declared_chunk_size(header).map_err(|error| problem(ProblemKind::NotAuthentic, error.to_string()))?;
         Ok(header_tag(&header))
     }
@@ -180,18 +181,18 @@ impl Checker<'_> {
             let Proof::HeaderTag { tag: expected, .. } = entry.proof else {
                 return Err(problem(ProblemKind::BadManifest, "the manifest lists it as a plain fragment"));
             };
-            let tag = Self::header(&*object)?;
+            let tag = Self::header(&*object, interrupt)?;
             if tag != expected {
                 self.check_swapped(found, &tag)?;
             }
             found.check_size()?;
             if tag != expected {
-                self.open(&object, found, Some(key), threads)?;
+                self.open(&object, found, Some(key), threads, interrupt)?;
                 let text = "it is authentic, but it is an older or newer version than the sealed one";
                 return Err(problem(ProblemKind::Changed, text));
             }
         }
-        let fragment = self.open(&object, found, Some(key), threads)?;
+        let fragment = self.open(&object, found, Some(key), threads, interrupt)?;
         fragment.read_through(buffer, interrupt, |_| Ok(()))?;
         Ok(fragment.size())
     }
@@ -210,7 +211,7 @@ impl Checker<'_> {
             // Do not read it: a huge sparse file would take hours.
             found.check_size()?;
         }
-        let fragment = self.open(&self.object(found)?, found, None, threads)?;
+        let fragment = self.open(&self.object(found)?, found, None, threads, interrupt)?;
         let Some(entry) = found.entry else {
             fragment.read_through(buffer, interrupt, |_| Ok(()))?;
             return Ok(fragment.size());

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use object_store::Attributes;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{Bucket, Created, Wanted};
+use super::{Bucket, Created, Version, Wanted};
 use crate::cipher::fill_random;
 use crate::error::{Error, Kind, Result};
 use crate::name::shown;
@@ -115,15 +115,7 @@ impl Claim {
                 Created::New | Created::Same => return Ok((claim, Taken::New)),
                 Created::Other(_) => {}
             }
-            let wanted = [(CLAIM, Wanted::Whole { max_bytes: MAX_CLAIM_BYTES })];
-            let found = bucket.get_many(&wanted, interrupt)?.pop().unwrap_or(Ok(None));
-            // Without its contents the claim can only be taken over.
-            let (version, body) = match found {
-                Ok(None) => continue,
-                Ok(Some(found)) => (Some(found.version), SCHEMA.decode::<Body>(&found.bytes)),
-                Err(error) if error.is_corrupt() => (None, Err(error)),
-                Err(error) => return Err(error),
-            };
+            let Some((version, body)) = look(bucket, interrupt)? else { continue };
             let is_same = body
                 .as_ref()
                 .is_ok_and(|body| body.manifest_blake3.is_some() && body.manifest_blake3 == manifest_digest);
@@ -134,6 +126,15 @@ impl Claim {
             return Ok((claim, if is_same { Taken::Resumed } else { Taken::TakenOver }));
         }
         Err(Error::new(Kind::State, format!("{CLAIM} appears and disappears: other writers use the prefix; try again")))
+    }
+
+    /// Checks that nobody has claimed the prefix.
+    ///
+    /// # Errors
+    ///
+    /// `State` if another writer has the claim: whose it is, and since when.
+    pub(super) fn check_absent(bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        look(bucket, interrupt)?.map_or(Ok(()), |(_, body)| Err(held(body)))
     }
 
     /// Checks that no other writer has taken the claim over.
@@ -179,6 +180,17 @@ impl Claim {
     /// Removes the claim.
     pub(crate) fn release(&self, bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<()> {
         bucket.delete(&[CLAIM.to_owned()], interrupt)
+    }
+}
+
+/// Reads the claim of another writer. Without its contents, it can only be taken over.
+fn look(bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<Option<(Option<Version>, Result<Body>)>> {
+    let wanted = [(CLAIM, Wanted::Whole { max_bytes: MAX_CLAIM_BYTES })];
+    match bucket.get_many(&wanted, interrupt)?.pop().unwrap_or(Ok(None)) {
+        Ok(None) => Ok(None),
+        Ok(Some(found)) => Ok(Some((Some(found.version), SCHEMA.decode::<Body>(&found.bytes)))),
+        Err(error) if error.is_corrupt() => Ok(Some((None, Err(error)))),
+        Err(error) => Err(error),
     }
 }
 

@@ -56,9 +56,17 @@ impl SnapshotUpload {
     ///
     /// # Errors
     ///
-    /// `Io` with `EEXIST` if there is a snapshot or anything else.
-    pub(crate) fn check_free(bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<()> {
-        check_empty(&bucket.list(interrupt)?)
+    /// `Io` with `EEXIST` if there is a snapshot or anything else, `State` if another writer has it.
+    pub(crate) fn check_free(bucket: &Bucket, take_over: bool, interrupt: &mut Interrupt<'_>) -> Result<()> {
+        let listed = bucket.list(interrupt)?;
+        let is_claimed = listed.iter().any(|object| object.name == CLAIM);
+        if is_claimed && take_over {
+            return remains(&listed).map(drop);
+        }
+        if is_claimed && !listed.iter().any(|object| object.name == MANIFEST) {
+            Claim::check_absent(bucket, interrupt)?;
+        }
+        check_empty(&listed)
     }
 
     /// Claims the prefix of `bucket` for a new snapshot.

@@ -69,7 +69,7 @@ impl TestStore {
 
     pub(crate) fn put(&self, name: &str, bytes: &[u8]) {
         let stored = Stored { bytes: bytes.to_vec(), ..Stored::default() };
-        lock(&self.shared).objects.insert(format!("vm1/{name}"), stored);
+        lock(&self.shared).store(&format!("vm1/{name}"), stored);
     }
 
     pub(crate) fn open_uploads(&self) -> usize {

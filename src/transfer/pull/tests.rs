@@ -30,7 +30,7 @@ fn stored(key: Option<&SecretKey>) -> (TestStore, SealId) {
     memory.finish().unwrap();
     let devices = writer.add_namespace("devices").unwrap();
     devices.add_namespace("none").unwrap();
-    for number in 0..40_u32 {
+    for number in 0..12_u32 {
         devices.write_fragment(&format!("vcpu{number}"), &number).unwrap();
     }
     writer.raw_fragment("empty").unwrap().finish().unwrap();
@@ -43,7 +43,7 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn check(reader: &SnapshotReader) {
-    assert_eq!(reader.namespace("devices").unwrap().read_fragment::<u32>("vcpu39").unwrap(), 39);
+    assert_eq!(reader.namespace("devices").unwrap().read_fragment::<u32>("vcpu11").unwrap(), 11);
     assert!(reader.namespace("devices").unwrap().namespace("none").is_ok());
 }
 
@@ -84,7 +84,10 @@ fn damage_of_any_object_leaves_nothing() {
             for damaged in [&changed[..], &bytes[..bytes.len() - 1], &[&bytes[..], b"x"].concat()] {
                 store.put(name, damaged);
                 let error = options(&store, key.as_ref()).pull(URL, folder.path().join("copy")).unwrap_err();
-                let is_found = error.is_corrupt() || error.is_authentication() || error.is_unsupported_format();
+                let is_found = error.is_corrupt()
+                    || error.is_authentication()
+                    || error.is_unsupported_format()
+                    || error.is_key_unavailable();
                 assert!(is_found, "{name}: {error}");
                 assert!(entries(folder.path()).is_empty());
             }
