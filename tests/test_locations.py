@@ -116,12 +116,12 @@ def test_what_needs_files_refuses_a_url(tmp_path: Path) -> None:
         lambda: vmsnap.seal(URL),
         lambda: vmsnap.pack(URL, tmp_path / "vm1.vmsnap.tar"),
         lambda: vmsnap.pack(tmp_path, URL),
-        lambda: vmsnap.unpack(tmp_path, URL),
+        lambda: vmsnap.unpack(URL, tmp_path / "vm1"),
         lambda: vmsnap.push(URL, "s3://bucket/vm2"),
     ):
-        with pytest.raises(vmsnap.InvalidArgumentError, match="object store: .* needs a snapshot at a local path"):
+        with pytest.raises(vmsnap.InvalidArgumentError, match=r"object store: .* needs a snapshot at a local path"):
             call()
-    with pytest.raises(vmsnap.InvalidArgumentError, match="is a local path: a push goes to an object store"):
+    with pytest.raises(vmsnap.InvalidArgumentError, match=r"is a local path: a push goes to an object store"):
         vmsnap.push(tmp_path, str(tmp_path / "vm1"))
     with pytest.raises(vmsnap.InvalidArgumentError, match="is a local path: a pull comes from an object store"):
         vmsnap.pull(str(tmp_path), tmp_path / "vm1")

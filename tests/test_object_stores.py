@@ -87,6 +87,20 @@ def test_the_objects_are_the_files(bucket: Bucket, source: Place) -> None:
     assert stored == files(source.location)
 
 
+@pytest.mark.parametrize("bucket", ["s3", "azure"], indirect=True)
+def test_a_large_fragment_is_sent_in_parts(bucket: Bucket, tmp_path: Path, key: bytes) -> None:
+    content = pattern(20 * MIB, 3)
+    with vmsnap.create(tmp_path / "source", key=key, durable=False) as writer:
+        write(writer, "large", content, 65536)
+    vmsnap.push(tmp_path / "source", at(bucket), key=key)
+    with vmsnap.create(at(bucket, "vm2"), key=key) as writer:
+        write(writer, "large", content, 65536)
+    for path in ("vm1", "vm2"):
+        assert read(vmsnap.open(at(bucket, path), key=key), "large") == content
+    vmsnap.pull(at(bucket), tmp_path / "copy", key=key)
+    assert files(tmp_path / "copy") == files(tmp_path / "source")
+
+
 def test_an_archive_is_pushed_and_pulled(s3: Bucket, source: Place, tmp_path: Path) -> None:
     archive, copy = tmp_path / "vm1.vmsnap.tar", tmp_path / "copy.vmsnap.tar"
     vmsnap.pack(source.location, archive, key=source.key)
@@ -97,6 +111,8 @@ def test_an_archive_is_pushed_and_pulled(s3: Bucket, source: Place, tmp_path: Pa
     assert files(tmp_path / "copy") == files(source.location)
 
 
+# The address of a server for Google's protocol is in the file of an account, and is not known to be a loopback address.
+@pytest.mark.parametrize("bucket", ["s3", "azure"], indirect=True)
 def test_the_environment_says_where_the_store_is(bucket: Bucket, small: Place) -> None:
     vmsnap.push(small.location, at(bucket), key=small.key)
     script = "import sys, vmsnap; print(vmsnap.open(sys.argv[1], key=bytes.fromhex(sys.argv[2])).list_fragments())"
@@ -151,11 +167,15 @@ def test_a_snapshot_is_written_straight_into_a_store(bucket: Bucket, encrypted: 
 
 
 def test_an_exception_leaves_nothing_in_the_store(s3: Bucket) -> None:
-    with pytest.raises(ZeroDivisionError), vmsnap.create(at(s3)) as writer:
-        fill(writer)
-        fragment = writer.raw_fragment("unfinished")
-        fragment.write(bytes(20 * MIB))
-        raise ZeroDivisionError
+    def fail() -> None:
+        with vmsnap.create(at(s3)) as writer:
+            fill(writer)
+            fragment = writer.raw_fragment("unfinished")
+            fragment.write(pattern(20 * MIB))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert objects(s3) == set()
 
 
@@ -361,7 +381,7 @@ def test_a_wrong_region_is_told_with_the_right_one(s3: Bucket, proxy: FaultProxy
 
 def test_without_credentials_nothing_is_waited_for(s3: Bucket) -> None:
     options = {"endpoint": s3.endpoint, "region": S3.region}
-    with pytest.raises(PermissionError, match=r"there are no credentials .* aws configure export-credentials"):
+    with pytest.raises(PermissionError, match=r"there are no credentials .*aws configure export-credentials"):
         vmsnap.open(vmsnap.Location(f"{s3.url}/vm1", options))
 
 
@@ -376,7 +396,7 @@ def test_credentials_that_expire_are_told(s3: Bucket, proxy: FaultProxy, small: 
     vmsnap.push(small.location, at(s3), key=small.key)
     body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
     proxy.rule(Status(400, body=body), path="disks/sda", times=None)
-    with pytest.raises(PermissionError, match="have expired .*; renew them"):
+    with pytest.raises(PermissionError, match=r"have expired .*; renew them"):
         vmsnap.pull(at(s3.at(proxy.endpoint)), tmp_path / "copy", key=small.key)
     assert [each.name for each in tmp_path.iterdir()] == ["small"]
 
@@ -386,7 +406,7 @@ def test_a_prefix_with_something_else_is_left_alone(s3: Bucket, small: Place) ->
     with pytest.raises(FileNotFoundError, match="vm1"):
         vmsnap.open(at(s3))
     for call in (lambda: vmsnap.push(small.location, at(s3), key=small.key), lambda: vmsnap.create(at(s3))):
-        with pytest.raises(FileExistsError, match="the prefix is not empty: it contains notes"):
+        with pytest.raises(FileExistsError, match="the prefix is not empty: it contains \"notes\""):
             call()
     assert objects(s3) == {"notes"}
 
@@ -406,7 +426,7 @@ def test_only_a_sealed_and_sound_snapshot_is_pushed(s3: Bucket, small: Place, tm
     with pytest.raises(vmsnap.NotSealedError, match="vmsnap seal"):
         vmsnap.push(tmp_path / "open", at(s3))
     small.damage("disks/sda", 5000)
-    with pytest.raises(vmsnap.AuthenticationError, match="disks/sda"):
+    with pytest.raises(vmsnap.AuthenticationError, match='fragment "sda"'):
         vmsnap.push(small.location, at(s3), key=small.key)
     assert objects(s3) == set()
 
@@ -439,7 +459,7 @@ def test_an_object_that_changed_is_an_error(change: str, is_open: bool, s3: Buck
         content = bytes(obstore.get(s3.store("vm1"), "mem").bytes())
         obstore.put(s3.store("vm1"), "mem", content[::-1], use_multipart=False)
         with pytest.raises(vmsnap.CorruptSnapshotError, match="replaced"):
-            fragment.read_at(8 * MIB, 4096)
+            fragment.read_at(3 * MIB, 4096)
     alter(s3.store("vm1"))
     expected = (vmsnap.CorruptSnapshotError, vmsnap.AuthenticationError)
     if source.key is None and change == "replaced":
@@ -456,7 +476,7 @@ def test_a_changed_object_ends_a_pull(s3: Bucket, source: Place, tmp_path: Path)
     vmsnap.push(source.location, at(s3), key=source.key)
     put(s3, "vm1/disks/sda", pattern(len(SDA), 9))
     before = set(tmp_path.iterdir())
-    with pytest.raises((vmsnap.CorruptSnapshotError, vmsnap.AuthenticationError), match="disks/sda"):
+    with pytest.raises((vmsnap.CorruptSnapshotError, vmsnap.AuthenticationError), match='fragment "sda"'):
         vmsnap.pull(at(s3), tmp_path / "copy", key=source.key)
     assert set(tmp_path.iterdir()) == before
 

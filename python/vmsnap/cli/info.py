@@ -91,7 +91,6 @@ def _format_of(fragment: FragmentReader) -> str | None:
     return None if found == "cbor" and data[0] < _CBOR_NUMBERS_BELOW else found
 
 
-@store_options
 def _look(snapshot: SnapshotReader) -> tuple[str, int]:
     """Return the format of the values, and the size of all fragments."""
     size, looked_at, formats = 0, 0, set()

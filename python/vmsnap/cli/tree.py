@@ -38,7 +38,6 @@ class Namespace:
         self.size = 0
 
 
-@store_options
 def read_tree(snapshot: SnapshotReader, location: Snapshot) -> tuple[Namespace, int]:
     """Return the contents of a namespace of the snapshot at `location`, and the number of levels."""
     by_namespace: dict[str, list[Entry]] = {}
