@@ -36,9 +36,10 @@ def of(bucket: Bucket, block: str) -> str:
 def test_the_day_of_a_fleet(store: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create, use, change = blocks(PAGE, "sh")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    (tmp_path / "settings").mkdir()
-    run("keygen")
-    recipient = run("keygen", "--recipient", tmp_path / "settings/vmsnap/identity.txt").stdout.decode()
+    identity = tmp_path / "settings/vmsnap/identity.txt"
+    identity.parent.mkdir(parents=True)
+    run("keygen", "-o", identity)
+    recipient = run("keygen", "--recipient", identity).stdout.decode()
     for name in ("team.txt", "new-team.txt"):
         (tmp_path / name).write_text(recipient)
     ram = pattern(3 * MIB)
