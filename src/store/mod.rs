@@ -156,7 +156,7 @@ impl Store {
         }
     }
 
-    /// The same snapshot for a reader that checks all of it, or reads it once: what is stored is read, not a copy of it.
+    /// The same snapshot for a reader that checks all of it or reads it once: what is stored is read, not a copy.
     pub(crate) fn uncached(self) -> Result<Self> {
         match self {
             #[cfg(feature = "object-store")]
