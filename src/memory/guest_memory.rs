@@ -65,8 +65,7 @@ impl SnapshotReader {
         let place = self.place(MEMORY)?;
         let Metadata { compressed, lz4, .. } = metadata;
         let fragment = self.raw_fragment_interruptible(MEMORY, interrupt)?;
-        let data =
-            Data::open(fragment, &layout, compressed, lz4, &mut Interrupt::new(interrupt));
+        let data = Data::open(fragment, &layout, compressed, lz4, &mut Interrupt::new(interrupt));
         drop(begun);
         let data = data.map_err(|error| error.context(&place))?;
         Ok(GuestMemory { layout, data, compressed, threads: self.threads(), place })

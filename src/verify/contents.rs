@@ -108,9 +108,11 @@ impl Checker<'_> {
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Checked> {
         let checked = match self.key {
-            Key::Lacking => {
-                self.object(found).map_err(Failure::Error).and_then(|object| Self::header(&*object, interrupt)).map(|_| 0)
-            }
+            Key::Lacking => self
+                .object(found)
+                .map_err(Failure::Error)
+                .and_then(|object| Self::header(&*object, interrupt))
+                .map(|_| 0),
             Key::Held(payload) => self.encrypted(found, payload.data_key(), threads, buffer, interrupt),
             Key::Plain => self.plain(found, threads, buffer, interrupt),
         };
@@ -158,7 +160,10 @@ impl Checker<'_> {
     }
 
     /// The tag of a FLOE header, not authenticated.
-    fn header(object: &dyn ReadAt, interrupt: &mut dyn FnMut() -> Result<()>) -> std::result::Result<[u8; 32], Failure> {
+    fn header(
+        object: &dyn ReadAt,
+        interrupt: &mut dyn FnMut() -> Result<()>,
+    ) -> std::result::Result<[u8; 32], Failure> {
         if object.size() < HEADER_BYTES as u64 {
             return Err(problem(ProblemKind::Truncated, "it is shorter than any encrypted fragment"));
         }

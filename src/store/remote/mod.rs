@@ -4,7 +4,10 @@
 //! bucket.rs       the objects of one snapshot, for threads that wait
 //! objects.rs      the objects of one snapshot, for tasks of the runtime
 //! upload.rs       an object that is written at any offset, and sent in parts
+//! parts.rs        the parts of an object that is being written
 //! flights.rs      the parts that are under way at once
+//! proof.rs        the metadata that tells which fragment an object is
+//! patience.rs     the end of the patience with a store that does not answer
 //! claim.rs        the claim on a prefix while a snapshot is written there
 //! draft.rs        a snapshot that is written straight into a bucket
 //! clean.rs        removes what killed writers left
@@ -35,7 +38,10 @@ mod draft;
 mod errors;
 mod flights;
 mod objects;
+mod parts;
+mod patience;
 mod pool;
+mod proof;
 mod reading;
 #[cfg(test)]
 mod reading_tests;
@@ -57,5 +63,7 @@ pub(crate) use connect::PartStore;
 pub(crate) use draft::{SnapshotUpload, exists, occupied, remains};
 pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
+pub(crate) use patience::patience;
+pub(crate) use proof::{has_proof, proof_attributes};
 pub(crate) use reading::Remote;
-pub(crate) use upload::{UploadedObject, abort_all, has_proof, patience, proof_attributes};
+pub(crate) use upload::{UploadedObject, abort_all};

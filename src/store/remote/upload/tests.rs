@@ -1,6 +1,7 @@
 use super::super::settings::tests::url;
-use super::super::{Bucket, Wanted};
+use super::super::{Bucket, Wanted, has_proof, proof_attributes};
 use super::*;
+use crate::manifest::Proof;
 use crate::store::RemoteOptions;
 use crate::threads::for_each;
 
