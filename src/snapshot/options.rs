@@ -171,8 +171,8 @@ impl SnapshotOptions {
         self
     }
 
-    /// Whether [`SnapshotOptions::create`] and [`SnapshotOptions::push`] replace what another writer has begun at the
-    /// same URL and not completed. Only for a writer that was killed: one that still runs would mix its objects into the
+    /// Whether [`SnapshotOptions::create`] and [`SnapshotOptions::push`] replace a snapshot that another writer has
+    /// begun at the same URL and not completed. Only for a writer that was killed: one that still runs would mix its objects into the
     /// new snapshot.
     #[cfg(feature = "object-store")]
     #[must_use]

@@ -45,7 +45,7 @@ impl SnapshotOptions {
     /// absent: readers take it for a snapshot when its last object is there, and nothing is overwritten. Every byte is
     /// checked before it is sent, for which an encrypted snapshot needs its key.
     ///
-    /// If the push is stopped or fails, what was sent stays, and the next push of the same snapshot sends the rest;
+    /// If the push is stopped or fails, the objects that were sent stay, and the next push of the same snapshot sends the rest;
     /// [`SnapshotOptions::clean`] removes it instead. If the source is damaged, everything is removed. Memory holds as
     /// many parts as [`SnapshotOptions::create`] does.
     ///
@@ -154,7 +154,7 @@ impl Push<'_> {
         }
     }
 
-    /// Looks at what is at the prefix, now that it is claimed. Returns `None` if the snapshot is complete.
+    /// Looks at the objects at the prefix, now that it is claimed. Returns `None` if the snapshot is complete.
     fn prepare(&self, taken: Taken, interrupt: &mut Interrupt<'_>) -> Result<Option<Vec<Listed>>> {
         let listed = self.bucket.list(interrupt)?;
         if listed.iter().any(|object| object.name == MANIFEST) && self.is_there(interrupt)? {
@@ -249,13 +249,13 @@ impl Push<'_> {
         Ok(())
     }
 
-    /// Removes everything if a repetition would fail, too. Returns the error with what becomes of the objects.
+    /// Removes everything if a repetition would fail, too. The error says if objects stay.
     fn give_up(&self, claim: &Claim, error: Error) -> Error {
         if error.is_interrupted() || error.is_state() || error.raw_os_error() == Some(libc::EEXIST) {
             return error;
         }
         if !error.is_corrupt() && !error.is_authentication() {
-            return error.context("what was sent stays, and the next push of this snapshot resumes");
+            return error.context("the objects that were sent stay, and the next push of this snapshot sends the rest");
         }
         let patience = &mut patience();
         let interrupt = &mut Interrupt::new(patience);
@@ -270,7 +270,7 @@ impl Push<'_> {
         });
         match removed {
             Ok(()) => error,
-            Err(_) => error.context("what was sent could not be removed; remove it with vmsnap clean"),
+            Err(_) => error.context("the objects that were sent could not be removed; vmsnap clean removes them"),
         }
     }
 }

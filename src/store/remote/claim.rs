@@ -167,7 +167,7 @@ impl Claim {
         }))
     }
 
-    /// Removes the claim of a push that was killed after its last object, if it is that of this snapshot.
+    /// Removes the claim of a push that was killed after its last object, if it pushed this snapshot.
     pub(crate) fn release_of_push(
         bucket: &Bucket,
         manifest_digest: [u8; 32],
@@ -197,7 +197,7 @@ fn look(bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<Option<(Option
 /// The error for a claim that another writer has.
 fn held(body: Result<Body>) -> Error {
     const REMEDY: &str = "wait until it is done; if it was killed, repeat its push to resume it, take the place over \
-                          (--take-over, take_over), or remove what it left (vmsnap clean)";
+                          (--take-over, take_over), or remove its remains (vmsnap clean)";
     let whose = match body {
         Ok(Body { manifest_blake3, started, generator, writer }) => {
             let doing = if manifest_blake3.is_some() { "pushes another snapshot" } else { "writes a snapshot" };

@@ -304,8 +304,7 @@ fn check_empty(listed: &[Listed]) -> Result<()> {
 
 /// The error for a prefix with an object that does not belong there.
 pub(crate) fn occupied(name: &str) -> Error {
-    let text =
-        format!("the prefix is not empty: it contains {}; choose another one, or remove what is there", shown(name));
+    let text = format!("the prefix is not empty: it contains {}; choose another one, or empty this one", shown(name));
     Error::io(text, Errno::EXIST)
 }
 

@@ -10,7 +10,7 @@
 //! patience.rs     the end of the patience with a store that does not answer
 //! claim.rs        the claim on a prefix while a snapshot is written there
 //! draft.rs        a snapshot that is written straight into a bucket
-//! clean.rs        removes what killed writers left
+//! clean.rs        removes the remains of killed writers
 //! reading.rs      a snapshot, opened to be read
 //! blocks.rs       a fragment, read in blocks
 //! pool.rs         the blocks in memory, and the requests for them

@@ -6,10 +6,10 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
-/// The longest removal of what was written.
+/// The longest removal of the objects that were written.
 const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
 
-/// An interrupt for the removal of what was written, which nobody can stop: it ends if the store does not answer.
+/// An interrupt for a removal of objects, which nobody can stop: it ends if the store does not answer.
 pub(crate) fn patience() -> impl FnMut() -> Result<()> {
     let deadline = Instant::now() + LONGEST_REMOVAL;
     move || {

@@ -1,7 +1,7 @@
 //! An object that is written at any offset, and sent in parts.
 //!
 //! All parts have the same size, except the last one; Cloudflare R2 requires that. A part is sent when it is full, in
-//! whatever order that happens. An object that fits one part is sent in one request when it is finished.
+//! any order. An object that fits one part is sent in one request when it is finished.
 //!
 //! In memory are the parts that are under way, which [`Flights`] limits for all objects together, and the parts that
 //! are not full. Threads take their batches in order, so of these there is at most one more than there are threads.
@@ -56,7 +56,7 @@ struct Inner {
 /// An error of the beginning belongs to the first part that sees it.
 type Begun = std::result::Result<Arc<Upload>, Arc<Mutex<Option<Error>>>>;
 
-/// What a writer left in the store.
+/// The remains of an object in the store.
 pub(crate) struct Remains {
     object: Arc<Inner>,
     /// Whether there may be an upload that was not completed.

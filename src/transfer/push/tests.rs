@@ -120,7 +120,7 @@ fn a_push_that_dies_at_any_request_is_no_snapshot_and_resumes_or_is_cleaned() {
             let resumed = source.push(&store).unwrap();
             assert_eq!(resumed.already_there, is_complete);
             assert_eq!(store.names(), source.expected());
-            // A lifecycle rule removes what cannot be seen.
+            // A lifecycle rule removes uploads, which cannot be listed.
             assert_eq!(store.open_uploads(), open_uploads);
         }
     }
@@ -257,7 +257,7 @@ fn a_snapshot_is_written_straight_into_the_store() {
     assert_eq!(store.names(), ["devices/vcpu0", "empty", "enc_metadata", "mem", "vmsnap_manifest"]);
     assert_eq!(store.open_uploads(), 0);
 
-    // The bytes are those of a directory.
+    // The same bytes in a directory are a snapshot.
     let folder = tempfile::tempdir().unwrap();
     for name in store.names() {
         let at = folder.path().join("vm1").join(&name);
@@ -298,7 +298,7 @@ fn a_create_that_dies_at_any_request_is_complete_or_is_cleaned() {
             let rest = is_complete || store.get(CLAIM).is_some() || store.names().is_empty();
             assert!(rest, "{number}: {:?}", store.names());
             if number % 2 == 0 {
-                // The process lives: dropping removes everything, and also what a commit may have stored.
+                // The process lives: dropping removes everything, and also a manifest that a commit has stored.
                 if let Some(staged) = alive.take() {
                     let was_committed = format!("{staged:?}").contains("committed");
                     drop(std::mem::ManuallyDrop::into_inner(staged));
