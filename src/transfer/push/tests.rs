@@ -44,7 +44,7 @@ impl Source {
 
     /// The objects of a complete push.
     fn expected(&self) -> Vec<String> {
-        ["devices/vcpu0", "enc_metadata", "empty", "mem", "vmsnap_manifest"].map(str::to_owned).into()
+        ["devices/vcpu0", "empty", "enc_metadata", "mem", "vmsnap_manifest"].map(str::to_owned).into()
     }
 
     fn check(&self, store: &TestStore) {
@@ -128,10 +128,7 @@ fn a_push_that_dies_at_any_request_is_no_snapshot_and_resumes_or_is_cleaned() {
 
 #[test]
 fn a_resumed_push_sends_only_the_rest() {
-    let (source, store) = (Source::new(), TestStore::start());
-    source.push(&store).unwrap();
-    let files: Vec<_> = store.names().into_iter().map(|name| (store.get(&name).unwrap(), name)).collect();
-    drop(files);
+    let source = Source::new();
     // As if it had been killed before the last steps.
     let claimed = TestStore::start();
     claimed.die_at(9, false);
