@@ -72,6 +72,11 @@ impl TestStore {
         lock(&self.shared).store(&format!("vm1/{name}"), stored);
     }
 
+    /// Removes all uploads that were not completed, as a lifecycle rule does.
+    pub(crate) fn expire_uploads(&self) {
+        lock(&self.shared).uploads.clear();
+    }
+
     pub(crate) fn open_uploads(&self) -> usize {
         lock(&self.shared).uploads.len()
     }

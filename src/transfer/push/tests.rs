@@ -25,7 +25,7 @@ struct Source {
 }
 
 impl Source {
-    /// A snapshot with fragments of several sizes; the largest has three parts.
+    /// A snapshot with fragments of several sizes; the largest has two parts.
     fn new() -> Self {
         let (folder, key) = (tempfile::tempdir().unwrap(), SecretKey::generate().unwrap());
         let mut staged = SnapshotOptions::new().key(key.clone()).create(folder.path().join("vm1")).unwrap();
@@ -57,8 +57,7 @@ impl Source {
 }
 
 fn fill(writer: &crate::SnapshotWriter) {
-    let bytes: Vec<u8> =
-        (0..17_u32 << 18).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let bytes: Vec<u8> = (0..9_u32 << 18).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     let mut memory = writer.raw_fragment("mem").unwrap();
     memory.write_all(&bytes).unwrap();
     memory.finish().unwrap();
@@ -131,9 +130,10 @@ fn a_resumed_push_sends_only_the_rest() {
     let source = Source::new();
     // As if it had been killed before the last steps.
     let claimed = TestStore::start();
-    claimed.die_at(9, false);
+    claimed.die_at(8, false);
     source.push(&claimed).unwrap_err();
     claimed.revive();
+    claimed.expire_uploads();
     claimed.take_log();
     let there = claimed.names();
     let resumed = source.push(&claimed).unwrap();
@@ -149,9 +149,10 @@ fn a_resumed_push_sends_only_the_rest() {
 #[test]
 fn another_object_of_the_same_size_is_sent_again() {
     let (source, store) = (Source::new(), TestStore::start());
-    store.die_at(9, false);
+    store.die_at(8, false);
     source.push(&store).unwrap_err();
     store.revive();
+    store.expire_uploads();
     let file = std::fs::read(source.path().join("devices/vcpu0")).unwrap();
     store.put("devices/vcpu0", &vec![7; file.len()]);
     source.push(&store).unwrap();
@@ -161,9 +162,10 @@ fn another_object_of_the_same_size_is_sent_again() {
 #[test]
 fn of_two_pushes_at_once_one_wins_and_the_other_says_so() {
     let (first, second, store) = (Source::new(), Source::new(), TestStore::start());
-    store.die_at(9, false);
+    store.die_at(8, false);
     first.push(&store).unwrap_err();
     store.revive();
+    store.expire_uploads();
     let error = second.push(&store).unwrap_err();
     assert!(error.is_state() && error.to_string().contains("pushes another snapshot there since"), "{error}");
     first.push(&store).unwrap();
@@ -184,9 +186,10 @@ fn of_two_pushes_at_once_one_wins_and_the_other_says_so() {
 #[test]
 fn a_place_that_was_taken_over_has_nothing_of_the_first_push() {
     let (first, store) = (Source::new(), TestStore::start());
-    store.die_at(9, false);
+    store.die_at(8, false);
     first.push(&store).unwrap_err();
     store.revive();
+    store.expire_uploads();
     store.put("left", b"of the first");
     let second = Source::new();
     let pushed = options(&store).key(second.key.clone()).take_over(true).push(second.path(), URL).unwrap();
