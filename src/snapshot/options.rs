@@ -32,6 +32,7 @@ const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
 /// # Ok::<(), vmsnap::Error>(())
 /// ```
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub struct SnapshotOptions {
     pub(crate) encrypt: bool,
     pub(crate) credentials: Credentials,

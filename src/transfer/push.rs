@@ -124,11 +124,11 @@ impl Push<'_> {
         let listed = self.prepare(taken, interrupt).inspect_err(|error| {
             if taken == Taken::New && !error.is_interrupted() {
                 // Nothing else was written. A second error would hide the cause; `clean` removes the claim.
-                let _ = claim.release(self.bucket, &mut Interrupt::new(&mut || Ok(())));
+                let _ = Claim::release(self.bucket, &mut Interrupt::new(&mut || Ok(())));
             }
         })?;
         let Some(listed) = listed else {
-            claim.release(self.bucket, interrupt)?;
+            Claim::release(self.bucket, interrupt)?;
             return Ok(already_there);
         };
         let sent = self.send(&objects, &listed, interrupt).and_then(|sent| {
@@ -245,7 +245,7 @@ impl Push<'_> {
             Created::Other(_) => return Err(exists()),
         }
         // The snapshot is complete. Readers ignore the claim, and the next push or `clean` removes it.
-        let _ = claim.release(bucket, interrupt);
+        let _ = Claim::release(bucket, interrupt);
         Ok(())
     }
 
@@ -266,7 +266,7 @@ impl Push<'_> {
                 return Ok(());
             }
             self.bucket.delete(&names, interrupt)?;
-            claim.release(self.bucket, interrupt)
+            Claim::release(self.bucket, interrupt)
         });
         match removed {
             Ok(()) => error,

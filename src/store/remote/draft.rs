@@ -83,15 +83,14 @@ impl SnapshotUpload {
         // Only now: before the claim, another writer could complete a snapshot at any moment.
         upload.prepare(taken, interrupt).inspect_err(|_| {
             // Nothing else was written. A second error would hide the cause; `clean` removes the claim.
-            let Inner { bucket, claim, .. } = &*upload.0;
-            let _ = claim.release(bucket, &mut Interrupt::new(&mut || Ok(())));
+            let _ = Claim::release(&upload.0.bucket, &mut Interrupt::new(&mut || Ok(())));
         })?;
         Ok(upload)
     }
 
     fn prepare(&self, taken: super::Taken, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let listed = self.0.bucket.list(interrupt)?;
-        if taken == super::Taken::TakenOver {
+        if taken == super::Taken::Replaced {
             let remains = remains(&listed)?;
             return self.0.bucket.delete(&remains, interrupt);
         }
@@ -207,7 +206,7 @@ impl SnapshotUpload {
             Created::Other(_) => return Err(exists()),
         }
         // The snapshot is complete. Readers ignore the claim, and `clean` removes it.
-        let _ = claim.release(bucket, last);
+        let _ = Claim::release(bucket, last);
         Ok(())
     }
 
@@ -248,7 +247,7 @@ impl SnapshotUpload {
             self.withdraw(interrupt)?;
             names.extend(lock(contents).is_key_sent.then(|| KEY_METADATA.to_owned()));
             bucket.delete(&names, interrupt)?;
-            claim.release(bucket, interrupt)?;
+            Claim::release(bucket, interrupt)?;
         }
         lock(contents).is_discarded = true;
         aborted

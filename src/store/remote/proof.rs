@@ -16,7 +16,7 @@ pub(crate) fn proof_attributes(proof: &Proof) -> Attributes {
 /// The text that identifies the contents of a fragment.
 fn proof_text(proof: &Proof) -> String {
     let (Proof::Blake3(digest) | Proof::HeaderTag { tag: digest, .. }) = proof;
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    blake3::Hash::from_bytes(*digest).to_hex().to_string()
 }
 
 /// Whether an object has these contents, as its writer said.

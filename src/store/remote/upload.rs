@@ -401,7 +401,7 @@ impl NewObject for UploadedObject {
         let remains = self.stop();
         let removal = async move {
             remains.abort().await?;
-            remains.object.objects.delete(&[remains.object.name.clone()]).await
+            remains.object.objects.delete(std::slice::from_ref(&remains.object.name)).await
         };
         runtime::run(removal, &mut Interrupt::new(&mut patience()))
     }

@@ -43,13 +43,13 @@ impl Source {
     }
 
     /// The objects of a complete push.
-    fn expected(&self) -> Vec<String> {
+    fn expected() -> Vec<String> {
         ["devices/vcpu0", "empty", "enc_metadata", "mem", "vmsnap_manifest"].map(str::to_owned).into()
     }
 
     fn check(&self, store: &TestStore) {
-        assert_eq!(store.names(), self.expected());
-        for name in self.expected() {
+        assert_eq!(store.names(), Self::expected());
+        for name in Self::expected() {
             assert_eq!(store.get(&name).unwrap(), std::fs::read(self.path().join(&name)).unwrap(), "{name}");
         }
         assert_eq!(store.open_uploads(), 0);
@@ -105,20 +105,20 @@ fn a_push_that_dies_at_any_request_is_no_snapshot_and_resumes_or_is_cleaned() {
                 Err(error) => assert!(error.is_transient(), "{number}: {error}"),
             }
             if is_complete {
-                let mut expected = source.expected();
+                let mut expected = Source::expected();
                 expected.push(CLAIM.to_owned());
                 expected.sort();
-                assert!(store.names() == expected || store.names() == source.expected());
+                assert!(store.names() == expected || store.names() == Source::expected());
             }
             let open_uploads = store.open_uploads();
             if number % 2 == 0 {
                 let cleaned = options(&store).clean(URL, Duration::ZERO).unwrap();
                 assert!(cleaned.held.is_empty());
-                assert!(store.names() == if is_complete { source.expected() } else { vec![] }, "{:?}", store.names());
+                assert!(store.names() == if is_complete { Source::expected() } else { vec![] }, "{:?}", store.names());
             }
             let resumed = source.push(&store).unwrap();
             assert_eq!(resumed.already_there, is_complete);
-            assert_eq!(store.names(), source.expected());
+            assert_eq!(store.names(), Source::expected());
             // A lifecycle rule removes uploads, which cannot be listed.
             assert_eq!(store.open_uploads(), open_uploads);
         }
