@@ -1,4 +1,4 @@
-//! Removal of what killed writers left, here or in an object store.
+//! Removal of the remains of killed writers, here or in an object store.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::store::remote::{self, Bucket};
 use crate::threads::Interrupt;
 
 impl SnapshotOptions {
-    /// Removes what killed writers left at `location` and below it.
+    /// Removes the remains of killed writers at `location` and below it.
     ///
     /// `location` is the URL of a snapshot, or a prefix of several. Where a push or [`SnapshotOptions::create`] has begun
     /// a snapshot and not completed it, all its objects are removed. Snapshots that are complete stay, and so does

@@ -18,7 +18,7 @@ pub(super) struct Contents {
 }
 
 impl Contents {
-    /// Lists what a survey found. Reads only fragments that `ledger` does not have, from `store`; without a store, such
+    /// Lists the contents that a survey found. Reads only fragments that `ledger` does not have, from `store`; without a store, such
     /// a fragment was not finished.
     pub(super) fn of(
         survey: Survey,

@@ -7,7 +7,7 @@
 //! staged.rs          StagedSnapshot: commit, discard
 //! handle_version.rs  the version of serialized handles
 //! seal.rs            seals a snapshot that was written in place
-//! clean.rs           removes what killed writers left, here or in an object store
+//! clean.rs           removes the remains of killed writers, here or in an object store
 //! contents.rs        the contents that a manifest lists
 //! open_manifest.rs   the manifest of an open snapshot
 //! key_metadata.rs    unlocks a snapshot, and rekey

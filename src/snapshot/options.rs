@@ -32,6 +32,7 @@ const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
 /// # Ok::<(), vmsnap::Error>(())
 /// ```
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub struct SnapshotOptions {
     pub(crate) encrypt: bool,
     pub(crate) credentials: Credentials,
@@ -169,8 +170,8 @@ impl SnapshotOptions {
         self
     }
 
-    /// Whether [`SnapshotOptions::create`] and [`SnapshotOptions::push`] replace what another writer has begun at the
-    /// same URL and not completed. Only for a writer that was killed: one that still runs would mix its objects into the
+    /// Whether [`SnapshotOptions::create`] and [`SnapshotOptions::push`] replace a snapshot that another writer has
+    /// begun at the same URL and not completed. Only for a writer that was killed: one that still runs would mix its objects into the
     /// new snapshot.
     #[cfg(feature = "object-store")]
     #[must_use]

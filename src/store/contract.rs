@@ -269,7 +269,7 @@ fn drafts(folder: &Path) -> (StagedDirectory, Vec<Draft>) {
     (staged, local.collect())
 }
 
-/// What a draft contains.
+/// The contents of a draft.
 fn survey(draft: &Draft) -> Survey {
     match draft {
         Draft::InPlace(directory) | Draft::Staged(directory) => directory.survey(&mut || Ok(())).unwrap(),

@@ -46,7 +46,7 @@ impl SnapshotOptions {
     /// absent: readers take it for a snapshot when its last object is there, and nothing is overwritten. Every byte is
     /// checked before it is sent, for which an encrypted snapshot needs its key.
     ///
-    /// If the push is stopped or fails, what was sent stays, and the next push of the same snapshot sends the rest;
+    /// If the push is stopped or fails, the objects that were sent stay, and the next push of the same snapshot sends the rest;
     /// [`SnapshotOptions::clean`] removes it instead. If the source is damaged, everything is removed. Memory holds as
     /// many parts as [`SnapshotOptions::create`] does.
     ///
@@ -128,11 +128,11 @@ impl Push<'_> {
         let listed = self.prepare(taken, interrupt).inspect_err(|error| {
             if taken == Taken::New && !error.is_interrupted() {
                 // Nothing else was written. A second error would hide the cause; `clean` removes the claim.
-                let _ = claim.release(self.bucket, &mut Interrupt::new(&mut || Ok(())));
+                let _ = Claim::release(self.bucket, &mut Interrupt::new(&mut || Ok(())));
             }
         })?;
         let Some(listed) = listed else {
-            claim.release(self.bucket, interrupt)?;
+            Claim::release(self.bucket, interrupt)?;
             return Ok(already_there);
         };
         let sent = self.send(&objects, &listed, interrupt).and_then(|sent| {
@@ -158,7 +158,7 @@ impl Push<'_> {
         }
     }
 
-    /// Looks at what is at the prefix, now that it is claimed. Returns `None` if the snapshot is complete.
+    /// Looks at the objects at the prefix, now that it is claimed. Returns `None` if the snapshot is complete.
     fn prepare(&self, taken: Taken, interrupt: &mut Interrupt<'_>) -> Result<Option<Vec<Listed>>> {
         let listed = self.bucket.list(interrupt)?;
         if listed.iter().any(|object| object.name == MANIFEST) && self.is_there(interrupt)? {
@@ -252,17 +252,17 @@ impl Push<'_> {
             Created::Other(_) => return Err(exists()),
         }
         // The snapshot is complete. Readers ignore the claim, and the next push or `clean` removes it.
-        let _ = claim.release(bucket, interrupt);
+        let _ = Claim::release(bucket, interrupt);
         Ok(())
     }
 
-    /// Removes everything if a repetition would fail, too. Returns the error with what becomes of the objects.
+    /// Removes everything if a repetition would fail, too. The error says if objects stay.
     fn give_up(&self, claim: &Claim, error: Error) -> Error {
         if error.is_interrupted() || error.is_state() || error.raw_os_error() == Some(libc::EEXIST) {
             return error;
         }
         if !error.is_corrupt() && !error.is_authentication() {
-            return error.context("what was sent stays, and the next push of this snapshot resumes");
+            return error.context("the objects that were sent stay, and the next push of this snapshot sends the rest");
         }
         let patience = &mut patience();
         let interrupt = &mut Interrupt::new(patience);
@@ -273,11 +273,11 @@ impl Push<'_> {
                 return Ok(());
             }
             self.bucket.delete(&names, interrupt)?;
-            claim.release(self.bucket, interrupt)
+            Claim::release(self.bucket, interrupt)
         });
         match removed {
             Ok(()) => error,
-            Err(_) => error.context("what was sent could not be removed; remove it with vmsnap clean"),
+            Err(_) => error.context("the objects that were sent could not be removed; vmsnap clean removes them"),
         }
     }
 }

@@ -43,7 +43,7 @@ pub(crate) enum Taken {
     /// An earlier push of the same snapshot had it.
     Resumed,
     /// Another writer had it.
-    TakenOver,
+    Replaced,
 }
 
 #[derive(Serialize)]
@@ -123,7 +123,7 @@ impl Claim {
                 return Err(held(body));
             }
             bucket.put(CLAIM, claim.bytes.clone(), Attributes::new(), version.as_ref(), interrupt)?;
-            return Ok((claim, if is_same { Taken::Resumed } else { Taken::TakenOver }));
+            return Ok((claim, if is_same { Taken::Resumed } else { Taken::Replaced }));
         }
         Err(Error::new(Kind::State, format!("{CLAIM} appears and disappears: other writers use the prefix; try again")))
     }
@@ -167,18 +167,18 @@ impl Claim {
         }))
     }
 
-    /// Removes the claim of a push that was killed after its last object, if it is that of this snapshot.
+    /// Removes the claim of a push that was killed after its last object, if it pushed this snapshot.
     pub(crate) fn release_of_push(
         bucket: &Bucket,
         manifest_digest: [u8; 32],
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
         let claim = Self { bytes: Bytes::new(), manifest_digest: Some(manifest_digest) };
-        if claim.is_held(bucket, interrupt)? { claim.release(bucket, interrupt) } else { Ok(()) }
+        if claim.is_held(bucket, interrupt)? { Claim::release(bucket, interrupt) } else { Ok(()) }
     }
 
-    /// Removes the claim.
-    pub(crate) fn release(&self, bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<()> {
+    /// Removes the claim. The caller has it.
+    pub(crate) fn release(bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<()> {
         bucket.delete(&[CLAIM.to_owned()], interrupt)
     }
 }
@@ -197,7 +197,7 @@ fn look(bucket: &Bucket, interrupt: &mut Interrupt<'_>) -> Result<Option<(Option
 /// The error for a claim that another writer has.
 fn held(body: Result<Body>) -> Error {
     const REMEDY: &str = "wait until it is done; if it was killed, repeat its push to resume it, take the place over \
-                          (--take-over, take_over), or remove what it left (vmsnap clean)";
+                          (--take-over, take_over), or remove its remains (vmsnap clean)";
     let whose = match body {
         Ok(Body { manifest_blake3, started, generator, writer }) => {
             let doing = if manifest_blake3.is_some() { "pushes another snapshot" } else { "writes a snapshot" };
@@ -245,7 +245,7 @@ mod tests {
             }
         }
         assert!(is_held(&bucket, &first));
-        first.release(&bucket, &mut Interrupt::new(&mut || Ok(()))).unwrap();
+        Claim::release(&bucket, &mut Interrupt::new(&mut || Ok(()))).unwrap();
         assert!(!is_held(&bucket, &first));
         assert_eq!(take(&bucket, None, true).unwrap().1, Taken::New);
     }
@@ -265,20 +265,20 @@ mod tests {
         let bucket = bucket("taken over");
         let (first, _) = take(&bucket, None, false).unwrap();
         let (second, taken) = take(&bucket, Some([1; 32]), true).unwrap();
-        assert_eq!(taken, Taken::TakenOver);
+        assert_eq!(taken, Taken::Replaced);
         assert!(!is_held(&bucket, &first) && is_held(&bucket, &second));
     }
 
     #[test]
     fn something_else_of_the_name_is_only_taken_over() {
-        for bytes in [&b"text"[..], b"", &[0xa0; 100_000]] {
+        for bytes in [b"text".to_vec(), Vec::new(), vec![0xa0; 100_000]] {
             let bucket = bucket(&format!("strange{}", bytes.len()));
             let interrupt = &mut || Ok(());
             let interrupt = &mut Interrupt::new(interrupt);
-            bucket.create(CLAIM, Bytes::copy_from_slice(bytes), interrupt).unwrap();
+            bucket.create(CLAIM, bytes.into(), interrupt).unwrap();
             let error = take(&bucket, Some([1; 32]), false).err().unwrap();
             assert!(error.is_state() && error.to_string().contains("--take-over"), "{error}");
-            assert_eq!(take(&bucket, Some([1; 32]), true).unwrap().1, Taken::TakenOver);
+            assert_eq!(take(&bucket, Some([1; 32]), true).unwrap().1, Taken::Replaced);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Removal of what killed writers left in a bucket.
+//! Removal of the remains of killed writers in a bucket.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -18,7 +18,7 @@ struct Found<'a> {
     has_manifest: bool,
 }
 
-/// Removes what killed writers left at the prefix of `bucket` and below it: where there is a claim and no manifest,
+/// Removes the remains of killed writers at the prefix of `bucket` and below it: where there is a claim and no manifest,
 /// everything, and where there are both, the claim. Where anything was written within `age`, nothing is removed.
 /// Returns the prefixes that were cleaned, and those that were left, relative to that of `bucket`.
 pub(crate) fn clean(

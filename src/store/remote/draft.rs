@@ -16,7 +16,8 @@ use super::Bucket;
 use super::claim::{CLAIM, Claim};
 use super::flights::Flights;
 use super::objects::{Created, Listed, Wanted};
-use super::upload::{UploadedObject, abort_all, patience};
+use super::patience::patience;
+use super::upload::{UploadedObject, abort_all};
 use crate::error::{Error, Kind, Result};
 use crate::location::StoreUrl;
 use crate::name::{KEY_METADATA, MANIFEST, SnapshotPath, shown};
@@ -82,15 +83,14 @@ impl SnapshotUpload {
         // Only now: before the claim, another writer could complete a snapshot at any moment.
         upload.prepare(taken, interrupt).inspect_err(|_| {
             // Nothing else was written. A second error would hide the cause; `clean` removes the claim.
-            let Inner { bucket, claim, .. } = &*upload.0;
-            let _ = claim.release(bucket, &mut Interrupt::new(&mut || Ok(())));
+            let _ = Claim::release(&upload.0.bucket, &mut Interrupt::new(&mut || Ok(())));
         })?;
         Ok(upload)
     }
 
     fn prepare(&self, taken: super::Taken, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let listed = self.0.bucket.list(interrupt)?;
-        if taken == super::Taken::TakenOver {
+        if taken == super::Taken::Replaced {
             let remains = remains(&listed)?;
             return self.0.bucket.delete(&remains, interrupt);
         }
@@ -206,7 +206,7 @@ impl SnapshotUpload {
             Created::Other(_) => return Err(exists()),
         }
         // The snapshot is complete. Readers ignore the claim, and `clean` removes it.
-        let _ = claim.release(bucket, last);
+        let _ = Claim::release(bucket, last);
         Ok(())
     }
 
@@ -247,7 +247,7 @@ impl SnapshotUpload {
             self.withdraw(interrupt)?;
             names.extend(lock(contents).is_key_sent.then(|| KEY_METADATA.to_owned()));
             bucket.delete(&names, interrupt)?;
-            claim.release(bucket, interrupt)?;
+            Claim::release(bucket, interrupt)?;
         }
         lock(contents).is_discarded = true;
         aborted
@@ -303,8 +303,7 @@ fn check_empty(listed: &[Listed]) -> Result<()> {
 
 /// The error for a prefix with an object that does not belong there.
 pub(crate) fn occupied(name: &str) -> Error {
-    let text =
-        format!("the prefix is not empty: it contains {}; choose another one, or remove what is there", shown(name));
+    let text = format!("the prefix is not empty: it contains {}; choose another one, or empty this one", shown(name));
     Error::io(text, Errno::EXIST)
 }
 

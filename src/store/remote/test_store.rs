@@ -72,6 +72,11 @@ impl TestStore {
         lock(&self.shared).store(&format!("vm1/{name}"), stored);
     }
 
+    /// Removes all uploads that were not completed, as a lifecycle rule does.
+    pub(crate) fn expire_uploads(&self) {
+        lock(&self.shared).uploads.clear();
+    }
+
     pub(crate) fn open_uploads(&self) -> usize {
         lock(&self.shared).uploads.len()
     }
@@ -134,10 +139,13 @@ impl Shared {
             }
             ("POST", None) if query.contains_key("delete") => {
                 let body = String::from_utf8(request.body.clone()).unwrap();
-                for key in body.split("<Key>").skip(1) {
-                    self.objects.remove(key.split_once("</Key>").unwrap().0);
-                }
-                Reply::object(b"<DeleteResult></DeleteResult>")
+                let keys = body.split("<Key>").skip(1).map(|rest| rest.split_once("</Key>").unwrap().0);
+                let deleted = keys.map(|key| {
+                    self.objects.remove(key);
+                    format!("<Deleted><Key>{key}</Key></Deleted>")
+                });
+                let deleted: String = deleted.collect();
+                Reply::object(format!("<DeleteResult>{deleted}</DeleteResult>").as_bytes())
             }
             ("DELETE", Some(id)) => {
                 self.uploads.remove(id);

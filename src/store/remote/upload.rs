@@ -1,28 +1,26 @@
 //! An object that is written at any offset, and sent in parts.
 //!
 //! All parts have the same size, except the last one; Cloudflare R2 requires that. A part is sent when it is full, in
-//! whatever order that happens. An object that fits one part is sent in one request when it is finished.
+//! any order. An object that fits one part is sent in one request when it is finished.
 //!
 //! In memory are the parts that are under way, which [`Flights`] limits for all objects together, and the parts that
 //! are not full. Threads take their batches in order, so of these there is at most one more than there are threads.
 
 use std::fs::File;
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
-use object_store::{Attribute, Attributes};
-use rustix::io::Errno;
+use object_store::Attributes;
 
 use super::flights::{Flights, Permit};
 use super::objects::{Objects, Part, Upload};
-use super::runtime::{self, Task};
-use crate::buffer;
+use super::parts::{Stage, State, padded};
+use super::patience::patience;
+use super::runtime;
 use crate::error::{Error, Kind, Result};
-use crate::manifest::Proof;
 use crate::process::OwnerProcess;
 use crate::store::bytes::{NewObject, WriteAt};
 use crate::threads::{Interrupt, lock};
@@ -37,14 +35,8 @@ const MAX_PART_BYTES: u64 = 4 << 30;
 /// Larger parts are multiples of this.
 const PART_UNIT_BYTES: u64 = 1 << 20;
 
-/// The metadata of an object that tells which fragment it is.
-const PROOF: &str = "vmsnapproof";
-
 /// The longest wait for the end of a request that cannot be taken back.
 const LONGEST_SETTLING: Duration = Duration::from_secs(30);
-
-/// The longest removal of what was written.
-const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
 
 /// An object that is being written.
 pub(crate) struct UploadedObject(Arc<Inner>);
@@ -65,66 +57,11 @@ struct Inner {
 /// An error of the beginning belongs to the first part that sees it.
 type Begun = std::result::Result<Arc<Upload>, Arc<Mutex<Option<Error>>>>;
 
-struct State {
-    stage: Stage,
-    /// The parts that are not full, by their index.
-    filling: BTreeMap<usize, Filling>,
-    /// The parts that were taken to be sent.
-    taken: BTreeSet<usize>,
-    /// The parts that the store has.
-    sent: BTreeMap<usize, Part>,
-    tasks: Vec<Task<()>>,
-    /// Whether the store may know an upload.
-    is_begun: bool,
-    /// The end of the last byte that was written.
-    end: u64,
-    written: u64,
-    /// The size, if its owner has set it.
-    size: Option<u64>,
-}
-
-enum Stage {
-    Writing,
-    /// Nothing more is written. When this many parts are there, the object is made of them.
-    Finishing {
-        parts: usize,
-        size: u64,
-    },
-    /// The request that makes the object is under way.
-    Completing,
-    Finished,
-    /// Until somebody takes the error.
-    Failed(Option<Error>),
-    Abandoned,
-    Discarded,
-}
-
-struct Filling {
-    bytes: Vec<u8>,
-    written: usize,
-}
-
-/// What a writer left in the store.
+/// The remains of an object in the store.
 pub(crate) struct Remains {
     object: Arc<Inner>,
     /// Whether there may be an upload that was not completed.
     is_begun: bool,
-}
-
-/// The metadata of an object with these contents.
-pub(crate) fn proof_attributes(proof: &Proof) -> Attributes {
-    Attributes::from_iter([(Attribute::Metadata(PROOF.into()), proof_text(proof))])
-}
-
-/// The text that identifies the contents of a fragment.
-fn proof_text(proof: &Proof) -> String {
-    let (Proof::Blake3(digest) | Proof::HeaderTag { tag: digest, .. }) = proof;
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Whether an object has these contents, as its writer said.
-pub(crate) fn has_proof(object: &super::Headed, proof: &Proof) -> bool {
-    object.metadata(PROOF) == Some(&*proof_text(proof))
 }
 
 /// The size of the parts of an object that has at most so many bytes.
@@ -175,17 +112,7 @@ impl UploadedObject {
             part_bytes,
             flights: Arc::clone(flights),
             upload: upload.boxed().shared(),
-            state: Mutex::new(State {
-                stage: Stage::Writing,
-                filling: BTreeMap::new(),
-                taken: BTreeSet::new(),
-                sent: BTreeMap::new(),
-                tasks: Vec::new(),
-                is_begun: false,
-                end: 0,
-                written: 0,
-                size: None,
-            }),
+            state: Mutex::new(State::new()),
             changed: Condvar::new(),
             owner: OwnerProcess::current(),
         })))
@@ -264,79 +191,6 @@ pub(crate) fn abort_all(remains: Vec<Remains>) -> Result<()> {
         result
     };
     runtime::run(aborting, &mut Interrupt::new(&mut patience()))
-}
-
-/// An interrupt for the removal of what was written, which nobody can stop: it ends if the store does not answer.
-pub(crate) fn patience() -> impl FnMut() -> Result<()> {
-    let deadline = Instant::now() + LONGEST_REMOVAL;
-    move || {
-        if Instant::now() < deadline {
-            return Ok(());
-        }
-        Err(Error::transient("the store does not answer; vmsnap clean removes the rest", Errno::TIMEDOUT))
-    }
-}
-
-impl State {
-    fn check_writing(&mut self) -> Result<()> {
-        match &mut self.stage {
-            Stage::Writing => Ok(()),
-            Stage::Failed(error) => Err(error.take().unwrap_or_else(failed_before)),
-            Stage::Finishing { .. } | Stage::Completing | Stage::Finished => {
-                Err(Error::new(Kind::State, "was finished"))
-            }
-            Stage::Abandoned | Stage::Discarded => Err(Error::new(Kind::State, "was discarded")),
-        }
-    }
-
-    /// Copies bytes into a part.
-    fn fill(&mut self, index: usize, within: usize, bytes: &[u8], part_bytes: usize) -> Result<()> {
-        let part = self.filling.entry(index).or_insert(Filling { bytes: Vec::new(), written: 0 });
-        let end = within + bytes.len();
-        if end > part.bytes.len() {
-            if end > part.bytes.capacity() {
-                // A small object takes little memory, and a part of a large one is moved seldom.
-                let more = end.next_power_of_two().min(part_bytes) - part.bytes.len();
-                buffer::reserve(&mut part.bytes, more)?;
-            }
-            part.bytes.resize(end, 0);
-        }
-        part.bytes[within..end].copy_from_slice(bytes);
-        part.written += bytes.len();
-        Ok(())
-    }
-
-    /// Takes the full parts, unless the object may still fit one.
-    fn take_full(&mut self, part_bytes: usize) -> Vec<(usize, Vec<u8>)> {
-        if self.end <= part_bytes as u64 {
-            return Vec::new();
-        }
-        let full = self.filling.iter().filter(|(_, part)| part.written == part_bytes);
-        let full: Vec<_> = full.map(|(index, _)| *index).collect();
-        full.into_iter().filter_map(|index| self.take(index)).collect()
-    }
-
-    fn take(&mut self, index: usize) -> Option<(usize, Vec<u8>)> {
-        let part = self.filling.remove(&index)?;
-        self.taken.insert(index);
-        Some((index, part.bytes))
-    }
-
-    /// Releases the memory. The caller drops the tasks when it has released the lock.
-    fn clear(&mut self) -> Vec<Task<()>> {
-        self.filling.clear();
-        std::mem::take(&mut self.tasks)
-    }
-
-    /// The parts in order, if all are there and nothing more is written.
-    fn complete(&mut self) -> Option<(Vec<Part>, u64)> {
-        let Stage::Finishing { parts, size } = self.stage else { return None };
-        if self.sent.len() < parts {
-            return None;
-        }
-        self.stage = Stage::Completing;
-        Some((std::mem::take(&mut self.sent).into_values().collect(), size))
-    }
 }
 
 impl Inner {
@@ -523,18 +377,6 @@ impl Inner {
     }
 }
 
-/// Bytes that were never written are zero.
-fn padded(mut bytes: Vec<u8>, length: usize) -> Result<Vec<u8>> {
-    let more = length.saturating_sub(bytes.len());
-    buffer::reserve(&mut bytes, more)?;
-    bytes.resize(length, 0);
-    Ok(bytes)
-}
-
-fn failed_before() -> Error {
-    Error::new(Kind::State, "was given up after an error")
-}
-
 impl WriteAt for UploadedObject {
     fn write_runs_at(&self, runs: &[&[u8]], mut offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
         for run in runs {
@@ -560,7 +402,7 @@ impl NewObject for UploadedObject {
         let remains = self.stop();
         let removal = async move {
             remains.abort().await?;
-            remains.object.objects.delete(&[remains.object.name.clone()]).await
+            remains.object.objects.delete(std::slice::from_ref(&remains.object.name)).await
         };
         runtime::run(removal, &mut Interrupt::new(&mut patience()))
     }

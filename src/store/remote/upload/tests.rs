@@ -1,6 +1,7 @@
 use super::super::settings::tests::url;
-use super::super::{Bucket, Wanted};
+use super::super::{Bucket, Wanted, has_proof, proof_attributes};
 use super::*;
+use crate::manifest::Proof;
 use crate::store::RemoteOptions;
 use crate::threads::for_each;
 
@@ -61,7 +62,7 @@ fn writes_come_in_any_order_from_any_thread() {
     let bytes = contents(20 * PART + 123);
     for threads in [1, 4] {
         let object = object(&bucket, &flights);
-        // 250 and 83 have no common divisor, so each piece comes once.
+        // The two numbers have no common divisor, so each write comes once.
         let pieces: Vec<_> = bytes.chunks(83).enumerate().collect();
         let order = (0..pieces.len()).map(|number| pieces[number * 101 % pieces.len()]);
         assert!(!pieces.len().is_multiple_of(101));
