@@ -406,7 +406,7 @@ def test_a_prefix_with_something_else_is_left_alone(s3: Bucket, small: Place) ->
     with pytest.raises(FileNotFoundError, match="vm1"):
         vmsnap.open(at(s3))
     for call in (lambda: vmsnap.push(small.location, at(s3), key=small.key), lambda: vmsnap.create(at(s3))):
-        with pytest.raises(FileExistsError, match="the prefix is not empty: it contains \"notes\""):
+        with pytest.raises(FileExistsError, match='the prefix is not empty: it contains "notes"'):
             call()
     assert objects(s3) == {"notes"}
 
