@@ -1,6 +1,5 @@
 """Errors of snapshots in object stores, and of their URLs."""
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,13 +137,10 @@ def test_an_object_that_changes(s3: Bucket, folder: Path) -> None:
 
 
 @row("store-silent")
-def test_a_store_that_does_not_answer(s3: Bucket, folder: Path) -> None:
-    with socket.socket() as taken:
-        # Nobody listens on it.
-        taken.bind(("127.0.0.1", 0))
-        options = s3.storage_options | {"aws_endpoint": f"http://127.0.0.1:{taken.getsockname()[1]}"}
-        with refused("store-silent", "the connection failed.*try again later", folder):
-            vmsnap.open(vmsnap.Location(f"{s3.url}/vm1", options))
+def test_a_store_that_fails_again_and_again(s3: Bucket, proxy: FaultProxy, folder: Path) -> None:
+    proxy.rule(Status(503, body=b"<Error><Code>SlowDown</Code></Error>"), times=None)
+    with refused("store-silent", "the server failed .503 SlowDown.*try again later", folder):
+        vmsnap.open(at(s3.at(proxy.endpoint)))
 
 
 @row("store-name")

@@ -376,7 +376,7 @@ def remove(location: _Located, own: bool) -> None:
     """Remove a snapshot. One that this process has just made is not looked at."""
 
 def clean(parent: _Located, older_than_seconds: float) -> tuple[list[str], list[str]]:
-    """Remove what killed processes left; return the paths or URLs that were removed, and those still in use."""
+    """Remove the remains of killed processes; return the paths or URLs that were removed, and those still in use."""
 
 def verify(
     location: _Located, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None

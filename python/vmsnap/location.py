@@ -41,8 +41,8 @@ class Location:
         Options of the client, such as ``region`` or ``endpoint``, by the names that the Rust crate ``object_store``
         gives them. They override the environment variables.
     cache
-        A directory for what is read, so that it is not fetched again: at most 10 GiB, or a tenth of the free space.
-        What is encrypted in the store stays encrypted there. By default nothing is kept.
+        A directory for fetched data, so that it is not fetched again: at most 10 GiB, or a tenth of the free space.
+        Encrypted data stays encrypted there. By default nothing is kept.
     connections
         The most requests that are under way at once, from 1 to 256.
     allow_http
@@ -86,7 +86,7 @@ class Location:
         return f"Location({', '.join(shown)})"
 
 
-# What functions take as the location of a snapshot.
+# Functions take these as the location of a snapshot.
 SnapshotLocation: TypeAlias = "StrOrBytesPath | Location"
 
 

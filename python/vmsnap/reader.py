@@ -32,7 +32,7 @@ class SnapshotReader(Handle):
     ----------
     location
         The snapshot: a directory, an archive, or a URL in an object store (``s3://``, ``gs://``, ``az://``), of which
-        only what is needed is fetched. A `Location` adds options.
+        only the blocks that are read are fetched. A `Location` adds options.
     require_encrypted
         Refuse a snapshot that is not encrypted.
     keys

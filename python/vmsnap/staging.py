@@ -200,14 +200,14 @@ def seal(
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What `clean` removed, and what it left because a living process uses it or may use it: paths, or URLs."""
+    """Paths or URLs: those that `clean` removed, and those it left because a living process may use them."""
 
     removed: list[Path | str]
     held: list[Path | str]
 
 
 def clean(parent: SnapshotLocation, *, older_than: timedelta = timedelta(days=1)) -> Cleaned:
-    """Remove what killed processes left in a directory, or below a URL.
+    """Remove the remains of killed processes in a directory, or below a URL.
 
     In a directory these are the hidden directories of snapshots that were never committed and, if the directory is
     itself a snapshot, unfinished replacements of its own files. Anything that a living process uses stays.

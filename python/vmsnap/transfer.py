@@ -59,8 +59,8 @@ def push(
     """Copy a sealed snapshot into an object store: complete or absent, and every byte checked before it is sent.
 
     Readers take it for a snapshot when its last object, the manifest, is there. Nothing is overwritten. If the push is
-    interrupted or fails, what was sent stays, and the next push of the same snapshot sends the rest; `clean` removes
-    it instead.
+    interrupted or fails, its objects stay, and the next push of the same snapshot sends the rest; `clean` removes them
+    instead.
 
     Parameters
     ----------

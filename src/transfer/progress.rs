@@ -23,7 +23,7 @@ impl Progress {
         self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// What was copied so far.
+    /// The bytes that were copied so far, and all bytes.
     pub(crate) fn so_far(&self) -> MemoryProgress {
         MemoryProgress {
             done_bytes: self.done_bytes.load(Ordering::Relaxed),

@@ -52,7 +52,7 @@ impl SnapshotOptions {
         self.pull_interruptible(url, target, &Progress::default(), &mut || Ok(()))
     }
 
-    /// Pulls a snapshot as [`SnapshotOptions::pull`] does, counts what was written, and calls `interrupt` while that
+    /// Pulls a snapshot as [`SnapshotOptions::pull`] does, counts the written bytes, and calls `interrupt` while that
     /// takes time.
     pub(crate) fn pull_interruptible(
         &self,

@@ -72,7 +72,7 @@ impl SnapshotOptions {
         self.push_interruptible(source, url, &Progress::default(), &mut || Ok(()))
     }
 
-    /// Pushes a snapshot as [`SnapshotOptions::push`] does, counts what was read, and calls `interrupt` while that takes
+    /// Pushes a snapshot as [`SnapshotOptions::push`] does, counts the bytes that were read, and calls `interrupt` while that takes
     /// time.
     pub(crate) fn push_interruptible(
         &self,

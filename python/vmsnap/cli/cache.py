@@ -1,11 +1,11 @@
-"""``vmsnap cache``: the local cache of what was read from object stores."""
+"""``vmsnap cache``: the local cache of data from object stores."""
 
 import json
 from pathlib import Path
 
 import click
 
-from vmsnap.cache import cache_usage, empty_cache
+from vmsnap._cache import cache_usage, empty_cache
 from vmsnap.cli.command import Command
 from vmsnap.cli.location import cache_directory
 from vmsnap.cli.options import json_option
@@ -24,9 +24,10 @@ from vmsnap.cli.terminal import human_size, print_table, printable, to_terminal
 @click.option("--clear", is_flag=True, help="Remove all of it.")
 @json_option
 def cache(cache: Path | None, clear: bool, as_json: bool) -> None:
-    """Show or clear the cache of what was read from object stores.
+    """Show or clear the local cache of data from object stores.
 
-    Commands that read a snapshot at a URL keep what they fetched, as it is stored: what is encrypted stays encrypted.
+    Commands that read a snapshot at a URL keep the blocks that they fetched, as these are stored: encrypted data stays
+    encrypted.
     The oldest blocks are removed when the cache has 10 GiB or a tenth of the free space.
 
     Clearing is always safe, also while other commands use the cache.

@@ -56,7 +56,7 @@ def clean(parent: Snapshot, older_than: timedelta) -> None:
     does not show there whether another host uses a directory.
 
     At a URL, and everywhere below it, these are the objects of snapshots that were begun and never completed. Whether
-    another host still writes one cannot be seen, so what is younger than --older-than is kept and reported.
+    another host still writes one cannot be seen, so one that is younger than --older-than is kept and reported.
     """
     cleaned = vmsnap.clean(parent, older_than=older_than)
     for path in cleaned.removed:

@@ -107,7 +107,7 @@ class WritingKeys:
         }
 
     def stage(self, location: Snapshot, **options: Any) -> StagedSnapshot:
-        """Begin a snapshot that appears when it is complete, sealed. `options` are those of `vmsnap.create`."""
+        """Begin a snapshot that appears when it is complete, sealed. `options` go to `vmsnap.create`."""
         return vmsnap.create(location, **self.arguments, **options)
 
     def create(self, root: Snapshot, *, threads: int | None = None) -> SnapshotWriter:

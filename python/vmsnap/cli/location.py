@@ -82,10 +82,10 @@ _CACHE_OPTIONS = [
         type=PATH,
         metavar="DIR",
         envvar="VMSNAP_CACHE",
-        help="Keep what is fetched in this directory, still encrypted; VMSNAP_CACHE names another one.  [default: "
+        help="Keep fetched data in this directory, still encrypted; VMSNAP_CACHE names another one.  [default: "
         "$XDG_CACHE_HOME/vmsnap]",
     ),
-    click.option("--no-cache", cls=StoreOption, is_flag=True, help="Keep nothing of what is fetched."),
+    click.option("--no-cache", cls=StoreOption, is_flag=True, help="Keep no fetched data."),
 ]
 _CONNECTION_OPTIONS = [
     click.option(

@@ -23,7 +23,7 @@ def rm(snapshot: Snapshot, yes: bool) -> None:
     is removed first. No key is needed. A directory that has neither enc_metadata nor vmsnap_manifest is refused,
     because it may be something else.
 
-    What a push left that was killed is not a snapshot: "vmsnap clean" removes it.
+    The remains of a push that was killed are not a snapshot: "vmsnap clean" removes them.
     """
     if not yes:
         found = vmsnap.inspect(snapshot)

@@ -1,4 +1,4 @@
-"""The local cache of what was read from object stores."""
+"""The local cache of data from object stores."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from vmsnap import _vmsnap
 if TYPE_CHECKING:
     from _typeshed import StrOrBytesPath
 
-__all__ = ["CacheUsage", "cache_usage", "empty_cache"]
+__all__: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CacheUsage:
 
 
 def cache_usage(directory: "StrOrBytesPath") -> CacheUsage:
-    """Return what is in the cache at a directory. If it does not exist, that is nothing.
+    """Count the blocks in the cache at a directory. If it does not exist, it has no blocks.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def cache_usage(directory: "StrOrBytesPath") -> CacheUsage:
 
 
 def empty_cache(directory: "StrOrBytesPath") -> CacheUsage:
-    """Remove all blocks from the cache at a directory, and return what was removed. This is safe at any time.
+    """Remove all blocks from the cache at a directory, and return their number and size. This is safe at any time.
 
     Raises
     ------
