@@ -18,6 +18,15 @@ class Argument(click.Argument):
         self.description = description
 
 
+def with_options(
+    options: Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]], command: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Give a command options, in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 class StoreOption(click.Option):
     """An option that has a meaning only for a URL. The help lists it in a section of its own."""
 

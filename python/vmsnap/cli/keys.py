@@ -3,7 +3,7 @@
 import getpass
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -13,6 +13,7 @@ import click
 
 import vmsnap
 from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
+from vmsnap.cli.command import with_options
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file, read_private
@@ -244,12 +245,6 @@ _RECIPIENT_OPTIONS = [
 ]
 
 
-def _with(options: Sequence[Callable[[_Command], _Command]], command: _Command) -> _Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def opening_options(command: _Command) -> _Command:
     """Give a command the options for opening a snapshot. It gets `keys`."""
 
@@ -257,7 +252,7 @@ def opening_options(command: _Command) -> _Command:
     def wrapped(**options: Any) -> Any:
         return command(keys=_opening(options), **options)
 
-    return _with([_key_file_option(""), _IDENTITY_OPTION, *_passphrase_options("", "the passphrase")], wrapped)
+    return with_options([_key_file_option(""), _IDENTITY_OPTION, *_passphrase_options("", "the passphrase")], wrapped)
 
 
 def _opening(options: dict[str, Any]) -> OpeningKeys:
@@ -276,7 +271,7 @@ def recipient_options(command: _Command) -> _Command:
     def wrapped(**options: Any) -> Any:
         return command(recipients=_recipients(options), **options)
 
-    return _with(_RECIPIENT_OPTIONS, wrapped)
+    return with_options(_RECIPIENT_OPTIONS, wrapped)
 
 
 def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
@@ -296,7 +291,7 @@ def writing_options(prefix: str = "") -> Callable[[_Command], _Command]:
             return command(new_keys=_writing(options, prefix), **options)
 
         passphrase = _passphrase_options(prefix, "a new passphrase, twice")
-        return _with([_key_file_option(prefix), *_RECIPIENT_OPTIONS, *passphrase], wrapped)
+        return with_options([_key_file_option(prefix), *_RECIPIENT_OPTIONS, *passphrase], wrapped)
 
     return decorate
 

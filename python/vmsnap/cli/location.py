@@ -4,13 +4,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
 
-from vmsnap.cli.command import StoreOption
+from vmsnap.cli.command import StoreOption, with_options
 from vmsnap.cli.names import as_name
 from vmsnap.cli.paths import PATH
 from vmsnap.location import Location, has_scheme, is_url
@@ -129,7 +129,7 @@ def _with_options(command: _Command, options: Sequence[Callable[[_Command], _Com
                 arguments[name] = replace(value, **given)
         return command(**arguments)
 
-    return reduce(lambda decorated, option: option(decorated), reversed(options), wrapped)
+    return with_options(options, wrapped)
 
 
 def store_options(command: _Command) -> _Command:

@@ -49,8 +49,8 @@ def push(
     Each fragment becomes an object, byte for byte, and is checked before it is sent. The manifest comes last: before
     that, nobody takes the objects for a snapshot. Nothing is overwritten. The seal digest is printed on standard error.
 
-    A push that is interrupted or fails leaves the objects that it sent, and the next push of the same snapshot sends the rest.
-    "vmsnap clean URL" removes it instead.
+    A push that is interrupted or fails leaves the objects that it sent, and the next push of the same snapshot sends the
+    rest. "vmsnap clean URL" removes them instead.
     """
     arguments = asked(keys.arguments(snapshot))
     with progress_so_far("push") as show:
