@@ -412,8 +412,8 @@ impl Frame {
     }
 }
 
-/// Calls `unpack` for each slice of `outs` with the stored block that belongs to it. `offsets` are those of the blocks
-/// and of their end.
+/// Calls `unpack` for each slice of `outs` with the stored block that belongs to it. `offsets` has the offset of each
+/// block and the end of the last one.
 fn unpack_each<'a>(
     offsets: &[u64],
     mut stored: &[u8],

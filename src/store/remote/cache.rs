@@ -212,7 +212,7 @@ fn read(file: &File, name: &BlockName, length: usize) -> Option<Bytes> {
     (header == name.header(data)).then(|| Bytes::from(bytes).slice(HEADER_BYTES..))
 }
 
-/// The blocks in the cache at `directory`. If it does not exist, there are none.
+/// The blocks in the cache at `directory`. Without the directory the cache is empty.
 ///
 /// # Errors
 ///
@@ -243,7 +243,7 @@ fn limit(directory: &OwnedFd, max_bytes: u64, used: u64) -> u64 {
     max_bytes.min(free.saturating_add(used) / PART_OF_FREE_SPACE)
 }
 
-/// Removes all blocks from the cache at `directory`, at any time; returns what was removed.
+/// Removes all blocks from the cache at `directory`, at any time; returns their number and bytes.
 ///
 /// # Errors
 ///
@@ -366,7 +366,7 @@ mod tests {
         let foreign = folder.path().join("notes");
         std::fs::write(&foreign, vec![1; 1 << 20]).unwrap();
         for number in 0..40 {
-            cache.store(&name(number), &[1; 60 << 10]);
+            cache.store(&name(number), &vec![1; 60 << 10]);
             let used = usage(folder.path()).unwrap();
             assert!(used.bytes <= 1 << 20 && used.blocks > 0, "{used:?}");
             // The times of files are as coarse as a tick of the clock.

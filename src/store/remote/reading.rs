@@ -19,7 +19,8 @@ use crate::process::OwnerProcess;
 use crate::store::{Head, RemoteOptions, StoredFragment, Strange, StrangeKind, Survey};
 use crate::threads::{Interrupt, lock};
 
-/// A snapshot whose fragments are objects below one prefix. It is always sealed: without a manifest there is none.
+/// A snapshot whose fragments are objects below one prefix. It is always sealed: a prefix without a manifest is not a
+/// snapshot.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Remote {
     bucket: Bucket,
@@ -27,7 +28,7 @@ pub(crate) struct Remote {
     opened: Arc<Opened>,
 }
 
-/// What all clones of a handle know.
+/// The state that all clones of a handle share.
 struct Opened {
     state: Mutex<State>,
     owner: OwnerProcess,
@@ -46,7 +47,7 @@ struct State {
     readers: BTreeMap<(String, u64), Weak<BlockReader>>,
 }
 
-/// What was seen of the files at the root.
+/// The files at the root, as they were last read.
 #[derive(Default)]
 struct SeenHead {
     key_metadata: Option<Version>,
@@ -69,7 +70,7 @@ impl Remote {
         self.bucket.url()
     }
 
-    /// The same snapshot, read without the cache, by a reader that checks what is stored or reads all of it once.
+    /// The same snapshot, read without the cache, by a reader that checks the store or reads all of it once.
     pub(crate) fn uncached(&self) -> Result<Self> {
         Self::new(self.url().clone(), &RemoteOptions { cache: None, ..self.bucket.options().clone() })
     }
@@ -200,7 +201,7 @@ impl Remote {
         let has = |name: &str| names.iter().any(|other| other == name);
         // The key metadata is removed last: with it, a removal that failed can be repeated.
         if !has(MANIFEST) && (!has(KEY_METADATA) || names.iter().any(|name| name.starts_with(".vmsnap"))) {
-            let text = format!("it has no {MANIFEST}: if a push was killed, `vmsnap clean` removes what it left");
+            let text = format!("it has no {MANIFEST}: if a push was killed, `vmsnap clean` removes its remains");
             return Err(context(Error::io(text, Errno::NOENT)));
         }
         if let Some(inner) = names.iter().find_map(|name| name.strip_suffix(MANIFEST)?.strip_suffix('/')) {

@@ -3,6 +3,7 @@
 mod blocks;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
@@ -25,7 +26,7 @@ use crate::verify::ProblemKind;
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// The answer of S3 for an object. `etag` is that of all objects.
+/// The answer of S3 for an object. All objects have the same `etag`.
 fn answer(files: &Files, request: &Request, etag: &str) -> Reply {
     let name = request.target.trim_start_matches("/bucket/vm1/");
     let Some(bytes) = files.get(name) else { return Reply::error(404, "NoSuchKey", "") };
@@ -82,10 +83,7 @@ fn files(directory: &Path) -> Files {
 
 /// Bytes that do not repeat from block to block.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length as u64 / 8 + 1)
-        .flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes())
-        .take(length)
-        .collect()
+    (0..=length as u64 / 8).flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes()).take(length).collect()
 }
 
 /// A snapshot with 9 MiB of guest memory, of which the last page is not zero, and a large fragment.
@@ -234,12 +232,11 @@ fn a_cached_block_is_not_fetched_again() {
     assert!(read_sda(&options).unwrap() == pattern(5 << 20));
     assert_eq!(server.requests().len(), 2 + 3 + 2);
 
-    // What is stored stays encrypted, and only its owner may read it.
+    // The blocks stay encrypted, and only its owner may read it.
     let mut blocks: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     blocks.sort_by_key(|path| std::fs::metadata(path).unwrap().len());
     let stored = std::fs::read(&blocks[2]).unwrap();
     assert!(files["devices/sda"].windows(64).step_by(64).any(|window| stored[32..96] == *window));
-    use std::os::unix::fs::PermissionsExt;
     assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
 
     // Damaged blocks are fetched once more: one that is too short, one with other contents, one that is a link.
@@ -381,14 +378,14 @@ fn a_removal_begins_with_the_manifest_and_ends_with_the_key_metadata() {
         )
     });
     let listing = format!("<ListBucketResult>{}</ListBucketResult>", listing.concat());
-    let server = Server::start(move |_, request| match &*request.method {
-        "GET" => Reply::object(listing.as_bytes()),
-        _ => {
-            let body = String::from_utf8_lossy(&request.body);
-            let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
-            let deleted = keys.map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect::<String>();
-            Reply::object(format!("<DeleteResult>{deleted}</DeleteResult>").as_bytes())
+    let server = Server::start(move |_, request| {
+        if request.method == "GET" {
+            return Reply::object(listing.as_bytes());
         }
+        let body = String::from_utf8_lossy(&request.body);
+        let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
+        let deleted: Vec<_> = keys.map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect();
+        Reply::object(format!("<DeleteResult>{}</DeleteResult>", deleted.concat()).as_bytes())
     });
     let remote = Remote::new(url("s3://bucket/vm1"), server.bucket().options()).unwrap();
     remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
