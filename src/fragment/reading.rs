@@ -27,8 +27,8 @@ const READ_THROUGH_BYTES: usize = 8 << 20;
 /// `read_at` takes `&self`, and many threads may call it at once; a large read uses several threads by itself. A clone
 /// reads the same open file and has its own position.
 ///
-/// Opening an encrypted fragment verifies its header and its last segment, and so its length. Every other segment is
-/// verified before any of its bytes are returned. In a process that was forked after the opening, every call fails.
+/// Opening an encrypted fragment verifies its header and its last segment, and so its length; in an object store, the
+/// header and the length in the manifest. Every other segment is verified before any of its bytes are returned. In a process that was forked after the opening, every call fails.
 ///
 /// ```
 /// use std::io::{Read, Seek, SeekFrom, Write};
@@ -250,7 +250,7 @@ impl FragmentReader {
     }
 
     /// The rest of the fragment, read in order. Reads call `interrupt` while they take time.
-    pub(crate) fn interruptible<'a>(self, interrupt: &'a mut dyn FnMut() -> Result<()>) -> impl Read + use<'a> {
+    pub(crate) fn interruptible(self, interrupt: &mut dyn FnMut() -> Result<()>) -> impl Read + use<'_> {
         InterruptibleReader { fragment: self, interrupt }
     }
 

@@ -368,7 +368,8 @@ impl Frame {
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
         let blocks = data.chunks_mut(to_usize(self.block_size));
-        self.read_stored(fragment, size, first, stored, blocks, interrupt, lz4::unpack)
+        let (offsets, stored) = self.read_stored(fragment, size, first, blocks.len(), stored, interrupt)?;
+        unpack_each(offsets, stored, blocks, lz4::unpack)
     }
 
     /// Fills `data` with the beginning of the block at `first`.
@@ -381,27 +382,25 @@ impl Frame {
         data: &mut [u8],
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
-        self.read_stored(fragment, size, first, stored, std::iter::once(data), interrupt, lz4::unpack_beginning)
+        let (offsets, stored) = self.read_stored(fragment, size, first, 1, stored, interrupt)?;
+        unpack_each(offsets, stored, std::iter::once(data), lz4::unpack_beginning)
     }
 
-    /// Calls `unpack` for each slice of `outs` with the stored block that belongs to it. The first block is the one at
-    /// `first`.
-    fn read_stored<'a>(
-        &self,
+    /// Reads `count` blocks, the first of which is the one at `first`. Returns their offsets, the end of the last one,
+    /// and their bytes.
+    fn read_stored<'s>(
+        &'s self,
         fragment: &FragmentReader,
         size: u64,
         first: u64,
-        stored: &mut Vec<u8>,
-        outs: impl ExactSizeIterator<Item = &'a mut [u8]>,
+        count: usize,
+        stored: &'s mut Vec<u8>,
         interrupt: &mut Interrupt<'_>,
-        unpack: impl Fn(&[u8], bool, &mut [u8]) -> Result<()>,
-    ) -> Result<()> {
-        let offsets = self.offsets(fragment, size, interrupt)?;
+    ) -> Result<(&'s [u64], &'s [u8])> {
         let number = to_usize(first / self.block_size);
-        let blocks = outs.len();
-        let offsets = &offsets[number..=number + blocks];
-        let length = to_usize(offsets[blocks] - offsets[0]);
-        if length > blocks * lz4::most_stored(to_usize(self.block_size)) {
+        let offsets = &self.offsets(fragment, size, interrupt)?[number..=number + count];
+        let length = to_usize(offsets[count] - offsets[0]);
+        if length > count * lz4::most_stored(to_usize(self.block_size)) {
             return Err(Error::corrupt("an LZ4 block is longer than its size allows"));
         }
         buffer::at_least(stored, length)?;
@@ -409,18 +408,28 @@ impl Frame {
         if fragment.read_at_alone(offsets[0], stored, interrupt)? < length {
             return Err(Error::corrupt("an LZ4 block extends past the end of the fragment"));
         }
-        let mut rest = &*stored;
-        for (out, at) in outs.zip(offsets.windows(2)) {
-            let (block, others) = rest.split_at(to_usize(at[1] - at[0]));
-            let (word, block) = block.split_at(lz4::SIZE_WORD_BYTES);
-            match lz4::stored_length(word.try_into().unwrap_or_default()) {
-                Some((length, raw)) if length == block.len() => unpack(block, raw, out)?,
-                _ => return Err(Error::corrupt("the length of an LZ4 block differs from the one in the index")),
-            }
-            rest = others;
-        }
-        Ok(())
+        Ok((offsets, stored))
     }
+}
+
+/// Calls `unpack` for each slice of `outs` with the stored block that belongs to it. `offsets` has the offset of each
+/// block and the end of the last one.
+fn unpack_each<'a>(
+    offsets: &[u64],
+    mut stored: &[u8],
+    outs: impl Iterator<Item = &'a mut [u8]>,
+    unpack: impl Fn(&[u8], bool, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    for (out, at) in outs.zip(offsets.windows(2)) {
+        let (block, others) = stored.split_at(to_usize(at[1] - at[0]));
+        let (word, block) = block.split_at(lz4::SIZE_WORD_BYTES);
+        match lz4::stored_length(word.try_into().unwrap_or_default()) {
+            Some((length, raw)) if length == block.len() => unpack(block, raw, out)?,
+            _ => return Err(Error::corrupt("the length of an LZ4 block differs from the one in the index")),
+        }
+        stored = others;
+    }
+    Ok(())
 }
 
 fn to_usize(length: u64) -> usize {

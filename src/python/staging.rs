@@ -87,7 +87,7 @@ pub(super) fn seal<'py>(
 #[allow(clippy::needless_pass_by_value, reason = "the argument comes from Python")]
 pub(super) fn remove(py: Python<'_>, location: PathBuf) -> PyResult<()> {
     let store = Store::at(Location::new(&location)?, &RemoteOptions::default())?;
-    Ok(interruptible(py, |interrupt| store.remove(interrupt))?)
+    interruptible(py, |interrupt| store.remove(interrupt))
 }
 
 /// Returns the directories that were removed, and those that are still in use.

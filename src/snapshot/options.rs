@@ -142,8 +142,8 @@ impl SnapshotOptions {
         self
     }
 
-    /// Keeps what is read from an object store in this directory, up to 10 GiB or a tenth of the free space, so that it
-    /// is not fetched again. What is encrypted in the store stays encrypted. By default nothing is kept.
+    /// Keeps the bytes that are read from an object store in this directory, up to 10 GiB or a tenth of the free space, so
+    /// that they are not fetched again. Encrypted bytes stay encrypted. By default nothing is kept.
     ///
     /// The directory is created if it does not exist. Other users must not be able to write to it. If the disk is full,
     /// nothing more is kept, and reading goes on.

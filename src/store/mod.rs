@@ -156,7 +156,7 @@ impl Store {
         }
     }
 
-    /// The same snapshot for a reader that checks all of it, or reads it once: what is stored is read, not a copy of it.
+    /// The same snapshot for a reader that checks all of it or reads it once: it reads the store, not a local copy.
     pub(crate) fn uncached(self) -> Result<Self> {
         match self {
             #[cfg(feature = "object-store")]
@@ -267,7 +267,7 @@ impl Store {
         }
     }
 
-    /// Removes the snapshot. What is at a local path is not checked: the caller has made it.
+    /// Removes the snapshot. A snapshot at a local path is not checked: the caller has made it.
     #[cfg(feature = "python")]
     #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are removed at once"))]
     pub(crate) fn remove(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {

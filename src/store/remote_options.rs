@@ -18,7 +18,7 @@ pub(crate) const DEFAULT_CACHE_BYTES: u64 = 10 << 30;
 pub(crate) struct RemoteOptions {
     /// Names and values of the client of the store, such as `region`. They override the environment.
     pub(crate) storage_options: BTreeMap<String, String>,
-    /// The cache of blocks on a local disk; by default there is none.
+    /// The cache of blocks on a local disk; by default nothing is cached.
     #[serde(default)]
     pub(crate) cache: Option<CacheOptions>,
     /// The most requests with a body that are under way at once.

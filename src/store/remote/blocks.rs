@@ -146,7 +146,7 @@ impl Source {
         let bytes = self.request(range).await?;
         let (source, copy) = (Arc::clone(&self), bytes.clone());
         let store = move || source.pool.cache.iter().for_each(|cache| cache.store(&name, &copy));
-        // Awaited, so that a process that ends at once has filled the cache. That it could not be filled is not an error.
+        // Awaited, so that a process that ends at once has filled the cache. If that failed, it is not an error.
         let _ = tokio::task::spawn_blocking(store).await;
         Ok(bytes)
     }

@@ -213,7 +213,7 @@ fn read(file: &File, name: &BlockName, length: usize) -> Option<Bytes> {
     (header == name.header(data)).then(|| Bytes::from(bytes).slice(HEADER_BYTES..))
 }
 
-/// The blocks in the cache at `directory`. If it does not exist, there are none.
+/// The blocks in the cache at `directory`. Without the directory the cache is empty.
 ///
 /// # Errors
 ///
@@ -225,7 +225,7 @@ pub(crate) fn usage(directory: &Path) -> Result<CacheUsage> {
     Ok(CacheUsage { blocks: blocks.len() as u64, bytes: blocks.iter().map(|block| block.bytes).sum() })
 }
 
-/// Removes all blocks from the cache at `directory`, at any time; returns what was removed.
+/// Removes all blocks from the cache at `directory`, at any time; returns their number and bytes.
 ///
 /// # Errors
 ///
@@ -348,7 +348,7 @@ mod tests {
         let foreign = folder.path().join("notes");
         std::fs::write(&foreign, vec![1; 1 << 20]).unwrap();
         for number in 0..40 {
-            cache.store(&name(number), &[1; 60 << 10]);
+            cache.store(&name(number), &vec![1; 60 << 10]);
             let used = usage(folder.path()).unwrap();
             assert!(used.bytes <= 1 << 20 && used.blocks > 0, "{used:?}");
             // The times of files are as coarse as a tick of the clock.

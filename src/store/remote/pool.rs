@@ -272,7 +272,7 @@ struct End {
     pool: Arc<Pool>,
     key: BlockKey,
     fetch: Weak<Fetch>,
-    /// Those of the fetch and of its block.
+    /// The place of the fetch, and the place of its block.
     places: Option<(Place, Place)>,
 }
 
@@ -291,7 +291,7 @@ impl End {
                     let slot = Slot::Held { block: Arc::clone(block), last_use: state.uses, was_read: false };
                     state.slots.insert(self.key, slot);
                 }
-                // What failed is not kept: whoever comes later tries again.
+                // A failure is not kept: a later reader tries again.
                 Err(_) if is_ours => drop(state.slots.remove(&self.key)),
                 _ => {}
             }

@@ -19,7 +19,7 @@ use crate::process::OwnerProcess;
 use crate::store::{Head, RemoteOptions, StoredFragment, Strange, StrangeKind, Survey};
 use crate::threads::{Interrupt, lock};
 
-/// A snapshot whose fragments are objects below one prefix. It is always sealed: without a manifest there is none.
+/// A snapshot whose fragments are objects below one prefix. It is always sealed: a prefix without a manifest is not a snapshot.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Remote {
     bucket: Bucket,
@@ -27,7 +27,7 @@ pub(crate) struct Remote {
     opened: Arc<Opened>,
 }
 
-/// What all clones of a handle know.
+/// The state that all clones of a handle share.
 struct Opened {
     state: Mutex<State>,
     owner: OwnerProcess,
@@ -46,7 +46,7 @@ struct State {
     readers: BTreeMap<(String, u64), Weak<BlockReader>>,
 }
 
-/// What was seen of the files at the root.
+/// The files at the root, as they were last read.
 #[derive(Default)]
 struct SeenHead {
     key_metadata: Option<Version>,
@@ -69,7 +69,7 @@ impl Remote {
         self.bucket.url()
     }
 
-    /// The same snapshot, read without the cache: by a reader that checks what is in the store, or reads all of it once.
+    /// The same snapshot, read without the cache, by a reader that checks the store or reads all of it once.
     pub(crate) fn uncached(&self) -> Result<Self> {
         Self::new(self.url().clone(), &RemoteOptions { cache: None, ..self.bucket.options().clone() })
     }
@@ -101,8 +101,8 @@ impl Remote {
         let (key_metadata, manifest) = (next(KEY_METADATA), next(MANIFEST));
         if let (Ok(None), Ok(None)) = (&key_metadata, &manifest) {
             let text = format!(
-                "cannot open the snapshot {}: it has no {MANIFEST}: nothing was pushed to this place, or a push has not \
-                 ended",
+                "cannot open the snapshot {}: it has no {MANIFEST}: nothing was pushed to this place, or a push has \
+                 not ended",
                 self.url()
             );
             return Err(Error::io(text, Errno::NOENT));
@@ -129,12 +129,11 @@ impl Remote {
     /// Opens a fragment. With the manifest, nothing is sent: if the fragment is missing, its first read says so.
     pub(crate) fn object(&self, path: &SnapshotPath, manifest: Option<&Manifest>) -> Result<Arc<BlockReader>> {
         let absent = || Error::io(format!("{path} of {}: does not exist", self.url()), Errno::NOENT);
-        let size = match manifest {
-            Some(manifest) => manifest.fragments.get(path.as_str()).ok_or_else(absent)?.stored_size,
-            None => {
-                let found = self.bucket.head(path.as_str(), &mut Interrupt::new(&mut || Ok(())));
-                found.map_err(|error| error.context(format!("{path} of {}", self.url())))?.ok_or_else(absent)?.size
-            }
+        let size = if let Some(manifest) = manifest {
+            manifest.fragments.get(path.as_str()).ok_or_else(absent)?.stored_size
+        } else {
+            let found = self.bucket.head(path.as_str(), &mut Interrupt::new(&mut || Ok(())));
+            found.map_err(|error| error.context(format!("{path} of {}", self.url())))?.ok_or_else(absent)?.size
         };
         self.object_of_size(path, size)
     }
@@ -175,13 +174,11 @@ impl Remote {
     pub(crate) fn replace_key_metadata(&self, wrapped: &[u8], interrupt: &mut Interrupt<'_>) -> Result<()> {
         let context = |error: Error| error.context(format!("cannot replace {}", self.place_of(KEY_METADATA)));
         let seen = |state: Option<MutexGuard<'_, State>>| state?.head.as_ref()?.key_metadata.clone();
-        let version = match seen(self.state()) {
-            Some(version) => version,
-            None => {
-                let found = self.bucket.head(KEY_METADATA, interrupt).map_err(context)?;
-                let absent = || context(Error::io("does not exist", Errno::NOENT));
-                found.ok_or_else(absent)?.version
-            }
+        let version = if let Some(version) = seen(self.state()) {
+            version
+        } else {
+            let found = self.bucket.head(KEY_METADATA, interrupt).map_err(context)?;
+            found.ok_or_else(|| context(Error::io("does not exist", Errno::NOENT)))?.version
         };
         let bytes = Bytes::copy_from_slice(wrapped);
         let written = self.bucket.put(KEY_METADATA, bytes, Attributes::new(), Some(&version), interrupt);
@@ -203,7 +200,7 @@ impl Remote {
         let has = |name: &str| names.iter().any(|other| other == name);
         // The key metadata is removed last: with it, a removal that failed can be repeated.
         if !has(MANIFEST) && (!has(KEY_METADATA) || names.iter().any(|name| name.starts_with(".vmsnap"))) {
-            let text = format!("it has no {MANIFEST}: if a push was killed, `vmsnap clean` removes what it left");
+            let text = format!("it has no {MANIFEST}: if a push was killed, `vmsnap clean` removes its remains");
             return Err(context(Error::io(text, Errno::NOENT)));
         }
         if let Some(inner) = names.iter().find_map(|name| name.strip_suffix(MANIFEST)?.strip_suffix('/')) {
@@ -223,7 +220,7 @@ impl Remote {
 fn survey(listed: Vec<Listed>, manifest: Option<&Manifest>) -> Survey {
     let mut survey = Survey::default();
     let mut namespaces: BTreeSet<String> =
-        manifest.iter().flat_map(|manifest| &manifest.namespaces).map(|path| path.to_string()).collect();
+        manifest.iter().flat_map(|manifest| &manifest.namespaces).map(ToString::to_string).collect();
     for Listed { name, size, modified } in listed {
         if name == KEY_METADATA || name == MANIFEST {
             continue;

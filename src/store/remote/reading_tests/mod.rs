@@ -1,31 +1,32 @@
-//! Reading in place, from a server that counts requests and gives answers that no real store gives.
+//! Snapshots read in place, from a server that counts requests, and from the store in memory.
+
+mod blocks;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use object_store::Attributes;
 
-use super::blocks::BlockReader;
 use super::cache::{self, BlockCache, BlockName};
-use super::pool::{BLOCK_BYTES, Pool};
+use super::pool::BLOCK_BYTES;
 use super::settings::tests::url;
 use super::test_server::{Reply, Request, Server};
 use super::{Bucket, Remote};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::location::{Location, StoreUrl};
 use crate::memory::{GuestDestination, GuestRegion, MemoryOptions};
 use crate::snapshot::{SnapshotOptions, SnapshotReader};
-use crate::store::bytes::ReadAt;
 use crate::store::{CacheOptions, RemoteOptions, Store};
 use crate::threads::{Interrupt, lock};
+use crate::verify::ProblemKind;
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// The answer of S3 for an object. `etag` is that of all objects.
+/// The answer of S3 for an object. All objects have the same `etag`.
 fn answer(files: &Files, request: &Request, etag: &str) -> Reply {
     let name = request.target.trim_start_matches("/bucket/vm1/");
     let Some(bytes) = files.get(name) else { return Reply::error(404, "NoSuchKey", "") };
@@ -82,17 +83,14 @@ fn files(directory: &Path) -> Files {
 
 /// Bytes that do not repeat from block to block.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length as u64 / 8 + 1)
-        .flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes())
-        .take(length)
-        .collect()
+    (0..=length as u64 / 8).flat_map(|at| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes()).take(length).collect()
 }
 
 /// A snapshot with 9 MiB of guest memory, of which the last page is not zero, and a large fragment.
 fn snapshot(options: &SnapshotOptions, compressed: bool) -> (Files, Vec<u8>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vm1");
-    let staged = options.create(&path).unwrap();
+    let mut staged = options.create(&path).unwrap();
     let ram = pattern(9 << 20);
     let memory = MemoryOptions::new().compress(compressed);
     staged.writer().write_memory(&[GuestRegion::new(0x1000, &ram)], &memory).unwrap();
@@ -203,187 +201,6 @@ fn a_place_without_a_manifest_is_not_a_snapshot() {
     assert!(error.is_not_found() && error.to_string().contains("s3://bucket/vm1"), "{error}");
 }
 
-/// A reader of an object of two blocks and a byte.
-fn reader_of(server: &Server) -> BlockReader {
-    BlockReader::new(&server.bucket(), "mem", 2 * BLOCK_BYTES as u64 + 1, None).unwrap()
-}
-
-fn object() -> Files {
-    [("mem".to_owned(), pattern(2 * BLOCK_BYTES + 1))].into()
-}
-
-fn read(reader: &BlockReader, offset: u64, length: usize) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; length];
-    reader.read_exact_at(&mut bytes, offset, &mut Interrupt::new(&mut || Ok(()))).map(|()| bytes)
-}
-
-#[test]
-fn every_range_is_read() {
-    let (all, size) = (pattern(2 * BLOCK_BYTES + 1), 2 * BLOCK_BYTES + 1);
-    let server = serve(object());
-    let reader = reader_of(&server);
-    for (offset, length) in [
-        (0, 0),
-        (0, 1),
-        (BLOCK_BYTES - 1, 1),
-        (BLOCK_BYTES - 1, 2),
-        (BLOCK_BYTES, 1),
-        (0, size),
-        (size - 1, 1),
-        (size, 0),
-    ] {
-        assert!(read(&reader, offset as u64, length).unwrap() == all[offset..offset + length]);
-    }
-    assert!(read(&reader, size as u64, 1).unwrap_err().is_corrupt());
-    assert!(read(&reader, u64::MAX, 1).unwrap_err().is_corrupt());
-    let requests = server.requests();
-    assert_eq!(requests.len(), 3);
-    assert_eq!(requests[0].header("range"), Some("bytes=0-2097151"));
-    assert!(requests[0].header("if-match").is_none() && requests[1].header("if-match") == Some("\"1\""));
-}
-
-#[test]
-fn an_object_that_was_replaced_is_an_error() {
-    let files = object();
-    // One server checks the condition, and one ignores it.
-    for ignores in [false, true] {
-        let files = files.clone();
-        let server = Server::start(move |number, request| {
-            let mut request = request.clone();
-            if ignores {
-                request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("if-match"));
-            }
-            answer(&files, &request, if number == 0 { "\"1\"" } else { "\"2\"" })
-        });
-        let reader = reader_of(&server);
-        read(&reader, 0, 1).unwrap();
-        let error = read(&reader, BLOCK_BYTES as u64, 1).unwrap_err();
-        assert!(error.is_corrupt() && error.to_string().contains("replaced"), "{error}");
-        assert_eq!(read(&reader, 0, 1).unwrap(), pattern(1), "the block in memory is of the first version");
-    }
-}
-
-#[test]
-fn an_answer_that_is_not_the_block_is_an_error() {
-    let whole = pattern(2 * BLOCK_BYTES + 1);
-    let longer = BLOCK_BYTES * 2 + 2;
-    let part = whole[..BLOCK_BYTES].to_vec();
-    let short = Reply::part("bytes 0-2097151/4194305", &part[1..]).with("Content-Length", "2097152");
-    for (reply, text) in [
-        (Reply::object(&whole), "ignores ranges"),
-        (Reply::part("bytes 1-2097152/4194305", &part), "ignores ranges"),
-        (Reply::part(&format!("bytes 0-2097151/{longer}"), &part), "the manifest says"),
-        (Reply::error(404, "NoSuchKey", ""), "the manifest lists it"),
-        (Reply::error(416, "InvalidRange", ""), "shorter than expected"),
-        (Reply::error(403, "AccessDenied", ""), "AccessDenied"),
-        (short, "try again"),
-    ] {
-        let server = Server::start(move |_, _| reply.clone());
-        let error = read(&reader_of(&server), 0, 1).unwrap_err();
-        assert!(error.to_string().contains(text), "{error}");
-        assert!(error.is_corrupt() || error.is_io(), "{error}");
-    }
-}
-
-#[test]
-fn a_failed_fetch_is_not_kept() {
-    let files = object();
-    let server = Server::start(move |number, request| match number {
-        0 => Reply::error(403, "AccessDenied", ""),
-        _ => answer(&files, request, "\"1\""),
-    });
-    let reader = reader_of(&server);
-    assert!(read(&reader, 0, 1).is_err());
-    assert_eq!(read(&reader, 0, 100).unwrap(), pattern(100));
-}
-
-#[test]
-fn sixteen_threads_that_need_a_block_share_one_request() {
-    for fails in [false, true] {
-        let (files, begun) = (object(), Arc::new(AtomicUsize::new(0)));
-        let counted = Arc::clone(&begun);
-        let server = Server::start(move |_, request| {
-            while counted.load(Ordering::Acquire) < 16 {
-                std::thread::yield_now();
-            }
-            if fails { Reply::error(403, "AccessDenied", "") } else { answer(&files, request, "\"1\"") }
-        });
-        let reader = reader_of(&server);
-        std::thread::scope(|scope| {
-            for _ in 0..16 {
-                scope.spawn(|| {
-                    let mut byte = [0];
-                    let mut first = true;
-                    let mut waits = || {
-                        if std::mem::take(&mut first) {
-                            begun.fetch_add(1, Ordering::Release);
-                        }
-                        Ok(())
-                    };
-                    let mut interrupt = Interrupt::new(&mut waits);
-                    let result = reader.read_exact_at(&mut byte, 0, &mut interrupt);
-                    assert_eq!(result.is_err(), fails);
-                    assert_eq!(result.err().and_then(|error| error.raw_os_error()), fails.then_some(libc::EACCES));
-                });
-            }
-        });
-        assert_eq!(server.requests().len(), 1);
-    }
-}
-
-#[test]
-fn a_reader_that_waits_can_be_stopped_and_does_not_stop_others() {
-    let files = object();
-    let server = Server::start(move |number, request| match number {
-        0 => Reply::Hang,
-        _ => answer(&files, request, "\"1\""),
-    });
-    let reader = reader_of(&server);
-    let mut stop = || Err(Error::interrupted());
-    let error = reader.read_exact_at(&mut [0], 0, &mut Interrupt::new(&mut stop)).unwrap_err();
-    assert!(error.is_interrupted());
-    assert_eq!(read(&reader, 0, 1).unwrap(), pattern(1), "the request that hangs was given up");
-}
-
-fn with_options(server: &Server, change: impl FnOnce(&mut RemoteOptions)) -> Bucket {
-    let mut options = server.bucket().options().clone();
-    change(&mut options);
-    Bucket::new(url("s3://bucket/vm1"), options).unwrap()
-}
-
-#[test]
-fn memory_is_bounded_however_slow_the_reader_is() {
-    let size = 20 * BLOCK_BYTES;
-    let all = pattern(size);
-    let files: Files = [("mem".to_owned(), all.clone()), ("other".to_owned(), all.clone())].into();
-    let (running, most) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
-    let seen = Arc::clone(&most);
-    let server = Server::start(move |_, request| {
-        seen.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-        let reply = answer(&files, request, "\"1\"");
-        running.fetch_sub(1, Ordering::SeqCst);
-        reply
-    });
-    let bucket = with_options(&server, |options| options.connections = 2);
-    let pool = Pool::of(&bucket).unwrap();
-    let readers = ["mem", "other"].map(|name| BlockReader::new(&bucket, name, size as u64, None).unwrap());
-    for block in 0..20 {
-        for reader in &readers {
-            let offset = block * BLOCK_BYTES;
-            reader.prefetch(offset as u64..size as u64);
-            assert_eq!(read(reader, offset as u64, 1).unwrap(), all[offset..=offset]);
-            assert!(pool.existing() <= 8, "{}", pool.existing());
-        }
-    }
-    assert!(most.load(Ordering::SeqCst) <= 2);
-    assert_eq!(server.requests().len(), 40, "no block is fetched twice");
-    drop(readers);
-    // A fetch that was cancelled ends soon.
-    while pool.existing() > 0 {
-        std::thread::yield_now();
-    }
-}
-
 fn cache_options(directory: &Path) -> CacheOptions {
     CacheOptions { directory: directory.to_owned(), max_bytes: 1 << 30 }
 }
@@ -415,12 +232,11 @@ fn a_cached_block_is_not_fetched_again() {
     assert!(read_sda(&options).unwrap() == pattern(5 << 20));
     assert_eq!(server.requests().len(), 2 + 3 + 2);
 
-    // What is stored stays encrypted, and only its owner may read it.
+    // The blocks stay encrypted, and only its owner may read it.
     let mut blocks: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     blocks.sort_by_key(|path| std::fs::metadata(path).unwrap().len());
     let stored = std::fs::read(&blocks[2]).unwrap();
     assert!(files["devices/sda"].windows(64).step_by(64).any(|window| stored[32..96] == *window));
-    use std::os::unix::fs::PermissionsExt;
     assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
 
     // Damaged blocks are fetched once more: one that is too short, one with other contents, one that is a link.
@@ -517,9 +333,14 @@ fn a_verification_finds_what_differs_in_the_store() {
         files.insert(".vmsnap-push".to_owned(), vec![1]);
         let remote = in_memory("differs", &files);
         let report = base.verify("memory://differs/vm1").unwrap();
-        let kinds: Vec<_> = report.problems.iter().map(|problem| (&*problem.path, problem.kind.as_str())).collect();
-        let changed = if base.is_encrypted() { "not authentic" } else { "changed" };
-        let expected = [(".vmsnap-push", "extra"), ("devices/sda", changed), ("mem", "truncated"), ("more", "extra")];
+        let kinds: Vec<_> = report.problems.iter().map(|problem| (&*problem.path, problem.kind)).collect();
+        let changed = if base.is_encrypted() { ProblemKind::NotAuthentic } else { ProblemKind::Changed };
+        let expected = [
+            (".vmsnap-push", ProblemKind::Extra),
+            ("devices/sda", changed),
+            ("mem", ProblemKind::Truncated),
+            ("more", ProblemKind::Extra),
+        ];
         assert_eq!(kinds, expected);
         remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
         assert!(listed(remote.url()).is_empty());
@@ -528,7 +349,8 @@ fn a_verification_finds_what_differs_in_the_store() {
 
 #[test]
 fn only_a_snapshot_is_removed() {
-    let interrupt = &mut Interrupt::new(&mut || Ok(()));
+    let mut go_on = || Ok(());
+    let interrupt = &mut Interrupt::new(&mut go_on);
     let files = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), vec![1])).collect::<Files>();
     for (at, names, text) in [
         ("absent", &[][..], "has no vmsnap_manifest"),
@@ -556,9 +378,14 @@ fn a_removal_begins_with_the_manifest_and_ends_with_the_key_metadata() {
         )
     });
     let listing = format!("<ListBucketResult>{}</ListBucketResult>", listing.concat());
-    let server = Server::start(move |_, request| match &*request.method {
-        "GET" => Reply::object(listing.as_bytes()),
-        _ => Reply::object(b"<DeleteResult></DeleteResult>"),
+    let server = Server::start(move |_, request| {
+        if request.method == "GET" {
+            return Reply::object(listing.as_bytes());
+        }
+        let body = String::from_utf8_lossy(&request.body);
+        let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
+        let deleted: Vec<_> = keys.map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect();
+        Reply::object(format!("<DeleteResult>{}</DeleteResult>", deleted.concat()).as_bytes())
     });
     let remote = Remote::new(url("s3://bucket/vm1"), server.bucket().options()).unwrap();
     remote.remove(&mut Interrupt::new(&mut || Ok(()))).unwrap();
