@@ -227,6 +227,13 @@ pub(crate) fn segment_offset(index: u64, chunk_size_bytes: usize) -> u64 {
     HEADER_BYTES as u64 + index * segment_size(chunk_size_bytes) as u64
 }
 
+/// The stored bytes of a message of at most `size` bytes; `None` if that is not a number.
+pub(crate) fn most_stored_bytes(size: u64, chunk_size_bytes: usize) -> Option<u64> {
+    let segments = (size / chunk_size_bytes as u64).checked_add(1)?;
+    let overhead = segments.checked_mul(SEGMENT_OVERHEAD_BYTES as u64)?.checked_add(HEADER_BYTES as u64)?;
+    size.checked_add(overhead)
+}
+
 /// Whether a message of `size` bytes is stored in `stored_size` bytes. There may be one more, empty segment at the end.
 pub(crate) fn is_stored_size(stored_size: u64, size: u64, chunk_size_bytes: usize) -> bool {
     let Some(overhead) = stored_size.checked_sub(size).and_then(|bytes| bytes.checked_sub(HEADER_BYTES as u64)) else {

@@ -177,4 +177,6 @@ pub use snapshot::{
     InspectedFragment, Inspection, SnapshotOptions, SnapshotReader, SnapshotWriter, StagedSnapshot, inspect, rekey,
 };
 pub use store::directory::clean::{Cleaned, clean};
+#[cfg(feature = "object-store")]
+pub use transfer::Pushed;
 pub use verify::{Problem, ProblemKind, Verification};

@@ -10,7 +10,7 @@ from commands import run
 from vmsnap.cli.command import Argument, Command
 from vmsnap.cli.group import group
 
-SECTIONS = ("Snapshot", "Guest memory", "QEMU", "Keys", "Maintenance")
+SECTIONS = ("Snapshot", "Guest memory", "QEMU", "Object stores", "Keys", "Maintenance")
 
 
 def commands(of: click.Group, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -1,6 +1,7 @@
 """The pages of docs/: their code blocks run, and the site builds without a warning.
 
-`test_readme.py`, `test_keys.py`, `test_qemu.py`, `test_recovery.py` and `test_independent_reader.py` run blocks, too:
+`test_readme.py`, `test_keys.py`, `test_qemu.py`, `test_recovery.py`, `test_object_store_page.py` and
+`test_independent_reader.py` run blocks, too:
 `BLOCKS` says which.
 """
 
@@ -50,6 +51,10 @@ BLOCKS = {
     ("docs/index.md", "sh"): 1,  # below
     ("docs/keys.md", "python"): 5,  # test_readme
     ("docs/keys.md", "sh"): 1,  # test_keys
+    # test_object_store_page
+    ("docs/object-stores.md", "json"): 2,
+    ("docs/object-stores.md", "python"): 1,
+    ("docs/object-stores.md", "sh"): 3,
     ("docs/qemu.md", "python"): 1,  # test_qemu
     ("docs/qemu.md", "sh"): 4,  # test_qemu
     ("docs/recovery.md", "python"): 2,  # test_recovery
@@ -229,7 +234,7 @@ def test_the_page_on_the_command_line_has_every_command() -> None:
         for title in told
     }
     assert told == known
-    assert len(told) == 5
+    assert len(told) == 6
     machine_readable = text_of("docs/cli.md", "Output for programs")
     for name in (name for names in known.values() for name in names):
         if not name.startswith("qemu ") and "--json" in run(name, "--help").stdout.decode():

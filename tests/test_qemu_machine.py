@@ -238,7 +238,7 @@ def test_a_description_of_version_1_reads(tmp_path: Path) -> None:
     with vmsnap.create(tmp_path / "vm1") as writer:
         writer.write_fragment("machine", old)
     read = vmsnap.open(tmp_path / "vm1").read_fragment("machine", type=Machine)
-    read.check_format(tmp_path)
+    read.check_format(str(tmp_path))
     assert read.ram == [RamRange("mem", 0, 0, 256 * MIB)]
     assert (read.state, read.cpu, read.smp, read.devices) == ("", None, None, None)
     started = machine(ram=read.ram, devices=[Device("hpet")])

@@ -37,9 +37,12 @@ from vmsnap.exchange import ExportReport, ImportReport, export_file, import_file
 from vmsnap.inspection import InspectedFragment, Inspection, inspect
 from vmsnap.io import Fragment, FragmentReader
 from vmsnap.keys import IdentityFile, KeyProvider, Keys, KeyWrapping, generate_identity, recipients_of, rekey
+from vmsnap.location import Location
 from vmsnap.memory import GuestMemory, GuestRegion, MemoryReport, ProcessMemory
 from vmsnap.reader import SnapshotReader
+from vmsnap.removal import remove
 from vmsnap.staging import Cleaned, StagedSnapshot, clean, create, seal
+from vmsnap.transfer import Pushed, pull, push
 from vmsnap.verification import Problem, Verification, verify
 from vmsnap.writer import SnapshotWriter
 
@@ -65,12 +68,14 @@ __all__ = [
     "KeyUnavailableError",
     "KeyWrapping",
     "Keys",
+    "Location",
     "MemoryReport",
     "NewIdentityWarning",
     "NotEncryptedError",
     "NotSealedError",
     "Problem",
     "ProcessMemory",
+    "Pushed",
     "QemuError",
     "SealId",
     "SealedError",
@@ -94,8 +99,11 @@ __all__ = [
     "inspect",
     "open",
     "pack",
+    "pull",
+    "push",
     "recipients_of",
     "rekey",
+    "remove",
     "seal",
     "unpack",
     "verify",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from vmsnap import _vmsnap
+from vmsnap.location import local_path
 
 __all__: list[str] = []
 
@@ -17,13 +18,13 @@ class Handle:
 
     @property
     def location(self) -> str:
-        """The location of the snapshot: the absolute path of its directory or archive."""
+        """The location of the snapshot: the absolute path of its directory or archive, or its URL."""
         return self._raw.location
 
     @property
-    def path(self) -> Path:
-        """The location as a `pathlib.Path`."""
-        return Path(self._raw.location)
+    def path(self) -> Path | None:
+        """The location as a `pathlib.Path`; None if it is a URL."""
+        return local_path(self._raw.location)
 
     @property
     def namespace_path(self) -> str:

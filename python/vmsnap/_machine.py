@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from vmsnap.errors import QemuError, UnsupportedFormatError
 
@@ -119,7 +118,7 @@ class Machine:
     format: str = _FORMAT
     version: int = _VERSION
 
-    def check_format(self, root: Path) -> None:
+    def check_format(self, location: str) -> None:
         """Check that this version of vmsnap supports the description.
 
         Raises
@@ -129,7 +128,7 @@ class Machine:
         """
         if self.format != _FORMAT or self.version not in _READABLE:
             raise UnsupportedFormatError(
-                f"{root}: the fragment 'machine' is {self.format!r}, version {self.version}: use a newer vmsnap"
+                f"{location}: the fragment 'machine' is {self.format!r}, version {self.version}: use a newer vmsnap"
             )
 
     def check_against(self, started: "Machine", *, ignore_differences: bool = False) -> dict[str, str]:

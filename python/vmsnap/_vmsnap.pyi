@@ -1,9 +1,9 @@
 """The core of vmsnap, compiled from Rust. Programs use the modules of the package `vmsnap` instead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Final, Self, final
+from typing import Final, Self, TypeAlias, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -26,10 +26,12 @@ __all__ = [
     "__version__",
     "aead_provider",
     "are_crowded",
+    "cache_usage",
     "check_serialized",
     "clean",
     "copy_buffer",
     "created_at",
+    "empty_cache",
     "generate_identity",
     "generate_key",
     "identity_file",
@@ -37,6 +39,8 @@ __all__ = [
     "is_marked",
     "key_wrapping",
     "pack",
+    "pull",
+    "push",
     "read_recipients",
     "read_secret_file",
     "recipients_of",
@@ -47,6 +51,9 @@ __all__ = [
     "verify",
     "write_memory",
 ]
+
+# A path or a URL; or a URL, storage options, the directory of the cache, the connections, and whether to allow HTTP.
+_Located: TypeAlias = str | tuple[str, Mapping[str, str], str | None, int, bool]
 
 __version__: Final[str]
 DEFAULT_CHUNK_SIZE_BYTES: Final[int]
@@ -209,7 +216,7 @@ def check_serialized(data: bytes, format: str | None, place: str) -> str:
         `data` is not such a value. The text names `place` and the byte.
     """
 
-def key_wrapping(location: str) -> tuple[str, str | None, list[str]] | None:
+def key_wrapping(location: _Located) -> tuple[str, str | None, list[str]] | None:
     """Return the wrapping of a snapshot's data key: the kind, the name of the key service, the kinds of recipients."""
 
 def generate_identity() -> tuple[str, str]:
@@ -227,7 +234,7 @@ def read_recipients(path: str) -> tuple[list[str], list[str]]:
 def read_secret_file(path: str) -> bytearray:
     """Return the contents of a file with a secret. Raise if other users may read or change the file."""
 
-def rekey(location: str, old: Credentials, new: Credentials) -> None:
+def rekey(location: _Located, old: Credentials, new: Credentials) -> None:
     """Replace the key that wraps a snapshot's data key."""
 
 @final
@@ -250,7 +257,7 @@ class Credentials:
     ) -> Credentials: ...
 
 def inspect(
-    location: str,
+    location: _Located,
 ) -> tuple[
     str, tuple[str, str | None, list[str]] | None, bool, list[str], list[tuple[str, int, datetime | None, bool]]
 ]:
@@ -260,14 +267,16 @@ def inspect(
     finished.
     """
 
-def is_marked(location: str) -> bool:
+def is_marked(location: _Located) -> bool:
     """Return whether a snapshot has ``enc_metadata`` or ``vmsnap_manifest``, also if these cannot be read."""
 
 @final
 class SnapshotWriter:
-    def __new__(cls, location: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
+    def __new__(
+        cls, location: _Located, credentials: Credentials, threads: int | None, format: str
+    ) -> SnapshotWriter: ...
     @staticmethod
-    def open(location: str, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
+    def open(location: _Located, credentials: Credentials, threads: int | None, format: str) -> SnapshotWriter: ...
     def raw_fragment(self, name: str, chunk_size_bytes: int) -> Fragment: ...
     def write_whole(self, name: str, data: bytes) -> None: ...
     def receive_migration(
@@ -305,7 +314,7 @@ class SnapshotWriter:
 class SnapshotReader:
     def __new__(
         cls,
-        location: str,
+        location: _Located,
         credentials: Credentials,
         threads: int | None,
         require_sealed: bool,
@@ -345,12 +354,13 @@ class SnapshotReader:
 class StagedSnapshot:
     def __new__(
         cls,
-        location: str,
+        location: _Located,
         credentials: Credentials,
         threads: int | None,
         format: str,
         durable: bool,
         archive: bool | None,
+        take_over: bool,
     ) -> StagedSnapshot: ...
     @property
     def location(self) -> str: ...
@@ -359,22 +369,22 @@ class StagedSnapshot:
     def commit(self) -> tuple[bytes, bytes]: ...
     def discard(self) -> None: ...
 
-def seal(location: str, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
+def seal(location: _Located, credentials: Credentials, threads: int | None, durable: bool) -> tuple[bytes, bytes]:
     """Seal a snapshot that was written in place; return its snapshot id and seal digest."""
 
-def remove(location: str | Path) -> None:
-    """Remove a snapshot that this process has made. Nothing is checked."""
+def remove(location: _Located, own: bool) -> None:
+    """Remove a snapshot. One that this process has just made is not looked at."""
 
-def clean(parent: str) -> tuple[list[Path], list[Path]]:
-    """Remove temporary files of killed processes; return the paths that were removed, and those still in use."""
+def clean(parent: _Located, older_than_seconds: float) -> tuple[list[str], list[str]]:
+    """Remove the remains of killed processes; return the paths or URLs that were removed, and those still in use."""
 
 def verify(
-    location: str, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
+    location: _Located, credentials: Credentials, threads: int | None, expect_seal_digest: bytes | None
 ) -> tuple[list[tuple[str, str, str]], list[str], list[tuple[str, str | None]], int, tuple[bytes, bytes] | None]:
     """Return problems, unchecked things, fragments with their kinds, the number of bytes, the id with the digest."""
 
 def pack(
-    location: str,
+    location: _Located,
     archive: str | int,
     credentials: Credentials,
     threads: int | None,
@@ -385,13 +395,46 @@ def pack(
 
 def unpack(
     archive: str | int,
-    location: str,
+    location: _Located,
     credentials: Credentials,
     threads: int | None,
     durable: bool,
     expect_seal_digest: bytes | None,
 ) -> tuple[bytes, bytes]:
     """Unpack an archive from a file, or from a descriptor; return its snapshot id and seal digest."""
+
+def push(
+    source: _Located,
+    url: _Located,
+    credentials: Credentials,
+    threads: int | None,
+    expect_seal_digest: bytes | None,
+    take_over: bool,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[tuple[bytes, bytes], bool, int, int]:
+    """Copy a snapshot into an object store.
+
+    Return its snapshot id and seal digest, whether it was there before, the bytes that were sent, and those that an
+    earlier push had sent.
+    """
+
+def pull(
+    url: _Located,
+    target: _Located,
+    credentials: Credentials,
+    threads: int | None,
+    durable: bool,
+    archive: bool | None,
+    expect_seal_digest: bytes | None,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[bytes, bytes]:
+    """Copy a snapshot out of an object store; return its snapshot id and seal digest."""
+
+def cache_usage(directory: str) -> tuple[int, int, int]:
+    """Return the number of blocks in a cache, the bytes that they occupy, and the bytes that they may occupy."""
+
+def empty_cache(directory: str) -> tuple[int, int]:
+    """Remove all blocks from a cache; return their number, and the bytes that they occupied."""
 
 @final
 class Fragment:

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 from vmsnap import _vmsnap
 from vmsnap._backing import drop_read_ahead, is_file, unwrapped
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation, located
 from vmsnap.reader import digest_bytes
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class SealId:
 
 
 def pack(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     archive: "StrOrBytesPath | IO[bytes]",
     *,
     keys: Keys | None = None,
@@ -90,12 +91,12 @@ def pack(
     credentials = one_of(keys, given)._credentials()
     target = _archive(archive, _to_write)
     digest = digest_bytes(expect_seal_digest)
-    return SealId(*_vmsnap.pack(os.fsdecode(location), target, credentials, threads, durable, digest))
+    return SealId(*_vmsnap.pack(located(location), target, credentials, threads, durable, digest))
 
 
 def unpack(
     archive: "StrOrBytesPath | IO[bytes]",
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     *,
     keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
@@ -145,7 +146,7 @@ def unpack(
     credentials = one_of(keys, given)._credentials()
     source = _archive(archive, _to_read)
     digest = digest_bytes(expect_seal_digest)
-    return SealId(*_vmsnap.unpack(source, os.fsdecode(location), credentials, threads, durable, digest))
+    return SealId(*_vmsnap.unpack(source, located(location), credentials, threads, durable, digest))
 
 
 def _archive(given: "StrOrBytesPath | IO[bytes]", prepare: Callable[[IO[bytes]], None]) -> str | int:

@@ -1,16 +1,12 @@
 """Snapshots as they look without their keys."""
 
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vmsnap import _vmsnap
 from vmsnap.keys import KeyWrapping
-
-if TYPE_CHECKING:
-    from _typeshed import StrOrBytesPath
+from vmsnap.location import SnapshotLocation, local_path, located
 
 __all__ = ["InspectedFragment", "Inspection", "inspect"]
 
@@ -45,7 +41,7 @@ class Inspection:
     Attributes
     ----------
     location
-        The location of the snapshot, as an absolute path.
+        The location of the snapshot: an absolute path or a URL.
     key_wrapping
         How the data key is wrapped; None if the snapshot is not encrypted.
     sealed
@@ -63,9 +59,9 @@ class Inspection:
     fragments: tuple[InspectedFragment, ...]
 
     @property
-    def path(self) -> Path:
-        """The location as a `pathlib.Path`."""
-        return Path(self.location)
+    def path(self) -> Path | None:
+        """The location as a `pathlib.Path`; None if it is a URL."""
+        return local_path(self.location)
 
     @property
     def encrypted(self) -> bool:
@@ -73,7 +69,7 @@ class Inspection:
         return self.key_wrapping is not None
 
 
-def inspect(location: "StrOrBytesPath") -> Inspection:
+def inspect(location: SnapshotLocation) -> Inspection:
     """Inspect a snapshot without its key.
 
     >>> import pathlib, tempfile, vmsnap
@@ -92,7 +88,7 @@ def inspect(location: "StrOrBytesPath") -> Inspection:
         The directory contains something that a snapshot cannot contain (a link, a special file, a name that is not
         allowed), the file is not an archive, or ``enc_metadata`` is not a wrapped key.
     """
-    absolute, wrapping, sealed, namespaces, fragments = _vmsnap.inspect(os.fsdecode(location))
+    absolute, wrapping, sealed, namespaces, fragments = _vmsnap.inspect(located(location))
     return Inspection(
         absolute,
         None if wrapping is None else KeyWrapping(*wrapping),
@@ -102,9 +98,9 @@ def inspect(location: "StrOrBytesPath") -> Inspection:
     )
 
 
-def is_marked(location: "StrOrBytesPath") -> bool:
+def is_marked(location: SnapshotLocation) -> bool:
     """Return whether a location has something that only snapshots have: key metadata or a manifest.
 
     A plain snapshot that is not sealed has neither, so it cannot be told from another directory.
     """
-    return _vmsnap.is_marked(os.fsdecode(location))
+    return _vmsnap.is_marked(located(location))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from vmsnap import _vmsnap
 from vmsnap.errors import InvalidArgumentError, NewIdentityWarning
+from vmsnap.location import SnapshotLocation, located
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrOrBytesPath
@@ -188,7 +189,7 @@ class KeyWrapping:
     recipients: list[str]
 
 
-def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
+def key_wrapping(location: SnapshotLocation) -> KeyWrapping | None:
     """Return how the data key of a snapshot is wrapped; None if the snapshot is not encrypted. No key is needed.
 
     Only ``enc_metadata`` is read; `inspect` looks at the whole snapshot.
@@ -200,7 +201,7 @@ def key_wrapping(location: "StrOrBytesPath") -> KeyWrapping | None:
     CorruptSnapshotError
         ``enc_metadata`` is not a wrapped key.
     """
-    wrapping = _vmsnap.key_wrapping(os.fsdecode(location))
+    wrapping = _vmsnap.key_wrapping(located(location))
     return None if wrapping is None else KeyWrapping(*wrapping)
 
 
@@ -262,7 +263,7 @@ def read_secret_file(path: "StrOrBytesPath") -> bytearray:
 
 
 def rekey(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     *,
     keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
@@ -284,8 +285,8 @@ def rekey(
     Parameters
     ----------
     location
-        The snapshot: a directory, or an archive. Only ``enc_metadata`` is replaced; after a crash it is the old or the
-        new one.
+        The snapshot: a directory, an archive, or a URL. Only ``enc_metadata`` is replaced; after a crash it is the old
+        or the new one.
     keys, key, identities, passphrase, key_provider
         The key that opens the snapshot now, as for `SnapshotReader`: one of these. By default the user's own identity.
     new_keys, recipients, new_key, new_passphrase, new_key_provider
@@ -305,7 +306,7 @@ def rekey(
         new_keys,
         Keys(key=new_key, recipients=recipients, passphrase=new_passphrase, key_provider=new_key_provider),
     )
-    _vmsnap.rekey(os.fsdecode(location), old._credentials(), new._credentials())
+    _vmsnap.rekey(located(location), old._credentials(), new._credentials())
 
 
 def _warn_of_new_identity(path: Path) -> None:

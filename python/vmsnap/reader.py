@@ -1,6 +1,5 @@
 """Reading snapshots."""
 
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -9,11 +8,12 @@ from vmsnap._handle import Handle
 from vmsnap.errors import InvalidArgumentError
 from vmsnap.io import FragmentReader
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation, located
 from vmsnap.memory import Progress
 from vmsnap.serialization.build import converter
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, StrOrBytesPath
+    from _typeshed import ReadableBuffer
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
     from vmsnap.serialization import _Format
@@ -31,7 +31,8 @@ class SnapshotReader(Handle):
     Parameters
     ----------
     location
-        The snapshot: a directory, or an archive.
+        The snapshot: a directory, an archive, or a URL in an object store (``s3://``, ``gs://``, ``az://``), of which
+        only the blocks that are read are fetched. A `Location` adds options.
     require_encrypted
         Refuse a snapshot that is not encrypted.
     keys
@@ -84,7 +85,7 @@ class SnapshotReader(Handle):
 
     def __init__(
         self,
-        location: "StrOrBytesPath",
+        location: SnapshotLocation,
         require_encrypted: bool = False,
         *,
         keys: Keys | None = None,
@@ -105,7 +106,7 @@ class SnapshotReader(Handle):
         )
         credentials = one_of(keys, given)._credentials()
         digest = digest_bytes(expect_seal_digest)
-        self._raw = _vmsnap.SnapshotReader(os.fsdecode(location), credentials, threads, require_sealed, digest)
+        self._raw = _vmsnap.SnapshotReader(located(location), credentials, threads, require_sealed, digest)
 
     @property
     def snapshot_id(self) -> bytes | None:

@@ -1,18 +1,19 @@
 """Snapshots that are complete or absent: creating, sealing and cleaning up."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from vmsnap import _vmsnap
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation, local_path, located
 from vmsnap.writer import SnapshotWriter
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, StrOrBytesPath
+    from _typeshed import ReadableBuffer
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
     from vmsnap.serialization import _Format
@@ -39,13 +40,13 @@ class StagedSnapshot:
 
     @property
     def location(self) -> str:
-        """The absolute path where the snapshot will be. The location of its writer is the hidden directory."""
+        """The absolute path or URL where the snapshot will be. That of a local writer is the hidden directory."""
         return self._raw.location
 
     @property
-    def path(self) -> Path:
-        """The location as a `pathlib.Path`."""
-        return Path(self._raw.location)
+    def path(self) -> Path | None:
+        """The location as a `pathlib.Path`; None if it is a URL."""
+        return local_path(self._raw.location)
 
     @property
     def snapshot_id(self) -> bytes | None:
@@ -111,7 +112,7 @@ class StagedSnapshot:
 
 
 def create(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     encrypt: bool = False,
     *,
     keys: Keys | None = None,
@@ -123,17 +124,23 @@ def create(
     format: "_Format" = "cbor",
     durable: bool = True,
     archive: bool | None = None,
+    take_over: bool = False,
 ) -> StagedSnapshot:
     """Begin a snapshot that is complete or absent: ``with vmsnap.create(location) as snapshot:``.
 
     The snapshot is written in a hidden directory beside `location`, and renamed to it at the end. An exception removes
     it. A process that is killed leaves at most the hidden directory, which `clean` removes.
 
+    At a URL (``s3://``, ``gs://``, ``az://``) the snapshot is written straight into the object store, and nothing of it
+    to a local disk. Fragments are sent in parts while they are written, so memory holds a number of parts: as many as
+    there are connections, and for each fragment that is being written one more than there are threads. A part has 8
+    MiB, or a ten-thousandth of the fragment if that is more. Writers of such a snapshot stay in one process.
+
     Parameters
     ----------
     location
         The directory of the new snapshot, or the file for an archive. Nothing may exist there; the parent directory
-        must exist.
+        must exist. Or a URL, at which nothing may exist.
     encrypt, keys, key, recipients, passphrase, key_provider, threads, format
         As for `SnapshotWriter`.
     durable
@@ -142,19 +149,27 @@ def create(
     archive
         Whether the snapshot becomes one file, as `pack` makes it, instead of a directory. By default it does if the
         name of `location` ends in ``.vmsnap.tar``.
+    take_over
+        Whether a snapshot that another process has begun at the URL, and not completed, is replaced. If that process
+        still runs, it fails. At a local path this has no meaning.
 
     Raises
     ------
     FileExistsError, FileNotFoundError, KeyUnavailableError, InvalidArgumentError
         As for `SnapshotWriter`. Nothing is left behind.
+    StateError
+        Another process has begun a snapshot at the URL.
+    PermissionError, TimeoutError, OSError
+        The object store cannot be used; see `push`.
     """
     given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
     credentials = one_of(keys, given)._credentials()
-    return StagedSnapshot(_vmsnap.StagedSnapshot(os.fsdecode(location), credentials, threads, format, durable, archive))
+    raw = _vmsnap.StagedSnapshot(located(location), credentials, threads, format, durable, archive, take_over)
+    return StagedSnapshot(raw)
 
 
 def seal(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     *,
     keys: Keys | None = None,
     key: "ReadableBuffer | None" = None,
@@ -180,22 +195,33 @@ def seal(
         The snapshot cannot be opened, see `SnapshotReader`. It is unchanged.
     """
     given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
-    return _vmsnap.seal(os.fsdecode(location), one_of(keys, given)._credentials(), threads, durable)[1]
+    return _vmsnap.seal(located(location), one_of(keys, given)._credentials(), threads, durable)[1]
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """The paths that `clean` removed, and the paths it left because a living process uses them."""
+    """Paths or URLs: those that `clean` removed, and those it left because a living process may use them."""
 
-    removed: list[Path]
-    held: list[Path]
+    removed: list[Path | str]
+    held: list[Path | str]
 
 
-def clean(parent: "StrOrBytesPath") -> Cleaned:
-    """Remove the temporary directories and files that killed processes left in a directory.
+def clean(parent: SnapshotLocation, *, older_than: timedelta = timedelta(days=1)) -> Cleaned:
+    """Remove the remains of killed processes in a directory, or below a URL.
 
-    These are the hidden directories of snapshots that were never committed and, if the directory is itself a snapshot,
-    unfinished replacements of its own files. Anything that a living process uses stays.
+    In a directory these are the hidden directories of snapshots that were never committed and, if the directory is
+    itself a snapshot, unfinished replacements of its own files. Anything that a living process uses stays.
+
+    Below a URL these are the objects of snapshots that were begun and not completed. Whether a process on another
+    host still writes one is not known, so everything stays to which something was added lately. Parts of objects that
+    were never completed cannot be seen: the bucket needs a lifecycle rule that removes them.
+
+    Parameters
+    ----------
+    parent
+        The directory, or the URL of a snapshot or of a prefix of several.
+    older_than
+        How long nothing was added to a snapshot at a URL that is removed. In a directory this has no meaning.
 
     Raises
     ------
@@ -205,4 +231,5 @@ def clean(parent: "StrOrBytesPath") -> Cleaned:
         Several hosts may write to the file system (NFS, SMB, 9p, FUSE and others), and its locks on directories do not
         reach other hosts, so that vmsnap cannot know whether something is still used. Remove ``.vmsnap-*`` by hand.
     """
-    return Cleaned(*_vmsnap.clean(os.fsdecode(parent)))
+    removed, held = _vmsnap.clean(located(parent), older_than.total_seconds())
+    return Cleaned([local_path(each) or each for each in removed], [local_path(each) or each for each in held])

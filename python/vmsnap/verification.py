@@ -1,16 +1,16 @@
 """Verifying snapshots."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmsnap import _vmsnap
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation, located
 from vmsnap.reader import digest_bytes
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, StrOrBytesPath
+    from _typeshed import ReadableBuffer
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
 
@@ -70,7 +70,7 @@ class Verification:
 
 
 def verify(
-    location: "StrOrBytesPath",
+    location: SnapshotLocation,
     *,
     expect_seal_digest: "ReadableBuffer | str | None" = None,
     keys: Keys | None = None,
@@ -95,7 +95,7 @@ def verify(
     given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
     credentials = one_of(keys, given)._credentials()
     problems, not_checked, fragments, verified_bytes, found = _vmsnap.verify(
-        os.fsdecode(location), credentials, threads, digest_bytes(expect_seal_digest)
+        located(location), credentials, threads, digest_bytes(expect_seal_digest)
     )
     snapshot_id, seal_digest = found or (None, None)
     return Verification(

@@ -1,6 +1,5 @@
 """Writing snapshots: directories of fragments, nested by namespaces."""
 
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -8,9 +7,10 @@ from vmsnap import _vmsnap, memory, migration, serialization
 from vmsnap._handle import Handle
 from vmsnap.io import Fragment
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation, located
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, StrOrBytesPath
+    from _typeshed import ReadableBuffer
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
     from vmsnap.serialization import _Format
@@ -78,7 +78,7 @@ class SnapshotWriter(Handle):
 
     def __init__(
         self,
-        location: "StrOrBytesPath",
+        location: SnapshotLocation,
         encrypt: bool = False,
         *,
         keys: Keys | None = None,
@@ -91,7 +91,7 @@ class SnapshotWriter(Handle):
     ) -> None:
         given = Keys(encrypt=encrypt, key=key, recipients=recipients, passphrase=passphrase, key_provider=key_provider)
         credentials = one_of(keys, given)._credentials()
-        self._raw = _vmsnap.SnapshotWriter(os.fsdecode(location), credentials, threads, format)
+        self._raw = _vmsnap.SnapshotWriter(located(location), credentials, threads, format)
 
     @property
     def format(self) -> "_Format":
@@ -101,7 +101,7 @@ class SnapshotWriter(Handle):
     @classmethod
     def open(
         cls,
-        location: "StrOrBytesPath",
+        location: SnapshotLocation,
         *,
         keys: Keys | None = None,
         key: "ReadableBuffer | None" = None,
@@ -133,7 +133,7 @@ class SnapshotWriter(Handle):
         """
         given = Keys(key=key, identities=identities, passphrase=passphrase, key_provider=key_provider)
         credentials = one_of(keys, given)._credentials()
-        return cls._of(_vmsnap.SnapshotWriter.open(os.fsdecode(location), credentials, threads, format))
+        return cls._of(_vmsnap.SnapshotWriter.open(located(location), credentials, threads, format))
 
     def raw_fragment(self, name: str, *, chunk_size_bytes: int = _vmsnap.DEFAULT_CHUNK_SIZE_BYTES) -> Fragment:
         """Create a fragment.

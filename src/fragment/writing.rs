@@ -10,7 +10,7 @@ use super::place::{FragmentPlace, aad};
 use super::plain::PlainSink;
 use super::positioned::PositionedWriter;
 use super::scratch::ScratchWriter;
-use crate::cipher::SecretKey;
+use crate::cipher::{SecretKey, most_stored_bytes};
 use crate::error::{Error, Kind, Result};
 use crate::name::SnapshotPath;
 use crate::process::OwnerProcess;
@@ -55,8 +55,21 @@ pub(crate) struct Writing<'a> {
     pub(crate) key: Option<&'a SecretKey>,
     pub(crate) chunk_size_bytes: usize,
     pub(crate) threads: usize,
+    /// The most bytes of contents, if that is known.
+    pub(crate) most_bytes: Option<u64>,
     /// Where a commit finds the entry of the fragment; only in the process that staged the snapshot.
     pub(crate) ledger: Option<&'a Arc<Ledger>>,
+}
+
+impl Writing<'_> {
+    /// The most bytes that are stored.
+    fn most_stored_bytes(&self) -> Option<u64> {
+        let most_bytes = self.most_bytes?;
+        match self.key {
+            None => Some(most_bytes),
+            Some(_) => most_stored_bytes(most_bytes, self.chunk_size_bytes),
+        }
+    }
 }
 
 impl Fragment {
@@ -65,7 +78,7 @@ impl Fragment {
         // Failed for now: if the sink cannot be made, the drop removes the object.
         let mut fragment = Self {
             state: State::Failed,
-            object: draft.create(path)?,
+            object: draft.create(path, writing.most_stored_bytes())?,
             staged: draft.is_staged(),
             ledger: writing.ledger.cloned(),
             place,

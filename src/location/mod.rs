@@ -30,6 +30,14 @@ impl Location {
         }
     }
 
+    /// The location as a path, or as the text of a URL, which names the same location again.
+    pub(crate) fn as_path(&self) -> &Path {
+        match self {
+            Self::Path(path) => path.path(),
+            Self::Url(url) => url.path(),
+        }
+    }
+
     /// The path in the local file system, where only that will do: `what` is done with files.
     ///
     /// # Errors

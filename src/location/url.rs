@@ -110,7 +110,6 @@ impl StoreUrl {
     }
 
     /// The text as a path, for callers that name locations by paths. It names the same location again.
-    #[allow(dead_code, reason = "the reader of a bucket shows it")]
     pub(crate) fn path(&self) -> &Path {
         Path::new(&self.text)
     }

@@ -75,7 +75,10 @@ impl SnapshotWriter {
                 format!("an LZ4 block has 64 KiB, 256 KiB, 1 MiB or 4 MiB, not {} bytes", options.block_size_bytes);
             return Err(Error::invalid_argument(text));
         }
-        let mut memory = self.raw_fragment_with_chunk_size(MEMORY, options.chunk_size_bytes)?;
+        let logical_bytes = regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.source.size()));
+        // Blocks that do not become smaller have a few bytes more.
+        let most_bytes = logical_bytes.saturating_add(logical_bytes / 4096).saturating_add(1 << 20);
+        let mut memory = self.raw_fragment_with_size(MEMORY, options.chunk_size_bytes, most_bytes)?;
         memory.set_uncached(options.uncached);
         let mut metadata = self.raw_fragment(METADATA).inspect_err(|_| {
             // The cause is the better error, so a failure to remove the fragment is not reported.

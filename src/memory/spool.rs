@@ -200,7 +200,7 @@ impl SpoolFile {
 
 /// The name of the scratch file in errors.
 fn place_in(writer: &SnapshotWriter) -> String {
-    format!("the temporary copy of guest memory in {}", writer.location().display())
+    format!("the temporary copy of guest memory in {}", writer.scratch_directory().display())
 }
 
 fn failed_before() -> Error {

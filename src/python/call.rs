@@ -3,7 +3,6 @@
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::serialization::Format;
 use crate::snapshot::SnapshotOptions;
@@ -11,15 +10,6 @@ use crate::snapshot::SnapshotOptions;
 pub(super) fn parse_format(name: &str) -> Result<Format> {
     Format::from_name(name)
         .ok_or_else(|| Error::invalid_argument(format!("{name:?} is not a format: use \"cbor\" or \"json\"")))
-}
-
-/// Returns the options that readers and writers have in common.
-pub(super) fn options(credentials: &Credentials, threads: Option<&Bound<'_, PyAny>>) -> PyResult<SnapshotOptions> {
-    let mut options = credentials.0.clone();
-    if let Some(threads) = threads {
-        options = options.threads(number(threads, "threads")?);
-    }
-    Ok(options)
 }
 
 /// Adds the seal that a reader requires to the options.

@@ -11,6 +11,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::buffer;
 use super::call::interruptible;
+use super::location::LocationArg;
 use crate::cipher::SecretKey;
 use crate::error::{Error, Kind};
 use crate::key::{self, RecipientsFile};
@@ -198,8 +199,10 @@ pub(super) fn raised(py: Python<'_>, error: &Error) -> Option<(PyErr, bool)> {
 
 /// Wraps the data key of a snapshot again, with other keys.
 #[pyfunction]
-pub(super) fn rekey(py: Python<'_>, location: PathBuf, old: &Credentials, new: &Credentials) -> PyResult<()> {
-    interruptible(py, |interrupt| key_metadata::rekey_interruptible(location, &old.0, &new.0, interrupt))
+#[allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
+pub(super) fn rekey(py: Python<'_>, location: LocationArg, old: &Credentials, new: &Credentials) -> PyResult<()> {
+    let old = location.options(old, None)?;
+    interruptible(py, |interrupt| key_metadata::rekey_interruptible(&location, &old, &new.0, interrupt))
 }
 
 /// Returns a new identity and its recipient.

@@ -3,14 +3,13 @@
 #![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::time::SystemTime;
 
 use pyo3::prelude::*;
 
-use crate::location::Location;
-use crate::snapshot::key_metadata;
-use crate::store::{RemoteOptions, Store};
+use super::call::interruptible;
+use super::location::LocationArg;
+use crate::snapshot::{inspect_interruptible, key_metadata};
 use crate::{InspectedFragment, Inspection, KeyWrapping};
 
 /// The kind, the name of the key service, and the kinds of recipients.
@@ -32,21 +31,26 @@ fn wrapping(wrapping: KeyWrapping) -> Wrapping {
 }
 
 #[pyfunction]
-pub(super) fn key_wrapping(location: PathBuf) -> PyResult<Option<Wrapping>> {
-    Ok(key_metadata::wrapping(&Store::at(Location::new(&location)?, &RemoteOptions::default())?)?.map(wrapping))
+pub(super) fn key_wrapping(py: Python<'_>, location: LocationArg) -> PyResult<Option<Wrapping>> {
+    let store = location.store()?;
+    Ok(interruptible(py, |interrupt| key_metadata::wrapping(&store, interrupt))?.map(wrapping))
 }
 
 /// Whether there is key metadata or a manifest, also where they cannot be read.
 #[pyfunction]
-pub(super) fn is_marked(location: PathBuf) -> PyResult<bool> {
-    let store = Store::at(Location::new(&location)?, &RemoteOptions::default())?;
-    Ok(!matches!(key_metadata::wrapping(&store), Ok(None)) || !matches!(store.is_sealed(), Ok(false)))
+pub(super) fn is_marked(py: Python<'_>, location: LocationArg) -> PyResult<bool> {
+    let store = location.store()?;
+    interruptible(py, |interrupt| match store.head(interrupt) {
+        Ok(head) => Ok(!matches!(head.key_metadata, Ok(None)) || !matches!(head.manifest, Ok(None))),
+        Err(error) if error.is_interrupted() => Err(error),
+        Err(_) => Ok(true),
+    })
 }
 
 #[pyfunction]
-pub(super) fn inspect(py: Python<'_>, location: PathBuf) -> PyResult<Fields> {
+pub(super) fn inspect(py: Python<'_>, location: LocationArg) -> PyResult<Fields> {
     let Inspection { location, key_wrapping, sealed, namespaces, fragments } =
-        py.detach(|| crate::inspect(location))?;
+        interruptible(py, |interrupt| inspect_interruptible(&location, &location.remote, interrupt))?;
     let date = |time: SystemTime| time.into_pyobject(py).ok().map(|date| date.into_any().unbind());
     let row = |each: InspectedFragment| (each.path, each.stored_size_bytes, date(each.modified), each.finished);
     let fragments = fragments.into_iter().map(row).collect();

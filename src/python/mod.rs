@@ -15,8 +15,9 @@
 //! memory.rs           GuestMemory, write_memory
 //! migration.rs        MigrationStream, SpooledMemory
 //! process.rs          ProcessMemory, ProcessRange, StoppedProcess
+//! location.rs         LocationArg: locations of snapshots as arguments
 //! inspect.rs          inspect, is_marked, key_wrapping
-//! transfer.rs         pack, unpack
+//! transfer.rs         pack, unpack, push, pull, the cache
 //! ```
 
 mod buffer;
@@ -26,6 +27,7 @@ mod error;
 mod fragment;
 mod fragment_reader;
 mod inspect;
+mod location;
 mod memory;
 mod migration;
 mod process;
@@ -71,7 +73,7 @@ mod _vmsnap {
     #[pymodule_export]
     use super::staging::{StagedSnapshot, clean, remove, seal, verify};
     #[pymodule_export]
-    use super::transfer::{pack, unpack};
+    use super::transfer::{cache_usage, empty_cache, pack, pull, push, unpack};
     #[pymodule_export]
     use super::writer::SnapshotWriter;
     #[pymodule_export]

@@ -1,14 +1,14 @@
 //! `_vmsnap.SnapshotReader`.
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::call::{from_state, interruptible, number, options, parse_format, sealed_options, to_state};
+use super::call::{from_state, interruptible, number, parse_format, sealed_options, to_state};
 use super::credentials::Credentials;
 use super::fragment_reader::FragmentReader;
+use super::location::LocationArg;
 use super::memory::{GuestMemory, reporting};
 use super::transfer::duplicate;
 use crate::SentBlock;
@@ -30,13 +30,13 @@ impl SnapshotReader {
     #[new]
     fn new(
         py: Python<'_>,
-        location: PathBuf,
+        location: LocationArg,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         require_sealed: bool,
         expect_seal_digest: Option<&[u8]>,
     ) -> PyResult<Self> {
-        let options = sealed_options(options(credentials, threads)?, require_sealed, expect_seal_digest)?;
+        let options = sealed_options(location.options(credentials, threads)?, require_sealed, expect_seal_digest)?;
         Ok(Self(interruptible(py, |interrupt| options.open_interruptible(location, interrupt))?))
     }
 

@@ -1,17 +1,19 @@
 //! `_vmsnap.StagedSnapshot`, `seal`, `clean` and `verify`.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::call::{interruptible, options, parse_format, sealed_options};
+use super::call::{interruptible, parse_format, sealed_options};
 use super::credentials::Credentials;
+use super::location::LocationArg;
 use super::slot::Slot;
 use super::writer::SnapshotWriter;
-use crate::location::Location;
-use crate::store::{RemoteOptions, Store};
+use crate::error::Error;
+use crate::snapshot::remove as removal;
 use crate::{Problem, SealId, Verification};
 
 /// Snapshot id and seal digest.
@@ -33,14 +35,16 @@ impl StagedSnapshot {
     #[new]
     fn new(
         py: Python<'_>,
-        location: PathBuf,
+        location: LocationArg,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
         durable: bool,
         archive: Option<bool>,
+        take_over: bool,
     ) -> PyResult<Self> {
-        let mut options = options(credentials, threads)?.format(parse_format(format)?).durable(durable);
+        let options = location.options(credentials, threads)?.format(parse_format(format)?);
+        let mut options = options.durable(durable).take_over(take_over);
         if let Some(archive) = archive {
             options = options.archive(archive);
         }
@@ -73,28 +77,36 @@ impl StagedSnapshot {
 #[pyfunction]
 pub(super) fn seal<'py>(
     py: Python<'py>,
-    location: PathBuf,
+    location: LocationArg,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     durable: bool,
 ) -> PyResult<Id<'py>> {
-    let options = options(credentials, threads)?.durable(durable);
+    let options = location.options(credentials, threads)?.durable(durable);
     Ok(id(py, interruptible(py, |interrupt| options.seal_interruptible(location, interrupt))?))
 }
 
-/// Removes a snapshot that this process has made.
+/// Removes a snapshot; one that this process has just made, without a look at it.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value, reason = "the argument comes from Python")]
-pub(super) fn remove(py: Python<'_>, location: PathBuf) -> PyResult<()> {
-    let store = Store::at(Location::new(&location)?, &RemoteOptions::default())?;
-    interruptible(py, |interrupt| store.remove(interrupt))
+pub(super) fn remove(py: Python<'_>, location: LocationArg, own: bool) -> PyResult<()> {
+    let store = location.store()?;
+    interruptible(py, |interrupt| if own { store.remove(interrupt) } else { removal::checked(&store, interrupt) })
 }
 
-/// Returns the directories that were removed, and those that are still in use.
+/// Returns the directories or URLs that were removed, and those that are still in use.
 #[pyfunction]
-pub(super) fn clean(py: Python<'_>, parent: PathBuf) -> PyResult<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let cleaned = py.detach(|| crate::clean(parent))?;
-    Ok((cleaned.removed, cleaned.held))
+pub(super) fn clean(
+    py: Python<'_>,
+    parent: LocationArg,
+    older_than_seconds: f64,
+) -> PyResult<(Vec<OsString>, Vec<OsString>)> {
+    let age = Duration::try_from_secs_f64(older_than_seconds)
+        .map_err(|_| Error::invalid_argument("older_than is not a valid time"))?;
+    let options = parent.cleaning_options();
+    let cleaned = interruptible(py, |interrupt| options.clean_interruptible(parent, age, interrupt))?;
+    let texts = |paths: Vec<PathBuf>| paths.into_iter().map(PathBuf::into_os_string).collect();
+    Ok((texts(cleaned.removed), texts(cleaned.held)))
 }
 
 /// Problems (path, kind, text), fragments that were not checked, kinds by fragment, verified bytes, and the seal.
@@ -104,12 +116,12 @@ type VerifyReport<'py> =
 #[pyfunction]
 pub(super) fn verify<'py>(
     py: Python<'py>,
-    location: PathBuf,
+    location: LocationArg,
     credentials: &Credentials,
     threads: Option<&Bound<'py, PyAny>>,
     expect_seal_digest: Option<&[u8]>,
 ) -> PyResult<VerifyReport<'py>> {
-    let options = sealed_options(options(credentials, threads)?, false, expect_seal_digest)?;
+    let options = sealed_options(location.options(credentials, threads)?, false, expect_seal_digest)?;
     let report = interruptible(py, |interrupt| options.verify_interruptible(location, interrupt))?;
     let Verification { problems, not_checked, fragments, verified_bytes, seal } = report;
     let row = |Problem { path, kind, text }| (path, kind.to_string(), text);

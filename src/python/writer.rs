@@ -3,14 +3,14 @@
 #![allow(clippy::needless_pass_by_value, reason = "the arguments come from Python")]
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::call::{from_state, interruptible, number, options, parse_format, to_state};
+use super::call::{from_state, interruptible, number, parse_format, to_state};
 use super::credentials::Credentials;
 use super::fragment::Fragment;
+use super::location::LocationArg;
 use super::memory::reporting;
 use super::migration::{BlockRegion, Received, block_region, received};
 use super::transfer::duplicate;
@@ -34,24 +34,24 @@ impl SnapshotWriter {
     #[new]
     fn new(
         py: Python<'_>,
-        location: PathBuf,
+        location: LocationArg,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
     ) -> PyResult<Self> {
-        let options = options(credentials, threads)?.format(parse_format(format)?);
+        let options = location.options(credentials, threads)?.format(parse_format(format)?);
         Ok(interruptible(py, |interrupt| options.create_in_place_interruptible(location, interrupt))?.into())
     }
 
     #[staticmethod]
     fn open(
         py: Python<'_>,
-        location: PathBuf,
+        location: LocationArg,
         credentials: &Credentials,
         threads: Option<&Bound<'_, PyAny>>,
         format: &str,
     ) -> PyResult<Self> {
-        let options = options(credentials, threads)?.format(parse_format(format)?);
+        let options = location.options(credentials, threads)?.format(parse_format(format)?);
         Ok(interruptible(py, |interrupt| options.append_interruptible(location, interrupt))?.into())
     }
 

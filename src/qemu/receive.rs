@@ -230,8 +230,9 @@ fn receive(
     let front = Front::read(&mut input, interrupt)?;
     let areas = choose(&front, memory)?;
     let straight = match placed(regions, &front, &areas) {
-        Some(regions) => Straight::new(writer, regions)?,
-        None => None,
+        // Pages that do not come in order are read back, which an object store does not do before it is complete.
+        Some(regions) if writer.is_local() => Straight::new(writer, regions)?,
+        Some(_) | None => None,
     };
     let mut spool = straight.map_or_else(|| Spool::new(writer), |straight| Ok(Spool::straight(straight)))?;
     for (block, _) in front.blocks.iter().zip(&areas).filter(|(_, area)| area.is_some()) {

@@ -8,7 +8,7 @@ use crate::fragment::FragmentReader;
 use crate::fragment::ledger::Ledger;
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::store::directory::Directory;
-use crate::store::{Store, StoredFragment};
+use crate::store::{Store, StoredFragment, Survey};
 use crate::threads::Interrupt;
 
 /// Everything that a snapshot contains.
@@ -18,29 +18,31 @@ pub(super) struct Contents {
 }
 
 impl Contents {
-    /// Lists the snapshot. Reads only fragments that `ledger` does not have.
+    /// Lists the contents that a survey found. Reads only fragments that `ledger` does not have, from `store`; without a store, such
+    /// a fragment was not finished.
     pub(super) fn of(
-        directory: &Directory,
+        survey: Survey,
+        store: Option<&Store>,
         data_key: Option<&SecretKey>,
         ledger: Option<&Ledger>,
         threads: usize,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
-        let survey = directory.survey(interrupt)?.strict()?;
-        let store = Store::Directory(directory.clone());
+        let survey = survey.strict()?;
         let mut fragments = BTreeMap::new();
         for stored in survey.fragments {
             let path = &stored.path;
-            if !stored.finished {
+            let entry = ledger.and_then(|ledger| ledger.get(path.as_str()));
+            if !stored.finished || (entry.is_none() && store.is_none()) {
                 let text = format!(
                     "{path} was never finished, so the snapshot is not complete: discard it and write it again"
                 );
                 return Err(Error::new(Kind::State, text));
             }
-            let entry = match ledger.and_then(|ledger| ledger.get(path.as_str())) {
-                Some(entry) if entry.stored_size == stored.stored_size => entry,
-                Some(_) => return Err(Error::corrupt(format!("{path} was changed after it was written"))),
-                None => examine(&store, &stored, data_key, threads, interrupt)?,
+            let entry = match (entry, store) {
+                (Some(entry), _) if entry.stored_size == stored.stored_size => entry,
+                (None, Some(store)) => examine(store, &stored, data_key, threads, interrupt)?,
+                _ => return Err(Error::corrupt(format!("{path} was changed after it was written"))),
             };
             fragments.insert(stored.path.into(), entry);
         }

@@ -73,10 +73,20 @@ impl Inspection {
 /// [`crate::Error::is_io`] if there is no such directory, [`crate::Error::is_corrupt`] if it contains something that a snapshot
 /// cannot contain (a link, a special file, a name that is not allowed) or if `enc_metadata` is not a wrapped key.
 pub fn inspect(location: impl AsRef<Path>) -> Result<Inspection> {
-    let store = Store::at(Location::new(location.as_ref())?, &RemoteOptions::default())?;
-    let key_wrapping = key_metadata::wrapping(&store)?;
+    inspect_interruptible(location, &RemoteOptions::default(), &mut || Ok(()))
+}
+
+/// Inspects a snapshot as [`inspect`] does, with options of its object store, and calls `interrupt` while that takes
+/// time.
+pub(crate) fn inspect_interruptible(
+    location: impl AsRef<Path>,
+    options: &RemoteOptions,
+    interrupt: &mut dyn FnMut() -> Result<()>,
+) -> Result<Inspection> {
+    let store = Store::at(Location::new(location.as_ref())?, options)?;
+    let key_wrapping = key_metadata::wrapping(&store, interrupt)?;
     let sealed = store.is_sealed()?;
-    let survey = store.survey(None, &mut || Ok(()))?.strict()?;
+    let survey = store.survey(None, interrupt)?.strict()?;
     let fragment = |stored: StoredFragment| InspectedFragment {
         path: stored.path.into(),
         stored_size_bytes: stored.stored_size,

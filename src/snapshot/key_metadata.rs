@@ -12,8 +12,8 @@ use crate::name::KEY_METADATA;
 use crate::store::{Head, Store};
 
 /// Returns how the data key of a snapshot is wrapped, or `None` if it is not encrypted. No key is used.
-pub(crate) fn wrapping(store: &Store) -> Result<Option<KeyWrapping>> {
-    let wrapped = store.head(&mut || Ok(()))?.key_metadata?;
+pub(crate) fn wrapping(store: &Store, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Option<KeyWrapping>> {
+    let wrapped = store.head(interrupt)?.key_metadata?;
     wrapped.map(|wrapped| key::wrapping(&wrapped).map_err(|error| error.context(place(store.location())))).transpose()
 }
 

@@ -12,7 +12,7 @@ use crate::location::LocalPath;
 use crate::serialization::Format;
 use crate::store::RemoteOptions;
 #[cfg(feature = "object-store")]
-use crate::store::{CacheOptions, DEFAULT_CACHE_BYTES};
+use crate::store::CacheOptions;
 
 /// The end of the usual file name of an archive.
 const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
@@ -32,6 +32,7 @@ const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";
 /// # Ok::<(), vmsnap::Error>(())
 /// ```
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub struct SnapshotOptions {
     pub(crate) encrypt: bool,
     pub(crate) credentials: Credentials,
@@ -42,6 +43,8 @@ pub struct SnapshotOptions {
     pub(crate) require_sealed: bool,
     pub(crate) seal_digest: Option<[u8; 32]>,
     pub(crate) remote: RemoteOptions,
+    #[cfg_attr(not(feature = "object-store"), allow(dead_code, reason = "for object stores"))]
+    pub(crate) take_over: bool,
 }
 
 impl Default for SnapshotOptions {
@@ -56,6 +59,7 @@ impl Default for SnapshotOptions {
             require_sealed: false,
             seal_digest: None,
             remote: RemoteOptions::default(),
+            take_over: false,
         }
     }
 }
@@ -146,9 +150,7 @@ impl SnapshotOptions {
     #[cfg(feature = "object-store")]
     #[must_use]
     pub fn cache(mut self, directory: impl Into<PathBuf>) -> Self {
-        let directory = directory.into();
-        let directory = std::path::absolute(&directory).unwrap_or(directory);
-        self.remote.cache = Some(CacheOptions { directory, max_bytes: DEFAULT_CACHE_BYTES });
+        self.remote.cache = Some(CacheOptions::new(directory.into()));
         self
     }
 
@@ -165,6 +167,16 @@ impl SnapshotOptions {
     #[must_use]
     pub fn allow_http(mut self, allow_http: bool) -> Self {
         self.remote.allow_http = allow_http;
+        self
+    }
+
+    /// Whether [`SnapshotOptions::create`] and [`SnapshotOptions::push`] replace a snapshot that another writer has
+    /// begun at the same URL and not completed. Only for a writer that was killed: one that still runs would mix its objects into the
+    /// new snapshot.
+    #[cfg(feature = "object-store")]
+    #[must_use]
+    pub fn take_over(mut self, take_over: bool) -> Self {
+        self.take_over = take_over;
         self
     }
 

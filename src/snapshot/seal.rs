@@ -46,7 +46,8 @@ impl SnapshotOptions {
         }
         let snapshot_id = payload.as_ref().map_or_else(random_id, |payload| Ok(payload.snapshot_id()))?;
         let data_key = payload.as_ref().map(KeyPayload::data_key);
-        let contents = Contents::of(directory, data_key, None, threads, interrupt)?;
+        let survey = directory.survey(interrupt)?;
+        let contents = Contents::of(survey, Some(&store), data_key, None, threads, interrupt)?;
         if self.durable {
             contents.sync(directory, threads, interrupt)?;
         }

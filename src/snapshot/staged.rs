@@ -5,14 +5,17 @@ use std::path::Path;
 
 use super::contents::Contents;
 use super::seal::{not_durable, random_id};
+use super::writer::Prepared;
 use super::{SnapshotOptions, SnapshotWriter};
 use crate::error::{Error, Kind, Result};
-use crate::location::{LocalPath, Location};
+use crate::location::{LocalPath, Location, StoreUrl};
 use crate::manifest::SealId;
 use crate::process::OwnerProcess;
-use crate::store::Draft;
 use crate::store::archive::assemble;
-use crate::store::directory::StagedDirectory;
+use crate::store::directory::{StagedDirectory, entries};
+#[cfg(feature = "object-store")]
+use crate::store::remote::{Bucket, SnapshotUpload};
+use crate::store::{Draft, Store};
 use crate::threads::Interrupt;
 
 /// A snapshot that is being created: nothing exists at its location until [`StagedSnapshot::commit`], which puts the
@@ -35,7 +38,7 @@ use crate::threads::Interrupt;
 /// ```
 pub struct StagedSnapshot {
     writer: SnapshotWriter,
-    location: LocalPath,
+    location: Location,
     snapshot_id: [u8; 16],
     durable: bool,
     /// Whether the commit makes one file of it.
@@ -46,6 +49,8 @@ pub struct StagedSnapshot {
 
 enum State {
     Staged(StagedDirectory),
+    #[cfg(feature = "object-store")]
+    Uploading(SnapshotUpload),
     Committed,
     Discarded,
 }
@@ -54,7 +59,12 @@ impl SnapshotOptions {
     /// Begins a snapshot that is complete or absent: nothing is at `location` until [`StagedSnapshot::commit`].
     ///
     /// The snapshot becomes a directory, or one file if the name ends in `.vmsnap.tar`; see
-    /// [`SnapshotOptions::archive`].
+    /// [`SnapshotOptions::archive`]. At a URL (`s3://`, `gs://`, `az://`) it is written straight into the object store, and
+    /// nothing of it to a local disk. In memory are the parts of objects that are under way: as many as there are
+    /// [`SnapshotOptions::connections`], and as many bytes as that many times 8 MiB, or two parts if these are larger;
+    /// and for each fragment that is being written, the parts that are not full, one more than there are threads. A
+    /// part has 8 MiB, or a ten-thousandth of the fragment if that is more. All writers of such a snapshot are in one
+    /// process.
     ///
     /// # Errors
     ///
@@ -71,15 +81,58 @@ impl SnapshotOptions {
         location: impl AsRef<Path>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<StagedSnapshot> {
-        let location = Location::new(location.as_ref())?.local("creating a snapshot")?;
+        match Location::new(location.as_ref())? {
+            Location::Path(path) => self.create_local(path, interrupt),
+            Location::Url(url) => self.create_remote(url, interrupt),
+        }
+    }
+
+    fn create_local(&self, location: LocalPath, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<StagedSnapshot> {
         StagedDirectory::check(&location)?;
-        let prepared = self.prepare(&location, true, interrupt)?;
-        let snapshot_id = prepared.payload.as_ref().map_or_else(random_id, |(payload, _)| Ok(payload.snapshot_id()))?;
+        let prepared = self.prepare(&location, true, |_| entries::check_new(location.path()), interrupt)?;
+        let archive = self.is_archive_at(&location);
         let failed = |error: Error| error.context(format!("cannot create the snapshot {location}"));
         let staged = StagedDirectory::create(location.clone()).map_err(failed)?;
-        let writer = prepared.writer(Draft::Staged(staged.directory().clone())).map_err(failed)?;
-        let (durable, archive, owner) = (self.durable, self.is_archive_at(&location), OwnerProcess::current());
+        let draft = Draft::Staged(staged.directory().clone());
+        let (writer, snapshot_id) = prepared.staged_writer(draft).map_err(failed)?;
+        let (durable, owner, location) = (self.durable, OwnerProcess::current(), Location::Path(location));
         Ok(StagedSnapshot { writer, location, snapshot_id, durable, archive, owner, state: State::Staged(staged) })
+    }
+
+    #[cfg(feature = "object-store")]
+    fn create_remote(&self, url: StoreUrl, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<StagedSnapshot> {
+        if self.archive == Some(true) {
+            let text = format!(
+                "{url} cannot become an archive: in an object store each fragment is an object; write the archive to a \
+                 local path, and copy the file"
+            );
+            return Err(Error::invalid_argument(text));
+        }
+        let failed = |error: Error| error.context(format!("cannot create the snapshot {url}"));
+        let bucket = Bucket::new(url.clone(), self.remote.clone()).map_err(failed)?;
+        let check_free = |interrupt: &mut dyn FnMut() -> Result<()>| {
+            SnapshotUpload::check_free(&bucket, self.take_over, &mut Interrupt::new(interrupt)).map_err(failed)
+        };
+        let prepared = self.prepare(&url, true, check_free, interrupt)?;
+        let upload = SnapshotUpload::create(bucket, self.take_over, &mut Interrupt::new(interrupt)).map_err(failed)?;
+        let (writer, snapshot_id) = prepared.staged_writer(Draft::Upload(upload.clone())).map_err(failed)?;
+        let (durable, owner, location) = (self.durable, OwnerProcess::current(), Location::Url(url));
+        let state = State::Uploading(upload);
+        Ok(StagedSnapshot { writer, location, snapshot_id, durable, archive: false, owner, state })
+    }
+
+    #[cfg(not(feature = "object-store"))]
+    #[allow(clippy::unused_self, clippy::needless_pass_by_value, reason = "as with the feature")]
+    fn create_remote(&self, url: StoreUrl, _interrupt: &mut dyn FnMut() -> Result<()>) -> Result<StagedSnapshot> {
+        Err(crate::store::no_object_storage(&url))
+    }
+}
+
+impl Prepared {
+    /// The writer of a staged snapshot, and the snapshot's id.
+    fn staged_writer(&self, draft: Draft) -> Result<(SnapshotWriter, [u8; 16])> {
+        let snapshot_id = self.payload.as_ref().map_or_else(random_id, |(payload, _)| Ok(payload.snapshot_id()))?;
+        Ok((self.writer(draft)?, snapshot_id))
     }
 }
 
@@ -90,11 +143,11 @@ impl StagedSnapshot {
         &self.writer
     }
 
-    /// Where the snapshot will be, as an absolute path. The location of [`StagedSnapshot::writer`] is the hidden
+    /// Where the snapshot will be: an absolute path or a URL. Unless it is a URL, the location of [`StagedSnapshot::writer`] is the hidden
     /// directory.
     #[must_use]
     pub fn location(&self) -> &Path {
-        self.location.path()
+        self.location.as_path()
     }
 
     /// Completes the snapshot: lists all its fragments in the manifest, syncs them unless
@@ -118,33 +171,58 @@ impl StagedSnapshot {
     pub(crate) fn commit_interruptible(&mut self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
         let context = |error: Error| error.context(format!("cannot commit the snapshot {}", self.location));
         self.owner.check_snapshot().map_err(context)?;
-        let staged = match &self.state {
-            State::Staged(staged) => staged,
-            State::Committed => return Err(context(Error::new(Kind::State, "it was committed"))),
-            State::Discarded => return Err(context(Error::new(Kind::State, "it was discarded"))),
-        };
-        staged.stop_writers().map_err(context)?;
-        let id = self.complete(staged, interrupt).map_err(|error| {
+        match &self.state {
+            State::Staged(staged) => self.commit_directory(staged, interrupt).map_err(context),
+            #[cfg(feature = "object-store")]
+            State::Uploading(upload) => self.commit_upload(upload, interrupt).map_err(context),
+            State::Committed => Err(context(Error::new(Kind::State, "it was committed"))),
+            State::Discarded => Err(context(Error::new(Kind::State, "it was discarded"))),
+        }
+        .and_then(|id| {
+            // The snapshot is in place now.
+            let State::Staged(placed) = std::mem::replace(&mut self.state, State::Committed) else { return Ok(id) };
+            let finished = match (self.archive, self.durable) {
+                (true, durable) => placed.finish_archive(durable),
+                (false, true) => placed.sync_entry(),
+                (false, false) => Ok(()),
+            };
+            finished.map(|()| id).map_err(|errno| not_durable(&self.location, errno))
+        })
+    }
+
+    fn commit_directory(&self, staged: &StagedDirectory, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        staged.stop_writers()?;
+        self.complete(staged, interrupt).inspect_err(|_| {
             if self.owner.is_current() {
                 staged.reopen();
             }
-            context(error)
-        })?;
-        // The snapshot is in place now.
-        let State::Staged(placed) = std::mem::replace(&mut self.state, State::Committed) else { return Ok(id) };
-        let finished = match (self.archive, self.durable) {
-            (true, durable) => placed.finish_archive(durable),
-            (false, true) => placed.sync_entry(),
-            (false, false) => Ok(()),
+        })
+    }
+
+    #[cfg(feature = "object-store")]
+    fn commit_upload(&self, upload: &SnapshotUpload, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
+        upload.stop_writers()?;
+        let (threads, data_key) = (self.writer.threads(), self.writer.data_key());
+        let mut complete = || {
+            let contents = Contents::of(upload.survey()?, None, data_key, self.writer.ledger(), threads, interrupt)?;
+            let manifest = contents.into_manifest(self.snapshot_id, data_key.is_some());
+            let (stored, seal_digest) = manifest.encode(data_key)?;
+            upload.publish(stored, &mut Interrupt::new(interrupt))?;
+            Ok(SealId { snapshot_id: self.snapshot_id, seal_digest })
         };
-        finished.map(|()| id).map_err(|errno| not_durable(&self.location, errno))
+        complete().inspect_err(|_: &Error| {
+            if self.owner.is_current() {
+                upload.reopen();
+            }
+        })
     }
 
     fn complete(&self, staged: &StagedDirectory, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<SealId> {
         let directory = staged.directory();
         let threads = self.writer.threads();
         let data_key = self.writer.data_key();
-        let contents = Contents::of(directory, data_key, self.writer.ledger(), threads, interrupt)?;
+        let (survey, store) = (directory.survey(interrupt)?, Store::Directory(directory.clone()));
+        let contents = Contents::of(survey, Some(&store), data_key, self.writer.ledger(), threads, interrupt)?;
         if self.durable && !self.archive {
             contents.sync(directory, threads, interrupt)?;
         }
@@ -171,11 +249,15 @@ impl StagedSnapshot {
     /// Removes the staged directory, if the snapshot is still staged.
     pub(crate) fn remove(&mut self) -> Result<()> {
         self.owner.check_snapshot()?;
-        if !matches!(self.state, State::Staged(_)) {
+        if matches!(self.state, State::Committed) {
             return Ok(());
         }
         match std::mem::replace(&mut self.state, State::Discarded) {
             State::Staged(staged) => staged.discard(),
+            #[cfg(feature = "object-store")]
+            State::Uploading(upload) => upload.discard().map_err(|error| {
+                error.context(format!("cannot discard the snapshot {} (vmsnap clean removes it)", self.location))
+            }),
             State::Committed | State::Discarded => Ok(()),
         }
     }
@@ -194,6 +276,8 @@ impl fmt::Debug for StagedSnapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match self.state {
             State::Staged(_) => "staged",
+            #[cfg(feature = "object-store")]
+            State::Uploading(_) => "uploading",
             State::Committed => "committed",
             State::Discarded => "discarded",
         };

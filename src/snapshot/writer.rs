@@ -15,7 +15,7 @@ use crate::fragment::ledger::Ledger;
 use crate::fragment::scratch::ScratchWriter;
 use crate::fragment::{Fragment, Writing};
 use crate::key::KeyPayload;
-use crate::location::{LocalPath, Location};
+use crate::location::Location;
 use crate::name::SnapshotPath;
 use crate::serialization::{self, Format};
 use crate::store::directory::{Directory, entries};
@@ -91,12 +91,30 @@ impl SnapshotWriter {
     ///
     /// [`Error::is_invalid_argument`] if the name or the size is not allowed, [`Error::is_io`] if the fragment exists.
     pub fn raw_fragment_with_chunk_size(&self, name: &str, chunk_size_bytes: usize) -> Result<Fragment> {
+        self.create_fragment(name, chunk_size_bytes, None)
+    }
+
+    /// Creates a fragment with at most `most_bytes`, of which fewer may be written. It is else that of
+    /// [`SnapshotWriter::raw_fragment_with_chunk_size`].
+    ///
+    /// An object store needs the size of a fragment of more than 78 GiB in advance. A directory does not.
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`SnapshotWriter::raw_fragment_with_chunk_size`], and [`Error::is_invalid_argument`] if an object
+    /// store cannot have a fragment of that size.
+    pub fn raw_fragment_with_size(&self, name: &str, chunk_size_bytes: usize, most_bytes: u64) -> Result<Fragment> {
+        self.create_fragment(name, chunk_size_bytes, Some(most_bytes))
+    }
+
+    fn create_fragment(&self, name: &str, chunk_size_bytes: usize, most_bytes: Option<u64>) -> Result<Fragment> {
         let path = self.namespace.join(name)?;
         crate::cipher::check_chunk_size(chunk_size_bytes)?;
         let writing = Writing {
             key: self.data_key.as_ref(),
             chunk_size_bytes,
             threads: threads::clamp(self.threads),
+            most_bytes,
             ledger: self.ledger.as_ref(),
         };
         Fragment::create(&self.draft, &path, &writing)
@@ -159,10 +177,10 @@ impl SnapshotWriter {
         Ok(Self { namespace, ..self.clone() })
     }
 
-    /// The location of the snapshot: the absolute path of its directory.
+    /// The location of the snapshot: the absolute path of its directory, or its URL.
     #[must_use]
     pub fn location(&self) -> &Path {
-        self.draft.location().path()
+        self.draft.path()
     }
 
     /// The path of this writer's namespace: names joined with `/`, empty at the root.
@@ -221,9 +239,20 @@ impl SnapshotWriter {
     }
 
     /// Creates a scratch file on the file system of the snapshot, encrypted if the snapshot is. Nothing of it is ever a
-    /// part of the snapshot.
+    /// part of the snapshot. For a snapshot in an object store, it is in the temporary directory, and always encrypted.
     pub(crate) fn scratch(&self, aad: &'static [u8]) -> Result<ScratchWriter> {
-        ScratchWriter::new(self.draft.create_nameless()?, self.is_encrypted(), aad, self.threads())
+        let is_encrypted = self.is_encrypted() || self.draft.is_scratch_elsewhere();
+        ScratchWriter::new(self.draft.create_nameless()?, is_encrypted, aad, self.threads())
+    }
+
+    /// Whether the snapshot is in the file system of this machine.
+    pub(crate) fn is_local(&self) -> bool {
+        !self.draft.is_scratch_elsewhere()
+    }
+
+    /// The directory of scratch files.
+    pub(crate) fn scratch_directory(&self) -> PathBuf {
+        self.draft.scratch_directory()
     }
 
     pub(crate) fn data_key(&self) -> Option<&SecretKey> {
@@ -260,21 +289,23 @@ impl SnapshotOptions {
             );
             return Err(Error::invalid_argument(text));
         }
-        let prepared = self.prepare(&location, false, interrupt)?;
+        let prepared = self.prepare(&location, false, |_| entries::check_new(location.path()), interrupt)?;
         prepared.writer(Draft::InPlace(Directory::create_in_place(location)?))
     }
 
-    /// Checks the options and wraps a key for a new snapshot at `location`. Nothing is created yet.
+    /// Checks the options and wraps a key for a new snapshot at `location`, of which `check_free` says whether it can be
+    /// there. Nothing is created yet.
     pub(crate) fn prepare(
         &self,
-        location: &LocalPath,
+        location: &dyn fmt::Display,
         staged: bool,
+        check_free: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> Result<()>,
         interrupt: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Prepared> {
         let threads = threads::resolve(self.threads)?;
         let wrapper = self.credentials.wrapper()?;
         // Before the key is wrapped, because that may ask for a passphrase and take seconds.
-        entries::check_new(location.path())?;
+        check_free(interrupt)?;
         let payload = if self.is_encrypted() {
             let payload = KeyPayload::generate(staged)?;
             let wrapped = wrapper.wrap(&payload, interrupt);

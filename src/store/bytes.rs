@@ -85,6 +85,10 @@ pub(crate) trait NewObject: WriteAt {
 
     /// Removes the name of the object, and returns its file, to be read. Writes still reach it, and it is gone when
     /// nothing refers to it any more.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidArgument` for an object in a store, which has no file.
     fn unname(&self) -> Result<File>;
 
     /// Gives up an object that was neither finished nor discarded, so that it never counts as complete.

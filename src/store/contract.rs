@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::archive::assemble;
 use super::directory::{Directory, StagedDirectory};
-use super::{Draft, RemoteOptions, Store};
+use super::{Draft, RemoteOptions, Store, Survey};
 use crate::location::{LocalPath, Location};
 use crate::manifest::{Entry, Manifest, Proof};
 use crate::name::SnapshotPath;
@@ -46,38 +46,35 @@ fn fill(draft: &Draft, encrypted: bool) {
         draft.add_namespace(&path(namespace)).unwrap();
     }
     for (name, bytes) in contents() {
-        let object = draft.create(&path(name)).unwrap();
+        let object = draft.create(&path(name), None).unwrap();
         object.write_all_at(&bytes, 0, interrupt).unwrap();
         object.finish(interrupt).unwrap();
     }
 }
 
-/// The same snapshot in an object store.
+/// A new snapshot in an object store.
 #[cfg(feature = "object-store")]
-fn remote(encrypted: bool) -> Store {
+fn upload() -> super::remote::SnapshotUpload {
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use super::remote::Bucket;
+    use super::remote::{Bucket, SnapshotUpload};
     static COUNT: AtomicU32 = AtomicU32::new(0);
 
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let location = Location::new(Path::new(&format!("memory://contract/{number}/vm1"))).unwrap();
-    let Location::Url(url) = &location else { panic!("a URL is a URL") };
-    let bucket = Bucket::new(url.clone(), RemoteOptions::default()).unwrap();
-    let put = |name: &str, bytes: &[u8]| {
-        let bytes = bytes::Bytes::copy_from_slice(bytes);
-        bucket
-            .put(name, bytes, object_store::Attributes::default(), None, &mut Interrupt::new(&mut || Ok(())))
-            .unwrap();
-    };
-    for (name, bytes) in contents() {
-        put(name, &bytes);
-    }
-    if encrypted {
-        put(crate::name::KEY_METADATA, KEY_METADATA);
-    }
-    put(crate::name::MANIFEST, MANIFEST);
-    Store::at(location, &RemoteOptions::default()).unwrap()
+    let Location::Url(url) = location else { panic!("a URL is a URL") };
+    let bucket = Bucket::new(url, RemoteOptions::default()).unwrap();
+    SnapshotUpload::create(bucket, false, &mut Interrupt::new(&mut || Ok(()))).unwrap()
+}
+
+/// The same snapshot in an object store.
+#[cfg(feature = "object-store")]
+fn remote(encrypted: bool) -> Store {
+    let draft = upload();
+    fill(&Draft::Upload(draft.clone()), encrypted);
+    draft.stop_writers().unwrap();
+    draft.publish(MANIFEST.to_vec(), &mut Interrupt::new(&mut || Ok(()))).unwrap();
+    Store::at(Location::Url(draft.url().clone()), &RemoteOptions::default()).unwrap()
 }
 
 /// The snapshot of another store, opened again.
@@ -257,16 +254,39 @@ fn a_handle_reads_the_same_after_it_was_serialized() {
 #[test]
 fn nothing_is_added_to_a_sealed_snapshot() {
     for_each_store(|store, _, _| {
-        let refused = store.directory().and_then(|directory| Draft::InPlace(directory.clone()).create(&path("more")));
+        let refused =
+            store.directory().and_then(|directory| Draft::InPlace(directory.clone()).create(&path("more"), None));
         assert!(refused.err().unwrap().is_sealed());
     });
 }
 
-fn drafts(folder: &Path) -> (StagedDirectory, [Draft; 2]) {
+fn drafts(folder: &Path) -> (StagedDirectory, Vec<Draft>) {
     let staged = StagedDirectory::create(location(&folder.join("staged"))).unwrap();
     let in_place = Directory::create_in_place(location(&folder.join("in place"))).unwrap();
-    let draft = Draft::Staged(staged.directory().clone());
-    (staged, [Draft::InPlace(in_place), draft])
+    let local = [Draft::InPlace(in_place), Draft::Staged(staged.directory().clone())].into_iter();
+    #[cfg(feature = "object-store")]
+    let local = local.chain([Draft::Upload(upload())]);
+    (staged, local.collect())
+}
+
+/// The contents of a draft.
+fn survey(draft: &Draft) -> Survey {
+    match draft {
+        Draft::InPlace(directory) | Draft::Staged(directory) => directory.survey(&mut || Ok(())).unwrap(),
+        #[cfg(feature = "object-store")]
+        Draft::Upload(upload) => upload.survey().unwrap(),
+    }
+}
+
+/// Whether a commit refuses because something is still being written.
+fn is_being_written(draft: &Draft, staged: &StagedDirectory) -> bool {
+    let stopped = match draft {
+        Draft::InPlace(_) => return true,
+        Draft::Staged(_) => staged.stop_writers(),
+        #[cfg(feature = "object-store")]
+        Draft::Upload(upload) => upload.stop_writers(),
+    };
+    stopped.is_err_and(|error| error.is_state())
 }
 
 #[test]
@@ -274,7 +294,7 @@ fn an_object_is_written_in_any_order_by_any_thread() {
     let folder = tempfile::tempdir().unwrap();
     let (_staged, drafts) = drafts(folder.path());
     for draft in drafts {
-        let object = draft.create(&path("a")).unwrap();
+        let object = draft.create(&path("a"), None).unwrap();
         let parts = (0..40_u16).map(|number| u8::try_from(number * 7 % 40).unwrap());
         let go_on = &mut || Ok(());
         for_each(&mut [(); 3], parts, &mut Interrupt::new(go_on), |(), part, interrupt| {
@@ -284,7 +304,7 @@ fn an_object_is_written_in_any_order_by_any_thread() {
         assert_eq!(object.stored_size().unwrap(), 600);
         object.set_size(700).unwrap();
         object.finish(&mut Interrupt::new(&mut || Ok(()))).unwrap();
-        let store = Store::at_path(draft.location().clone());
+        let store = Store::at(Location::new(draft.path()).unwrap(), &RemoteOptions::default()).unwrap();
         let expected: Vec<u8> = (0..40_u8).flat_map(|part| [[part; 10].as_slice(), &[part + 1; 5]].concat()).collect();
         assert_eq!(read(&store, "a", None), [expected, vec![0; 100]].concat());
     }
@@ -295,26 +315,24 @@ fn an_object_that_was_not_finished_never_counts_as_complete() {
     let folder = tempfile::tempdir().unwrap();
     let (staged, drafts) = drafts(folder.path());
     for draft in &drafts {
-        let survey = || Store::at_path(draft.location().clone()).survey(None, &mut || Ok(())).unwrap();
-        let object = draft.create(&path("a")).unwrap();
-        let again = draft.create(&path("a")).err().unwrap();
+        let survey = || survey(draft);
+        let object = draft.create(&path("a"), None).unwrap();
+        let again = draft.create(&path("a"), None).err().unwrap();
         assert_eq!(again.raw_os_error(), Some(libc::EEXIST));
         assert_eq!(survey().fragments[0].finished, !draft.is_staged());
-        if draft.is_staged() {
-            assert!(staged.stop_writers().unwrap_err().is_state(), "it is still being written");
-        }
+        assert!(is_being_written(draft, &staged));
 
         object.discard().unwrap();
         object.discard().unwrap();
         assert!(survey().fragments.is_empty());
 
-        let object = draft.create(&path("b")).unwrap();
+        let object = draft.create(&path("b"), None).unwrap();
         object.write_all_at(b"half", 0, &mut Interrupt::new(&mut || Ok(()))).unwrap();
         object.abandon();
         assert!(survey().fragments.iter().all(|stored| !stored.finished));
         assert_eq!(survey().fragments.len(), usize::from(draft.is_staged()));
     }
-    staged.stop_writers().unwrap();
+    drafts.iter().skip(1).for_each(|draft| assert!(!is_being_written(draft, &staged)));
 }
 
 #[test]

@@ -13,7 +13,7 @@ mod remote_options;
 
 use std::fmt;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -133,8 +133,7 @@ impl Store {
     #[cfg(not(feature = "object-store"))]
     #[allow(clippy::needless_pass_by_value, reason = "as with the feature")]
     fn at_url(url: StoreUrl, _options: &RemoteOptions) -> Result<Self> {
-        let text = format!("{url} is in an object store, and this build has no object storage: feature object-store");
-        Err(Error::invalid_argument(text))
+        Err(no_object_storage(&url))
     }
 
     /// The location, as errors show it.
@@ -169,6 +168,11 @@ impl Store {
     /// Whether a snapshot without a manifest is one that was never completed, or is being written.
     pub(crate) fn is_always_sealed(&self) -> bool {
         !matches!(self, Self::Directory(_))
+    }
+
+    /// Whether the snapshot is in the file system of this machine.
+    pub(crate) fn is_local(&self) -> bool {
+        matches!(self, Self::Directory(_) | Self::Archive(_))
     }
 
     /// Reads the key metadata and the manifest.
@@ -269,7 +273,6 @@ impl Store {
     }
 
     /// Removes the snapshot. A snapshot at a local path is not checked: the caller has made it.
-    #[cfg(feature = "python")]
     #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "local files are removed at once"))]
     pub(crate) fn remove(&self, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         match self {
@@ -300,6 +303,13 @@ impl Store {
     }
 }
 
+/// The error for a URL in a build without object storage.
+#[cfg(not(feature = "object-store"))]
+pub(crate) fn no_object_storage(url: &StoreUrl) -> Error {
+    let text = format!("{url} is in an object store, and this build has no object storage: feature object-store");
+    Error::invalid_argument(text)
+}
+
 /// A snapshot that is being written, as a handle to write into it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Draft {
@@ -307,45 +317,99 @@ pub(crate) enum Draft {
     InPlace(Directory),
     /// It is written in a hidden directory, and absent until it is committed.
     Staged(Directory),
+    /// It is written into an object store, and absent until it is committed.
+    #[cfg(feature = "object-store")]
+    Upload(remote::SnapshotUpload),
 }
 
 impl Draft {
-    fn directory(&self) -> &Directory {
+    /// The location, as errors show it.
+    pub(crate) fn location(&self) -> &dyn fmt::Display {
         match self {
-            Self::InPlace(directory) | Self::Staged(directory) => directory,
+            Self::InPlace(directory) | Self::Staged(directory) => directory.location(),
+            #[cfg(feature = "object-store")]
+            Self::Upload(upload) => upload.url(),
         }
     }
 
-    pub(crate) fn location(&self) -> &LocalPath {
-        self.directory().location()
+    /// The location as a path, or as the text of a URL.
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory.location().path(),
+            #[cfg(feature = "object-store")]
+            Self::Upload(upload) => upload.url().path(),
+        }
     }
 
     /// Whether the snapshot is complete or absent.
     pub(crate) fn is_staged(&self) -> bool {
-        matches!(self, Self::Staged(_))
+        !matches!(self, Self::InPlace(_))
     }
 
     /// Writes the key metadata of a new, empty snapshot. Removes the directory if that fails.
     pub(crate) fn write_key_metadata(&self, wrapped: &[u8]) -> Result<()> {
-        self.directory().write_key_metadata(wrapped)
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory.write_key_metadata(wrapped),
+            #[cfg(feature = "object-store")]
+            Self::Upload(upload) => {
+                upload.write_key_metadata(wrapped);
+                Ok(())
+            }
+        }
     }
 
-    /// Creates a fragment.
-    pub(crate) fn create(&self, path: &SnapshotPath) -> Result<Arc<dyn NewObject>> {
-        Ok(Arc::new(self.directory().create(path, self.is_staged())?))
+    /// Creates a fragment. `most_bytes` is a bound for its stored size, if that is known: an object store needs it for
+    /// large fragments.
+    #[cfg_attr(not(feature = "object-store"), allow(unused_variables, reason = "a file grows as needed"))]
+    pub(crate) fn create(&self, path: &SnapshotPath, most_bytes: Option<u64>) -> Result<Arc<dyn NewObject>> {
+        match self {
+            Self::InPlace(directory) => Ok(Arc::new(directory.create(path, false)?)),
+            Self::Staged(directory) => Ok(Arc::new(directory.create(path, true)?)),
+            #[cfg(feature = "object-store")]
+            Self::Upload(upload) => upload.create_object(path, most_bytes),
+        }
     }
 
-    /// Creates a file without a name on the file system of the snapshot. It is gone when it is closed.
+    /// The local directory for files of the process: that of the snapshot or, for a snapshot in an object store,
+    /// `TMPDIR` or `/var/tmp`.
+    pub(crate) fn scratch_directory(&self) -> PathBuf {
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory.location().path().to_owned(),
+            #[cfg(feature = "object-store")]
+            Self::Upload(_) => std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from),
+        }
+    }
+
+    /// Whether a file in the scratch directory must be encrypted even if the snapshot is not, because it is elsewhere.
+    pub(crate) fn is_scratch_elsewhere(&self) -> bool {
+        !matches!(self, Self::InPlace(_) | Self::Staged(_))
+    }
+
+    /// Creates a file without a name in the scratch directory. It is gone when it is closed.
     pub(crate) fn create_nameless(&self) -> Result<File> {
-        self.directory().create_nameless()
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory.create_nameless(),
+            #[cfg(feature = "object-store")]
+            Self::Upload(_) => {
+                directory::entries::create_nameless(&directory::entries::open(&self.scratch_directory(), "")?)
+            }
+        }
     }
 
     pub(crate) fn add_namespace(&self, namespace: &SnapshotPath) -> Result<()> {
-        self.directory().add_namespace(namespace)
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory.add_namespace(namespace),
+            #[cfg(feature = "object-store")]
+            Self::Upload(upload) => upload.add_namespace(namespace),
+        }
     }
 
     /// Checks that there is such a namespace.
     pub(crate) fn check_namespace(&self, namespace: &SnapshotPath) -> Result<()> {
-        self.directory().check_namespace(namespace)
+        match self {
+            Self::InPlace(directory) | Self::Staged(directory) => directory.check_namespace(namespace),
+            #[cfg(feature = "object-store")]
+            Self::Upload(upload) => upload.check_namespace(namespace),
+        }
     }
 }

@@ -36,6 +36,15 @@ pub(crate) struct CacheOptions {
     pub(crate) max_bytes: u64,
 }
 
+#[cfg(feature = "object-store")]
+impl CacheOptions {
+    /// A cache of the usual size in `directory`.
+    pub(crate) fn new(directory: PathBuf) -> Self {
+        let directory = std::path::absolute(&directory).unwrap_or(directory);
+        Self { directory, max_bytes: DEFAULT_CACHE_BYTES }
+    }
+}
+
 impl Default for RemoteOptions {
     fn default() -> Self {
         Self { storage_options: BTreeMap::new(), cache: None, connections: DEFAULT_CONNECTIONS, allow_http: false }

@@ -1,27 +1,25 @@
 //! Writes a sealed snapshot as an archive.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
+use super::sealed::SealedSnapshot;
 use crate::durability;
 use crate::error::{Error, Result};
 use crate::fragment::checked_copy::{Input, Output, copy_checked};
-use crate::key::KeyPayload;
 use crate::location::{LocalPath, Location};
-use crate::manifest::{Entry, Manifest, SealId};
-use crate::name::{SnapshotPath, shown};
-use crate::snapshot::{SnapshotOptions, key_metadata, not_durable, open_manifest};
+use crate::manifest::SealId;
+use crate::snapshot::{SnapshotOptions, not_durable};
+use crate::store::Store;
 use crate::store::archive::assemble::{Frame, clonable};
 use crate::store::archive::layout::Layout;
 use crate::store::archive::member::{BLOCK_BYTES, END, Member, MemberKind, global_header};
-use crate::store::bytes::{ReadAt, WriteAt};
+use crate::store::bytes::WriteAt;
 use crate::store::directory::{StagedDirectory, entries};
 use crate::store::pipe::{self, Pipe};
-use crate::store::{Head, Store, Strange, Survey};
 use crate::stored_file::StoredFile;
-use crate::threads::{self, Interrupt, for_each};
+use crate::threads::{Interrupt, for_each};
 
 /// Each thread copies a fragment up to this size alone; all threads copy a larger one together.
 const MAX_SMALL_FRAGMENT_BYTES: u64 = 4 << 20;
@@ -71,15 +69,15 @@ impl SnapshotOptions {
         StagedDirectory::check(&target)?;
         entries::check_new(target.path()).map_err(failed)?;
         refuse_inside(&location, &target)?;
-        let sealed = SealedSnapshot::open(self, location.clone(), interrupt).map_err(failed)?;
+        let packing = Packing::open(self, location.clone(), interrupt).map_err(failed)?;
         let (placed, ()) = StagedDirectory::filled(target.clone(), |staged| {
             let archive = staged.create_archive()?;
-            sealed.write_file(archive, self.durable, &mut Interrupt::new(interrupt))?;
+            packing.write_file(archive, self.durable, &mut Interrupt::new(interrupt))?;
             staged.place_archive()
         })
         .map_err(failed)?;
         placed.finish_archive(self.durable).map_err(|errno| not_durable(&target, errno))?;
-        Ok(sealed.id)
+        Ok(packing.sealed.id)
     }
 
     /// Packs the sealed snapshot at `location` as [`SnapshotOptions::pack`] does, into a stream: a pipe, a socket, a
@@ -113,9 +111,9 @@ impl SnapshotOptions {
     ) -> Result<SealId> {
         let location = Location::new(location.as_ref())?.local("packing")?;
         let failed = |error: Error| error.context(cannot_pack(&location));
-        let sealed = SealedSnapshot::open(self, location.clone(), interrupt).map_err(failed)?;
-        sealed.write_stream(stream, &mut Interrupt::new(interrupt)).map_err(failed)?;
-        Ok(sealed.id)
+        let packing = Packing::open(self, location.clone(), interrupt).map_err(failed)?;
+        packing.write_stream(stream, &mut Interrupt::new(interrupt)).map_err(failed)?;
+        Ok(packing.sealed.id)
     }
 
     /// Packs into an open file, usually a pipe, which is written in order.
@@ -145,57 +143,35 @@ fn refuse_inside(location: &LocalPath, target: &LocalPath) -> Result<()> {
     Ok(())
 }
 
-/// A sealed snapshot, unlocked. Its manifest lists everything in it.
-struct SealedSnapshot {
-    store: Store,
-    payload: Option<KeyPayload>,
-    key_metadata: Option<Vec<u8>>,
-    stored_manifest: Vec<u8>,
-    manifest: Manifest,
+/// A sealed snapshot that becomes an archive.
+struct Packing {
+    sealed: SealedSnapshot,
     layout: Layout,
-    id: SealId,
-    threads: usize,
 }
 
-impl SealedSnapshot {
+impl Packing {
     fn open(options: &SnapshotOptions, location: LocalPath, interrupt: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
-        let threads = threads::resolve(options.threads)?;
-        // Checked for a plain snapshot too, so that a wrong argument is reported at once.
-        options.credentials.unwrapper()?;
-        let store = Store::at_path(location);
-        let Head { key_metadata, manifest } = store.head(interrupt)?;
-        let (key_metadata, stored) = (key_metadata?, manifest?);
-        let payload = key_metadata::unlock(store.location(), key_metadata.clone(), options, interrupt)?;
-        let Some(stored_manifest) = stored else {
-            let is_sealed = payload.as_ref().is_some_and(KeyPayload::is_sealed);
-            let error = if is_sealed { open_manifest::incomplete } else { open_manifest::unsealed };
-            return Err(error(store.location()));
-        };
-        let (manifest, seal_digest) =
-            open_manifest::decode_sealed(store.location(), &stored_manifest, payload.as_ref())?;
-        open_manifest::expect(store.location(), &seal_digest, options)?;
-        let key_metadata_bytes = key_metadata.as_ref().map(|bytes| bytes.len() as u64);
-        let layout = Layout::new(&manifest, key_metadata_bytes, stored_manifest.len() as u64)?;
-        store.settle(&manifest)?;
-        compare(store.survey(Some(&manifest), interrupt)?, &manifest)?;
-        let id = SealId { snapshot_id: manifest.snapshot_id, seal_digest };
-        Ok(Self { store, payload, key_metadata, stored_manifest, manifest, layout, id, threads })
+        let sealed = SealedSnapshot::open(options, Store::at_path(location), interrupt)?;
+        let key_metadata_bytes = sealed.key_metadata.as_ref().map(|bytes| bytes.len() as u64);
+        let layout = Layout::new(&sealed.manifest, key_metadata_bytes, sealed.stored_manifest.len() as u64)?;
+        sealed.check_whole(interrupt)?;
+        Ok(Self { sealed, layout })
     }
 
     /// Writes the archive into a new file, at offsets.
     fn write_file(&self, archive: File, durable: bool, interrupt: &mut Interrupt<'_>) -> Result<()> {
         let archive = StoredFile::of_size(archive, self.layout.total_bytes());
-        let (key_metadata, manifest) = (self.key_metadata.as_deref(), &self.stored_manifest[..]);
+        let (key_metadata, manifest) = (self.sealed.key_metadata.as_deref(), &self.sealed.stored_manifest[..]);
         let frame = Frame { layout: &self.layout, key_metadata, manifest };
         frame.write(&archive, interrupt).map_err(|error| error.context("the archive"))?;
 
         let is_small = |member: &Member<'_>| member.size <= MAX_SMALL_FRAGMENT_BYTES;
-        let mut workers = vec![(); self.threads];
+        let mut workers = vec![(); self.sealed.threads];
         for_each(&mut workers, self.layout.fragments().filter(is_small), interrupt, |(), member, interrupt| {
             self.copy_to_file(&member, &archive, 1, interrupt)
         })?;
         for member in self.layout.fragments().filter(|member| !is_small(member)) {
-            self.copy_to_file(&member, &archive, self.threads, interrupt)?;
+            self.copy_to_file(&member, &archive, self.sealed.threads, interrupt)?;
         }
         if durable {
             durability::sync_file(&archive).map_err(|error| error.context("cannot sync the archive"))?;
@@ -212,8 +188,8 @@ impl SealedSnapshot {
         interrupt: &mut Interrupt<'_>,
     ) -> Result<()> {
         let start = member.data().start;
-        self.with_fragment(member, |path, entry, source| {
-            let key = self.payload.as_ref().map(KeyPayload::data_key);
+        self.sealed.with_fragment(member.path, |path, entry, source| {
+            let key = self.sealed.data_key();
             let shared = clonable(entry.stored_size);
             if shared.is_empty() || !source.clone_range(shared.clone(), archive, start) {
                 let (input, output) = (Input::At(source, 0), Output::At(archive, start));
@@ -229,18 +205,18 @@ impl SealedSnapshot {
 
     /// Writes the archive into a stream, in order.
     fn write_stream(&self, stream: &mut dyn Write, interrupt: &mut Interrupt<'_>) -> Result<()> {
-        let key = self.payload.as_ref().map(KeyPayload::data_key);
+        let key = self.sealed.data_key();
         pipe::write_all(stream, &global_header(), interrupt)?;
         for member in self.layout.members() {
             pipe::write_all(stream, &member.headers(), interrupt)?;
             if self.layout.key_metadata() == Some(member) {
-                pipe::write_all(stream, self.key_metadata.as_deref().unwrap_or_default(), interrupt)?;
+                pipe::write_all(stream, self.sealed.key_metadata.as_deref().unwrap_or_default(), interrupt)?;
             } else if self.layout.manifest() == member {
-                pipe::write_all(stream, &self.stored_manifest, interrupt)?;
+                pipe::write_all(stream, &self.sealed.stored_manifest, interrupt)?;
             } else if member.kind == MemberKind::File {
-                self.with_fragment(&member, |path, entry, source| {
+                self.sealed.with_fragment(member.path, |path, entry, source| {
                     let (input, output) = (Input::At(source, 0), Output::Stream(stream));
-                    copy_checked(input, output, path, entry, key, self.threads, interrupt)
+                    copy_checked(input, output, path, entry, key, self.sealed.threads, interrupt)
                 })?;
             }
             let padding = usize::try_from(member.end() - member.data().end).unwrap_or(0);
@@ -248,54 +224,5 @@ impl SealedSnapshot {
         }
         pipe::write_all(stream, &END, interrupt)?;
         stream.flush().map_err(|error| Error::io("the stream cannot be written", error))
-    }
-
-    /// Opens a fragment and copies it. Errors name it.
-    fn with_fragment(
-        &self,
-        member: &Member<'_>,
-        copy: impl FnOnce(&SnapshotPath, &Entry, &dyn ReadAt) -> Result<()>,
-    ) -> Result<()> {
-        let path = SnapshotPath::try_from(member.path.to_owned())?;
-        let place = |error: Error| error.context(format!("{path} of {}", self.store.location()));
-        let entry = self.manifest.fragments.get(member.path).ok_or_else(|| Error::corrupt("is not in the manifest"));
-        let entry = entry.map_err(place)?;
-        let source = self.store.object(&path, Some(&self.manifest)).map_err(|error| match error {
-            error if error.is_not_found() => place(Error::corrupt("is missing, but the manifest lists it")),
-            error => place(error),
-        })?;
-        if source.size() != entry.stored_size {
-            let text = format!("is {} bytes long, but the manifest says {} bytes", source.size(), entry.stored_size);
-            return Err(place(Error::corrupt(text)));
-        }
-        copy(&path, entry, &*source).map_err(place)
-    }
-}
-
-/// Refuses a snapshot with anything that its manifest does not list, which would be lost, and one without a namespace
-/// that the manifest lists. A fragment that is missing or changed is found when it is copied.
-fn compare(survey: Survey, manifest: &Manifest) -> Result<()> {
-    let Survey { namespaces, fragments, strange } = survey.strict()?;
-    if let Some(Strange { path, .. }) = strange.first() {
-        let text = format!(
-            "it contains {}, whose name is reserved for vmsnap: if a killed process left it, clean() removes it",
-            shown(path)
-        );
-        return Err(Error::corrupt(text));
-    }
-    let is_listed = |path: &str| manifest.fragments.contains_key(path) || manifest.namespaces.contains(path);
-    let mut stored =
-        fragments.iter().map(|fragment| fragment.path.as_str()).chain(namespaces.iter().map(SnapshotPath::as_str));
-    if let Some(path) = stored.find(|path| !is_listed(path)) {
-        let text = format!(
-            "it contains {}, which its manifest does not list, and which the archive would lose: move it elsewhere",
-            shown(path)
-        );
-        return Err(Error::corrupt(text));
-    }
-    let found: BTreeSet<_> = namespaces.iter().map(SnapshotPath::as_str).collect();
-    match manifest.namespaces.iter().find(|path| !found.contains(&***path)) {
-        Some(path) => Err(Error::corrupt(format!("its manifest lists the namespace {path:?}, which does not exist"))),
-        None => Ok(()),
     }
 }

@@ -217,7 +217,7 @@ impl<'a> Unpacking<'a> {
                 MemberKind::File => self.manifest.fragments.get(member.path).map_or_else(
                     || Err(foreign(member.start)),
                     |entry| {
-                        let object = draft.create(&path)?;
+                        let object = draft.create(&path, None)?;
                         let input = self.source.fragment(member.size);
                         let key = self.payload.as_ref().map(KeyPayload::data_key);
                         copy_checked(input, Output::At(&*object, 0), &path, entry, key, self.threads, interrupt)

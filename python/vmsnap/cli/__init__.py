@@ -4,11 +4,12 @@ Each module is one noun, and imports only modules further down in this list.
 
 - ``group`` puts the commands together, and reports errors.
 - The commands: ``info``, ``tree``, ``ls``, ``show``, ``cat``, ``get``, ``put``; ``dump``, ``restore``, ``peek``,
-  ``map``, ``dump_process``; ``qemu``; ``keygen``, ``rekey``, ``convert`` (encrypt, decrypt); ``verify``, ``seal``,
-  ``clean``, ``demo`` (with the process ``demo_child``), ``completion``.
+  ``map``, ``dump_process``; ``qemu``; ``push`` (and pull), ``cache``; ``keygen``, ``rekey``, ``convert`` (encrypt,
+  decrypt); ``verify``, ``seal``, ``clean``, ``rm``, ``demo`` (with the process ``demo_child``), ``completion``.
 - Modules that commands share: ``entry`` (a fragment in a list), ``targets`` (SNAPSHOT and PATH), ``keys`` (options for
-  keys), ``options`` (other options), ``command`` (their help); ``image`` and ``foreign`` (raw files), ``process`` and
-  ``hold`` (live processes), ``values`` and ``hexdump`` (text for stored values and bytes).
+  keys), ``location`` (paths and URLs, options for object stores), ``options`` (other options), ``command`` (their
+  help); ``image`` and ``foreign`` (raw files), ``process`` and ``hold`` (live processes), ``values`` and ``hexdump``
+  (text for stored values and bytes).
 - Input and output: ``io`` (new files, fragments in batches), ``keyfile``, ``names`` and ``paths`` (types of arguments),
   ``failure`` (errors), ``terminal``, ``streams`` (the standard streams), ``files`` (files whose errors name them).
 """

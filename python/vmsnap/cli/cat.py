@@ -1,13 +1,13 @@
 """``vmsnap cat``: the bytes of a fragment, to standard output."""
 
 import sys
-from pathlib import Path
 
 import click
 
 from vmsnap.cli.command import Command
 from vmsnap.cli.io import batches, write_all
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.targets import fragment_argument, locate, snapshot_argument
 
 
@@ -19,7 +19,8 @@ from vmsnap.cli.targets import fragment_argument, locate, snapshot_argument
 @opening_options
 @click.option("--offset", type=click.IntRange(min=0), metavar="N", default=0, help="Start at this byte.  [default: 0]")
 @click.option("--size", type=click.IntRange(min=0), metavar="N", help="Bytes to write.  [default: all up to the end]")
-def cat(snapshot: Path, path: str, keys: OpeningKeys, offset: int, size: int | None) -> None:
+@store_options
+def cat(snapshot: Snapshot, path: str, keys: OpeningKeys, offset: int, size: int | None) -> None:
     """Write a fragment, or a range of it, to standard output.
 
     Only the chunks in the range are read and decrypted. A range that reaches beyond the end is cut off there.

@@ -18,6 +18,19 @@ class Argument(click.Argument):
         self.description = description
 
 
+def with_options(
+    options: Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]], command: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Give a command options, in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+class StoreOption(click.Option):
+    """An option that has a meaning only for a URL. The help lists it in a section of its own."""
+
+
 class Command(click.Command):
     """A command whose help lists its arguments and its options, and ends with examples."""
 
@@ -33,7 +46,12 @@ class Command(click.Command):
         if arguments:
             with formatter.section("Arguments"):
                 formatter.write_dl([(each.human_readable_name, each.description) for each in arguments])
-        self.format_options(context, formatter)
+        options = [each for each in self.get_params(context) if isinstance(each, click.Option)]
+        for title, is_for_stores in (("Options", False), ("Options for object stores", True)):
+            chosen = [each for each in options if isinstance(each, StoreOption) == is_for_stores]
+            if records := [record for each in chosen if (record := each.get_help_record(context))]:
+                with formatter.section(title):
+                    formatter.write_dl(records)
         with formatter.section("Examples"):
             for example in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")

@@ -1,13 +1,12 @@
 """``vmsnap encrypt`` and ``vmsnap decrypt``: a snapshot copied into a new one, with another key or with none."""
 
-from pathlib import Path
-
 import click
 
 from vmsnap import SnapshotReader, SnapshotWriter
 from vmsnap.cli.command import Command
 from vmsnap.cli.io import batches
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import CHUNK_BYTES, archive_option, no_durable_option, threads_option
 from vmsnap.cli.targets import new_snapshot_argument, snapshot_argument, walk
 from vmsnap.cli.terminal import human_size, progress
@@ -38,8 +37,8 @@ def copy_snapshot(source: SnapshotReader, target: SnapshotWriter) -> tuple[int, 
 
 
 def _convert(
-    source: Path,
-    target: Path,
+    source: Snapshot,
+    target: Snapshot,
     keys: OpeningKeys,
     new_keys: WritingKeys,
     *,
@@ -64,9 +63,10 @@ def _convert(
 @threads_option
 @archive_option
 @no_durable_option
+@store_options
 def encrypt(
-    snapshot: Path,
-    new_snapshot: Path,
+    snapshot: Snapshot,
+    new_snapshot: Snapshot,
     keys: OpeningKeys,
     new_keys: WritingKeys,
     threads: int | None,
@@ -94,9 +94,10 @@ def encrypt(
 @threads_option
 @archive_option
 @no_durable_option
+@store_options
 def decrypt(
-    snapshot: Path,
-    new_snapshot: Path,
+    snapshot: Snapshot,
+    new_snapshot: Snapshot,
     keys: OpeningKeys,
     threads: int | None,
     archive: bool | None,

@@ -5,17 +5,17 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import click
 
-from vmsnap import GuestRegion, MemoryReport, SnapshotWriter
+from vmsnap import GuestRegion, MemoryReport, SnapshotWriter, StagedSnapshot
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.image import open_image
 from vmsnap.cli.keys import WritingKeys, writing_options
+from vmsnap.cli.location import Snapshot, new_store_options
 from vmsnap.cli.options import (
     archive_option,
     compress_option,
@@ -24,6 +24,7 @@ from vmsnap.cli.options import (
     memory_chunk_size_option,
     no_durable_option,
     no_stop_option,
+    take_over_option,
     threads_option,
     uncached_option,
 )
@@ -144,10 +145,12 @@ def _tell(report: MemoryReport, *, as_json: bool) -> None:
 @archive_option
 @no_durable_option
 @no_stop_option
+@take_over_option
 @json_option
+@new_store_options
 def dump(
     source: str,
-    new_snapshot: Path,
+    new_snapshot: Snapshot,
     new_keys: WritingKeys,
     ranges: tuple[Range, ...],
     form: str,
@@ -160,6 +163,7 @@ def dump(
     archive: bool | None,
     no_durable: bool,
     no_stop: bool,
+    take_over: bool,
     as_json: bool,
 ) -> None:
     """Store the memory of a guest in a new snapshot.
@@ -190,11 +194,16 @@ def dump(
             progress=progress,
         )
 
+    def stage() -> StagedSnapshot:
+        return new_keys.stage(
+            new_snapshot, threads=threads, durable=not no_durable, archive=archive, take_over=take_over
+        )
+
     pid = process_of(source)
     if pid is None:
         with (
             open_image(source, form) as file,
-            new_keys.stage(new_snapshot, threads=threads, durable=not no_durable, archive=archive) as writer,
+            stage() as writer,
             progress_so_far("dump") as show,
         ):
             regions = [GuestRegion(guest, file, offset=start, size=end - start) for start, end, guest in ranges]
@@ -204,7 +213,7 @@ def dump(
             raise click.UsageError("--format applies to files, but SOURCE is a process")
         with (
             Process(pid) as process,
-            new_keys.stage(new_snapshot, threads=threads, durable=not no_durable, archive=archive) as writer,
+            stage() as writer,
             # Closed after the process continues: the process may be the terminal that shows the bar.
             progress_so_far("dump", shown=not process.shows_progress()) as show,
         ):

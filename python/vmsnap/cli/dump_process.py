@@ -4,7 +4,6 @@ import mmap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import click
 
@@ -13,6 +12,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.hold import Moved, while_stopped
 from vmsnap.cli.io import COPY_BATCH_BYTES
 from vmsnap.cli.keys import WritingKeys, writing_options
+from vmsnap.cli.location import Snapshot, new_store_options
 from vmsnap.cli.options import (
     archive_option,
     chunk_size_option,
@@ -183,9 +183,10 @@ class _Pid(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 @archive_option
 @no_durable_option
 @no_stop_option
+@new_store_options
 def dump_process(
     pid: int,
-    new_snapshot: Path,
+    new_snapshot: Snapshot,
     new_keys: WritingKeys,
     chunk_size: int,
     threads: int | None,

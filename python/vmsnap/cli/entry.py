@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vmsnap import SnapshotReader
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.targets import times, walk
 from vmsnap.cli.terminal import human_size, iso_time, printable
 
@@ -33,9 +34,9 @@ class Entry:
         return [human_size(self.size), human_size(self.stored_size), chunk, self.modified or "-", path]
 
 
-def entries(snapshot: SnapshotReader) -> list[Entry]:
-    """Return all fragments in a namespace and in the namespaces below it, sorted."""
-    modified = times(snapshot.path)
+def entries(snapshot: SnapshotReader, location: Snapshot) -> list[Entry]:
+    """Return all fragments in a namespace of the snapshot at `location` and in the namespaces below it, sorted."""
+    modified = times(location)
     return [
         Entry(path, fragment.size, fragment.stored_size, fragment.chunk_size_bytes, iso_time(modified.get(path)))
         for path, fragment in walk(snapshot)

@@ -10,6 +10,7 @@ import click
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.io import refuse_inside, refuse_terminal
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, asked, opening_options, writing_options
+from vmsnap.cli.location import Snapshot, new_store_options, store_options
 from vmsnap.cli.options import (
     archive_option,
     compress_option,
@@ -51,9 +52,10 @@ _STREAM = "-"
 @archive_option
 @no_durable_option
 @json_option
+@new_store_options
 def import_command(
     file: str,
-    new_snapshot: Path,
+    new_snapshot: Snapshot,
     new_keys: WritingKeys,
     compress: str,
     threads: int | None,
@@ -147,8 +149,9 @@ def import_command(
 @threads_option
 @no_durable_option
 @json_option
+@store_options
 def export(
-    snapshot: Path,
+    snapshot: Snapshot,
     file: str,
     form: Literal["libvirt", "qemu"],
     xml: Path | None,
@@ -172,7 +175,7 @@ def export(
         if as_json:
             raise click.UsageError("--json prints to standard output, which is FILE already")
     else:
-        refuse_inside(file, str(snapshot))
+        refuse_inside(file, snapshot)
     arguments = asked(keys.arguments(snapshot))
     try:
         with progress_so_far("export") as show:

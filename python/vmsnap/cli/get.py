@@ -9,6 +9,7 @@ import click
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.io import batches, new_file, refuse_inside, write_all
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import force_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.targets import complete_file, fragment_argument, locate, snapshot_argument
@@ -39,22 +40,20 @@ _STANDARD_OUTPUT = "-"
 @opening_options
 @force_option
 @threads_option
-def get(
-    snapshot: os.PathLike[str], path: str, file: str | None, keys: OpeningKeys, force: bool, threads: int | None
-) -> None:
+@store_options
+def get(snapshot: Snapshot, path: str, file: str | None, keys: OpeningKeys, force: bool, threads: int | None) -> None:
     """Copy a fragment out of a snapshot into a file.
 
     FILE is created with mode 0600. An existing FILE is refused, unless it is a regular file and --force is given.
     Files inside a snapshot are never written. A copy that fails leaves nothing behind.
     """
-    location = os.fspath(snapshot)
-    namespace, name = locate(keys.open(location, threads=threads), path)
+    namespace, name = locate(keys.open(snapshot, threads=threads), path)
     target = "." if file is None else file
     if target != _STANDARD_OUTPUT:
         if os.path.isdir(target):
             # In every locale the file has the name whose bytes are the fragment's.
             target = os.path.join("" if file is None else target, os.fsdecode(name.encode()))
-        refuse_inside(target, location)
+        refuse_inside(target, snapshot)
     with (
         namespace.raw_fragment(name) as fragment,
         contextlib.nullcontext(sys.stdout.buffer)

@@ -8,6 +8,7 @@ from types import FrameType
 import click
 
 import vmsnap
+from vmsnap.cli.cache import cache
 from vmsnap.cli.cat import cat
 from vmsnap.cli.clean import clean
 from vmsnap.cli.completion import completion
@@ -25,10 +26,12 @@ from vmsnap.cli.ls import ls
 from vmsnap.cli.map import map_memory
 from vmsnap.cli.pack import pack, unpack
 from vmsnap.cli.peek import peek
+from vmsnap.cli.push import pull, push
 from vmsnap.cli.put import put
 from vmsnap.cli.qemu import qemu
 from vmsnap.cli.rekey import rekey
 from vmsnap.cli.restore import restore
+from vmsnap.cli.rm import rm
 from vmsnap.cli.seal import seal
 from vmsnap.cli.show import show
 from vmsnap.cli.streams import ReaderGoneError
@@ -51,8 +54,9 @@ _SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Snapshot": (info, tree, ls, show, cat, get, put, pack, unpack),
     "Guest memory": (dump, restore, peek, map_memory, dump_process),
     "QEMU": (qemu, import_command, export),
+    "Object stores": (push, pull, cache),
     "Keys": (keygen, rekey, encrypt, decrypt),
-    "Maintenance": (verify, seal, clean, demo, completion),
+    "Maintenance": (verify, seal, clean, rm, demo, completion),
 }
 
 
@@ -97,8 +101,8 @@ def _named(command: click.Command) -> list[tuple[str, click.Command]]:
 def group() -> None:
     """Store the memory and state of virtual machines in encrypted snapshots.
 
-    A snapshot is a directory, or one file. An encrypted one opens with your own identity
-    (~/.config/vmsnap/identity.txt, created when it is first needed) unless a key option says otherwise.
+    A snapshot is a directory, or one file, or is in an object store: s3://bucket/vm1. An encrypted one opens with your
+    own identity (~/.config/vmsnap/identity.txt, created when it is first needed) unless a key option says otherwise.
     "vmsnap COMMAND --help" describes a command.
     """
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import click
 
@@ -10,6 +9,7 @@ import vmsnap
 from vmsnap import FragmentReader, SnapshotReader
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import json_option
 from vmsnap.cli.targets import doubt, expecting_snapshot, snapshot_argument, walk
 from vmsnap.cli.terminal import human_size, iso_time, print_table, printable, to_terminal
@@ -103,7 +103,7 @@ def _look(snapshot: SnapshotReader) -> tuple[str, int]:
     return (formats.pop() or "none" if len(formats) == 1 else "mixed" if formats else "none"), size
 
 
-def summarize(location: Path, keys: OpeningKeys) -> Info:
+def summarize(location: Snapshot, keys: OpeningKeys) -> Info:
     """Return the summary of a snapshot. Without its key, only visible properties are included."""
     found = vmsnap.inspect(location)
     wrapping = found.key_wrapping.kind if found.key_wrapping else None
@@ -136,7 +136,8 @@ def summarize(location: Path, keys: OpeningKeys) -> Info:
 @snapshot_argument
 @opening_options
 @json_option
-def info(snapshot: Path, keys: OpeningKeys, as_json: bool) -> None:
+@store_options
+def info(snapshot: Snapshot, keys: OpeningKeys, as_json: bool) -> None:
     """Show the encryption, the seal and the size of a snapshot.
 
     Without the key of an encrypted snapshot, some values are "needs the key" (null in --json). Nothing here is

@@ -16,6 +16,7 @@ import vmsnap
 from vmsnap import FragmentReader
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
+from vmsnap.cli.location import Snapshot, local_path
 
 # Fits a second-level cache, and holds enough chunks for every thread.
 COPY_BATCH_BYTES = 1 << 20
@@ -44,11 +45,12 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def refuse_inside(target: str, location: str) -> None:
+def refuse_inside(target: str, location: Snapshot) -> None:
     """Refuse a file in a snapshot, or one that is a snapshot: that at `location`, or any that can be recognized."""
     if os.path.isfile(target) and _is_archive(target):
         raise CommandError(f"{target} is a snapshot in one file, which nothing overwrites")
-    directory, snapshot = Path(target).absolute().parent.resolve(), Path(location).resolve()
+    directory = Path(target).absolute().parent.resolve()
+    snapshot = at.resolve() if (at := local_path(location)) else None
     for parent in (directory, *directory.parents):
         if parent == snapshot or any((parent / name).exists() for name in ("enc_metadata", "vmsnap_manifest")):
             raise CommandError(f"{target} is in the snapshot {parent}; add fragments with vmsnap put")

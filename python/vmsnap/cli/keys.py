@@ -3,7 +3,7 @@
 import getpass
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -13,9 +13,11 @@ import click
 
 import vmsnap
 from vmsnap import IdentityFile, SnapshotReader, SnapshotWriter, StagedSnapshot
+from vmsnap.cli.command import with_options
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.keyfile import read_key_file, read_private
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.names import NAME
 from vmsnap.cli.paths import PATH, TEXT_PATH
 from vmsnap.cli.terminal import printable
@@ -43,7 +45,7 @@ class OpeningKeys:
         """Whether any of them is given."""
         return _any_given(self.key, self.identities, self.passphrase)
 
-    def arguments(self, root: str | Path | None) -> dict[str, Any]:
+    def arguments(self, root: Snapshot | None) -> dict[str, Any]:
         """Return the keyword arguments for the snapshot at `root`; None for one that comes through a pipe."""
         if self.key is not None:
             return {"key": self.key}
@@ -68,11 +70,11 @@ class OpeningKeys:
             False, self.key, recipients, _asker("New passphrase: ", twice=True) if asked else self.passphrase
         )
 
-    def open(self, root: str | Path, *, threads: int | None = None) -> SnapshotReader:
+    def open(self, root: Snapshot, *, threads: int | None = None) -> SnapshotReader:
         """Open a snapshot for reading."""
         return SnapshotReader(root, **self.arguments(root), threads=threads)
 
-    def append(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
+    def append(self, root: Snapshot, *, threads: int | None = None) -> SnapshotWriter:
         """Open a snapshot to add to it."""
         return SnapshotWriter.open(root, **self.arguments(root), threads=threads)
 
@@ -105,13 +107,11 @@ class WritingKeys:
             "passphrase": self.passphrase,
         }
 
-    def stage(
-        self, path: str | Path, *, threads: int | None = None, durable: bool = True, archive: bool | None = None
-    ) -> StagedSnapshot:
-        """Begin a snapshot that appears when it is complete, sealed."""
-        return vmsnap.create(path, **self.arguments, threads=threads, durable=durable, archive=archive)
+    def stage(self, location: Snapshot, **options: Any) -> StagedSnapshot:
+        """Begin a snapshot that appears when it is complete, sealed. `options` go to `vmsnap.create`."""
+        return vmsnap.create(location, **self.arguments, **options)
 
-    def create(self, root: str | Path, *, threads: int | None = None) -> SnapshotWriter:
+    def create(self, root: Snapshot, *, threads: int | None = None) -> SnapshotWriter:
         """Create a snapshot in place, to which more can be added."""
         return SnapshotWriter(root, **self.arguments, threads=threads)
 
@@ -121,7 +121,7 @@ def identity_of(path: Path) -> IdentityFile:
     return IdentityFile(path, _asker(f"Passphrase of {path}: "))
 
 
-def _is_passphrase(root: str | Path) -> bool:
+def _is_passphrase(root: Snapshot) -> bool:
     try:
         wrapping = key_wrapping(root)
     except (vmsnap.VmsnapError, OSError):
@@ -245,12 +245,6 @@ _RECIPIENT_OPTIONS = [
 ]
 
 
-def _with(options: Sequence[Callable[[_Command], _Command]], command: _Command) -> _Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def opening_options(command: _Command) -> _Command:
     """Give a command the options for opening a snapshot. It gets `keys`."""
 
@@ -258,7 +252,7 @@ def opening_options(command: _Command) -> _Command:
     def wrapped(**options: Any) -> Any:
         return command(keys=_opening(options), **options)
 
-    return _with([_key_file_option(""), _IDENTITY_OPTION, *_passphrase_options("", "the passphrase")], wrapped)
+    return with_options([_key_file_option(""), _IDENTITY_OPTION, *_passphrase_options("", "the passphrase")], wrapped)
 
 
 def _opening(options: dict[str, Any]) -> OpeningKeys:
@@ -277,7 +271,7 @@ def recipient_options(command: _Command) -> _Command:
     def wrapped(**options: Any) -> Any:
         return command(recipients=_recipients(options), **options)
 
-    return _with(_RECIPIENT_OPTIONS, wrapped)
+    return with_options(_RECIPIENT_OPTIONS, wrapped)
 
 
 def _recipients(options: dict[str, Any]) -> tuple[str, ...] | None:
@@ -297,7 +291,7 @@ def writing_options(prefix: str = "") -> Callable[[_Command], _Command]:
             return command(new_keys=_writing(options, prefix), **options)
 
         passphrase = _passphrase_options(prefix, "a new passphrase, twice")
-        return _with([_key_file_option(prefix), *_RECIPIENT_OPTIONS, *passphrase], wrapped)
+        return with_options([_key_file_option(prefix), *_RECIPIENT_OPTIONS, *passphrase], wrapped)
 
     return decorate
 

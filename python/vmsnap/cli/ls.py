@@ -2,13 +2,13 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from vmsnap.cli.command import Command
 from vmsnap.cli.entry import entries
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import json_option
 from vmsnap.cli.targets import enter, expecting_snapshot, namespace_argument, snapshot_argument
 from vmsnap.cli.terminal import print_table, to_terminal
@@ -22,7 +22,8 @@ from vmsnap.cli.terminal import print_table, to_terminal
 @opening_options
 @click.option("-l", "--long", is_flag=True, help="Also show the stored size, the chunk size and the time of each.")
 @json_option
-def ls(snapshot: Path, path: str, keys: OpeningKeys, long: bool, as_json: bool) -> None:
+@store_options
+def ls(snapshot: Snapshot, path: str, keys: OpeningKeys, long: bool, as_json: bool) -> None:
     r"""List the fragments of a snapshot with their sizes.
 
     If the output is not a terminal, each line is the path and the size in bytes, separated by a tab. -l adds the stored
@@ -31,7 +32,7 @@ def ls(snapshot: Path, path: str, keys: OpeningKeys, long: bool, as_json: bool) 
     """
     # All before the first line is printed: a list that an error cuts off looks complete to the next command in a pipe.
     with expecting_snapshot(snapshot):
-        found = entries(enter(keys.open(snapshot), path))
+        found = entries(enter(keys.open(snapshot), path), snapshot)
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in found], indent=2))
     elif not to_terminal():

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +13,7 @@ from vmsnap.cli.command import Command
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.io import new_file, refuse_inside
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import force_option, json_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.targets import namespace_option, open_memory, snapshot_argument
@@ -149,8 +149,9 @@ def draw(title: str, regions: list[_Region]) -> "Image":
 @force_option
 @json_option
 @threads_option
+@store_options
 def map_memory(
-    snapshot: Path, output: str, namespace: str, keys: OpeningKeys, force: bool, as_json: bool, threads: int | None
+    snapshot: Snapshot, output: str, namespace: str, keys: OpeningKeys, force: bool, as_json: bool, threads: int | None
 ) -> None:
     """Draw guest memory as a picture, page by page.
 
@@ -160,7 +161,7 @@ def map_memory(
 
     All data is read and decrypted. Needs Pillow: pip install 'vmsnap[map]'.
     """
-    refuse_inside(output, str(snapshot))
+    refuse_inside(output, snapshot)
     regions = _scan(open_memory(snapshot, namespace, keys, threads))
     picture = draw(printable(str(snapshot)), regions)
     with new_file(output, force=force) as file:

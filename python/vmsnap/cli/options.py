@@ -28,6 +28,11 @@ archive_option = click.option(
     default=None,
     help="Create one file instead of a directory.  [default: if the name ends in .vmsnap.tar]",
 )
+take_over_option = click.option(
+    "--take-over",
+    is_flag=True,
+    help="Replace a snapshot at the URL that was begun and not completed. If its writer still runs, it fails.",
+)
 expect_seal_digest_option = click.option(
     "--expect-seal-digest",
     metavar="HEX",

@@ -10,6 +10,7 @@ from vmsnap import SealId
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.io import refuse_terminal
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.options import expect_seal_digest_option, no_durable_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.streams import ReaderGoneError, binary_input, binary_output
@@ -39,7 +40,7 @@ def _tell(seal: SealId) -> None:
 @threads_option
 @no_durable_option
 def pack(
-    snapshot: Path,
+    snapshot: Snapshot,
     file: str,
     keys: OpeningKeys,
     expect_seal_digest: str | None,
@@ -105,7 +106,7 @@ def unpack(
     """
     more: dict[str, Any] = {"threads": threads, "durable": not no_durable, "expect_seal_digest": expect_seal_digest}
     if file != _STREAM and not Path(file).is_fifo():
-        _tell(vmsnap.unpack(file, directory, **keys.arguments(file), **more))
+        _tell(vmsnap.unpack(file, directory, **keys.arguments(Path(file)), **more))
         return
     with binary_input() if file == _STREAM else open(file, "rb", buffering=0) as source:
         refuse_terminal(source, "an archive is binary, and standard input is a terminal")

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
@@ -12,6 +11,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.hexdump import hexdump
 from vmsnap.cli.io import COPY_BATCH_BYTES
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import json_option, threads_option
 from vmsnap.cli.targets import namespace_option, open_memory, snapshot_argument
 from vmsnap.cli.terminal import print_lines
@@ -47,8 +47,9 @@ def _batches(memory: GuestMemory, address: int, size: int) -> Iterator[bytes]:
 @opening_options
 @json_option
 @threads_option
+@store_options
 def peek(
-    snapshot: Path,
+    snapshot: Snapshot,
     address: int,
     size: int,
     namespace: str,

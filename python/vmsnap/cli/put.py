@@ -10,31 +10,32 @@ from pathlib import Path
 import click
 
 from vmsnap import SnapshotWriter
-from vmsnap._removal import remove_snapshot
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.files import NamedFile
 from vmsnap.cli.io import COPY_BATCH_BYTES
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, recipient_options
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.names import NAME, as_name
 from vmsnap.cli.options import chunk_size_option, threads_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.streams import standard_input
 from vmsnap.cli.targets import complete_file, snapshot_argument
 from vmsnap.cli.terminal import printable, progress
+from vmsnap.removal import remove_snapshot
 
 _STANDARD_INPUT = "-"
 _ARCHIVE_SUFFIX = ".vmsnap.tar"
 
 
 @contextmanager
-def new_snapshot(location: Path, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
+def new_snapshot(location: Snapshot, keys: WritingKeys, *, threads: int | None) -> Iterator[SnapshotWriter]:
     """Create a snapshot in place, so that fragments can be added later. It is removed if the block fails."""
     writer = keys.create(location, threads=threads)
     try:
         yield writer
     except BaseException:
         try:
-            remove_snapshot(writer.path)
+            remove_snapshot(writer.location)
         except FileNotFoundError:
             pass
         except OSError:
@@ -52,7 +53,7 @@ def namespaces_for(writer: SnapshotWriter, names: list[str]) -> Iterator[Snapsho
                 writer = writer.namespace(name)
             except FileNotFoundError:
                 writer = writer.add_namespace(name)
-                made.append(writer.path / writer.namespace_path)
+                made.append(Path(writer.location, writer.namespace_path))
         yield writer
     except BaseException:
         with contextlib.suppress(OSError):
@@ -103,7 +104,7 @@ def _fragment_path(file: str, path: str | None) -> str:
 @threads_option
 def put(
     file: str,
-    snapshot: Path,
+    snapshot: Snapshot,
     path: str | None,
     keys: OpeningKeys,
     recipients: tuple[str, ...] | None,
@@ -121,7 +122,7 @@ def put(
     """
     if recipients is not None and not create:
         raise click.UsageError("-r and -R are for a new snapshot: add --create")
-    if create and snapshot.name.endswith(_ARCHIVE_SUFFIX):
+    if create and str(snapshot).endswith(_ARCHIVE_SUFFIX):
         raise click.UsageError(
             f"--create makes a directory, so that more can be added, and {_ARCHIVE_SUFFIX} is for one file: choose "
             "another name, then vmsnap seal and vmsnap pack"

@@ -11,6 +11,7 @@ import click
 from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, asked, opening_options, writing_options
+from vmsnap.cli.location import Snapshot, new_store_options, store_options
 from vmsnap.cli.options import (
     archive_option,
     compress_option,
@@ -82,9 +83,10 @@ def qemu() -> None:
 @archive_option
 @no_durable_option
 @json_option
+@new_store_options
 def save(
     qmp: Path,
-    new_snapshot: Path,
+    new_snapshot: Snapshot,
     new_keys: WritingKeys,
     compress: str,
     live: bool,
@@ -191,8 +193,9 @@ def save(
     help="The process ID of QEMU.  [default: the process that connects to vmsnap]",
 )
 @threads_option
+@store_options
 def load(
-    snapshot: Path,
+    snapshot: Snapshot,
     command: tuple[str, ...],
     keys: OpeningKeys,
     no_verify: bool,

@@ -1,12 +1,11 @@
 """``vmsnap rekey``: wrapping the data key of a snapshot with another key."""
 
-from pathlib import Path
-
 import click
 
 import vmsnap
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, WritingKeys, opening_options, writing_options
+from vmsnap.cli.location import Snapshot, new_store_options
 from vmsnap.cli.targets import snapshot_argument
 
 
@@ -17,7 +16,8 @@ from vmsnap.cli.targets import snapshot_argument
 @snapshot_argument
 @opening_options
 @writing_options("new-")
-def rekey(snapshot: Path, keys: OpeningKeys, new_keys: WritingKeys) -> None:
+@new_store_options
+def rekey(snapshot: Snapshot, keys: OpeningKeys, new_keys: WritingKeys) -> None:
     """Change the key or the recipients of a snapshot.
 
     The options -r, -R, --new-key-file and --new-passphrase give the new key or recipients. They replace the old ones.

@@ -1,7 +1,6 @@
 """``vmsnap restore``: guest memory out of a snapshot, into a sparse raw file."""
 
 import errno
-from pathlib import Path
 
 import click
 
@@ -10,6 +9,7 @@ from vmsnap.cli.command import Command, argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.io import new_file, refuse_inside
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import force_option, threads_option, uncached_option
 from vmsnap.cli.paths import TEXT_PATH
 from vmsnap.cli.targets import complete_file, namespace_option, open_memory, snapshot_argument
@@ -29,8 +29,9 @@ from vmsnap.cli.terminal import human_size, progress_so_far
 @force_option
 @uncached_option
 @threads_option
+@store_options
 def restore(
-    snapshot: Path,
+    snapshot: Snapshot,
     file: str,
     namespace: str,
     keys: OpeningKeys,
@@ -48,7 +49,7 @@ def restore(
     Files inside a snapshot are never written. A restore that fails leaves nothing behind.
     """
     memory = open_memory(snapshot, namespace, keys, threads)
-    refuse_inside(file, str(snapshot))
+    refuse_inside(file, snapshot)
     regions = memory.regions
     if region is not None and region >= len(regions):
         raise CommandError(f"{snapshot}: there is no region {region}; the {len(regions)} regions are numbered from 0")

@@ -1,12 +1,11 @@
 """``vmsnap seal``: a manifest for a snapshot that was written in place."""
 
-from pathlib import Path
-
 import click
 
 import vmsnap
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot
 from vmsnap.cli.options import no_durable_option
 from vmsnap.cli.targets import snapshot_argument
 
@@ -15,7 +14,7 @@ from vmsnap.cli.targets import snapshot_argument
 @snapshot_argument
 @opening_options
 @no_durable_option
-def seal(snapshot: Path, keys: OpeningKeys, no_durable: bool) -> None:
+def seal(snapshot: Snapshot, keys: OpeningKeys, no_durable: bool) -> None:
     """Seal a snapshot, and print its seal digest.
 
     This is for a snapshot that was written in place, as by "vmsnap put --create". Sealing writes a manifest of all

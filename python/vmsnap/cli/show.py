@@ -1,7 +1,6 @@
 """``vmsnap show``: a fragment as a readable value, or as a hex dump."""
 
 import json
-from pathlib import Path
 from typing import Literal
 
 import click
@@ -11,6 +10,7 @@ from vmsnap.cli.command import Command
 from vmsnap.cli.hexdump import hexdump
 from vmsnap.cli.io import batches
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import json_option
 from vmsnap.cli.targets import fragment_argument, locate, snapshot_argument
 from vmsnap.cli.terminal import print_lines
@@ -63,8 +63,9 @@ def _show_bytes(
 @click.option("--full", is_flag=True, help="Do not shorten anything.")
 @click.option("--offset", type=click.IntRange(min=0), metavar="N", help="Show bytes, beginning with this one.")
 @click.option("--size", type=click.IntRange(min=0), metavar="N", help="Show this many bytes.  [default: 4096]")
+@store_options
 def show(
-    snapshot: Path,
+    snapshot: Snapshot,
     path: str,
     keys: OpeningKeys,
     as_json: bool,

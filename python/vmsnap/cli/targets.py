@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
@@ -13,16 +12,17 @@ from vmsnap import CorruptSnapshotError, FragmentReader, GuestMemory, SnapshotRe
 from vmsnap.cli.command import argument
 from vmsnap.cli.failure import CommandError
 from vmsnap.cli.keys import OpeningKeys
+from vmsnap.cli.location import SNAPSHOT, Snapshot
 from vmsnap.cli.names import NAME
-from vmsnap.cli.paths import PATH
 from vmsnap.cli.terminal import printable
 from vmsnap.inspection import is_marked
+from vmsnap.location import is_url
 
 _MARKERS = ("enc_metadata", "vmsnap_manifest")
 _MEMORY_METADATA = "mem_metadata"
 
 
-def doubt(location: str | Path) -> None:
+def doubt(location: Snapshot) -> None:
     """Report on standard error that a directory may not be a snapshot, if it has no file that only snapshots have."""
     if not is_marked(location):
         text = f"{printable(str(location))} has neither {_MARKERS[0]} nor {_MARKERS[1]}: it is a plain snapshot that "
@@ -30,7 +30,7 @@ def doubt(location: str | Path) -> None:
 
 
 @contextmanager
-def expecting_snapshot(location: str | Path) -> Iterator[None]:
+def expecting_snapshot(location: Snapshot) -> Iterator[None]:
     """Report an error in the block as "not a snapshot" if the directory has no file that only snapshots have."""
     try:
         yield
@@ -60,7 +60,7 @@ def _follow(snapshot: SnapshotReader, names: list[str]) -> SnapshotReader:
     return snapshot
 
 
-def open_memory(location: Path, namespace: str, keys: OpeningKeys, threads: int | None) -> GuestMemory:
+def open_memory(location: Snapshot, namespace: str, keys: OpeningKeys, threads: int | None) -> GuestMemory:
     """Open the guest memory of a snapshot, or of a namespace in it."""
     with expecting_snapshot(location):
         reader = enter(keys.open(location, threads=threads), namespace)
@@ -89,7 +89,7 @@ def walk(snapshot: SnapshotReader) -> Iterator[tuple[str, FragmentReader]]:
         pending += [reader.namespace(name) for name in reversed(reader.list_namespaces())]
 
 
-def times(location: Path) -> dict[str, datetime | None]:
+def times(location: Snapshot) -> dict[str, datetime | None]:
     """Return when each fragment was last written."""
     return {fragment.path: fragment.modified for fragment in vmsnap.inspect(location).fragments}
 
@@ -105,8 +105,13 @@ def complete_file(_context: click.Context, _parameter: click.Parameter, begun: s
 
 
 def _complete(context: click.Context, begun: str, *, namespaces: bool) -> list[CompletionItem]:
-    """Return the paths in SNAPSHOT with this beginning. Names are visible without the key, so no key is asked for."""
+    """Return the paths in SNAPSHOT with this beginning. Names are visible without the key, so no key is asked for.
+
+    Nothing is asked of an object store: the shell would wait for it.
+    """
     try:
+        if is_url(context.params["snapshot"]):
+            return []
         found = vmsnap.inspect(context.params["snapshot"])
     except (vmsnap.VmsnapError, OSError, KeyError):
         return []
@@ -126,15 +131,16 @@ def _complete_namespace(context: click.Context, _parameter: click.Parameter, beg
 snapshot_argument = argument(
     "snapshot",
     metavar="SNAPSHOT",
-    description="The snapshot: a directory, or an archive.",
-    type=PATH,
+    description="The snapshot: a directory, an archive, or a URL such as s3://bucket/vm1.",
+    type=SNAPSHOT,
     shell_complete=complete_file,
 )
 new_snapshot_argument = argument(
     "new_snapshot",
     metavar="NEW-SNAPSHOT",
-    description="The snapshot to create. It must not exist, but its parent directory must.",
-    type=PATH,
+    description="The snapshot to create. It must not exist, but its parent directory must. Or a URL, such as "
+    "s3://bucket/vm1.",
+    type=SNAPSHOT,
     shell_complete=complete_file,
 )
 fragment_argument = argument(

@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ from vmsnap import SnapshotReader
 from vmsnap.cli.command import Command
 from vmsnap.cli.entry import Entry, entries
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import json_option
 from vmsnap.cli.targets import enter, expecting_snapshot, namespace_argument, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable, to_terminal
@@ -38,10 +38,10 @@ class Namespace:
         self.size = 0
 
 
-def read_tree(snapshot: SnapshotReader) -> tuple[Namespace, int]:
-    """Return the contents of a snapshot, or of a namespace in it, and the number of levels."""
+def read_tree(snapshot: SnapshotReader, location: Snapshot) -> tuple[Namespace, int]:
+    """Return the contents of a namespace of the snapshot at `location`, and the number of levels."""
     by_namespace: dict[str, list[Entry]] = {}
-    for entry in entries(snapshot):
+    for entry in entries(snapshot, location):
         by_namespace.setdefault(entry.path.rpartition("/")[0], []).append(entry)
     root = Namespace(snapshot, snapshot.namespace_path.rpartition("/")[2])
     seen = [(root, snapshot, 1)]
@@ -101,14 +101,15 @@ def as_tree(root: Namespace, label: str, *, exact: bool) -> Tree:
 @namespace_argument
 @opening_options
 @json_option
-def tree(snapshot: Path, path: str, keys: OpeningKeys, as_json: bool) -> None:
+@store_options
+def tree(snapshot: Snapshot, path: str, keys: OpeningKeys, as_json: bool) -> None:
     """Draw the namespaces and fragments of a snapshot as a tree.
 
     If the output is not a terminal, sizes are in bytes and nothing is wrapped. --json prints nested objects with name,
     path, fragments and namespaces.
     """
     with expecting_snapshot(snapshot):
-        root, levels = read_tree(enter(keys.open(snapshot), path))
+        root, levels = read_tree(enter(keys.open(snapshot), path), snapshot)
     if as_json:
         click.echo(json.dumps(as_object(root), indent=2))
         return

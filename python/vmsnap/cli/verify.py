@@ -1,7 +1,6 @@
 """``vmsnap verify``: everything in a snapshot, compared with its manifest."""
 
 import json
-from pathlib import Path
 
 import click
 
@@ -9,6 +8,7 @@ import vmsnap
 from vmsnap import Verification
 from vmsnap.cli.command import Command
 from vmsnap.cli.keys import OpeningKeys, opening_options
+from vmsnap.cli.location import Snapshot, store_options
 from vmsnap.cli.options import expect_seal_digest_option, json_option
 from vmsnap.cli.targets import doubt, expecting_snapshot, snapshot_argument
 from vmsnap.cli.terminal import human_size, printable
@@ -62,9 +62,10 @@ def _print(report: Verification, *, marked: bool) -> None:
 @opening_options
 @expect_seal_digest_option
 @json_option
+@store_options
 @click.pass_context
 def verify(
-    context: click.Context, snapshot: Path, keys: OpeningKeys, expect_seal_digest: str | None, as_json: bool
+    context: click.Context, snapshot: Snapshot, keys: OpeningKeys, expect_seal_digest: str | None, as_json: bool
 ) -> None:
     """Check everything in a snapshot against its seal.
 

@@ -15,6 +15,7 @@ from vmsnap.exchange.importing import DEVICE_STATE, LIBVIRT_COOKIE, LIBVIRT_XML,
 from vmsnap.exchange.libvirt import MAX_XML_BYTES, SaveImage
 from vmsnap.exchange.new_file import new_file
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation
 from vmsnap.memory import Progress
 from vmsnap.migration import SentBlock
 from vmsnap.reader import SnapshotReader
@@ -38,7 +39,7 @@ class ExportReport:
 
 
 def export_file(
-    location: "StrPath",
+    location: SnapshotLocation,
     file: "StrPath | FileDescriptorLike",
     format: Literal["libvirt", "qemu"],
     *,
@@ -128,7 +129,7 @@ def _machine_of(reader: SnapshotReader) -> Machine:
         if name not in names:
             raise QemuError(f"{reader.location} {what}: it has no fragment {name!r}")
     machine = reader.read_fragment(MACHINE, type=Machine)
-    machine.check_format(reader.path)
+    machine.check_format(reader.location)
     return machine
 
 

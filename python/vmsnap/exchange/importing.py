@@ -17,6 +17,7 @@ from vmsnap.exchange.layout import place
 from vmsnap.exchange.libvirt import SaveImage
 from vmsnap.exchange.source import Source, opened
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.staging import create
 
@@ -55,7 +56,7 @@ class ImportReport:
 
 def import_file(
     file: "StrPath | FileDescriptorLike",
-    location: "StrPath",
+    location: SnapshotLocation,
     encrypt: bool = False,
     *,
     keys: Keys | None = None,

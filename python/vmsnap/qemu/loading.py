@@ -1,6 +1,5 @@
 """`load`: starting QEMU with a guest from a snapshot."""
 
-import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vmsnap.errors import CorruptSnapshotError, InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation
 from vmsnap.memory import Progress
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
 from vmsnap.qemu.filling import Filling, plan
@@ -24,7 +24,7 @@ from vmsnap.verification import Verification
 from vmsnap.verification import verify as verify_snapshot
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, StrPath
+    from _typeshed import ReadableBuffer
 
     from vmsnap.keys import Identity, KeyProvider, Passphrase
 
@@ -57,13 +57,13 @@ class LoadReport:
         end(self.process, self.monitor_path)
 
 
-def load(location: "StrPath", command: Sequence[str], **options: Any) -> LoadReport:
+def load(location: SnapshotLocation, command: Sequence[str], **options: Any) -> LoadReport:
     """Start QEMU with a saved guest, and resume the guest. The parameters are the same as for `load_async`."""
     return run(load_async(location, command, **options), undo=lambda report: report.end())
 
 
 async def load_async(
-    location: "StrPath",
+    location: SnapshotLocation,
     command: Sequence[str],
     *,
     keys: Keys | None = None,
@@ -184,11 +184,11 @@ class _Saved:
     `background`. So these functions have this object, and not the reader, which has the key.
     """
 
-    def __init__(self, location: "StrPath", verify: bool, keys: Keys | None, pinned: dict[str, Any]) -> None:
+    def __init__(self, location: SnapshotLocation, verify: bool, keys: Keys | None, pinned: dict[str, Any]) -> None:
         self.reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
         self.machine = _machine_of(self.reader)
         if verify and not self.reader.encrypted:
-            _check(verify_snapshot(location, keys=keys, **pinned), location)
+            _check(verify_snapshot(location, keys=keys, **pinned), self.reader.location)
         self.memory = self.reader.memory()
         self.front = self.reader.migration_front(DEVICE_STATE)
 
@@ -205,17 +205,15 @@ def _machine_of(reader: SnapshotReader) -> Machine:
         if name not in names:
             raise QemuError(f"{reader.location} {what}: it has no fragment {name!r}")
     machine = reader.read_fragment(MACHINE, type=Machine)
-    machine.check_format(reader.path)
+    machine.check_format(reader.location)
     return machine
 
 
-def _check(report: Verification, location: "StrPath") -> None:
+def _check(report: Verification, location: str) -> None:
     if not report.ok:
         texts = [f"{problem.path}: {problem.text}" for problem in report.problems] or report.not_checked
         more = f"; and {len(texts) - _SHOWN_PROBLEMS} more" if len(texts) > _SHOWN_PROBLEMS else ""
-        raise CorruptSnapshotError(
-            f"{os.fspath(location)} is damaged or was changed: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}"
-        )
+        raise CorruptSnapshotError(f"{location} is damaged or was changed: {'; '.join(texts[:_SHOWN_PROBLEMS])}{more}")
 
 
 async def _plan(ram: Ram, saved: _Saved, qemu: StartedQemu, overwrite: bool, ignore_differences: bool) -> Filling:

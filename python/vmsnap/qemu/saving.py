@@ -11,9 +11,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
-from vmsnap._removal import remove_snapshot
 from vmsnap.errors import InvalidArgumentError, QemuError
 from vmsnap.keys import Keys, one_of
+from vmsnap.location import SnapshotLocation
 from vmsnap.memory import GuestRegion, MemoryReport, Progress
 from vmsnap.migration import BlockRegion, MigrationStream
 from vmsnap.qemu.background import in_thread, run, to_the_end, with_progress
@@ -26,6 +26,7 @@ from vmsnap.qemu.monitor import Monitor, connected, connection_to
 from vmsnap.qemu.plan import Plan
 from vmsnap.qemu.snapshot import NewSnapshot
 from vmsnap.qemu.survey import Ram, layout
+from vmsnap.removal import remove_snapshot
 from vmsnap.staging import create
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class SaveReport:
     """A sentence about an earlier save that was killed and whose changes to QEMU were undone first, or None."""
 
 
-def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: Any) -> SaveReport:
+def save(qmp: "StrPath", location: SnapshotLocation, encrypt: bool = False, **options: Any) -> SaveReport:
     """Save a running guest in a new snapshot. The parameters are the same as for `save_async`.
 
     After an exception from a signal handler, such as KeyboardInterrupt, there is no snapshot. If QEMU has already ended
@@ -76,7 +77,7 @@ def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: 
 
     def undo(_report: SaveReport) -> bool:
         if options.get("then") != "quit":
-            remove_snapshot(Path(location))
+            remove_snapshot(location)
         return options.get("then") == "quit"
 
     return run(save_async(qmp, location, encrypt, **options), undo)
@@ -84,7 +85,7 @@ def save(qmp: "StrPath", location: "StrPath", encrypt: bool = False, **options: 
 
 async def save_async(
     qmp: "StrPath",
-    location: "StrPath",
+    location: SnapshotLocation,
     encrypt: bool = False,
     *,
     keys: Keys | None = None,
@@ -155,7 +156,7 @@ async def save_async(
     keys = keys if keys.given else None
     started = perf_counter()
     async with NewSnapshot(
-        lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
+        location, lambda: create(location, keys=keys, threads=threads, durable=durable, archive=archive)
     ) as snapshot:
         with ExitStack() as stack:
             connection = connection_to(Path(qmp))

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
-from vmsnap._removal import remove_snapshot
+from vmsnap.location import SnapshotLocation
 from vmsnap.qemu.background import in_thread
+from vmsnap.removal import remove_snapshot
 from vmsnap.staging import StagedSnapshot
 from vmsnap.writer import SnapshotWriter
 
@@ -12,8 +13,8 @@ from vmsnap.writer import SnapshotWriter
 class NewSnapshot:
     """A snapshot that is complete when its ``with`` block ends, or absent if the block fails."""
 
-    def __init__(self, make: Callable[[], StagedSnapshot]) -> None:
-        self._make = make
+    def __init__(self, location: SnapshotLocation, make: Callable[[], StagedSnapshot]) -> None:
+        self._location, self._make = location, make
         self._staged: StagedSnapshot | None = None
         self.identifier = self.seal_digest = b""
 
@@ -43,7 +44,7 @@ class NewSnapshot:
             except asyncio.CancelledError:
                 if staged.seal_digest is not None:
                     self._staged = None
-                    await in_thread(lambda: remove_snapshot(staged.path))
+                    await in_thread(lambda: remove_snapshot(staged.path or self._location))
                 raise
         assert staged.snapshot_id is not None
         assert staged.seal_digest is not None

@@ -98,7 +98,6 @@ impl Archive {
     }
 
     /// Removes the file.
-    #[cfg(feature = "python")]
     pub(crate) fn remove(&self) -> Result<()> {
         std::fs::remove_file(self.location.path())
             .map_err(|error| Error::io(format!("cannot remove the snapshot {}", self.location), error))

@@ -117,7 +117,6 @@ impl Directory {
     }
 
     /// Removes the snapshot.
-    #[cfg(feature = "python")]
     pub(crate) fn remove(&self) -> Result<()> {
         let failed = |error| Error::io(format!("cannot remove the snapshot {}", self.0), error);
         let parent = entries::open(self.root().parent().unwrap_or(self.root()), "")?;

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 
 use crate::buffer;
 use crate::error::{Error, Result};
-use crate::store::CacheOptions;
+use crate::store::{CacheOptions, DEFAULT_CACHE_BYTES};
 use crate::store::directory::entries;
 use crate::threads::lock;
 
@@ -181,8 +181,7 @@ impl BlockCache {
         }
         let mut blocks = scan(&self.directory)?;
         let mut used = blocks.iter().map(|block| block.bytes).sum();
-        let free = fs::fstatvfs(&self.directory).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-        let limit = self.max_bytes.min((free.saturating_add(used)) / PART_OF_FREE_SPACE);
+        let limit = limit(&self.directory, self.max_bytes, used);
         if used + needed > limit {
             blocks.sort_unstable_by_key(|block| block.modified);
             for block in blocks {
@@ -223,6 +222,25 @@ pub(crate) fn usage(directory: &Path) -> Result<CacheUsage> {
     let Some(directory) = open_directory(directory)? else { return Ok(CacheUsage::default()) };
     let blocks = scan(&directory)?;
     Ok(CacheUsage { blocks: blocks.len() as u64, bytes: blocks.iter().map(|block| block.bytes).sum() })
+}
+
+/// The most bytes that a cache of the usual size at `directory` may occupy now. If it does not exist, that is the usual
+/// size.
+///
+/// # Errors
+///
+/// The errors of [`usage`].
+#[cfg_attr(not(any(test, feature = "python")), allow(dead_code, reason = "the command line shows it"))]
+pub(crate) fn usual_limit(directory: &Path) -> Result<u64> {
+    let Some(directory) = open_directory(directory)? else { return Ok(DEFAULT_CACHE_BYTES) };
+    let used = scan(&directory)?.iter().map(|block| block.bytes).sum();
+    Ok(limit(&directory, DEFAULT_CACHE_BYTES, used))
+}
+
+/// The most bytes that the blocks in `directory` may occupy, if they occupy `used` bytes now.
+fn limit(directory: &OwnedFd, max_bytes: u64, used: u64) -> u64 {
+    let free = fs::fstatvfs(directory).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+    max_bytes.min(free.saturating_add(used) / PART_OF_FREE_SPACE)
 }
 
 /// Removes all blocks from the cache at `directory`, at any time; returns their number and bytes.

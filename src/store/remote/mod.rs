@@ -7,6 +7,14 @@
 //! blocks.rs       a fragment, read in blocks
 //! pool.rs         the blocks in memory, and the requests for them
 //! cache.rs        blocks in files on a local disk
+//! upload.rs       an object that is written at any offset, and sent in parts
+//! parts.rs        the parts of an object that is being written
+//! flights.rs      the parts that are under way at once
+//! proof.rs        the metadata that tells which fragment an object is
+//! patience.rs     the end of the patience with a store that does not answer
+//! claim.rs        the claim on a prefix while a snapshot is written there
+//! draft.rs        a snapshot that is written straight into a bucket
+//! clean.rs        removes the remains of killed writers
 //! runtime.rs      the runtime of the process, and tasks that threads wait for
 //! connect.rs      the client of a store, made of a URL, options and the environment
 //! settings.rs     options and environment, checked
@@ -22,23 +30,40 @@
 mod blocks;
 mod bucket;
 pub(crate) mod cache;
+mod claim;
+mod clean;
 mod connect;
 mod credentials;
+mod draft;
 mod errors;
+mod flights;
 mod objects;
+mod parts;
+mod patience;
 mod pool;
+mod proof;
 mod reading;
 #[cfg(test)]
 mod reading_tests;
 pub(crate) mod runtime;
 mod settings;
 #[cfg(test)]
-mod test_server;
+pub(crate) mod test_server;
+#[cfg(test)]
+pub(crate) mod test_store;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod upload;
 
 pub(crate) use bucket::Bucket;
+pub(crate) use claim::{CLAIM, Claim, Taken};
+pub(crate) use clean::clean;
 pub(crate) use connect::PartStore;
+pub(crate) use draft::{SnapshotUpload, exists, occupied, remains};
+pub(crate) use flights::Flights;
 pub(crate) use objects::{Created, Got, Headed, Listed, Objects, Part, Upload, Version, Wanted};
+pub(crate) use patience::patience;
+pub(crate) use proof::{has_proof, proof_attributes};
 pub(crate) use reading::Remote;
+pub(crate) use upload::{UploadedObject, abort_all};

@@ -344,6 +344,8 @@ impl Objects {
     /// Begins an object that is written in parts. It exists once the upload is completed.
     pub(crate) async fn begin_upload(&self, name: &str, attributes: Attributes) -> Result<Upload> {
         let path = self.key(name)?;
+        // The client does not store attributes of an object in parts in Azure. Then a push cannot tell that it is whole.
+        let attributes = if self.scheme == Scheme::Az { Attributes::new() } else { attributes };
         let options = PutMultipartOptions { attributes: attributes.clone(), ..PutMultipartOptions::default() };
         let id = self.store()?.create_multipart_opts(&path, options).await;
         let id = id.map_err(|error| self.failed("an upload cannot be begun", &error))?;

@@ -91,8 +91,12 @@ impl Server {
         lock(&self.requests).clone()
     }
 
+    pub(super) fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
     pub(super) fn bucket(&self) -> Bucket {
-        bucket_at(&format!("http://127.0.0.1:{}", self.port))
+        bucket_at(&self.endpoint())
     }
 }
 
