@@ -29,9 +29,9 @@ mod seal;
 mod staged;
 mod writer;
 
-pub use inspect::{InspectedFragment, Inspection, inspect};
 #[cfg(feature = "python")]
 pub(crate) use inspect::inspect_interruptible;
+pub use inspect::{InspectedFragment, Inspection, inspect};
 pub use key_metadata::rekey;
 pub use options::SnapshotOptions;
 pub use reader::SnapshotReader;

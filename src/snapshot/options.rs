@@ -10,9 +10,9 @@ use crate::error::Result;
 use crate::key::{Credentials, Identity, KeyProvider, OnNewIdentity, Passphrase};
 use crate::location::LocalPath;
 use crate::serialization::Format;
-use crate::store::RemoteOptions;
 #[cfg(feature = "object-store")]
 use crate::store::CacheOptions;
+use crate::store::RemoteOptions;
 
 /// The end of the usual file name of an archive.
 const ARCHIVE_SUFFIX: &[u8] = b".vmsnap.tar";

@@ -23,8 +23,8 @@ use rustix::io::Errno;
 
 use crate::buffer;
 use crate::error::{Error, Result};
-use crate::store::{CacheOptions, DEFAULT_CACHE_BYTES};
 use crate::store::directory::entries;
+use crate::store::{CacheOptions, DEFAULT_CACHE_BYTES};
 use crate::threads::lock;
 
 const MAGIC: [u8; 8] = *b"vmsnapb1";
