@@ -177,12 +177,16 @@ def test_streams_that_are_closed_or_full_are_one_error(
     assert tree(folder) == before
 
 
-def test_a_reader_that_goes_away_ends_the_command_silently(folder: Path) -> None:
+def large(folder: Path) -> Path:
+    """Return a snapshot that is larger than a pipe holds, which vmsnap makes larger."""
     with vmsnap.create(folder / "large", key=KEY) as snapshot, snapshot.raw_fragment("disk") as fragment:
-        # More than the pipe holds, which vmsnap makes larger.
         fragment.write(pattern(8 << 20))
+    return folder / "large"
+
+
+def test_a_reader_that_goes_away_ends_the_command_silently(folder: Path) -> None:
     with subprocess.Popen(
-        command("pack", folder / "large", "-", "--key-file", folder / "vm.key"),
+        command("pack", large(folder), "-", "--key-file", folder / "vm.key"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
@@ -225,7 +229,7 @@ def _unread(pipe: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_whose_reader_is_quiet(folder: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
-        command("pack", folder / "vm1", "-", "--key-file", folder / "vm.key"),
+        command("pack", large(folder), "-", "--key-file", folder / "vm.key"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:

@@ -1,7 +1,8 @@
 """The memory of a guest that stands still is written to the snapshot as QEMU sends it: nothing is stored twice."""
 
+import asyncio
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from refusals import refused, row
 from support import MIB
 from toy_guest import Toy
 from vmsnap.migration import BlockRegion, MigrationStream
+from vmsnap.qemu.background import with_progress
 
 STILL_MIB = 32
 #: Room for the data of the guest, and for no second copy of it.
@@ -82,6 +84,29 @@ def test_no_space_is_needed_beside_the_snapshot(
             vmsnap.qemu.save(qmp, disk / "vm2", key=given, live=True)
         toy.catch_up()
     assert [each.name for each in disk.iterdir()] == ["vm1"]
+
+
+def test_a_full_disk_is_the_reason_if_qemu_notices_the_closed_pipe_first(
+    disk: Path, tmp_path: Path, toy: Toy, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def seen_late(call: Callable[[Any], MigrationStream], progress: Any) -> MigrationStream:
+        try:
+            return await with_progress(call, progress)
+        finally:
+            # It is cancelled when the failure of QEMU is seen.
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(vmsnap.qemu.migration, "with_progress", seen_late)
+    qmp = tmp_path / "qmp"
+    (disk / "other").write_bytes(bytes((DISK_MIB - 8) * MIB))
+    with running(qemu_command(qmp, *toy.options, memory="", qemu=qemu), qmp):
+        toy.ticks(1)
+        with pytest.raises(OSError, match="No space left"):
+            vmsnap.qemu.save(qmp, disk / "vm1")
+        assert is_as_before(qmp)
+        toy.catch_up()
+        toy.ticks(1)
+    assert [each.name for each in disk.iterdir()] == ["other"]
 
 
 @row("migration-closed")

@@ -89,14 +89,17 @@ async def receive(
     ours, theirs = os.pipe2(os.O_CLOEXEC)
 
     ended = False
+    failure: BaseException | None = None
 
     def receive_and_close(show: Progress) -> MigrationStream:
-        nonlocal ended
+        nonlocal ended, failure
         # The end is closed even if the work fails, because QEMU would wait until its bytes are read.
         try:
             return call(ours, show)
-        except QemuError:
-            ended = _is_at_its_end(ours)
+        except BaseException as error:
+            ended = isinstance(error, QemuError) and _is_at_its_end(ours)
+            # QEMU fails when the end is closed, and that may be seen before this error.
+            failure = error
             raise
         finally:
             os.close(ours)
@@ -130,15 +133,18 @@ async def receive(
         return await receiving
     except BaseException:
         # The thread ends soon, and closes its end of the pipe. If it failed first, its error is the reason.
+        error = failure
         receiving.cancel()
         await to_the_end(_ended(receiving))
-        if not ended and receiving.done() and not receiving.cancelled() and (error := receiving.exception()):
+        if error is None and not receiving.cancelled():
+            error = receiving.exception()
+        if error is not None and not ended:
             raise error from None
         raise
     finally:
         await _cancel(waiting)
         # See `background`.
-        del receiving, waiting, done, pending, error
+        del receiving, waiting, done, pending, error, failure
 
 
 async def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
