@@ -33,6 +33,7 @@ pub(super) struct StagedSnapshot {
 #[pymethods]
 impl StagedSnapshot {
     #[new]
+    #[allow(clippy::too_many_arguments, reason = "Python passes each option by itself")]
     fn new(
         py: Python<'_>,
         location: LocationArg,

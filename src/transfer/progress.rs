@@ -36,17 +36,17 @@ impl Progress {
 pub(super) struct Counted<'a> {
     output: &'a dyn WriteAt,
     progress: &'a Progress,
-    counted: AtomicU64,
+    done: AtomicU64,
 }
 
 impl<'a> Counted<'a> {
     pub(super) fn new(output: &'a dyn WriteAt, progress: &'a Progress) -> Self {
-        Self { output, progress, counted: AtomicU64::new(0) }
+        Self { output, progress, done: AtomicU64::new(0) }
     }
 
     /// Counts the zeros that were not written to a fragment of this size.
     pub(super) fn complete(self, size: u64) {
-        self.progress.add(size.saturating_sub(self.counted.into_inner()));
+        self.progress.add(size.saturating_sub(self.done.into_inner()));
     }
 }
 
@@ -54,7 +54,7 @@ impl WriteAt for Counted<'_> {
     fn write_runs_at(&self, runs: &[&[u8]], offset: u64, interrupt: &mut Interrupt<'_>) -> Result<()> {
         self.output.write_runs_at(runs, offset, interrupt)?;
         let bytes = runs.iter().map(|run| run.len() as u64).sum();
-        self.counted.fetch_add(bytes, Ordering::Relaxed);
+        self.done.fetch_add(bytes, Ordering::Relaxed);
         self.progress.add(bytes);
         Ok(())
     }
