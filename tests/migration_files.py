@@ -22,6 +22,15 @@ COOKIE = b"<cookie><slirpHelper/></cookie>"
 NUMBERS = {"raw": 0, "gzip": 1, "bzip2": 2, "xz": 3, "lzop": 4, "zstd": 5}
 
 
+def number(value: int, size: int = 4) -> bytes:
+    """Return a number as it is in a migration stream: `size` bytes, the most significant first."""
+    return value.to_bytes(size, "big")
+
+
+# The footer of section 2, which is `ram`.
+FOOTER = b"\x7e" + number(2)
+
+
 def migrate(qmp: Path, path: Path, **capabilities: bool) -> Path:
     """Let QEMU save its guest in a file."""
     named = [{"capability": name.replace("_", "-"), "state": state} for name, state in capabilities.items()]

@@ -12,6 +12,7 @@ import pytest
 import qemus
 import vmsnap
 from guest import PATIENCE, ask, qemu_command, running
+from migration_files import FOOTER, number
 from qemus import Qemu
 from refusals import refused, row
 from support import MIB, write
@@ -164,11 +165,6 @@ def test_pages_that_are_not_in_order_in_a_file_are_refused_by_name(tmp_path: Pat
 # Without QEMU: the smallest stream, with one block of two pages.
 
 
-def number(value: int, size: int = 4) -> bytes:
-    return value.to_bytes(size, "big")
-
-
-FOOTER = b"\x7e" + number(2)
 FRONT = b"QEVM" + number(3) + b"\1" + number(2) + b"\3ram" + number(0) + number(4) + number(8192 | 4, 8)
 STREAM = (
     FRONT

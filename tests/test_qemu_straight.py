@@ -1,6 +1,7 @@
 """The memory of a guest that stands still is written to the snapshot as QEMU sends it: nothing is stored twice."""
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import vmsnap
 import vmsnap.qemu
 from guest import ended, qemu_command, running
+from migration_files import FOOTER, number
 from qemu_states import is_as_before
 from qemus import Qemu
 from refusals import refused, row
@@ -107,6 +109,29 @@ def test_a_full_disk_is_the_reason_if_qemu_notices_the_closed_pipe_first(
         toy.catch_up()
         toy.ticks(1)
     assert [each.name for each in disk.iterdir()] == ["other"]
+
+
+def test_a_full_disk_when_a_page_comes_again_leaves_nothing(disk: Path, tmp_path: Path) -> None:
+    """The pages so far are written to the disk at that moment, because they become a temporary file."""
+    size, mark = 1 << 20, number(16, 8) + FOOTER
+    pages = [number(page % 200 << 12 | 8, 8) + b"\6pc.ram" + bytes([1]) * 4096 for page in range(201)]
+    begin = b"QEVM" + number(3) + b"\1" + number(2) + b"\3ram" + number(0) + number(4) + number(size | 4, 8)
+    end = b"\4" + number(3) + b"\5timer" + number(0) + number(2) + b"\x7e" + number(3) + b"\0"
+    stream = tmp_path / "stream"
+    stream.write_bytes(begin + b"\6pc.ram" + number(size, 8) + mark + b"\3" + number(2) + b"".join(pages) + mark + end)
+    regions = [BlockRegion(0, "pc.ram", 0, size)]
+    with vmsnap.create(disk / "vm1") as writer:
+        filler = disk / "other"
+        filler.write_bytes(bytes((DISK_MIB << 20) - (600 << 10)))
+        for _ in range(2):
+            with stream.open("rb") as file, pytest.raises(OSError, match="No space left"):
+                writer.receive_migration(file.fileno(), None, regions=regions)
+            assert os.listdir(writer.location) == []
+        filler.unlink()
+        with stream.open("rb") as file:
+            received = writer.receive_migration(file.fileno(), None, regions=regions)
+        assert received.written is None
+        received.close()
 
 
 @row("migration-closed")

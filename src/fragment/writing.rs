@@ -170,15 +170,23 @@ impl Fragment {
         key: Option<&SecretKey>,
         interrupt: &mut Interrupt<'_>,
     ) -> Result<ScratchWriter> {
-        self.with_sink(|_| Ok(()))?;
-        let State::Open(mut sink) = std::mem::replace(&mut self.state, State::Failed) else {
+        let scratch = self.take_as_scratch(key, interrupt);
+        if scratch.is_err() {
+            // The first error is the reason.
+            let _ = self.remove();
+        }
+        scratch
+    }
+
+    fn take_as_scratch(&mut self, key: Option<&SecretKey>, interrupt: &mut Interrupt<'_>) -> Result<ScratchWriter> {
+        self.with_sink(|sink| match sink {
+            Sink::Plain(sink) => sink.forget_digest(interrupt),
+            Sink::Encrypted(_) => Ok(()),
+        })?;
+        let file = self.object.unname().map_err(|error| error.context(&self.place))?;
+        let State::Open(sink) = std::mem::replace(&mut self.state, State::Closed) else {
             return Err(Error::new(Kind::State, "is not open").context(&self.place));
         };
-        if let Sink::Plain(sink) = &mut sink {
-            sink.forget_digest(interrupt).map_err(|error| error.context(&self.place))?;
-        }
-        let file = self.object.unname().map_err(|error| error.context(&self.place))?;
-        self.state = State::Closed;
         Ok(ScratchWriter::over(sink, file, key.map(|key| (key.clone(), aad(&self.place.path)))))
     }
 

@@ -40,7 +40,8 @@ pub(crate) struct Straight {
 }
 
 impl Straight {
-    /// Creates `mem` with regions in the given order. Returns `None` if they overlap or do not consist of whole pages.
+    /// Creates `mem` with regions in the given order. Returns `None` if they overlap, show a page twice, or do not consist
+    /// of whole pages.
     ///
     /// # Errors
     ///
@@ -51,6 +52,13 @@ impl Straight {
         let sizes =
             regions.iter().map(|region| (region.guest_base, region.range.end.saturating_sub(region.range.start)));
         if regions.is_empty() || !regions.iter().all(is_paged) || metadata::check_apart(sizes).is_err() {
+            return Ok(None);
+        }
+        // A page is written once, but belongs to each region that shows it.
+        let mut shown: Vec<_> =
+            regions.iter().map(|region| (region.area, region.range.start, region.range.end)).collect();
+        shown.sort_unstable();
+        if shown.windows(2).any(|pair| pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2) {
             return Ok(None);
         }
         let options = MemoryOptions::new();

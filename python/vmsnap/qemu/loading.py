@@ -186,11 +186,15 @@ class _Saved:
 
     def __init__(self, location: SnapshotLocation, verify: bool, keys: Keys | None, pinned: dict[str, Any]) -> None:
         self.reader = SnapshotReader(location, require_sealed=verify, keys=keys, **pinned)
-        self.machine = _machine_of(self.reader)
-        if verify and not self.reader.encrypted:
-            _check(verify_snapshot(location, keys=keys, **pinned), self.reader.location)
-        self.memory = self.reader.memory()
-        self.front = self.reader.migration_front(DEVICE_STATE)
+        try:
+            self.machine = _machine_of(self)
+            if verify and not self.reader.encrypted:
+                _check(verify_snapshot(location, keys=keys, **pinned), self.reader.location)
+            self.memory = self.reader.memory()
+            self.front = self.reader.migration_front(DEVICE_STATE)
+        except BaseException:
+            del self.reader
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -199,13 +203,13 @@ class _Saved:
         del self.reader, self.memory
 
 
-def _machine_of(reader: SnapshotReader) -> Machine:
-    names = reader.list_fragments()
+def _machine_of(saved: _Saved) -> Machine:
+    names = saved.reader.list_fragments()
     for name, what in ((MACHINE, "does not contain a QEMU guest"), (DEVICE_STATE, "contains no device state")):
         if name not in names:
-            raise QemuError(f"{reader.location} {what}: it has no fragment {name!r}")
-    machine = reader.read_fragment(MACHINE, type=Machine)
-    machine.check_format(reader.location)
+            raise QemuError(f"{saved.reader.location} {what}: it has no fragment {name!r}")
+    machine = saved.reader.read_fragment(MACHINE, type=Machine)
+    machine.check_format(saved.reader.location)
     return machine
 
 

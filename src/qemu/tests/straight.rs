@@ -89,14 +89,16 @@ fn a_guest_that_stands_still_is_written_as_it_comes() {
 #[test]
 fn guest_memory_that_cannot_be_written_as_it_comes_is_kept() {
     let [low, high, hot] = regions();
-    let cases: [(Stream, Vec<BlockRegion>); 6] = [
+    let cases: [(Stream, Vec<BlockRegion>); 7] = [
         (live(), regions().to_vec()),
         (still(), vec![hot.clone(), low.clone(), high.clone()]),
         // A page is in no region; a block is too short, is not in the stream, or is not guest memory.
         (still(), vec![low.clone(), high.clone()]),
         (still(), vec![low.clone(), BlockRegion::new(2 << 32, "pc.ram", 3 << 12, 6 << 12), hot.clone()]),
         (still(), vec![low.clone(), high.clone(), hot.clone(), BlockRegion::new(4 << 32, "mem", 0, 1 << 12)]),
-        (still(), vec![low, high, hot, BlockRegion::new(4 << 32, "pc.bios", 0, 1 << 12)]),
+        (still(), vec![low.clone(), high.clone(), hot.clone(), BlockRegion::new(4 << 32, "pc.bios", 0, 1 << 12)]),
+        // Two regions show the same pages.
+        (still(), vec![low, high, hot, BlockRegion::new(4 << 32, "pc.ram", 2 << 12, 2 << 12)]),
     ];
     for (number, (stream, regions)) in cases.iter().enumerate() {
         let folder = tempfile::tempdir().unwrap();
