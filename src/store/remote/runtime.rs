@@ -154,7 +154,11 @@ mod tests {
 
     #[test]
     fn a_result_comes_back() {
-        assert_eq!(run_here(async { Ok(tokio::time::sleep(Duration::ZERO).await) }).unwrap(), ());
+        let slept = run_here(async {
+            tokio::time::sleep(Duration::ZERO).await;
+            Ok(12)
+        });
+        assert_eq!(slept.unwrap(), 12);
         assert!(run_here(async { Err::<(), _>(Error::corrupt("of the test")) }).unwrap_err().is_corrupt());
     }
 

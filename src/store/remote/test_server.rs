@@ -127,19 +127,19 @@ fn serve(stream: TcpStream, requests: &Mutex<Vec<Request>>, answer: &dyn Fn(usiz
                 std::thread::park();
             },
             Reply::Answer(status, headers, body) => {
-                let mut head = format!("HTTP/1.1 {status} Text\r\n");
+                let mut lines = vec![format!("HTTP/1.1 {status} Text")];
                 // The date that S3 gives every object.
-                head.push_str("Last-Modified: Sat, 01 Nov 2025 00:00:00 GMT\r\n");
+                lines.push("Last-Modified: Sat, 01 Nov 2025 00:00:00 GMT".to_owned());
                 if !headers.iter().any(|(name, _)| *name == "Content-Length") {
-                    head.push_str(&format!("Content-Length: {}\r\n", body.len()));
+                    lines.push(format!("Content-Length: {}", body.len()));
                 }
-                for (name, value) in &headers {
-                    head.push_str(&format!("{name}: {value}\r\n"));
-                }
+                lines.extend(headers.iter().map(|(name, value)| format!("{name}: {value}")));
+                let head = lines.join("\r\n");
                 let is_short =
                     headers.iter().any(|(name, value)| *name == "Content-Length" && *value != body.len().to_string());
                 let body: &[u8] = if request.method == "HEAD" { &[] } else { &body };
-                let written = stream.write_all(format!("{head}\r\n").as_bytes()).and_then(|()| stream.write_all(body));
+                let written =
+                    stream.write_all(format!("{head}\r\n\r\n").as_bytes()).and_then(|()| stream.write_all(body));
                 if written.is_err() || (is_short && request.method != "HEAD") {
                     return;
                 }

@@ -118,7 +118,12 @@ fn a_pull_can_be_stopped_and_needs_a_url_and_a_snapshot() {
     let ((store, _), folder) = (stored(None), tempfile::tempdir().unwrap());
     let target = folder.path().join("copy");
     let stop = &mut || Err(Error::interrupted());
-    assert!(options(&store, None).pull_interruptible(URL, &target, &Progress::default(), stop).unwrap_err().is_interrupted());
+    assert!(
+        options(&store, None)
+            .pull_interruptible(URL, &target, &Progress::default(), stop)
+            .unwrap_err()
+            .is_interrupted()
+    );
     let error = options(&store, None).pull(folder.path(), &target).unwrap_err();
     assert!(error.is_invalid_argument() && error.to_string().contains("s3://"), "{error}");
     let error = options(&store, None).pull("s3://bucket/other", &target).unwrap_err();
