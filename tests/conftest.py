@@ -8,7 +8,6 @@ devices and huge pages may be missing, because many containers do not have them.
 import os
 import secrets
 import signal
-import subprocess
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +20,7 @@ import refusals
 import vmsnap
 from commands import write_private
 from huge_pages import reserved
+from small_disks import mounted
 from support import Place
 
 if TYPE_CHECKING:
@@ -131,18 +131,8 @@ def huge_pages() -> Callable[[int], AbstractContextManager[None]]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     """A file system of 1 MiB and 20 files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=20", "vmsnap-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no program `mount`")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"a small file system cannot be mounted: {error.stderr.strip()}")
-    yield folder
-    # Lazily: the traceback of a test that failed may still hold a file.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=1m,nr_inodes=20") as folder:
+        yield folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

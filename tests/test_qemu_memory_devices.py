@@ -29,18 +29,18 @@ _INIT = f"""#!/bin/busybox sh
 /bin/busybox --install /bin
 mount -t devtmpfs dev /dev
 exec >/dev/ttyS0 2>&1 </dev/null
-mkdir /work /proc
+mkdir /files /proc
 mount -t proc proc /proc
-mount -t tmpfs -o size=100% work /work
+mount -t tmpfs -o size=100% work /files
 before=$(awk '/^MemTotal/ {{ print $2 }}' /proc/meminfo)
 for each in {" ".join(_MODULES)}; do
   insmod /$each.ko || echo "bad module $each"
 done
 until [ $(awk '/^MemTotal/ {{ print $2 }}' /proc/meminfo) -gt $((before + 60000)) ]; do sleep 0.1; done
-dd if=/dev/urandom of=/work/held bs=1M count=24 2>/dev/null
+dd if=/dev/urandom of=/files/held bs=1M count=24 2>/dev/null
 n=0
 while :; do
-  set -- $(sha256sum /work/held)
+  set -- $(sha256sum /files/held)
   echo "count $n $1"
   n=$((n + 1))
 done
@@ -61,26 +61,6 @@ def options(folder: Path, backend: str) -> list[str]:
     mem, vm = (f"{kind},id={name},size={size}{rest.format(folder=folder, id=name)}" for name, size in SIZES.items())
     device = "virtio-mem-pci,memdev=vm,requested-size=64M"
     return ["-m", "256M,maxmem=1G", "-object", mem, "-object", vm, "-device", device]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where snapshots go."""
-    path = tmp_path / "snapshots"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def qmp(tmp_path: Path) -> Path:
-    return tmp_path / "qmp"
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[Toy]:
-    guest = Toy(tmp_path)
-    yield guest
-    guest.close()
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from migration_files import FOOTER, number
 from qemu_states import is_as_before
 from qemus import Qemu
 from refusals import refused, row
+from small_disks import mounted
 from support import MIB
 from toy_guest import Toy
 from vmsnap.migration import BlockRegion, MigrationStream
@@ -28,17 +28,8 @@ DISK_MIB = 52
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that is too small for the guest memory twice."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "vmsnap-test", str(path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no program `mount`")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"a small file system cannot be mounted: {error.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    with mounted(tmp_path / "disk", f"size={DISK_MIB}m") as path:
+        yield path
 
 
 @pytest.fixture

@@ -111,8 +111,8 @@ class MigrationStream:
         Raises
         ------
         InvalidArgumentError
-            There is no such block, its pages were not taken, QEMU may have left all of them out for
-            ``x-ignore-shared``, or the block is too short.
+            There is no such block, its pages were not taken, or it is too short. Or the stream has no page of it and
+            ``x-ignore-shared`` was on: then its memory may be in a file.
         StateError
             The stream is closed, or its memory was `written` as it came.
         """
